@@ -1,0 +1,70 @@
+"""Match a traced graph with the plan: which linears of the graph have an adapter, and which.
+
+In: a graph, its inputs and the attachments found on its weights. Out: ``Match`` objects, one per adapter and input
+tensor, holding the linears they replace. A weight is known by identity, so the same plan serves every graph it shows
+up in: prefill, decode, a piece between two graph breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from rana_fx.adapters import Adapter
+from rana_fx.attachment import Attachment, attachment_of
+from rana_fx.sites import Linear, Scan, find_linears, parameters_of
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Linears over one input node that one adapter replaces, in graph order."""
+
+    attachment: Attachment
+    index: int
+    adapter: Adapter
+    linears: tuple[Linear, ...]
+    named: Mapping[fx.Node, str]  # every linear of the graph -> its site
+
+    @property
+    def x(self) -> fx.Node:
+        """The tensor they read."""
+        return self.linears[0].x
+
+    @property
+    def complete(self) -> bool:
+        """All sites of the adapter are here, once each and in any order."""
+        return sorted(linear.name for linear in self.linears) == sorted(self.adapter.sites)
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """What the plan says about one graph."""
+
+    scan: Scan
+    attachments: tuple[Attachment, ...]
+    found: tuple[Match, ...]
+    weights: tuple[fx.Node, ...]  # graph inputs the rewrite depends on
+    missing: str | None  # a linear whose model has no plan, when none of the graph's has
+
+
+def match_plan(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> Matches:
+    """Find what to replace. Linears without an adapter stay as they are."""
+    parameters = parameters_of(graph_module, example_inputs)
+    attachments = list(dict.fromkeys(a for a in map(attachment_of, parameters.values()) if a is not None))
+    names = {key: name for attachment in attachments for key, name in attachment.names.items()}
+    scan = find_linears(graph_module, example_inputs, names)
+    gathered: dict[tuple[Attachment, int, fx.Node], list[Linear]] = {}
+    for linear in scan.linears:
+        attachment = attachment_of(linear.weight)
+        planned = attachment.adapter(linear.name) if attachment is not None else None
+        if attachment is not None and planned is not None:
+            gathered.setdefault((attachment, planned[0], linear.x), []).append(linear)
+    named = {linear.node: linear.name for linear in scan.linears}
+    found = tuple(
+        Match(attachment, index, attachment.plan.adapters[index], tuple(linears), named)
+        for (attachment, index, _), linears in gathered.items()
+    )
+    missing = scan.linears[0].name if scan.linears and not attachments else None
+    return Matches(scan, tuple(attachments), found, tuple(parameters), missing)

@@ -1,0 +1,71 @@
+"""Run the pipeline over one graph.
+
+In: a graph module as Dynamo or torch.export made it, and its inputs. Out: the same module rewritten in place, and a
+``Result`` that says what was replaced. RANA_FX_DUMP=<folder> writes the graph before and after.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
+from torch._inductor.custom_graph_pass import get_hash_for_files
+
+from rana_fx.kernels import reference
+from rana_fx.passes import PIPELINE
+from rana_fx.passes.match import Matches, match_plan
+from rana_fx.passes.verify import verify
+from rana_fx.unfuse import unfuse
+
+_dumps = itertools.count()
+
+
+@dataclass(frozen=True)
+class Result:
+    """Linears replaced per pass, and what was matched."""
+
+    replaced: dict[str, int]
+    matches: Matches
+
+
+def run(graph_module: fx.GraphModule, example_inputs: Sequence[object] = ()) -> Result:
+    """Rewrite in place. Without any adapter for the graph's weights nothing changes.
+
+    ``example_inputs`` are the values of the placeholders; exported modules keep their weights as attributes and need none.
+    """
+    unfuse(graph_module)
+    matches = match_plan(graph_module, example_inputs)
+    replaced = dict.fromkeys((step.__name__ for step in PIPELINE), 0)
+    if not matches.found:
+        return Result(replaced, matches)
+    order = next(_dumps)
+    _dump(graph_module, order, "before")
+    for step in PIPELINE:
+        for match in matches.found:
+            replaced[step.__name__] += step(graph_module, match)
+    verify(graph_module, matches, sum(replaced.values()))
+    graph_module.recompile()
+    _dump(graph_module, order, "after")
+    return Result(replaced, matches)
+
+
+def _dump(graph_module: fx.GraphModule, order: int, when: str) -> None:
+    folder = os.environ.get("RANA_FX_DUMP")
+    if folder:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f"{order:02}.{when}.py").write_text(graph_module.print_readable(print_output=False))
+
+
+@functools.cache
+def sources_hash() -> bytes:
+    """Hash of every file of passes/ and kernels/: Inductor's cache does not hash lowerings that live outside of it."""
+    here = Path(__file__).resolve().parent
+    kernels = Path(reference.__file__).resolve().parent
+    files = sorted(str(path) for folder in (here, kernels) for path in folder.glob("*.py"))
+    return get_hash_for_files(tuple(files))

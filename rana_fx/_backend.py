@@ -1,0 +1,104 @@
+"""The backend: ``torch.compile(model, backend=rana_fx.backend)`` or ``backend="rana"``.
+
+In: a Dynamo graph and its inputs. Out: Inductor's compiled function for the rewritten graph. The graph is guarded on
+the identity of its weights and of the plan they carry, and Inductor's cache key contains the plan's digest and our
+sources, so neither another plan nor another version of a pass can meet code made for this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from rana_fx.errors import InvalidOption, NoPlan
+from rana_fx.guards import guard_weights
+from rana_fx.kernels import reference
+from rana_fx.kernels.ops import masked_gemv
+from rana_fx.passes.runner import Result, run, sources_hash
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph by the plan attached to its weights. Called by torch.compile.
+
+    Args:
+        options: ``{"mode": ...}`` and any option of Inductor, as torch.compile takes them for ``backend="inductor"``.
+        mode: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
+
+    Raises:
+        NoPlan: the graph has linears, and no plan is attached to its model. (torch.compile wraps errors of a backend
+            in BackendCompilerFailed; its ``inner_exception`` is ours.)
+        InvalidOption.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    patches = inductor_options(options, mode)
+    result = rewrite(gm, example_inputs)
+    patches["post_grad_custom_pre_pass"] = _CacheKey(result, patches.get("post_grad_custom_pre_pass"))
+    # no kernel of ours yet: Inductor sees the product and the mask, and fuses the mask into what surrounds it
+    decompositions = {**select_decomp_table(), masked_gemv: reference.masked_gemv}
+    return compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions)  # type: ignore[no-any-return]
+
+
+def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Result:
+    """Rewrite by the attached plan and guard on it. Raises NoPlan."""
+    result = run(gm, example_inputs)
+    if result.matches.missing is not None:
+        raise NoPlan(site=result.matches.missing)
+    if result.matches.attachments:
+        guard_weights(_marked(result), attachment=True)
+    return result
+
+
+def _marked(result: Result) -> list[fx.Node]:
+    from rana_fx.attachment import attachment_of
+
+    weights = result.matches.scan.weights
+    return [node for node in result.matches.weights if node in weights and attachment_of(weights[node]) is not None]
+
+
+def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
+    """Inductor's config patches for a mode and options. Raises InvalidOption."""
+    from torch._inductor import list_mode_options
+
+    given = dict(options or {})
+    mode = given.pop("mode", mode) or "default"
+    known = list_mode_options()
+    if mode not in known:
+        raise InvalidOption(name="mode", got=mode, expected=f"one of {', '.join(known)}")
+    patches: dict[str, Any] = dict(known[mode])
+    settings = torch._inductor.config.get_config_copy()
+    for name, value in given.items():
+        key = name.replace("-", "_")
+        if key not in settings:
+            raise InvalidOption(name=name, got=value, expected="'mode' or an option of Inductor (torch._inductor.list_options())")
+        patches[key] = value
+    return patches
+
+
+class _CacheKey(CustomGraphPass):
+    """Changes no graph; makes the plan and our sources part of Inductor's cache key. Runs a pass the user had set."""
+
+    def __init__(self, result: Result, inner: Any = None) -> None:
+        self._plans = "+".join(sorted(attachment.plan.digest() for attachment in result.matches.attachments))
+        self._inner = inner if inner is not None else torch._inductor.config.post_grad_custom_pre_pass
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self._inner is not None:
+            self._inner(graph)
+
+    def uuid(self) -> Any:
+        if self._inner is None:
+            return (sources_hash(), self._plans)
+        inner = self._inner.uuid() if isinstance(self._inner, CustomGraphPass) else None
+        return None if inner is None else (sources_hash(), self._plans, inner)

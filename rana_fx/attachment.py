@@ -1,0 +1,118 @@
+"""Put a plan on a model, and take it off.
+
+In: a model and a plan made for its weights. Out: the model with one submodule more, ``rana_fx``, that holds the
+factors as Parameters (so optimizers, ``.to()`` and ``state_dict`` see them), and with a mark on each of its
+Parameters by which the backend finds the plan in any graph the weight appears in. The forward code is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rana_fx.adapters import Adapter
+from rana_fx.errors import PlanMismatch
+from rana_fx.guards import ATTRIBUTE
+from rana_fx.plan import Plan, SiteRecord, weight_digest
+from rana_fx.sites import site_name
+
+MODULE = "rana_fx"
+
+
+class Factors(nn.Module):
+    """Factors of all adapters: Parameters ``<index>_router`` ..., buffers ``<index>_tau`` (fp32 whatever the model's dtype)."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        super().__init__()
+        for index, adapter in enumerate(plan.adapters):
+            for key, value in adapter.tensors().items():
+                moved = value.detach().clone().to(device)
+                if key == "tau":
+                    self.register_buffer(f"a{index}_{key}", moved)
+                else:
+                    self.register_parameter(f"a{index}_{key}", nn.Parameter(moved))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
+        taus = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, tau in taus.items():
+            # half precision would move thresholds: only follow the device
+            self._buffers[name] = tau.to(getattr(self, name).device)
+        return self
+
+
+class Attachment:
+    """What the backend finds on a weight: the plan, the factors and the names of the weights."""
+
+    def __init__(self, plan: Plan, factors: Factors, names: dict[int, str]) -> None:
+        self.plan = plan
+        self.factors = factors
+        self.names = names  # id of a Parameter -> site name
+        self._by_site = {site: (index, adapter) for index, adapter in enumerate(plan.adapters) for site in adapter.sites}
+
+    def adapter(self, site: str) -> tuple[int, Adapter] | None:
+        """(index in the plan, adapter) of a site."""
+        return self._by_site.get(site)
+
+    def tensor(self, index: int, key: str) -> Tensor | None:
+        """The live factor ``key`` of adapter ``index``."""
+        return getattr(self.factors, f"a{index}_{key}", None)
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Attach ``plan`` to ``model``; replaces a plan that is attached. Functions compiled before recompile by themselves.
+
+    Raises:
+        PlanMismatch: other architecture, shapes, dtype or weights than the plan was made for.
+    """
+    parameters = {site_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
+    for record in plan.sites:
+        _check(model, record, parameters.get(record.name))
+    detach(model)
+    names: dict[int, str] = {}
+    for record in plan.sites:
+        names[id(parameters[record.name])] = record.name
+    device = next(iter(parameters.values())).device
+    attachment = Attachment(plan, Factors(plan, device), names)
+    for parameter in list(model.parameters()):
+        setattr(parameter, ATTRIBUTE, attachment)
+    model.add_module(MODULE, attachment.factors)
+
+
+def detach(model: nn.Module) -> Plan | None:
+    """Take the plan off and return it (None when there was none). The model is then as it was before ``attach``."""
+    found = attached(model)
+    for parameter in model.parameters():
+        if hasattr(parameter, ATTRIBUTE):
+            delattr(parameter, ATTRIBUTE)
+    if isinstance(getattr(model, MODULE, None), Factors):
+        delattr(model, MODULE)
+    return None if found is None else found.plan
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """The attachment of a model, if it has one."""
+    return next((getattr(p, ATTRIBUTE) for p in model.parameters() if hasattr(p, ATTRIBUTE)), None)
+
+
+def attachment_of(parameter: Any) -> Attachment | None:
+    """The attachment of the model a Parameter belongs to, if any."""
+    found = getattr(parameter, ATTRIBUTE, None)
+    return found if isinstance(found, Attachment) else None
+
+
+def _check(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) -> None:
+    name = type(model).__name__
+    if weight is None:
+        raise PlanMismatch(model=name, site=record.name, got="no such weight", expected=f"a weight of a {record.op}")
+    shape = (record.in_features, record.out_features) if record.transposed else (record.out_features, record.in_features)
+    if tuple(weight.shape) != shape:
+        raise PlanMismatch(model=name, site=record.name, got=f"shape {tuple(weight.shape)}", expected=f"shape {shape}")
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if dtype != record.dtype:
+        raise PlanMismatch(model=name, site=record.name, got=f"dtype {dtype}", expected=f"dtype {record.dtype}")
+    if weight_digest(weight) != record.digest:
+        raise PlanMismatch(model=name, site=record.name, got="other weights", expected=f"weights with digest {record.digest}")

@@ -1,0 +1,244 @@
+"""Run the model on calibration batches and keep what adaptation needs.
+
+In: a model and batches (any pytree the model accepts). Out: the model's ``Layout`` and, for every group of sites, a
+uniform sample of the tensor it reads. The model runs under ``torch.compile`` with an observing backend: each traced
+graph is read once, a call that hands the group's input to its reservoir is put before the first linear of the group,
+and the graph then runs eagerly. Memory does not grow with the number of tokens. Padding is not sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, fx, nn
+from tqdm.auto import tqdm
+
+from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed
+from rana_fx.groups import Reading, read_graph
+from rana_fx.guards import guard_weights
+from rana_fx.layout import Layout, merge
+from rana_fx.sites import find_linears, site_name
+from rana_fx.stats import CAPACITY, Reservoir
+from rana_fx.unfuse import unfuse
+
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+
+
+class Observer:
+    """The observing backend. Collects readings, and rows per group of weights."""
+
+    def __init__(self, names: Mapping[int, str], *, capacity: int, seed: int) -> None:
+        self.names = names
+        self.capacity, self.seed = capacity, seed
+        self.readings: list[Reading] = []
+        self.samples: dict[tuple[str, ...], Reservoir] = {}
+        self.wanted: set[tuple[str, ...]] | None = None  # None: not settled yet, keep all
+        self.masks: dict[str, Tensor] = {}
+        self.operations = 0
+
+    def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[object], **_: object) -> Callable[..., Any]:
+        unfuse(graph_module)
+        scan = find_linears(graph_module, example_inputs, self.names)
+        for node, parameter in scan.weights.items():
+            node.meta["rana_real"] = parameter.detach()
+        reading = read_graph(scan)
+        self.operations += len(graph_module.graph.nodes)
+        if self.wanted is None:
+            self.readings.append(reading)
+        guard_weights([linear.weight_node for linear in scan.linears], attachment=False)
+        by_source: dict[fx.Node, list[int]] = {}
+        for index, fact in enumerate(reading.facts):
+            by_source.setdefault(fact.linear.source, []).append(index)
+        for together in by_source.values():
+            facts = [reading.facts[i] for i in together]
+            key = tuple(dict.fromkeys(fact.linear.name for fact in facts))
+            decoder = any(word in name for fact in facts for name in fact.inputs for word in _DECODER_INPUTS)
+            first = facts[0].linear
+            with graph_module.graph.inserting_before(first.node):
+                graph_module.graph.call_function(self._observe, (key, decoder, first.x))
+        graph_module.recompile()
+        return graph_module.forward
+
+    def _observe(self, key: tuple[str, ...], decoder: bool, x: Tensor) -> None:
+        if self.wanted is not None and key not in self.wanted:
+            return
+        rows = x.detach().reshape(-1, x.shape[-1])
+        mask = self.masks.get("decoder_" if decoder else "")
+        if mask is not None and mask.numel() == len(rows):
+            rows = rows[mask.reshape(-1).to(rows.device)]
+        finite = torch.isfinite(rows)
+        if not finite.all():
+            count = int((~finite).sum())
+            raise NonFinite(site=key[0], count=count, what="input activations", shape=tuple(x.shape))
+        sample = self.samples.setdefault(key, Reservoir(self.capacity, seed=self.seed))
+        sample.add(rows)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    wanted: Callable[[Layout], set[tuple[str, ...]]],
+    capacity: int = CAPACITY,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Layout, dict[tuple[str, ...], Reservoir], int]:
+    """Layout of the model, samples per group and the number of tokens seen.
+
+    Args:
+        wanted: given the layout (after the first batch), the groups (by their site names) whose inputs to sample.
+        capacity: rows kept per group.
+
+    Raises:
+        NoBatches, NoLinears, NonFinite, TraceFailed.
+    """
+    observer = Observer(names_of(model), capacity=capacity, seed=seed)
+    layout: Layout | None = None
+    tokens = 0
+    with evaluating(model), observing(), torch.no_grad():
+        compiled = torch.compile(model, backend=observer)
+        for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
+            batch = to_device(batch, device_of(model))
+            observer.masks = padding_masks(batch)
+            tokens += _count_tokens(batch, observer.masks)
+            try:
+                call(compiled, batch)
+            except Exception as error:
+                ours = _cause(error, NonFinite)
+                if ours is not None:
+                    raise ours from None
+                raise TraceFailed(
+                    model=type(model).__name__, batch=index, part=type(error).__name__, reason=str(error).strip().split("\n")[0]
+                ) from error
+            if layout is None:
+                layout = _settle(model, observer)
+                observer.wanted = wanted(layout)
+                observer.samples = {key: sample for key, sample in observer.samples.items() if key in observer.wanted}
+                observer.readings = []
+    if layout is None:
+        raise NoBatches(hint=f"forward of {type(model).__name__}")
+    return layout, observer.samples, tokens
+
+
+def _settle(model: nn.Module, observer: Observer) -> Layout:
+    layout = merge(observer.readings)
+    if not any(site.counted for site in layout.sites.values()):
+        raise NoLinears(
+            model=type(model).__name__,
+            graphs=layout.graphs,
+            nodes=observer.operations,
+            skipped="; ".join(f"{skip.site}: {skip.reason}" for skip in layout.skips[:5]) or "none",
+        )
+    for site in layout.sites.values():
+        bad = ~torch.isfinite(site.weight.detach())
+        if bad.any():
+            raise NonFinite(site=site.name, count=int(bad.sum()), what="weight", shape=tuple(site.weight.shape))
+    return layout
+
+
+def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    while error is not None:
+        if isinstance(error, kind):
+            return error
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return None
+
+
+# ---- running a model on a batch
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """id of each Parameter -> its (first) dotted name."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), site_name(name))
+    return names
+
+
+def device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a pytree; numpy arrays and nested lists of numbers become tensors."""
+    if isinstance(batch, Mapping):
+        batch = {key: _tensor_of(value) for key, value in batch.items()}
+    return optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _tensor_of(value: object) -> object:
+    if isinstance(value, Tensor) or value is None or isinstance(value, (str, bytes, bool, int, float)):
+        return value
+    if hasattr(value, "__array__") or (isinstance(value, list) and _numeric(value)):
+        return torch.as_tensor(value)
+    return value
+
+
+def _numeric(value: object) -> bool:
+    while isinstance(value, list) and value:
+        value = value[0]
+    return isinstance(value, (int, float))
+
+
+def call(model: Callable[..., Any], batch: Any) -> Any:
+    """``model(**batch)``, ``model(*batch)`` or ``model(batch)``, by the batch's type."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def padding_masks(batch: Any) -> dict[str, Tensor]:
+    """Masks of real tokens: "" for the (encoder's) input, "decoder_" for the decoder's, from the batch's keys."""
+    masks: dict[str, Tensor] = {}
+    if isinstance(batch, Mapping):
+        for key, value in batch.items():
+            if not isinstance(value, Tensor) or value.dim() != 2:
+                continue
+            prefix = "decoder_" if str(key).startswith(("decoder_", "tgt_")) else ""
+            if str(key).endswith("attention_mask"):
+                masks[prefix] = value != 0
+            elif str(key).endswith("padding_mask"):  # torch.nn.Transformer: True marks padding
+                masks[prefix] = ~value.bool() if value.dtype == torch.bool else value == 0
+    return masks
+
+
+def _count_tokens(batch: Any, masks: dict[str, Tensor]) -> int:
+    if masks:
+        return sum(int(mask.sum()) for mask in masks.values())
+    for leaf in optree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() >= 2:
+            return leaf.shape[0] * leaf.shape[1]
+    return 1
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Any:
+    """Evaluation mode inside, each module's own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def observing() -> Any:
+    """Dynamo settings for runs that only observe; compiled code of these runs is dropped at the end."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64) if hasattr(torch._dynamo.config, "recompile_limit") else nullcontext():
+            yield
+    finally:
+        torch._dynamo.reset()
+

@@ -1,0 +1,75 @@
+"""``rana-fx``, the command line: adapt, evaluate, explain and try a model.
+
+In: arguments. Out: a table, and with ``--json FILE`` the same facts for programs. A mistake that rana_fx knows ends with one
+message on stderr and exit code 2; RANA_FX_DEBUG=1 shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rana_fx._version import __version__
+from rana_fx.commands import adapt, demo, evaluate, explain, generate
+from rana_fx.errors import RanaError
+
+
+class _Group(TyperGroup):
+    """Turns errors of rana_fx into one message."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  (the context's class is typer's own business)
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            ours = _ours(error)
+            if ours is None or os.environ.get("RANA_FX_DEBUG") == "1":
+                raise
+            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            typer.echo(str(ours), err=True)
+            raise typer.Exit(2) from None
+
+
+def _ours(error: BaseException) -> RanaError | None:
+    """The error of rana_fx inside an error; torch.compile wraps those of a backend."""
+    inner: Any = error
+    while inner is not None and not isinstance(inner, RanaError):
+        inner = getattr(inner, "inner_exception", None)
+    return inner
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rana-fx {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="rana-fx",
+    cls=_Group,
+    help="Adaptive rank allocation for any Transformer that torch.compile can trace.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Adaptive rank allocation for any Transformer that torch.compile can trace."""
+
+
+app.command("demo")(demo.command)
+app.command("adapt")(adapt.command)
+app.command("eval")(evaluate.command)
+app.command("explain")(explain.command)
+app.command("generate")(generate.command)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,86 @@
+"""``rana-fx adapt``: a model and a text in, a plan on disk out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rana_fx.commands import options as o
+from rana_fx.commands.record import data_batches, facts_of, show, write_json
+
+
+def command(
+    model: o.Model,
+    data: o.Data,
+    out: Annotated[Path, typer.Option(help="Folder to write the plan to.")],
+    budget: o.Budget = 0.58,
+    metric: o.Metric = "flops",
+    recipe: o.Recipe = "paper",
+    tokens: o.Tokens = 32_000,
+    context: o.Context = 512,
+    batch_size: o.BatchSize = 8,
+    column: o.Column = "text",
+    split: o.Split = None,
+    seed: o.Seed = 0,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    json: o.Json = None,
+) -> None:
+    """Measure MODEL on a text, decide what every linear layer keeps, and write that plan."""
+    import torch
+
+    from rana_fx.adaptation import adapt
+    from rana_fx.evaluate import load_model
+
+    torch.manual_seed(seed)
+    network, tokenizer = load_model(model, dtype=dtype, device=device)
+    text = {"column": column, "split": split, "tokens": tokens, "context": context, "batch_size": batch_size}
+    batches = data_batches(
+        network, tokenizer, data, column=column, split=split, tokens=tokens, context=context, batch_size=batch_size
+    )
+    started = time.perf_counter()
+    plan = adapt(network, batches, budget=budget, metric=metric, recipe=recipe, seed=seed)
+    seconds = time.perf_counter() - started
+    plan.save(out)
+    facts = facts_of("adapt", seed=seed, model=model, data=data, out=out, dtype=dtype, device=str(network.device), **text)
+    facts |= {
+        "out": str(out),
+        "digest": plan.digest(),
+        "recipe": plan.recipe,
+        "budget": {
+            "asked": plan.budget,
+            "metric": plan.metric,
+            "expected": {"flops": plan.expected_budget("flops"), "bytes": plan.expected_budget("bytes")},
+        },
+        "tokens": plan.tokens,
+        "seconds": seconds,
+        "plan": plan.to_dict(),
+    }
+    show(
+        f"plan for {model}",
+        ("adapter", "kind", "linears", "ranks", "kept", "density", "flops", "bytes", "error"),
+        [
+            (a.name, a.kind, len(a.sites), a.ranks, a.kept, a.density, a.flops / a.dense_flops, a.bytes / a.dense_bytes, a.error)
+            for a in plan.adapters
+        ],
+    )
+    show(
+        "adapted",
+        ("", "value"),
+        [
+            ("recipe", plan.recipe),
+            ("budget asked", f"{plan.budget:g} of the dense {plan.metric}"),
+            ("budget expected, flops", plan.expected_budget("flops")),
+            ("budget expected, bytes", plan.expected_budget("bytes")),
+            ("calibration tokens", plan.tokens),
+            ("linears left dense or skipped", len(plan.skips)),
+            ("seconds", seconds),
+            ("seed", str(plan.seed)),
+            ("digest", plan.digest()[:12]),
+            ("written to", out),
+        ],
+    )
+    write_json(json, facts)

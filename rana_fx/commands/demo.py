@@ -1,0 +1,88 @@
+"""``rana-fx demo``: the embedded model, adapted, compiled and held against its dense self; no network needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from rana_fx.commands import options as o
+from rana_fx.commands.record import facts_of, show, write_json
+
+
+def command(
+    budget: o.Budget = 0.58,
+    metric: o.Metric = "flops",
+    recipe: o.Recipe = "paper",
+    tokens: o.Tokens = 32_000,
+    context: o.Context = 512,
+    batch_size: o.BatchSize = 8,
+    max_new_tokens: o.NewTokens = 64,
+    seed: o.Seed = 0,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    json: o.Json = None,
+) -> None:
+    """Adapt, compile and try the language model that ships with rana_fx. Takes a few minutes on two CPU cores."""
+    from rana_fx import demo
+
+    options = {
+        "budget": budget,
+        "metric": metric,
+        "recipe": recipe,
+        "tokens": tokens,
+        "context": context,
+        "batch_size": batch_size,
+    }
+    facts = facts_of("demo", seed=seed, **options, max_new_tokens=max_new_tokens, dtype=dtype, device=device)
+    facts |= demo.run(
+        budget=budget,
+        metric=metric,
+        recipe=recipe,
+        tokens=tokens,
+        context=context,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        say=typer.echo,
+    )
+    for name in ("dense", "adapted"):
+        typer.echo(f"\n{name}: {facts['generation']['prompt']}{facts['generation'][name]['text']}")
+    typer.echo()
+    show(
+        f"{facts['model']} on {facts['device']}, {facts['dtype']}",
+        ("", "dense", "adapted", "ratio"),
+        _rows(facts),
+        notes=[facts["note"]],
+    )
+    write_json(json, facts)
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:
+    dense, adapted = facts["quality"]["dense"], facts["quality"]["adapted"]
+    fast, slow = facts["generation"]["adapted"], facts["generation"]["dense"]
+    budget = facts["budget"]
+    return [
+        ("perplexity, held-out text", dense["perplexity"], adapted["perplexity"], facts["perplexity_ratio"]),
+        ("mean loss, nats per token", dense["mean_loss"], adapted["mean_loss"], None),
+        ("tokens predicted", dense["tokens"], adapted["tokens"], None),
+        (f"cost of linears asked, {budget['metric']}", 1.0, budget["asked"], budget["asked"]),
+        ("cost of linears measured, flops", 1.0, budget["measured"]["flops"], budget["measured"]["flops"]),
+        ("cost of linears measured, bytes", 1.0, budget["measured"]["bytes"], budget["measured"]["bytes"]),
+        ("compiled by", "inductor", f"rana, recipe {facts['recipe']}", None),
+        ("compilation, seconds", slow["compile_seconds"], fast["compile_seconds"], None),
+        (
+            "ms per decoded token, median",
+            slow["ms_per_token"],
+            fast["ms_per_token"],
+            _over(fast["ms_per_token"], slow["ms_per_token"]),
+        ),
+        ("calibration and plan, seconds", None, facts["adapt_seconds"], None),
+        ("all of the demo, seconds", None, facts["seconds"], None),
+    ]
+
+
+def _over(adapted: float | None, dense: float | None) -> float | None:
+    return adapted / dense if adapted and dense else None

@@ -1,0 +1,100 @@
+"""``rana-fx eval``: perplexity of a model on a text, dense and, with a plan, adapted, with the budget measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rana_fx.commands import options as o
+from rana_fx.commands.record import data_batches, facts_of, show, write_json
+
+if TYPE_CHECKING:
+    from rana_fx.measure import Measurement
+    from rana_fx.plan import Plan
+
+
+def command(
+    model: o.Model,
+    data: o.Data,
+    plan: o.PlanDir = None,
+    tokens: o.Tokens = 32_000,
+    context: o.Context = 512,
+    batch_size: o.BatchSize = 8,
+    column: o.Column = "text",
+    split: o.Split = None,
+    seed: o.Seed = 0,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    json: o.Json = None,
+) -> None:
+    """Perplexity of MODEL on a text; with --plan also of the adapted model, and what it kept."""
+    import torch
+
+    from rana_fx.attachment import attach
+    from rana_fx.evaluate import evaluate, evaluate_adapted, load_model
+    from rana_fx.plan import load_plan
+
+    torch.manual_seed(seed)
+    # before the model: a wrong path shall not wait for it
+    loaded = None if plan is None else load_plan(plan)
+    network, tokenizer = load_model(model, dtype=dtype, device=device)
+    if loaded is not None:
+        attach(network, loaded)
+    text = {"column": column, "split": split, "tokens": tokens, "context": context, "batch_size": batch_size}
+    batches = data_batches(
+        network, tokenizer, data, column=column, split=split, tokens=tokens, context=context, batch_size=batch_size
+    )
+    # the eager model is the dense one, plan or not
+    dense = evaluate(network, batches)
+    facts = facts_of("eval", seed=seed, model=model, data=data, plan=plan, dtype=dtype, device=str(network.device), **text)
+    facts |= {"tokens": dense.tokens, "dense": asdict(dense), "adapted": None, "budget": None, "sites": []}
+    if loaded is not None:
+        adapted, measured = evaluate_adapted(network, batches)
+        facts |= {
+            "adapted": asdict(adapted),
+            "perplexity_ratio": adapted.perplexity / dense.perplexity,
+            "recipe": loaded.recipe,
+            "digest": loaded.digest(),
+            "budget": {
+                "asked": loaded.budget,
+                "metric": loaded.metric,
+                "expected": {"flops": loaded.expected_budget("flops"), "bytes": loaded.expected_budget("bytes")},
+                "measured": {"flops": measured.budget_flops, "bytes": measured.budget_bytes},
+            },
+            "sites": _sites(loaded, measured),
+        }
+        columns = ("site", "kind", "ranks", "density expected", "density measured")
+        show("kept per linear", columns, [tuple(row[key.replace(" ", "_")] for key in columns) for row in facts["sites"]])
+    show(f"{model} on {data}", ("", "dense", "adapted"), _rows(facts))
+    write_json(json, facts)
+
+
+def _sites(plan: Plan, measured: Measurement) -> list[dict[str, Any]]:
+    return [
+        {
+            "site": site,
+            "adapter": adapter.name,
+            "kind": adapter.kind,
+            "ranks": adapter.ranks,
+            "density_expected": adapter.density,
+            "density_measured": measured.density.get(adapter.name),
+        }
+        for adapter in plan.adapters
+        for site in adapter.sites
+    ]
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:
+    dense, adapted, budget = facts["dense"], facts["adapted"] or {}, facts["budget"]
+    rows: list[tuple[object, ...]] = [
+        ("perplexity", dense["perplexity"], adapted.get("perplexity")),
+        ("mean loss, nats per token", dense["mean_loss"], adapted.get("mean_loss")),
+        ("tokens predicted", dense["tokens"], adapted.get("tokens")),
+    ]
+    if budget is not None:
+        asked = {budget["metric"]: budget["asked"]}
+        for metric in ("flops", "bytes"):
+            rows.append((f"budget asked, {metric}", 1.0, asked.get(metric)))
+            rows.append((f"budget measured, {metric}", 1.0, budget["measured"][metric]))
+        rows.append(("recipe", "-", facts["recipe"]))
+    return rows

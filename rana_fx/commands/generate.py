@@ -1,0 +1,65 @@
+"""``rana-fx generate``: continue a prompt with the compiled model, dense or adapted."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rana_fx.commands import options as o
+from rana_fx.commands.record import facts_of, show, write_json
+
+
+def command(
+    model: o.Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    plan: o.PlanDir = None,
+    max_new_tokens: o.NewTokens = 64,
+    cache: Annotated[str, typer.Option(help="Key/value cache: static or dynamic.")] = "static",
+    seed: o.Seed = 0,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    json: o.Json = None,
+) -> None:
+    """Continue a prompt greedily: with --plan by the adapted model, compiled by rana, else by the dense one, compiled by Inductor."""
+    import torch
+
+    from rana_fx._backend import backend
+    from rana_fx.attachment import attach
+    from rana_fx.evaluate import load_model
+    from rana_fx.generation import compiled_forward, generate
+    from rana_fx.plan import load_plan
+
+    torch.manual_seed(seed)
+    loaded = None if plan is None else load_plan(plan)
+    network, tokenizer = load_model(model, dtype=dtype, device=device)
+    if loaded is not None:
+        attach(network, loaded)
+    forward = compiled_forward(network, "inductor" if loaded is None else backend)
+    made = generate(network, tokenizer, prompt, forward=forward, max_new_tokens=max_new_tokens, cache=cache)
+    # a median does not see the two or three steps that compile
+    compile_s = None if made.ms_per_token is None else made.seconds - made.tokens * made.ms_per_token / 1000
+    facts = facts_of(
+        "generate", seed=seed, model=model, plan=plan, dtype=dtype, device=str(network.device), max_new_tokens=max_new_tokens
+    )
+    facts |= {
+        "prompt": prompt,
+        "text": made.text,
+        "backend": "inductor" if loaded is None else "rana",
+        "cache": cache,
+        "tokens": made.tokens,
+        "ms_per_token": made.ms_per_token,
+        "compile_seconds": compile_s,
+        "digest": None if loaded is None else loaded.digest(),
+    }
+    typer.echo(prompt + made.text)
+    rows = [
+        ("backend", facts["backend"]),
+        ("cache", cache),
+        ("new tokens", made.tokens),
+        ("ms per token, median", made.ms_per_token),
+        ("compilation and prefill, seconds", compile_s),
+        ("plan", "-" if loaded is None else loaded.digest()[:12]),
+    ]
+    show("generated", ("", "value"), rows)
+    write_json(json, facts)

@@ -1,0 +1,27 @@
+"""Arguments and options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Local folder or hub name of a causal language model.", metavar="MODEL")]
+Data = Annotated[
+    str, typer.Option(help="Text: a .txt, .json(l), .parquet file (.xz, .gz), a folder of them, or a hub name[:config].")
+]
+PlanDir = Annotated[Path | None, typer.Option("--plan", help="Folder that `rana-fx adapt` wrote.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file.")]
+Budget = Annotated[float, typer.Option(help="Expected cost per token of the linear layers, over dense, in (0, 1].")]
+Metric = Annotated[str, typer.Option(help="What the budget counts: flops or bytes.")]
+Recipe = Annotated[str, typer.Option(help="paper, or a baseline: dense, static, cats, teal, wina.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Use at most so many tokens of the text.")]
+Context = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]
+Column = Annotated[str, typer.Option(help="Column of the dataset that holds the text.")]
+Split = Annotated[str | None, typer.Option(help="Split of the dataset, such as validation or train[:1%]. Default: train.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: float32 on CPU, the checkpoint's own on GPU.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1. Default: a GPU if there is one.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Generate at most so many tokens.")]

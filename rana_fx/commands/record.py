@@ -1,0 +1,132 @@
+"""What a command leaves behind: tables for people, a JSON file with the same facts for programs.
+
+In: the facts of a command. Out: the facts with command line, seed and versions added, written atomically, so that a reader
+never meets half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rana_fx.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def facts_of(command: str, *, seed: int | None = None, **options: object) -> dict[str, Any]:
+    """What every record begins with: which command, with which options, seed and versions."""
+    import importlib.metadata
+
+    from rana_fx._version import __version__
+    from rana_fx.adaptation import versions
+
+    return {
+        "command": command,
+        "command_line": shlex.join(["rana-fx", *sys.argv[1:]]),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+        "seed": seed,
+        "versions": versions() | {"rana_fx": __version__, "datasets": importlib.metadata.version("datasets")},
+    }
+
+
+def write_json(path: Path | None, facts: dict[str, Any]) -> None:
+    """Write facts to a file, whole or not at all; nothing where ``path`` is None. Raises InvalidOption."""
+    if path is None:
+        return
+    try:
+        text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        # an infinite perplexity has no JSON number
+        text = json.dumps(_finite(facts), indent=2) + "\n"
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for their owner alone
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise InvalidOption(
+            name="--json", got=str(path), expected=f"a file that can be written ({error.strerror or error})"
+        ) from error
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, notes: Iterable[str] = ()) -> None:
+    """Print a table: the first column is a name, the others are values on the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        # Text: names such as "w[0]" are no markup
+        table.add_row(*(Text(cell(value)) for value in row))
+    console = Console()
+    if not console.is_terminal:
+        # a pipe has no width: fold nothing
+        console = Console(width=200)
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def cell(value: object) -> str:
+    """A value as tables show it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    return str(value)
+
+
+def data_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str,
+    *,
+    column: str,
+    split: str | None,
+    tokens: int,
+    context: int,
+    batch_size: int,
+) -> list[dict[str, Tensor]]:
+    """Batches of a command's --data. Raises ColumnMissing, DatasetError, InvalidOption."""
+    from rana_fx.text import load_texts, token_batches
+
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and context > room:
+        raise InvalidOption(name="--context", got=context, expected=f"at most {room}, the model's own context")
+    # a document has a token at least: so many are always enough
+    texts = load_texts(data, column=column, split=split, limit=tokens)
+    return token_batches(texts, tokenizer, tokens=tokens, context=context, batch_size=batch_size)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and value - value != 0 else value

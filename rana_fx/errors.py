@@ -1,0 +1,153 @@
+"""Every exception this package raises, with its message.
+
+A user mistake raises one of these, never an ``assert``. Each message says where (site or file), what
+was got, what was expected and what to do; the named facts stay on the exception as ``error.facts``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RanaError(Exception):
+    """Base class. ``facts`` holds the values the message was made of."""
+
+    message: ClassVar[str] = "{reason}"
+
+    def __init__(self, **facts: object) -> None:
+        self.facts = facts
+        super().__init__(self.message.format(**facts))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # keyword-only construction: the default pickling of exceptions would call cls(message)
+        return (_rebuild, (type(self), self.facts))
+
+
+def _rebuild(cls: type[RanaError], facts: dict[str, object]) -> RanaError:
+    return cls(**facts)
+
+
+# ---- what the caller asked for
+
+
+class BudgetOutOfRange(RanaError, ValueError):
+    message = (
+        "budget={budget!r} is outside (0, 1]. It is the expected cost per token of the linear layers inside the "
+        "blocks as a fraction of the dense cost: pass a number such as 0.58."
+    )
+
+
+class BudgetUnreachable(RanaError, ValueError):
+    message = (
+        "budget={budget:.3f} cannot be reached with recipe={recipe!r} on this model: the lowest reachable budget is "
+        "{lowest:.3f} ({why}). Ask for at least {lowest:.3f}, or use another recipe (rana_fx recipes: {recipes})."
+    )
+
+
+class UnknownChoice(RanaError, ValueError):
+    message = "{kind}={got!r} is not known. Pick one of: {valid}."
+
+
+class UnknownRecipe(UnknownChoice):
+    pass
+
+
+class UnknownMetric(UnknownChoice):
+    pass
+
+
+class InvalidOption(RanaError, ValueError):
+    message = "option {name}={got!r} is not valid: expected {expected}."
+
+
+# ---- calibration
+
+
+class NoBatches(RanaError, ValueError):
+    message = "no batch was given: `batches` yielded nothing. Pass at least one batch that the model accepts ({hint})."
+
+
+class TooFewTokens(RanaError, ValueError):
+    message = (
+        "{site}: {got} calibration tokens are too few for a layer of {rank} ranks. At least {needed} tokens "
+        "(padding not counted) are needed; pass more or longer batches."
+    )
+
+
+class NonFinite(RanaError, ValueError):
+    message = (
+        "{site}: {count} NaN or Inf values in its {what} ({shape}). The model would be adapted to noise; "
+        "check the checkpoint, the dtype (fp16 overflows at 65504) and the batches."
+    )
+
+
+class NoLinears(RanaError, ValueError):
+    message = (
+        "no linear layer was found in {model}: {graphs} traced graph(s), {nodes} operations, none multiplies by a "
+        "2-D floating-point Parameter inside a block. Skipped: {skipped}. rana_fx.explain(model, batch) lists what was seen."
+    )
+
+
+class TraceFailed(RanaError, RuntimeError):
+    message = (
+        "{model} could not be traced by torch.compile while running batch {batch}: {part}: {reason}. "
+        "The model must run in eager mode on this batch and under torch.compile(model); fix that first "
+        "(TORCH_LOGS=graph_breaks shows where tracing stops)."
+    )
+
+
+class AlreadyAdapted(RanaError, RuntimeError):
+    message = (
+        "{model} already carries a plan (recipe={recipe!r}, budget={budget}, digest {digest}). "
+        "Call rana_fx.detach(model) first, or rana_fx.attach(model, other_plan) to replace it."
+    )
+
+
+# ---- plans
+
+
+class NoPlan(RanaError, RuntimeError):
+    message = (
+        "the model being compiled has no plan attached (its linear {site} has none). Call "
+        "rana_fx.adapt(model, batches) or rana_fx.attach(model, rana_fx.load_plan(path)) before the first call, "
+        'or compile with backend="inductor" for the dense model.'
+    )
+
+
+class PlanMismatch(RanaError, ValueError):
+    message = (
+        "the plan does not fit {model}: {site}: got {got}, expected {expected}. A plan is valid only for the weights "
+        "it was made for; load the matching checkpoint or run rana_fx.adapt again."
+    )
+
+
+class PlanVersion(RanaError, ValueError):
+    message = (
+        "{path}: plan format {got} was written by another rana_fx; this one reads format {expected}. {todo}"
+    )
+
+
+class PlanFileError(RanaError, ValueError):
+    message = "{path} is not a readable plan: {reason}. Expected a folder written by Plan.save (plan.json and plan-*.safetensors)."
+
+
+class PlanWriteError(RanaError, OSError):
+    message = "the plan could not be written to {path}: {reason}. Nothing at that path was changed; free space or pick another path."
+
+
+# ---- data and models
+
+
+class ColumnMissing(RanaError, ValueError):
+    message = "{source}: no text column {column!r}; it has {columns}. Name the right one with column=... (--column)."
+
+
+class DatasetError(RanaError, ValueError):
+    message = (
+        "{source} cannot be read as a dataset: {reason}. Expected a local .txt, .json, .jsonl, .parquet file "
+        "(.xz or .gz allowed), a folder of them, or the name of a dataset on the Hugging Face hub."
+    )
+
+
+class ModelError(RanaError, ValueError):
+    message = "{source} cannot be loaded as a model: {reason}. Expected a local folder or a name on the Hugging Face hub."

@@ -1,0 +1,129 @@
+"""Greedy generation through torch.compile, timed token by token.
+
+In: a causal language model, its tokenizer, a prompt and a backend. Out: the text and the time of every step. The first
+steps contain the compilation, so a median over steps is the time of a token and the rest is reported apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rana_fx.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CACHES = ("static", "dynamic")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """``text``: the continuation. ``steps_ms``: time of each new token but the first; ``first_ms``: prefill and first token."""
+
+    text: str
+    tokens: int
+    first_ms: float
+    steps_ms: tuple[float, ...]
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """Median over the steps; None where there was only one token."""
+        return statistics.median(self.steps_ms) if self.steps_ms else None
+
+    @property
+    def seconds(self) -> float:
+        """All of it, compilation included."""
+        return (self.first_ms + sum(self.steps_ms)) / 1000
+
+
+def compiled_forward(model: PreTrainedModel, backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The model's forward compiled for ``generate``. Compile once, generate often."""
+    return torch.compile(type(model).forward.__get__(model), backend=backend)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    forward: Callable[..., Any] | None = None,
+    max_new_tokens: int = 64,
+    cache: str = "static",
+) -> Generated:
+    """Continue a prompt greedily.
+
+    Args:
+        forward: from ``compiled_forward``; default: the model's own, eager.
+        max_new_tokens: fewer are made where the model ends its text.
+        cache: "static" (one shape for all steps) or "dynamic" (grows by one a step).
+
+    Raises:
+        InvalidOption.
+    """
+    if cache not in CACHES:
+        raise InvalidOption(name="cache", got=cache, expected="one of " + ", ".join(CACHES))
+    if max_new_tokens < 1:
+        raise InvalidOption(name="max_new_tokens", got=max_new_tokens, expected="a positive number")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if not length:
+        raise InvalidOption(name="prompt", got=prompt, expected="at least one token of text")
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and length + max_new_tokens > room:
+        expected = f"at most {room - length}: the prompt has {length} tokens and the model's context is {room}"
+        raise InvalidOption(name="max_new_tokens", got=max_new_tokens, expected=expected)
+    clock = _Clock()
+    with torch.no_grad(), _forward(model, forward):
+        started = time.perf_counter()
+        output = model.generate(
+            **{key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask")},
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            cache_implementation=cache if cache == "static" else "dynamic",
+            # we choose what is compiled and by which backend
+            disable_compile=True,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=clock,
+        )
+    new = output[0, length:]
+    times = [started, *clock.times]
+    gaps = [1000 * (after - before) for before, after in zip(times, times[1:], strict=False)]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return Generated(text=text, tokens=len(new), first_ms=gaps[0], steps_ms=tuple(gaps[1:]))
+
+
+class _Clock:
+    """A streamer of transformers that keeps times instead of text. It is handed tokens on the CPU, so a GPU is done by then."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt:
+            self._prompt = False
+        else:
+            self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is buffered."""
+
+
+@contextmanager
+def _forward(model: PreTrainedModel, forward: Callable[..., Any] | None) -> Iterator[None]:
+    if forward is None:
+        yield
+        return
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward

@@ -1,0 +1,101 @@
+"""Count what an adapted model really keeps on given text.
+
+In: a model with a plan attached, and calls of it. Out: kept ranks per adapter and the budget measured, to hold against
+the budget asked. The rewritten graph runs with its reference kernels, and a counter sits before every masked product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rana_fx._backend import rewrite
+from rana_fx.attachment import attached
+from rana_fx.calibrate import call, device_of, evaluating, observing, padding_masks, to_device
+from rana_fx.errors import NoPlan
+from rana_fx.kernels.ops import masked_gemv
+from rana_fx.kernels.reference import kept
+from rana_fx.plan import Plan
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Over ``tokens`` real tokens: kept fraction per adapter, and cost per token over the dense model's."""
+
+    tokens: int
+    density: dict[str, float]
+    budget_flops: float
+    budget_bytes: float
+
+
+class Meter:
+    """Calls the adapted model and counts."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model = model
+        self._plan = plan
+        self._compiled = torch.compile(model, backend=self._backend)
+        self._kept: dict[str, float] = {}
+        self._rows: dict[str, int] = {}
+        self._masks: dict[str, Tensor] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted model's output for one call."""
+        moved_args, moved_kwargs = to_device((args, kwargs), device_of(self._model))
+        self._masks = padding_masks(moved_kwargs)
+        with torch.no_grad():
+            return self._compiled(*moved_args, **moved_kwargs)
+
+    def run(self, batch: Any) -> Any:
+        """The adapted model's output for a batch as ``adapt`` takes them."""
+        return call(self, batch)
+
+    def result(self) -> Measurement:
+        """What was counted so far."""
+        mean = {name: self._kept[name] / self._rows[name] for name in self._kept if self._rows[name]}
+        ranks = {adapter.name: adapter.ranks for adapter in self._plan.adapters}
+        return Measurement(
+            tokens=max(self._rows.values(), default=0),
+            density={name: value / ranks[name] for name, value in mean.items()},
+            budget_flops=self._plan.expected_budget("flops", kept=mean),
+            budget_bytes=self._plan.expected_budget("bytes", kept=mean),
+        )
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        rewrite(gm, example_inputs)
+        counted: set[tuple[fx.Node, str]] = set()
+        for node in list(gm.graph.nodes):
+            name = node.meta.get("rana_adapter")
+            if node.target is masked_gemv and (node.args[0], name) not in counted:
+                counted.add((node.args[0], name))
+                with gm.graph.inserting_before(node):
+                    gm.graph.call_function(self._count, (name, node.args[0], node.args[1]))
+        gm.recompile()
+        return gm.forward
+
+    def _count(self, name: str, v: Tensor, tau: Tensor) -> None:
+        rows = v.detach().reshape(-1, v.shape[-1])
+        mask = next((m for m in self._masks.values() if m.numel() == len(rows)), None)
+        if mask is not None:
+            rows = rows[mask.reshape(-1).to(rows.device)]
+        self._kept[name] = self._kept.get(name, 0.0) + float(kept(rows, tau).sum())
+        self._rows[name] = self._rows.get(name, 0) + len(rows)
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[Meter]:
+    """A ``Meter`` for a model with a plan attached; the model is in evaluation mode inside.
+
+    Raises:
+        NoPlan.
+    """
+    found = attached(model)
+    if found is None:
+        raise NoPlan(site=next((name for name, _ in model.named_parameters()), type(model).__name__))
+    with evaluating(model), observing():
+        yield Meter(model, found.plan)

@@ -1,0 +1,162 @@
+"""The plan: what adaptation decided, frozen. The only thing that crosses from adaptation to compilation.
+
+In: the recipe's adapters and the fingerprint of the weights they were made for. Out: costs, a summary, a digest (part
+of the compile-cache key) and, through ``rana_fx.planfile``, a folder on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rana_fx.adapters import Adapter
+from rana_fx.sites import Skip
+
+METRICS = ("flops", "bytes")
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """A linear of the model the plan was made for. ``digest``: of the weight's bytes; flops: multiply-adds per token."""
+
+    name: str
+    role: str
+    op: str
+    out_features: int
+    in_features: int
+    transposed: bool
+    uses: int
+    counted: bool
+    dtype: str
+    digest: str
+
+    @property
+    def flops(self) -> float:
+        return float(self.uses * self.out_features * self.in_features)
+
+    def cost(self, metric: str) -> float:
+        """Dense cost per token."""
+        width = getattr(torch, self.dtype).itemsize if metric == "bytes" else 1
+        return self.flops * width
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One adaptation of one model.
+
+    Attributes:
+        budget: asked, a fraction of the dense cost in ``metric`` ("flops": multiply-adds, "bytes": weight bytes read).
+        tokens: calibration tokens seen, padding not counted.
+        sites: every linear found; those with ``counted`` make up the budget.
+        adapters: what is replaced. skips: what is not, and why.
+    """
+
+    recipe: str
+    metric: str
+    budget: float
+    seed: int
+    tokens: int
+    model: str
+    versions: dict[str, str]
+    sites: tuple[SiteRecord, ...]
+    adapters: tuple[Adapter, ...]
+    skips: tuple[Skip, ...]
+
+    def expected_budget(self, metric: str | None = None, *, kept: dict[str, float] | None = None) -> float:
+        """Cost per token over the dense cost. ``kept``: mean kept ranks by adapter name; default as calibrated."""
+        metric = metric or self.metric
+        dense = sum(site.cost(metric) for site in self.sites if site.counted)
+        change = sum(
+            adapter.cost(metric, None if kept is None else kept.get(adapter.name))
+            - (adapter.dense_flops if metric == "flops" else adapter.dense_bytes)
+            for adapter in self.adapters
+        )
+        return (dense + change) / dense if dense else 1.0
+
+    def adapter_of(self, site: str) -> Adapter | None:
+        """The adapter that replaces a site, if any."""
+        return next((adapter for adapter in self.adapters if site in adapter.sites), None)
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        state = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
+        for adapter in self.adapters:
+            for name, value in sorted(adapter.tensors().items()):
+                state.update(f"{adapter.name}/{name}".encode())
+                state.update(tensor_bytes(value))
+        return state.hexdigest()
+
+    def digest(self) -> str:
+        """SHA-256 over facts and factors: equal for equal plans, also after saving and loading."""
+        return self._digest
+
+    def to_dict(self) -> dict[str, Any]:
+        """All facts, without tensors; JSON-able."""
+        facts = {key: getattr(self, key) for key in ("recipe", "metric", "budget", "seed", "tokens", "model", "versions")}
+        return facts | {
+            "sites": [asdict(site) for site in self.sites],
+            "adapters": [adapter_facts(adapter) for adapter in self.adapters],
+            "skips": [asdict(skip) for skip in self.skips],
+        }
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        kinds: dict[str, int] = {}
+        for adapter in self.adapters:
+            kinds[adapter.kind] = kinds.get(adapter.kind, 0) + 1
+        parts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no adapters"
+        lines = [
+            f"plan {self.digest()[:12]} for {self.model}: recipe {self.recipe}, budget {self.budget:g} in {self.metric}",
+            f"  {parts}; {sum(site.counted for site in self.sites)} linears in the budget, {len(self.skips)} left dense or skipped",
+            f"  expected cost per token: flops {self.expected_budget('flops'):.3f}, bytes {self.expected_budget('bytes'):.3f} of dense",
+        ]
+        for adapter in self.adapters:
+            error = "" if adapter.error is None else f", error {adapter.error:.4f}"
+            lines.append(f"  {adapter.name}: {adapter.kind}, {adapter.kept:.1f} of {adapter.ranks} kept{error}")
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write to a folder, atomically: an interrupted or failed save leaves an older plan there intact.
+
+        Raises:
+            PlanWriteError.
+        """
+        from rana_fx.planfile import write
+
+        write(self, Path(path))
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan that ``Plan.save`` wrote; no pickle is involved.
+
+    Raises:
+        PlanFileError, PlanVersion.
+    """
+    from rana_fx.planfile import read
+
+    return read(Path(path))
+
+
+def adapter_facts(adapter: Adapter) -> dict[str, Any]:
+    """An adapter's facts without tensors."""
+    names = ("name", "kind", "sites", "ranks", "kept", "flops", "dense_flops", "bytes", "dense_bytes", "error", "gate", "also")
+    facts = {key: getattr(adapter, key) for key in names}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+
+
+def tensor_bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor, in row-major order."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def weight_digest(weight: Tensor) -> str:
+    """SHA-256 of a weight's bytes, shortened to 16 hex digits."""
+    return hashlib.sha256(tensor_bytes(weight)).hexdigest()[:16]

@@ -1,0 +1,147 @@
+"""A plan on disk: ``plan.json`` with the facts, and one safetensors file with the factors, named by its content.
+
+The tensors are written first, under a name that no older plan uses; then ``plan.json`` is replaced in one step; only
+then are tensors of an older plan removed. So at every moment the folder holds a whole plan: the old or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import safetensors
+import safetensors.torch
+
+from rana_fx.adapters import Adapter, Kind
+from rana_fx.errors import PlanFileError, PlanVersion, PlanWriteError
+from rana_fx.plan import Plan, SiteRecord
+from rana_fx.sites import Skip
+
+FORMAT = 1
+HEADER = "plan.json"
+
+
+@dataclass(frozen=True)
+class _AdapterFacts:
+    name: str
+    kind: Kind
+    sites: tuple[str, ...]
+    ranks: int
+    kept: float
+    flops: float
+    dense_flops: float
+    bytes: float
+    dense_bytes: float
+    error: float | None
+    gate: str | None
+    also: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    recipe: str
+    metric: str
+    budget: float
+    seed: int
+    tokens: int
+    model: str
+    versions: dict[str, str]
+    sites: tuple[SiteRecord, ...]
+    adapters: tuple[_AdapterFacts, ...]
+    skips: tuple[Skip, ...]
+
+
+_SCHEMA = pydantic.TypeAdapter(_Facts)
+
+
+def write(plan: Plan, folder: Path) -> None:
+    """Write atomically. Raises PlanWriteError."""
+    tensors = {f"{i}.{key}": value.cpu().contiguous() for i, a in enumerate(plan.adapters) for key, value in a.tensors().items()}
+    content = safetensors.torch.save(tensors, metadata={"rana_fx": str(FORMAT)})
+    name = f"plan-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    header = {"format": FORMAT, "digest": plan.digest(), "tensors": name, "plan": plan.to_dict()}
+    created = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            created.append(folder / name)
+            _replace(folder / name, content)
+        _replace(folder / HEADER, json.dumps(header, indent=1).encode())
+    except OSError as error:
+        for path in created:
+            path.unlink(missing_ok=True)
+        raise PlanWriteError(path=folder, reason=error.strerror or str(error)) from error
+    for old in folder.glob("plan-*.safetensors"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside the target and rename over it, once the bytes are on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(folder: Path) -> Plan:
+    """Read and check. Raises PlanFileError, PlanVersion."""
+    try:
+        header: Any = json.loads((folder / HEADER).read_bytes())
+    except FileNotFoundError:
+        raise PlanFileError(path=folder, reason=f"there is no {HEADER} in it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanFileError(path=folder / HEADER, reason=f"it is not JSON ({error})") from error
+    if not isinstance(header, dict) or "format" not in header:
+        raise PlanFileError(path=folder / HEADER, reason="it has no format number")
+    if header["format"] != FORMAT:
+        newer = isinstance(header["format"], int) and header["format"] > FORMAT
+        todo = "Upgrade rana_fx." if newer else "Make the plan again with rana_fx.adapt."
+        raise PlanVersion(path=folder, got=header["format"], expected=FORMAT, todo=todo)
+    try:
+        facts = _SCHEMA.validate_python(header["plan"])
+        tensors = _tensors(folder, str(header["tensors"]))
+        adapters = tuple(_adapter(i, fact, tensors) for i, fact in enumerate(facts.adapters))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PlanFileError(path=folder / HEADER, reason=f"{where or 'plan'}: {first['msg']}") from error
+    except (KeyError, AssertionError) as error:
+        raise PlanFileError(path=folder, reason=f"facts and tensors do not belong together ({error})") from error
+    plan = Plan(
+        facts.recipe, facts.metric, facts.budget, facts.seed, facts.tokens, facts.model, facts.versions, facts.sites, adapters, facts.skips
+    )  # fmt: skip
+    if plan.digest() != header.get("digest"):
+        raise PlanFileError(path=folder, reason="its content does not match its digest: it was changed after it was saved")
+    return plan
+
+
+def _tensors(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / Path(name).name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PlanFileError(path=path, reason=error.strerror or str(error)) from error
+    if f"plan-{hashlib.sha256(content).hexdigest()[:16]}.safetensors" != path.name:
+        raise PlanFileError(path=path, reason="its bytes do not match its name: it is truncated or was changed")
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise PlanFileError(path=path, reason=f"it is not a safetensors file ({error})") from error
+
+
+def _adapter(index: int, facts: _AdapterFacts, tensors: dict[str, Any]) -> Adapter:
+    own = {key: tensors.get(f"{index}.{key}") for key in ("router", "weight", "bias")}
+    fields = {key: getattr(facts, key) for key in facts.__dataclass_fields__}
+    return Adapter(**fields, tau=tensors[f"{index}.tau"], **own)

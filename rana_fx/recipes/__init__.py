@@ -1,0 +1,34 @@
+"""Recipes by name: how a budget becomes adapters. A new recipe is one class with ``name``, ``wants`` and ``solve``."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rana_fx.adapters import Adapter
+from rana_fx.layout import Layout
+from rana_fx.recipes.baselines import Cats, Dense, Static, Thresholds
+from rana_fx.recipes.paper import Paper
+from rana_fx.recipes.problem import Problem
+
+
+class Recipe(Protocol):
+    """One way to spend a budget."""
+
+    @property
+    def name(self) -> str: ...
+
+    def wants(self, layout: Layout) -> set[tuple[str, ...]]:
+        """Groups (by their site names) whose inputs must be sampled."""
+        ...
+
+    def solve(self, problem: Problem) -> list[Adapter]:
+        """Adapters for the problem; what stays dense goes to ``problem.skips`` with its reason."""
+        ...
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (Dense(), Static(), Cats(), Thresholds("teal", weighted=False), Thresholds("wina", weighted=True), Paper())
+}
+
+__all__ = ["RECIPES", "Problem", "Recipe"]

@@ -1,0 +1,152 @@
+"""Baselines through the same menu and the same budget.
+
+    dense    nothing is adapted
+    static   SVD of the output at a fixed rank, every linear (attention inputs stacked as in the paper's recipe)
+    teal     keep input j where |x_j| >= t, every linear (TEAL, arXiv 2408.14690; uniform sparsity)
+    wina     keep input j where |x_j| |W_:,j| >= t, every linear (WINA)
+    cats     keep neuron j where |act(gate x)_j| >= t: skip rows of up and columns of down (CATS, COLM 2024)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rana_fx.adapters import Adapter
+from rana_fx.decompose import Choice, importance_profile, neuron_threshold, output_basis, second_moment
+from rana_fx.errors import BudgetUnreachable
+from rana_fx.layout import Layout, MlpBlock
+from rana_fx.recipes.problem import Problem
+from rana_fx.sites import Skip
+
+
+def _groups(layout: Layout, names: list[str]) -> set[tuple[str, ...]]:
+    return {layout.groups[layout.sites[name].group].sites for name in names}
+
+
+class Dense:
+    """No adapter at all: the reference row of every table."""
+
+    name = "dense"
+
+    def wants(self, layout: Layout) -> set[tuple[str, ...]]:  # noqa: ARG002
+        return set()
+
+    def solve(self, problem: Problem) -> list[Adapter]:
+        problem.skips += [Skip(name, "recipe dense") for name in problem.counted()]
+        return []
+
+
+class Static:
+    """Fixed rank r = fraction * out * in / (out + in) in the output basis."""
+
+    name = "static"
+
+    def wants(self, layout: Layout) -> set[tuple[str, ...]]:
+        return _groups(layout, [site.name for site in layout.sites.values() if site.counted])
+
+    def solve(self, problem: Problem) -> list[Adapter]:
+        stacks = problem.layout.stacks()
+        stacked = {name for stack in stacks for name in stack}
+        units = [*stacks, *((name,) for name in problem.counted() if name not in stacked)]
+        if problem.budget >= 1:
+            return []
+        adapters = []
+        for names in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
+            weight = problem.matrix(names)
+            out, width = weight.shape
+            rank = int(problem.budget * out * width / (out + width))
+            if rank < 1:
+                lowest = (out + width) / (out * width)
+                raise BudgetUnreachable(
+                    budget=problem.budget, recipe=problem.recipe, lowest=lowest, why=f"{names[0]} needs one rank", recipes="teal, wina"
+                )
+            rows = problem.sampled(names[0], min(out, width))
+            moment = second_moment(rows)
+            basis = output_basis(weight, moment)
+            total = torch.einsum("oi,ij,oj->", weight.double(), moment, weight.double())
+            kept = torch.einsum("oi,ij,oj->", basis.b_DI[:rank].double(), moment, basis.b_DI[:rank].double())
+            choice = Choice(rank, float(rank), 0.0, float(kept / total) if total > 0 else 1.0)
+            adapters.append(problem.rank_adapter(names, basis, choice, static=True))
+        return adapters
+
+
+class Thresholds:
+    """Input thresholds on every linear, at one density: ``teal`` by |x|, ``wina`` by |x| times the column's norm."""
+
+    def __init__(self, name: str, *, weighted: bool) -> None:
+        self.name = name
+        self._weighted = weighted
+
+    def wants(self, layout: Layout) -> set[tuple[str, ...]]:
+        return _groups(layout, [site.name for site in layout.sites.values() if site.counted])
+
+    def solve(self, problem: Problem) -> list[Adapter]:
+        if problem.budget >= 1:
+            return []
+        adapters = []
+        for name in tqdm(problem.counted(), desc="thresholds", unit="layer", disable=not problem.progress):
+            rows = problem.sampled(name, 1)
+            norms = self._norms(problem, name)
+            profile = importance_profile(rows, norms)
+            adapters.append(problem.neuron_adapter(name, neuron_threshold(profile, problem.budget), norms, problem.budget))
+        return adapters
+
+    def _norms(self, problem: Problem, name: str) -> Tensor:
+        if self._weighted:
+            return torch.linalg.vector_norm(problem.matrix((name,)), dim=0)
+        return torch.ones(problem.layout.sites[name].in_features)
+
+
+class Cats:
+    """Contextual thresholds on the activated gate; attention and the gate itself stay dense."""
+
+    name = "cats"
+
+    def wants(self, layout: Layout) -> set[tuple[str, ...]]:
+        return _groups(layout, [block.ups[0] for block in layout.blocks])
+
+    def solve(self, problem: Problem) -> list[Adapter]:
+        if problem.budget >= 1:
+            return []
+        blocks = problem.layout.blocks
+        masked = {block.down: _masked_sites(block) for block in blocks}
+        adaptable = tuple(name for names in masked.values() for name in names)
+        fraction = problem.fraction(adaptable, why="CATS leaves attention and the gate of every MLP dense")
+        problem.skips += [Skip(name, "dense in CATS") for name in problem.counted() if name not in adaptable]
+        return [_threshold_block(problem, block, masked[block.down], min(1.0, fraction)) for block in blocks]
+
+
+def _masked_sites(block: MlpBlock) -> tuple[str, ...]:
+    """Down, and the up projection when a gate of its own decides which of its rows are needed."""
+    if block.activation is None:
+        return (block.down,)
+    return (block.down, block.ups[1 - block.gate])
+
+
+def _threshold_block(problem: Problem, block: MlpBlock, masked: tuple[str, ...], fraction: float) -> Adapter:
+    rows = problem.sampled(block.ups[0], 1)
+    ones = torch.ones(problem.layout.sites[block.down].in_features)
+    if block.activation is None:
+        hidden = torch.cat([problem.dense_rows(block, chunk) for chunk in rows.split(2048)])
+        return problem.neuron_adapter(block.down, neuron_threshold(importance_profile(hidden, ones), fraction), ones, fraction)
+    gate = block.ups[block.gate]
+    weight, bias = problem.matrix((gate,)), problem.bias((gate,))
+    chunks = [block.activation(torch.nn.functional.linear(chunk.float(), weight, bias)).float() for chunk in rows.split(2048)]
+    threshold = neuron_threshold(importance_profile(torch.cat(chunks), ones), fraction)
+    width = problem.layout.sites[block.down].in_features
+    return Adapter(
+        name=block.down,
+        kind="gated",
+        sites=(block.down,),
+        ranks=width,
+        kept=fraction * width,
+        tau=torch.tensor([threshold], dtype=torch.float32),
+        flops=fraction * problem.flops(masked),
+        dense_flops=problem.flops(masked),
+        bytes=fraction * problem.bytes(masked),
+        dense_bytes=problem.bytes(masked),
+        gate=gate,
+        also=masked[1:],
+    )

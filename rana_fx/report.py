@@ -1,0 +1,114 @@
+"""``explain``: every linear of a model, what happens to it, and why.
+
+In: a model (with or without a plan) and one example batch. Out: a ``Report``: rows for people and for programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from rana_fx.attachment import attached
+from rana_fx.calibrate import calibrate
+from rana_fx.layout import Site
+from rana_fx.plan import Plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight. ``action``: "rank", "static", "neuron", "gated", "dense" or "skipped"; costs over the dense layer's."""
+
+    site: str
+    role: str
+    op: str
+    shape: tuple[int, ...]
+    action: str
+    detail: str
+    flops: float
+    bytes: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows in order of execution, and totals."""
+
+    model: str
+    plan: str | None
+    budget: float | None
+    expected_flops: float
+    expected_bytes: float
+    sites: int
+    groups: int
+    blocks: int
+    graphs: int
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able facts."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {self.sites} linears in {self.groups} groups, {self.blocks} MLP blocks, {self.graphs} graph(s); "
+            + (f"plan {self.plan}, expected flops {self.expected_flops:.3f}" if self.plan else "no plan attached")
+        ]
+        width = max((len(row.site) for row in self.rows), default=0)
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape))
+            lines.append(f"  {row.site:{width}}  {row.role:13}  {shape:>12}  {row.action:7}  {row.flops:6.3f}  {row.detail}")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, example_inputs: Any) -> Report:
+    """Trace a model on one batch and say what its plan does with each linear.
+
+    Args:
+        example_inputs: one batch, as ``rana_fx.adapt`` takes them.
+
+    Raises:
+        NoLinears, NonFinite, TraceFailed.
+    """
+    layout, _, _ = calibrate(model, [example_inputs], wanted=lambda _: set(), progress=False)
+    found = attached(model)
+    plan = None if found is None else found.plan
+    rows = [_row(site, plan) for site in layout.sites.values()]
+    known = set(layout.sites)
+    rows += [Row(skip.site, "-", "-", (), "skipped", skip.reason, 1.0, 1.0, None) for skip in layout.skips if skip.site not in known]
+    return Report(
+        model=type(model).__name__,
+        plan=None if plan is None else plan.digest()[:12],
+        budget=None if plan is None else plan.budget,
+        expected_flops=1.0 if plan is None else plan.expected_budget("flops"),
+        expected_bytes=1.0 if plan is None else plan.expected_budget("bytes"),
+        sites=len(layout.sites),
+        groups=len(layout.groups),
+        blocks=len(layout.blocks),
+        graphs=layout.graphs,
+        rows=tuple(rows),
+    )
+
+
+def _row(site: Site, plan: Plan | None) -> Row:
+    shape = (site.out_features, site.in_features)
+    adapter = None if plan is None else plan.adapter_of(site.name)
+    if adapter is None:
+        reason = _reason(site, plan)
+        return Row(site.name, site.role, site.op, shape, "dense", reason, 1.0, 1.0, None)
+    detail = f"{adapter.kept:.1f} of {adapter.ranks} kept"
+    if len(adapter.sites) > 1:
+        detail += f", router shared by {len(adapter.sites)}"
+    if adapter.error is not None:
+        detail += f", error {adapter.error:.4f}"
+    flops, read = adapter.flops / adapter.dense_flops, adapter.bytes / adapter.dense_bytes
+    return Row(site.name, site.role, site.op, shape, adapter.kind, detail, flops, read, adapter.error)
+
+
+def _reason(site: Site, plan: Plan | None) -> str:
+    if plan is None:
+        return "no plan attached" if site.counted else f"outside the budget ({site.role})"
+    reasons = [skip.reason for skip in plan.skips if skip.site == site.name]
+    return "; ".join(reasons) or "not adapted by the recipe"
+
