@@ -18,10 +18,11 @@ _LIBRARY.define("masked_gemv(Tensor v, Tensor tau, Tensor weight, Tensor? bias=N
 _LIBRARY.impl("masked_gemv", reference.masked_gemv, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("rana::masked_gemv", lib=_LIBRARY)
+@torch.library.register_fake("rana::masked_gemv", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    torch._check(tau.dim() == 1 and weight.dim() == 2, lambda: f"tau {tuple(tau.shape)} and weight {tuple(weight.shape)}: expected (K,), (K, N)")
-    torch._check(v.shape[-1] == weight.shape[0], lambda: f"v {tuple(v.shape)} does not match weight {tuple(weight.shape)}: expected (..., K), (K, N)")
+    shapes = f"v {tuple(v.shape)}, tau {tuple(tau.shape)}, weight {tuple(weight.shape)}: expected (..., K), (K,), (K, N)"
+    torch._check(tau.dim() == 1 and weight.dim() == 2, lambda: shapes)
+    torch._check(v.shape[-1] == weight.shape[0], lambda: shapes)
     return v.new_empty((*v.shape[:-1], weight.shape[1]))
 
 

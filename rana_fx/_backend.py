@@ -47,7 +47,8 @@ def backend(
     patches["post_grad_custom_pre_pass"] = _CacheKey(result, patches.get("post_grad_custom_pre_pass"))
     # no kernel of ours yet: Inductor sees the product and the mask, and fuses the mask into what surrounds it
     decompositions = {**select_decomp_table(), masked_gemv: reference.masked_gemv}
-    return compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions)
+    return compiled  # type: ignore[no-any-return]
 
 
 def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Result:
@@ -91,14 +92,14 @@ class _CacheKey(CustomGraphPass):
 
     def __init__(self, result: Result, inner: Any = None) -> None:
         self._plans = "+".join(sorted(attachment.plan.digest() for attachment in result.matches.attachments))
-        self._inner = inner if inner is not None else torch._inductor.config.post_grad_custom_pre_pass
+        inner = inner if inner is not None else torch._inductor.config.post_grad_custom_pre_pass
+        self._inner: list[Any] = [] if inner is None else list(inner) if isinstance(inner, (list, tuple)) else [inner]
 
     def __call__(self, graph: fx.Graph) -> None:
-        if self._inner is not None:
-            self._inner(graph)
+        for step in self._inner:
+            step(graph)
 
     def uuid(self) -> Any:
-        if self._inner is None:
-            return (sources_hash(), self._plans)
-        inner = self._inner.uuid() if isinstance(self._inner, CustomGraphPass) else None
-        return None if inner is None else (sources_hash(), self._plans, inner)
+        inner = [step.uuid() if isinstance(step, CustomGraphPass) else None for step in self._inner]
+        # a pass without a key of its own makes the whole compile uncacheable, as it does without us
+        return None if None in inner else (sources_hash(), self._plans, *inner)

@@ -37,7 +37,7 @@ class Factors(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
         taus = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tau in taus.items():
             # half precision would move thresholds: only follow the device
             self._buffers[name] = tau.to(getattr(self, name).device)

@@ -21,7 +21,7 @@ from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed
 from rana_fx.groups import Reading, read_graph
 from rana_fx.guards import guard_weights
 from rana_fx.layout import Layout, merge
-from rana_fx.sites import find_linears, site_name
+from rana_fx.sites import Scan, find_linears, site_name
 from rana_fx.stats import CAPACITY, Reservoir
 from rana_fx.unfuse import unfuse
 
@@ -45,6 +45,7 @@ class Observer:
         scan = find_linears(graph_module, example_inputs, self.names)
         for node, parameter in scan.weights.items():
             node.meta["rana_real"] = parameter.detach()
+        _check_weights(scan)
         reading = read_graph(scan)
         self.operations += len(graph_module.graph.nodes)
         if self.wanted is None:
@@ -133,11 +134,15 @@ def _settle(model: nn.Module, observer: Observer) -> Layout:
             nodes=observer.operations,
             skipped="; ".join(f"{skip.site}: {skip.reason}" for skip in layout.skips[:5]) or "none",
         )
-    for site in layout.sites.values():
-        bad = ~torch.isfinite(site.weight.detach())
-        if bad.any():
-            raise NonFinite(site=site.name, count=int(bad.sum()), what="weight", shape=tuple(site.weight.shape))
     return layout
+
+
+def _check_weights(scan: Scan) -> None:
+    """Before anything runs: a NaN in a weight would show up in later activations, far from where it is."""
+    for linear in scan.linears:
+        bad = ~torch.isfinite(linear.weight.detach())
+        if bad.any():
+            raise NonFinite(site=linear.name, count=int(bad.sum()), what="weight", shape=tuple(linear.weight.shape))
 
 
 def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
@@ -165,7 +170,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a pytree; numpy arrays and nested lists of numbers become tensors."""
+    """Move every tensor of a pytree; in a mapping, arrays and lists of numbers (rows of a dataset) become tensors."""
     if isinstance(batch, Mapping):
         batch = {key: _tensor_of(value) for key, value in batch.items()}
     return optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
@@ -175,7 +180,9 @@ def _tensor_of(value: object) -> object:
     if isinstance(value, Tensor) or value is None or isinstance(value, (str, bytes, bool, int, float)):
         return value
     if hasattr(value, "__array__") or (isinstance(value, list) and _numeric(value)):
-        return torch.as_tensor(value)
+        tensor = torch.as_tensor(value)
+        # a row of a datasets.Dataset holds one sequence as a flat list: a batch of one
+        return tensor[None] if tensor.dim() == 1 and isinstance(value, list) else tensor
     return value
 
 
@@ -237,8 +244,9 @@ def observing() -> Any:
 
     torch._dynamo.reset()
     try:
-        with torch._dynamo.config.patch(recompile_limit=64) if hasattr(torch._dynamo.config, "recompile_limit") else nullcontext():
+        with (
+            torch._dynamo.config.patch(recompile_limit=64) if hasattr(torch._dynamo.config, "recompile_limit") else nullcontext()
+        ):
             yield
     finally:
         torch._dynamo.reset()
-

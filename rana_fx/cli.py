@@ -20,7 +20,7 @@ from rana_fx.errors import RanaError
 class _Group(TyperGroup):
     """Turns errors of rana_fx into one message."""
 
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  (the context's class is typer's own business)
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Exception as error:

@@ -122,17 +122,19 @@ class PlanMismatch(RanaError, ValueError):
 
 
 class PlanVersion(RanaError, ValueError):
-    message = (
-        "{path}: plan format {got} was written by another rana_fx; this one reads format {expected}. {todo}"
-    )
+    message = "{path}: plan format {got} was written by another rana_fx; this one reads format {expected}. {todo}"
 
 
 class PlanFileError(RanaError, ValueError):
-    message = "{path} is not a readable plan: {reason}. Expected a folder written by Plan.save (plan.json and plan-*.safetensors)."
+    message = (
+        "{path} is not a readable plan: {reason}. Expected a folder written by Plan.save (plan.json and plan-*.safetensors)."
+    )
 
 
 class PlanWriteError(RanaError, OSError):
-    message = "the plan could not be written to {path}: {reason}. Nothing at that path was changed; free space or pick another path."
+    message = (
+        "the plan could not be written to {path}: {reason}. Nothing at that path was changed; free space or pick another path."
+    )
 
 
 # ---- data and models

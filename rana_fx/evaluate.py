@@ -104,8 +104,9 @@ def load_model(source: str, *, dtype: str = "auto", device: str | None = None) -
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
-            return model.to(place).eval(), tokenizer
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+            nn.Module.to(model, place)
+            return model.eval(), tokenizer
     except Exception as error:  # whatever the hub, safetensors, the tokenizer or the model's own code raises
         reason = " ".join(str(error).split()).rstrip(".")
         short = reason if len(reason) <= 300 else reason[:297] + "..."

@@ -83,7 +83,7 @@ def generate(
     clock = _Clock()
     with torch.no_grad(), _forward(model, forward):
         started = time.perf_counter()
-        output = model.generate(
+        output = _untyped(model).generate(
             **{key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask")},
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -96,8 +96,13 @@ def generate(
     new = output[0, length:]
     times = [started, *clock.times]
     gaps = [1000 * (after - before) for before, after in zip(times, times[1:], strict=False)]
-    text = tokenizer.decode(new, skip_special_tokens=True)
+    text = str(tokenizer.decode(new, skip_special_tokens=True))
     return Generated(text=text, tokens=len(new), first_ms=gaps[0], steps_ms=tuple(gaps[1:]))
+
+
+def _untyped(model: PreTrainedModel) -> Any:
+    """transformers declares ``generate`` in a way that mypy takes for a tensor."""
+    return model
 
 
 class _Clock:

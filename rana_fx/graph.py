@@ -15,7 +15,19 @@ import torch
 from torch import fx
 
 # names that do not change a value (at most its memory format), given the dtype stays
-_IDENTITY = {"contiguous", "clone", "detach", "alias", "lift_fresh", "identity", "requires_grad_", "to", "float", "type_as", "_to_copy"}
+_IDENTITY = {
+    "contiguous",
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "identity",
+    "requires_grad_",
+    "to",
+    "float",
+    "type_as",
+    "_to_copy",
+}
 _DROPOUT = {"dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"}
 _RESHAPE = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "expand", "view_as", "reshape_as"}
 _PERMUTE = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "t", "T", "mT"}
@@ -23,7 +35,15 @@ _SPLIT = {"chunk", "split", "tensor_split", "split_with_sizes", "unbind", "narro
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
 # products of two activations: where attention mixes tokens
 _PRODUCTS = {"bmm", "baddbmm", "matmul", "mm", "einsum", "tensordot", "addbmm"}
-_AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "ipow": "pow", "imatmul": "matmul"}
+_AUGMENTED = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "truediv": "div",
+    "ipow": "pow",
+    "imatmul": "matmul",
+}
 
 
 def op_name(node: fx.Node) -> str:
@@ -89,7 +109,7 @@ def statically_equal(a: object, b: object) -> bool:
         return a == b
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return bool(statically_known_true(a == b))  # type: ignore[arg-type]
+    return bool(statically_known_true(a == b))
 
 
 def is_row_view(node: fx.Node) -> bool:
@@ -99,7 +119,7 @@ def is_row_view(node: fx.Node) -> bool:
     name = op_name(node)
     if name in _DROPOUT:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-        return training is False or node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) == 0
+        return training is False or bool(node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) == 0)
     if name in _IDENTITY:
         before, after = value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None, value_of(node)
         return isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dtype == after.dtype
@@ -107,8 +127,6 @@ def is_row_view(node: fx.Node) -> bool:
         return _keeps_last(node)
     if name in _PERMUTE:
         return name not in ("t", "T", "mT") and _keeps_last(node) and _permutation_keeps_last(node)
-    if name in ("getitem", "slice", "narrow", "select"):
-        return False
     return False
 
 

@@ -96,7 +96,9 @@ def read_graph(scan: Scan) -> Reading:
 
 def met_is_not_stream(linear: Linear, inside: set[fx.Node], activations: set[fx.Node]) -> bool:
     """A router's output reaches the selection without joining the residual stream first."""
-    direct, _ = reach(linear.node, stop=lambda node: op_name(node) in _SELECTIONS or _joins(node, inside | {linear.node}, activations))
+    direct, _ = reach(
+        linear.node, stop=lambda node: op_name(node) in _SELECTIONS or _joins(node, inside | {linear.node}, activations)
+    )
     return any(op_name(user) in _SELECTIONS for node in (*direct, linear.node) for user in node.users)
 
 
@@ -193,7 +195,10 @@ def _block(down: Linear, by_node: dict[fx.Node, Linear], taken: set[fx.Node]) ->
                 todo.append(node.args[0])
         else:
             return None
-    nonlinear = any((is_pointwise(n) and not is_row_view(n) and op_name(n) not in ("mul", "div", "add", "sub")) or op_name(n) == "glu" for n in chain)
+    nonlinear = any(
+        (is_pointwise(n) and not is_row_view(n) and op_name(n) not in ("mul", "div", "add", "sub")) or op_name(n) == "glu"
+        for n in chain
+    )
     gated = len(leaves) > 1
     if not leaves or not (nonlinear or gated) or any(leaf in taken for leaf in leaves):
         return None
@@ -239,11 +244,12 @@ def _extract(chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node
             if rest is None:
                 return None
             copy = graph.node_copy(node, lambda old: mapped[old])
-            copy.args = (mapped[source], *rest)  # type: ignore[assignment]
+            copy.args = (mapped[source], *rest)  # type: ignore[arg-type]
             copy.kwargs = {}
         elif op_name(node) == "glu":
             copy = graph.node_copy(node, lambda old: mapped[old])
-            copy.args, copy.kwargs = (mapped[source], -1), {}  # type: ignore[index]
+            assert isinstance(source, fx.Node)
+            copy.args, copy.kwargs = (mapped[source], -1), {}
         else:
             if any(old not in mapped for old in node.all_input_nodes):
                 return None  # depends on a symbolic size or another non-tensor: cannot be replayed on other rows
@@ -256,7 +262,9 @@ def _extract(chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node
     return module
 
 
-def _activation(chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node], result: fx.Node) -> tuple[int, fx.GraphModule | None]:
+def _activation(
+    chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node], result: fx.Node
+) -> tuple[int, fx.GraphModule | None]:
     """With two ups, the product's factor that went through the activation: ``act(gate)`` in ``act(gate) * up``."""
     if len(leaves) != 2:
         return 0, None
@@ -265,7 +273,9 @@ def _activation(chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.N
     for node in chain:
         sources = [s for s in node.all_input_nodes if s in depends]
         depends[node] = set().union(*(depends[s] for s in sources)) if sources else set()
-        curved[node] = any(curved[s] for s in sources) or (is_pointwise(node) and not is_row_view(node) and op_name(node) not in ("mul", "div"))
+        curved[node] = any(curved[s] for s in sources) or (
+            is_pointwise(node) and not is_row_view(node) and op_name(node) not in ("mul", "div")
+        )
         if op_name(node) == "mul" and len(sources) == 2 and depends[node] == {0, 1}:
             for factor, other in (sources, sources[::-1]):
                 if curved[factor] and not curved[other] and len(depends[factor]) == 1:

@@ -85,7 +85,9 @@ class Profile:
         mean = float(self._energy[at]) / inside
         # the bin's scores spread evenly around their mean: the upper part of them holds a little more than its share
         taken = fraction * inside * (mean + 0.5 * (1 - fraction) * (high - low))
-        return high - fraction * (high - low), float(self._energy_above[at]) - float(self._energy[at]) + min(taken, float(self._energy[at]))
+        return high - fraction * (high - low), float(self._energy_above[at]) - float(self._energy[at]) + min(
+            taken, float(self._energy[at])
+        )
 
 
 def _edge(bits: int) -> float:

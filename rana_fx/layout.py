@@ -116,8 +116,12 @@ def merge(readings: Sequence[Reading]) -> Layout:
     sites = _sites(facts, {name: i for i, key in enumerate(sound) for name in key})
     blocks = {
         block.down.name: MlpBlock(
-            tuple(up.name for up in block.ups), block.down.name, block.gate, _bound(block.pointwise), _bound(block.activation)
-        )
+            tuple(up.name for up in block.ups),
+            block.down.name,
+            block.gate,
+            _replay(block.pointwise),
+            None if block.activation is None else _replay(block.activation),
+        )  # fmt: skip
         for reading in readings
         for block in reading.blocks
         if all(member.name in sites for member in (*block.ups, block.down))
@@ -172,10 +176,8 @@ def _sites(facts: Iterable[tuple[int, Fact]], group_of: dict[str, int]) -> dict[
     return sites
 
 
-def _bound(module: fx.GraphModule | None) -> Callable[..., Tensor] | None:
+def _replay(module: fx.GraphModule) -> Callable[..., Tensor]:
     """A pointwise chain with its constants (learned scales, say) bound to the tensors they are."""
-    if module is None:
-        return None
     constants = [_constant(node) for node in module.rana_constants]  # type: ignore[union-attr]
 
     def run(*rows: Tensor) -> Tensor:
@@ -188,6 +190,3 @@ def _bound(module: fx.GraphModule | None) -> Callable[..., Tensor] | None:
 def _constant(node: fx.Node) -> object:
     real = node.meta.get("rana_real")
     return real if real is not None else value_of(node)
-
-
-__all__ = ["Group", "Layout", "MlpBlock", "Site", "merge"]

@@ -114,8 +114,9 @@ class Plan:
         parts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no adapters"
         lines = [
             f"plan {self.digest()[:12]} for {self.model}: recipe {self.recipe}, budget {self.budget:g} in {self.metric}",
-            f"  {parts}; {sum(site.counted for site in self.sites)} linears in the budget, {len(self.skips)} left dense or skipped",
-            f"  expected cost per token: flops {self.expected_budget('flops'):.3f}, bytes {self.expected_budget('bytes'):.3f} of dense",
+            f"  {parts}; {sum(site.counted for site in self.sites)} linears in the budget, {len(self.skips)} not adapted",
+            "  expected cost per token over dense: "
+            f"flops {self.expected_budget('flops'):.3f}, bytes {self.expected_budget('bytes'):.3f}",
         ]
         for adapter in self.adapters:
             error = "" if adapter.error is None else f", error {adapter.error:.4f}"
@@ -154,7 +155,7 @@ def adapter_facts(adapter: Adapter) -> dict[str, Any]:
 def tensor_bytes(value: Tensor) -> memoryview:
     """The bytes of a tensor, in row-major order."""
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def weight_digest(weight: Tensor) -> str:

@@ -119,9 +119,8 @@ def read(folder: Path) -> Plan:
         raise PlanFileError(path=folder / HEADER, reason=f"{where or 'plan'}: {first['msg']}") from error
     except (KeyError, AssertionError) as error:
         raise PlanFileError(path=folder, reason=f"facts and tensors do not belong together ({error})") from error
-    plan = Plan(
-        facts.recipe, facts.metric, facts.budget, facts.seed, facts.tokens, facts.model, facts.versions, facts.sites, adapters, facts.skips
-    )  # fmt: skip
+    rest = {key: getattr(facts, key) for key in facts.__dataclass_fields__ if key != "adapters"}
+    plan = Plan(**rest, adapters=adapters)
     if plan.digest() != header.get("digest"):
         raise PlanFileError(path=folder, reason="its content does not match its digest: it was changed after it was saved")
     return plan
@@ -142,6 +141,6 @@ def _tensors(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _adapter(index: int, facts: _AdapterFacts, tensors: dict[str, Any]) -> Adapter:
-    own = {key: tensors.get(f"{index}.{key}") for key in ("router", "weight", "bias")}
-    fields = {key: getattr(facts, key) for key in facts.__dataclass_fields__}
+    own: dict[str, Any] = {key: tensors.get(f"{index}.{key}") for key in ("router", "weight", "bias")}
+    fields: dict[str, Any] = {key: getattr(facts, key) for key in facts.__dataclass_fields__}
     return Adapter(**fields, tau=tensors[f"{index}.tau"], **own)

@@ -76,7 +76,9 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
     plan = None if found is None else found.plan
     rows = [_row(site, plan) for site in layout.sites.values()]
     known = set(layout.sites)
-    rows += [Row(skip.site, "-", "-", (), "skipped", skip.reason, 1.0, 1.0, None) for skip in layout.skips if skip.site not in known]
+    rows += [
+        Row(skip.site, "-", "-", (), "skipped", skip.reason, 1.0, 1.0, None) for skip in layout.skips if skip.site not in known
+    ]
     return Report(
         model=type(model).__name__,
         plan=None if plan is None else plan.digest()[:12],
@@ -111,4 +113,3 @@ def _reason(site: Site, plan: Plan | None) -> str:
         return "no plan attached" if site.counted else f"outside the budget ({site.role})"
     reasons = [skip.reason for skip in plan.skips if skip.site == site.name]
     return "; ".join(reasons) or "not adapted by the recipe"
-

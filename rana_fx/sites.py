@@ -240,7 +240,10 @@ def _expert(node: fx.Node, name: str, weights: Mapping[fx.Node, nn.Parameter], n
         site = names.get(id(parameter)) or source_name(found)
         if parameter.dim() == 3:
             count, *matrix = parameter.shape
-            return Skip(site, f"expert weight: {count} matrices of {tuple(matrix)} chosen per token ({name}); not adapted, not in the budget")
+            return Skip(
+                site,
+                f"expert weight: {count} matrices of {tuple(matrix)} chosen per token ({name}); not adapted, not in the budget",
+            )
         if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
             return Skip(site, f"quantised weight ({parameter.dtype})")
     return None
@@ -250,7 +253,10 @@ def _through_indexing(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) ->
     for _ in range(8):
         if node in weights:
             return node
-        if node.op not in ("call_function", "call_method") or op_name(node) not in _TRANSPOSES | _TRANSPARENT | _CASTS | _INDEXING:
+        if (
+            node.op not in ("call_function", "call_method")
+            or op_name(node) not in _TRANSPOSES | _TRANSPARENT | _CASTS | _INDEXING
+        ):
             return None
         if not node.args or not isinstance(node.args[0], fx.Node):
             return None

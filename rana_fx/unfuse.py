@@ -23,15 +23,17 @@ from rana_fx.graph import op_name, value_of
 
 _MHA = "multi_head_attention_forward"
 _LAYER = "_transformer_encoder_layer_fwd"
-_MHA_NAMES = (
-    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
-    "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight q_proj_weight "
-    "k_proj_weight v_proj_weight static_k static_v average_attn_weights is_causal"
-).split()
-_LAYER_NAMES = (
-    "src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps norm1_weight norm1_bias "
-    "norm2_weight norm2_bias ffn1_weight ffn1_bias ffn2_weight ffn2_bias mask mask_type"
-).split()
+_MHA_NAMES = [
+    "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v",
+    "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights",
+    "attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v",
+    "average_attn_weights", "is_causal",
+]  # fmt: skip
+_LAYER_NAMES = [
+    "src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "use_gelu", "norm_first", "eps",
+    "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "ffn1_weight", "ffn1_bias", "ffn2_weight", "ffn2_bias",
+    "mask", "mask_type",
+]  # fmt: skip
 
 
 def unfuse(graph_module: fx.GraphModule) -> int:
@@ -105,7 +107,15 @@ def _open_layer(node: fx.Node) -> bool:
 
         def attend(h: Any) -> Any:
             return _attend(
-                h, w["qkv_weight"], w["qkv_bias"], w["proj_weight"], w["proj_bias"], given["num_heads"], bias, (0, 2, 1, 3), (0, 2, 1, 3)
+                h,
+                w["qkv_weight"],
+                w["qkv_bias"],
+                w["proj_weight"],
+                w["proj_bias"],
+                given["num_heads"],
+                bias,
+                (0, 2, 1, 3),
+                (0, 2, 1, 3),
             )
 
         def feed(h: Any) -> Any:
@@ -126,7 +136,9 @@ def _open_layer(node: fx.Node) -> bool:
     return True
 
 
-def _attend(x: Any, w: Any, b: Any, wo: Any, bo: Any, heads: int, mask: Any, order: tuple[int, ...], back: tuple[int, ...]) -> Any:
+def _attend(
+    x: Any, w: Any, b: Any, wo: Any, bo: Any, heads: int, mask: Any, order: tuple[int, ...], back: tuple[int, ...]
+) -> Any:
     qkv = F.linear(x, w, b).chunk(3, -1)
     q, k, v = (qkv[i].unflatten(-1, (heads, -1)).permute(*order) for i in range(3))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -179,7 +191,8 @@ def _splice(node: fx.Node, build: Callable[..., Any], inputs: list[Any], *, item
 def fake_run(node: fx.Node) -> Any:
     """The fake value of a new node, by running it on the fake values of its inputs."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), _fake)
-    leaves = optree.tree_leaves([value_of(source) for source in node.all_input_nodes])  # type: ignore[arg-type]
+    values: Any = [value_of(source) for source in node.all_input_nodes]
+    leaves: list[Any] = optree.tree_leaves(values)
     mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)), None)
     if mode is None:
         return None

@@ -34,7 +34,8 @@ def command(
     facts |= {"report": report.to_dict()}
     state = "no plan attached" if report.plan is None else f"plan {report.plan}"
     show(
-        f"{report.model}: {report.sites} linears in {report.groups} groups, {report.blocks} MLP blocks, {report.graphs} graph(s); {state}",
+        f"{report.model}: {report.sites} linears in {report.groups} groups, {report.blocks} MLP blocks, "
+        f"{report.graphs} graph(s); {state}",
         ("linear", "role", "op", "shape", "action", "flops", "bytes", "why"),
         [
             (row.site, row.role, row.op, "x".join(map(str, row.shape)), row.action, row.flops, row.bytes, row.detail)

@@ -21,7 +21,7 @@ def command(
     device: o.Device = None,
     json: o.Json = None,
 ) -> None:
-    """Continue a prompt greedily: with --plan by the adapted model, compiled by rana, else by the dense one, compiled by Inductor."""
+    """Continue a prompt greedily, by the adapted model compiled by rana (--plan) or by the dense one compiled by Inductor."""
     import torch
 
     from rana_fx._backend import backend

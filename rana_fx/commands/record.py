@@ -124,7 +124,7 @@ def data_batches(
     return token_batches(texts, tokenizer, tokens=tokens, context=context, batch_size=batch_size)
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

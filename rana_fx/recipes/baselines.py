@@ -1,10 +1,10 @@
 """Baselines through the same menu and the same budget.
 
-    dense    nothing is adapted
-    static   SVD of the output at a fixed rank, every linear (attention inputs stacked as in the paper's recipe)
-    teal     keep input j where |x_j| >= t, every linear (TEAL, arXiv 2408.14690; uniform sparsity)
-    wina     keep input j where |x_j| |W_:,j| >= t, every linear (WINA)
-    cats     keep neuron j where |act(gate x)_j| >= t: skip rows of up and columns of down (CATS, COLM 2024)
+dense    nothing is adapted
+static   SVD of the output at a fixed rank, every linear (attention inputs stacked as in the paper's recipe)
+teal     keep input j where |x_j| >= t, every linear (TEAL, arXiv 2408.14690; uniform sparsity)
+wina     keep input j where |x_j| |W_:,j| >= t, every linear (WINA)
+cats     keep neuron j where |act(gate x)_j| >= t: skip rows of up and columns of down (CATS, COLM 2024)
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from rana_fx.adapters import Adapter
 from rana_fx.decompose import Choice, importance_profile, neuron_threshold, output_basis, second_moment
-from rana_fx.errors import BudgetUnreachable
 from rana_fx.layout import Layout, MlpBlock
 from rana_fx.recipes.problem import Problem
 from rana_fx.sites import Skip
@@ -58,10 +57,9 @@ class Static:
             out, width = weight.shape
             rank = int(problem.budget * out * width / (out + width))
             if rank < 1:
-                lowest = (out + width) / (out * width)
-                raise BudgetUnreachable(
-                    budget=problem.budget, recipe=problem.recipe, lowest=lowest, why=f"{names[0]} needs one rank", recipes="teal, wina"
-                )
+                # one rank already costs more than the layer may: too narrow to matter in the budget
+                problem.skips += [Skip(name, f"{out}x{width} is too narrow for a rank at this budget") for name in names]
+                continue
             rows = problem.sampled(names[0], min(out, width))
             moment = second_moment(rows)
             basis = output_basis(weight, moment)
@@ -95,7 +93,8 @@ class Thresholds:
 
     def _norms(self, problem: Problem, name: str) -> Tensor:
         if self._weighted:
-            return torch.linalg.vector_norm(problem.matrix((name,)), dim=0)
+            norms: Tensor = torch.linalg.vector_norm(problem.matrix((name,)), dim=0)
+            return norms
         return torch.ones(problem.layout.sites[name].in_features)
 
 

@@ -13,6 +13,7 @@ covers an up without a gate, or gate and up fused into one.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from tqdm.auto import tqdm
 
 from rana_fx.adapters import Adapter
 from rana_fx.decompose import (
-    Basis,
     Choice,
     Energies,
     candidate_ranks,
@@ -131,7 +131,7 @@ def splits(sizes: list[float]) -> list[tuple[float, ...]]:
 def _adapt_stack(problem: Problem, names: tuple[str, ...], rows_TI: Tensor, moment_II: Tensor, fraction: float) -> Adapter:
     weight = problem.matrix(names)
     basis = output_basis(weight, moment_II)
-    choice = line_search(energies(basis.b_DI, rows_TI), *weight.shape, fraction)
+    choice = line_search(energies(basis.b_DI, rows_TI), weight.shape[0], weight.shape[1], fraction)
     assert choice is not None
     return problem.rank_adapter(names, basis, choice)
 
@@ -154,8 +154,6 @@ def _adapt_mlp(problem: Problem, block: MlpBlock, rows_TI: Tensor, moment_II: Te
 
 def _with_error(adapter: Adapter, error: float) -> Adapter:
     """The MLP's relative output error is reported with its last linear."""
-    from dataclasses import replace
-
     return replace(adapter, error=error)
 
 
@@ -177,6 +175,3 @@ def _candidates(problem: Problem, block: MlpBlock, measured: list[Energies], pro
             threshold = neuron_threshold(profile, split[-1] * fraction)  # type: ignore[arg-type]
             candidates.append(Candidate(split, tuple(choices), threshold))  # type: ignore[arg-type]
     return candidates
-
-
-__all__ = ["Basis", "Paper", "splits"]

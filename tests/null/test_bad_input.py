@@ -1,0 +1,129 @@
+"""Every mistake a caller of adapt can make has its own error, which says what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rana_fx
+from rana_fx import errors
+from tests.architectures import build, ids
+
+
+@pytest.fixture
+def model():
+    return build("llama", 1)[0]
+
+
+def batches(count=4):
+    torch.manual_seed(0)
+    return [ids() for _ in range(count)]
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.01, float("nan"), "half", True, None])
+def test_budget_outside(model, budget):
+    with pytest.raises(errors.BudgetOutOfRange, match=r"outside \(0, 1\]"):
+        rana_fx.adapt(model, batches(), budget=budget, progress=False)
+
+
+def test_budget_unreachable_says_the_lowest(model):
+    with pytest.raises(errors.BudgetUnreachable, match="lowest reachable budget is") as caught:
+        rana_fx.adapt(model, batches(), budget=0.05, progress=False)
+    lowest = caught.value.facts["lowest"]
+    assert 0.05 < lowest < 0.5
+    with pytest.raises(errors.BudgetUnreachable, match="CATS leaves"):
+        rana_fx.adapt(model, batches(), budget=0.4, recipe="cats", progress=False)
+
+
+def test_unknown_choices_name_the_valid_ones(model):
+    with pytest.raises(errors.UnknownRecipe, match="dense, static, cats, teal, wina, paper"):
+        rana_fx.adapt(model, batches(), recipe="papper", progress=False)
+    with pytest.raises(errors.UnknownMetric, match="flops, bytes"):
+        rana_fx.adapt(model, batches(), metric="seconds", progress=False)
+
+
+def test_no_batch(model):
+    with pytest.raises(errors.NoBatches, match="no batch was given"):
+        rana_fx.adapt(model, [], progress=False)
+
+
+def test_too_few_tokens_says_how_many(model):
+    with pytest.raises(errors.TooFewTokens, match=r"q_proj: 24 calibration tokens.*At least 32 tokens"):
+        rana_fx.adapt(model, batches(1), progress=False)
+
+
+def test_nan_in_weights(model):
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight[3, 4] = float("nan")
+    with pytest.raises(errors.NonFinite, match=r"down_proj: 1 NaN or Inf values in its weight"):
+        rana_fx.adapt(model, batches(), progress=False)
+
+
+def test_nan_in_activations(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = float("inf")
+    with pytest.raises(errors.NonFinite, match=r"q_proj: \d+ NaN or Inf values in its input activations"):
+        rana_fx.adapt(model, [{"input_ids": torch.full((2, 12), 5)}], progress=False)
+
+
+def test_model_that_does_not_run(model):
+    with pytest.raises(errors.TraceFailed, match="LlamaForCausalLM could not be traced .* batch 0"):
+        rana_fx.adapt(model, [{"input_idz": torch.ones(1, 2, dtype=torch.long)}], progress=False)
+
+
+def test_adapting_twice(model):
+    rana_fx.adapt(model, batches(), budget=0.7, progress=False)
+    with pytest.raises(errors.AlreadyAdapted, match="already carries a plan"):
+        rana_fx.adapt(model, batches(), budget=0.7, progress=False)
+    rana_fx.detach(model)
+    rana_fx.adapt(model, batches(), budget=0.8, progress=False)
+
+
+def test_training_mode_is_restored(model):
+    model.train()
+    rana_fx.adapt(model, batches(), budget=0.7, progress=False)
+    assert model.training
+    assert model.model.layers[0].mlp.training
+
+
+def test_quantised_weights_are_skipped_with_a_reason():
+    class Packed(nn.Parameter):
+        pass
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+            self.odd = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            x = x + self.down(torch.relu(self.up(x)))
+            return x + torch.matmul(x, self.odd.to(x.dtype))
+
+    report = rana_fx.explain(Mixed(), torch.randn(4, 8))
+    reasons = {row.site: row.detail for row in report.rows if row.action == "skipped"}
+    assert "quantised weight" in reasons["odd"]
+
+
+def test_infeasible_group_stays_dense_and_says_so():
+    """At a fraction that lets no rank through, the group is left dense and the rest pays for it."""
+
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.o = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.up, self.down = nn.Linear(6, 64), nn.Linear(64, 6)
+
+        def forward(self, x):
+            q = self.q(x)
+            x = x + self.o(torch.softmax(q @ q.transpose(-1, -2), -1) @ q)
+            return x + self.down(torch.relu(self.up(x)))
+
+    model = Narrow()
+    plan = rana_fx.adapt(model, [torch.randn(4, 50, 6)], budget=0.9, progress=False)
+    reasons = {skip.site: skip.reason for skip in plan.skips}
+    adapted = {site for adapter in plan.adapters for site in adapter.sites}
+    assert ("q" in adapted) != ("no feasible rank" in reasons.get("q", ""))
+    assert plan.expected_budget() == pytest.approx(0.9, abs=0.03)

@@ -1,0 +1,121 @@
+"""Linears, groups, blocks and stacks are found by dataflow: counts per architecture as functions of the depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rana_fx.calibrate import calibrate
+from rana_fx.errors import NoLinears
+from tests.architectures import ARCHITECTURES, Counts, build
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_counts(name, depth):
+    model, batch = build(name, depth)
+    layout, samples, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    found = Counts(len(layout.sites), len(layout.groups), len(layout.blocks), len(layout.stacks()), len(layout.skips))
+    assert found == ARCHITECTURES[name].expected(depth)
+    assert samples == {}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "t5", "nn_encoder", "plain"])
+def test_dense_rows_replay_the_block(name):
+    """The extracted pointwise part gives the down projection's input, seen by a hook, on the same tokens."""
+    from rana_fx.recipes.problem import Problem
+
+    model, batch = build(name)
+    layout, samples, _ = calibrate(model, [batch], wanted=lambda layout: {g.sites for g in layout.groups}, progress=False)
+    problem = Problem(layout, samples, 0.5, "flops", "paper", False)
+    for block in layout.blocks:
+        replayed = problem.dense_rows(block, problem.rows(block.ups[0]))
+        torch.testing.assert_close(replayed, problem.rows(block.down), rtol=1e-4, atol=1e-5)
+
+
+def test_roles_and_names():
+    model, batch = build("llama", 1)
+    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    roles = {name: site.role for name, site in layout.sites.items()}
+    prefix = "model.layers.0."
+    assert roles == {
+        prefix + "self_attn.q_proj": "attention_in",
+        prefix + "self_attn.k_proj": "attention_in",
+        prefix + "self_attn.v_proj": "attention_in",
+        prefix + "self_attn.o_proj": "attention_out",
+        prefix + "mlp.gate_proj": "up",
+        prefix + "mlp.up_proj": "up",
+        prefix + "mlp.down_proj": "down",
+        "lm_head": "head",
+    }
+    assert layout.sites[prefix + "self_attn.k_proj"].out_features == 16
+
+
+def test_transposed_weights_are_recognised():
+    model, batch = build("gpt2", 1)
+    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    site = layout.sites["transformer.h.0.attn.c_attn"]
+    assert site.transposed
+    assert (site.out_features, site.in_features) == (96, 32)
+
+
+def test_shared_weights_are_one_site_used_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            for _ in range(2):
+                x = x + self.down(torch.relu(self.up(x)))
+            return x
+
+    layout, _, _ = calibrate(Twice(), [torch.randn(3, 8)], wanted=lambda _: set(), progress=False)
+    assert {name: site.uses for name, site in layout.sites.items()} == {"up": 2, "down": 2}
+    assert len(layout.blocks) == 1
+
+
+def test_expert_weights_are_reported_with_a_reason():
+    model, batch = build("mixtral", 1)
+    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    assert {skip.site for skip in layout.skips} == {
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    }
+    assert all("4 matrices" in skip.reason for skip in layout.skips)
+
+
+def test_model_without_linears():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return x * self.gain
+
+    with pytest.raises(NoLinears, match="no linear layer was found in Scale"):
+        calibrate(Scale(), [torch.randn(2, 4)], wanted=lambda _: set(), progress=False)
+
+
+def test_padding_is_not_sampled():
+    model, batch = build("llama", 1)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 5:] = 0
+    layout, samples, tokens = calibrate(
+        model, [batch | {"attention_mask": mask}], wanted=lambda layout: {layout.groups[0].sites}, progress=False
+    )
+    assert tokens == 17
+    assert next(iter(samples.values())).rows().shape == (17, 32)
+    assert layout.graphs == 1
+
+
+def test_rows_of_a_dataset_are_batches_of_one():
+    from datasets import Dataset
+
+    model, _ = build("llama", 1)
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "attention_mask": [[1, 1, 1], [1, 0]]})
+    _, samples, tokens = calibrate(model, rows, wanted=lambda layout: {layout.groups[0].sites}, progress=False)
+    assert tokens == 4
+    assert len(next(iter(samples.values())).rows()) == 4
