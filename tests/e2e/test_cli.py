@@ -17,6 +17,7 @@ import rana_fx
 from rana_fx.cli import app
 from rana_fx.commands.record import cell, write_json
 from rana_fx.errors import InvalidOption, RanaError
+from rana_fx.evaluate import load_model
 
 DATA = Path(rana_fx.__file__).parent / "data"
 MODEL = str(DATA / "tiny-llama-prose-5m")
@@ -109,14 +110,41 @@ def test_explain_lists_every_linear(adapted: tuple[Path, dict[str, Any], str], t
     assert all(row["site"] in result.output for row in report["rows"])
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The embedded model's first layer, which compiles quickly, its plan and the plan's digest."""
+    folder = tmp_path_factory.mktemp("shallow")
+    model, tokenizer = load_model(MODEL, device="cpu")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    args = (
+        "adapt",
+        folder / "model",
+        "--data",
+        TEXT,
+        "--out",
+        folder / "plan",
+        "--recipe",
+        "teal",
+        "--tokens",
+        1500,
+        "--context",
+        128,
+    )
+    record = facts(folder / "a.json", call(*args, "--device", "cpu", "--json", folder / "a.json"))
+    return folder / "model", folder / "plan", record["digest"]
+
+
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_generate_continues_the_prompt(adapted: tuple[Path, dict[str, Any], str], tmp_path: Path, cache: str) -> None:
-    record = tmp_path / "g.json"
-    args = ("generate", MODEL, "--plan", adapted[0], "--prompt", "It was a dark", "--max-new-tokens", 4, "--cache", cache)
-    result = call(*args, "--device", "cpu", "--json", record)
-    found = facts(record, result)
-    assert found["backend"] == "rana" and found["cache"] == cache and found["digest"] == adapted[1]["digest"]
-    assert 1 <= found["tokens"] <= 4 and found["text"]
+def test_generate_continues_the_prompt(shallow: tuple[Path, Path, str], tmp_path: Path, cache: str) -> None:
+    model, plan, digest = shallow
+    args = ("generate", model, "--plan", plan, "--prompt", "It was a dark", "--max-new-tokens", 3, "--cache", cache)
+    result = call(*args, "--device", "cpu", "--json", tmp_path / "g.json")
+    found = facts(tmp_path / "g.json", result)
+    assert found["backend"] == "rana" and found["cache"] == cache and found["digest"] == digest
+    assert 1 <= found["tokens"] <= 3 and found["text"]
     assert "It was a dark" + found["text"] in result.output
 
 

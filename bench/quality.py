@@ -1,0 +1,167 @@
+"""Perplexity against budget, per recipe.
+
+In: a model, a calibration text and evaluation texts. Out: one JSONL row per text, recipe and budget (loss, perplexity, and the
+budget measured on that text, which is what the curve is drawn against), a table, and a plot. A budget that a recipe cannot
+reach gives a row with the reason. The model is calibrated once; each plan is solved once and evaluated on every text.
+
+    python -m bench.quality MODEL --calib calib.jsonl.xz --text valid.jsonl.xz --out bench/results/quality-NAME.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench.once import batches_of, calibrate_once
+from bench.record import append, head, start
+from rana_fx.attachment import attach, detach
+from rana_fx.commands.record import show
+from rana_fx.errors import BudgetUnreachable, TooFewTokens
+from rana_fx.evaluate import evaluate, evaluate_adapted, load_model
+from rana_fx.recipes import RECIPES
+
+_COLORS = {"static": "tab:gray", "cats": "tab:green", "teal": "tab:orange", "wina": "tab:red", "paper": "tab:blue"}
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a causal language model.")],
+    calib: Annotated[str, typer.Option(help="Calibration text.")],
+    text: Annotated[list[str], typer.Option(help="Evaluation text; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
+    recipes: Annotated[str, typer.Option(help="Recipes, by commas.")] = "dense,static,cats,teal,wina,paper",
+    budgets: Annotated[str, typer.Option(help="Budgets, by commas.")] = "0.8,0.7,0.58,0.5,0.4",
+    metric: Annotated[str, typer.Option(help="What the budgets count: flops or bytes.")] = "flops",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_000,
+    eval_tokens: Annotated[int, typer.Option(help="Tokens of each evaluation text.")] = 65_536,
+    context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the token sample.")] = 0,
+    png: Annotated[Path | None, typer.Option(help="Plot of perplexity against measured budget.")] = None,
+) -> None:
+    """Perplexity of MODEL against budget, per recipe."""
+    names, asked = recipes.split(","), [float(value) for value in budgets.split(",")]
+    unknown = [name for name in names if name not in RECIPES]
+    if unknown:
+        raise typer.BadParameter(f"unknown recipes {unknown}: pick of {', '.join(RECIPES)}")
+    progress = sys.stderr.isatty()
+    network, tokenizer = load_model(model, dtype="float32")
+    texts = {Path(source).name: batches_of(source, tokenizer, tokens=eval_tokens, context=context) for source in text}
+    calibrated = calibrate_once(
+        network, batches_of(calib, tokenizer, tokens=tokens, context=context), seed=seed, progress=progress
+    )
+    common = head("quality") | {
+        "model": Path(model).name,
+        "calibration": Path(calib).name,
+        "calibration_tokens": calibrated.tokens,
+        "context": context,
+        "dtype": "float32",
+        "metric": metric,
+        "seed": seed,
+    }
+    start(out)
+    rows: list[dict[str, Any]] = []
+
+    def add(**facts: Any) -> None:
+        row = common | facts
+        append(out, row)
+        rows.append(row)
+        print(" ".join(f"{key}={row.get(key)}" for key in ("text", "recipe", "budget", "perplexity", "unreachable")), flush=True)
+
+    dense = {}
+    for name, batches in texts.items():
+        began = time.perf_counter()
+        dense[name] = evaluate(network, batches, progress=progress)
+        if "dense" in names:
+            full = {"flops": 1.0, "bytes": 1.0}
+            facts = {"recipe": "dense", "budget": 1.0, "expected": full, "measured": full}
+            add(text=name, **facts, **_quality(dense[name], dense[name]), eval_seconds=time.perf_counter() - began)
+    for budget in asked:
+        for recipe in (name for name in names if name != "dense"):
+            began = time.perf_counter()
+            try:
+                plan = calibrated.plan(budget=budget, metric=metric, recipe=recipe, progress=progress)
+            except (BudgetUnreachable, TooFewTokens) as error:
+                for name in texts:
+                    add(text=name, recipe=recipe, budget=budget, dense_loss=dense[name].mean_loss, unreachable=str(error))
+                continue
+            solved = time.perf_counter() - began
+            attach(network, plan)
+            expected = {unit: plan.expected_budget(unit) for unit in ("flops", "bytes")}
+            for name, batches in texts.items():
+                began = time.perf_counter()
+                quality, measured = evaluate_adapted(network, batches, progress=progress)
+                add(
+                    text=name,
+                    recipe=recipe,
+                    budget=budget,
+                    expected=expected,
+                    measured={"flops": measured.budget_flops, "bytes": measured.budget_bytes},
+                    **_quality(quality, dense[name]),
+                    digest=plan.digest()[:12],
+                    solve_seconds=solved,
+                    eval_seconds=time.perf_counter() - began,
+                )
+            detach(network)
+    _table(rows, metric)
+    if png is not None:
+        plot(rows, metric, png)
+
+
+def _quality(found: Any, dense: Any) -> dict[str, float]:
+    return {
+        "mean_loss": found.mean_loss,
+        "perplexity": found.perplexity,
+        "dense_loss": dense.mean_loss,
+        "delta": found.mean_loss - dense.mean_loss,
+        "tokens": found.tokens,
+    }
+
+
+def _table(rows: list[dict[str, Any]], metric: str) -> None:
+    columns = ("text", "recipe", "budget", "measured", "mean loss", "perplexity", "delta")
+    found = [
+        (
+            row["text"],
+            row["recipe"],
+            row["budget"],
+            "unreachable" if "unreachable" in row else row["measured"][metric],
+            row.get("mean_loss"),
+            row.get("perplexity"),
+            row.get("delta"),
+        )
+        for row in sorted(rows, key=lambda row: (row["text"], -row["budget"], row["recipe"]))
+    ]
+    show(f"{rows[0]['model']}, budgets in {metric}", columns, found)
+
+
+def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
+    """One panel per text, one line per recipe, the dense model as a dashed line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["text"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.2), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        here = [row for row in rows if row["text"] == name and "unreachable" not in row]
+        for recipe in dict.fromkeys(row["recipe"] for row in here):
+            points = sorted((row["measured"][metric], float(row["perplexity"])) for row in here if row["recipe"] == recipe)
+            if recipe == "dense":
+                axis.axhline(points[0][1], color="black", linestyle="--", linewidth=1, label="dense")
+            else:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=_COLORS.get(recipe), label=recipe)
+        axis.set(xlabel=f"measured budget ({metric}, of dense)", ylabel="perplexity", title=name, yscale="log")
+        axis.grid(True, which="both", alpha=0.25)
+        axis.legend()
+    figure.suptitle(rows[0]["model"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)
