@@ -18,13 +18,11 @@ import typer
 
 from bench.once import batches_of, calibrate_once
 from bench.record import append, head, start
+from bench.table import plot, table
 from rana_fx.attachment import attach, detach
-from rana_fx.commands.record import show
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
 from rana_fx.evaluate import evaluate, evaluate_adapted, load_model
 from rana_fx.recipes import RECIPES
-
-_COLORS = {"static": "tab:gray", "cats": "tab:green", "teal": "tab:orange", "wina": "tab:red", "paper": "tab:blue"}
 
 
 def main(
@@ -105,7 +103,7 @@ def main(
                     eval_seconds=time.perf_counter() - began,
                 )
             detach(network)
-    _table(rows, metric)
+    table(rows, metric)
     if png is not None:
         plot(rows, metric, png)
 
@@ -118,49 +116,6 @@ def _quality(found: Any, dense: Any) -> dict[str, float]:
         "delta": found.mean_loss - dense.mean_loss,
         "tokens": found.tokens,
     }
-
-
-def _table(rows: list[dict[str, Any]], metric: str) -> None:
-    columns = ("text", "recipe", "budget", "measured", "mean loss", "perplexity", "delta")
-    found = [
-        (
-            row["text"],
-            row["recipe"],
-            row["budget"],
-            "unreachable" if "unreachable" in row else row["measured"][metric],
-            row.get("mean_loss"),
-            row.get("perplexity"),
-            row.get("delta"),
-        )
-        for row in sorted(rows, key=lambda row: (row["text"], -row["budget"], row["recipe"]))
-    ]
-    show(f"{rows[0]['model']}, budgets in {metric}", columns, found)
-
-
-def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
-    """One panel per text, one line per recipe, the dense model as a dashed line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(row["text"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.2), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
-        here = [row for row in rows if row["text"] == name and "unreachable" not in row]
-        for recipe in dict.fromkeys(row["recipe"] for row in here):
-            points = sorted((row["measured"][metric], float(row["perplexity"])) for row in here if row["recipe"] == recipe)
-            if recipe == "dense":
-                axis.axhline(points[0][1], color="black", linestyle="--", linewidth=1, label="dense")
-            else:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=_COLORS.get(recipe), label=recipe)
-        axis.set(xlabel=f"measured budget ({metric}, of dense)", ylabel="perplexity", title=name, yscale="log")
-        axis.grid(True, which="both", alpha=0.25)
-        axis.legend()
-    figure.suptitle(rows[0]["model"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
