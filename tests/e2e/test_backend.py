@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import rana_fx
 from rana_fx.attachment import attached
 from rana_fx.calibrate import call
-from rana_fx.errors import InvalidOption, NoPlan
+from rana_fx.errors import InvalidOption, NoPlan, PlanMismatch
 from rana_fx.measure import measuring
 from rana_fx.passes.runner import run
 from tests.architectures import ARCHITECTURES, build, ids, output
@@ -208,6 +208,38 @@ def test_another_plan_recompiles_by_itself():
     rana_fx.detach(model)
     with pytest.raises(BackendCompilerFailed, match="no plan attached"):
         compiled(**batch)
+
+
+def test_a_plan_given_as_an_option(tmp_path):
+    """It needs no attached plan, finds weights also where names are relative, and refuses other weights."""
+    model, batch, plan = adapted(budget=0.75)
+    with measuring(model) as meter:
+        expected = output(meter.run(batch))
+    rana_fx.detach(model)
+    plan.save(tmp_path)
+    with torch.no_grad():
+        dense = output(model(**batch))
+        for given in (plan, tmp_path, str(tmp_path)):
+            got = output(torch.compile(model, backend=rana_fx.backend, options={"plan": given})(**batch))
+            assert relative(got, expected) < 1e-5
+        torch.compiler.reset()
+        model.model.layers[0].mlp.forward = torch.compile(
+            model.model.layers[0].mlp.forward, backend=rana_fx.backend, options={"plan": plan}
+        )
+        partly = output(model(**batch))
+        assert relative(partly, dense) > 1e-3
+        assert relative(partly, expected) > 1e-3
+        del model.model.layers[0].mlp.forward
+    assert attached(model) is None
+    assert not any(name.startswith("rana_fx") for name, _ in model.named_parameters())
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+        other = copy.deepcopy(model)
+        with pytest.raises(BackendCompilerFailed, match="down_proj: got digest") as caught:
+            torch.compile(other, backend=rana_fx.backend, options={"plan": plan})(**batch)
+        assert isinstance(caught.value.inner_exception, PlanMismatch)
+        with pytest.raises(BackendCompilerFailed, match="option plan=7 is not valid: expected a rana_fx.Plan"):
+            torch.compile(other, backend=rana_fx.backend, options={"plan": 7})(**batch)
 
 
 def test_two_models_in_one_process():
