@@ -288,6 +288,31 @@ def test_generate(cache):
     assert torch.equal(model.generate(prompt, **settings), expected)
 
 
+def test_generate_with_the_frameworks_own_compile_config():
+    """By its registered name; the prompt runs eagerly under CompileConfig, so dense, and decode adapted."""
+    from transformers import CompileConfig
+
+    model, _, _ = adapted()
+    prompt = torch.randint(3, 90, (1, 6))
+    settings = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0, "eos_token_id": None}
+
+    def reference(gm, example_inputs):
+        run(gm, example_inputs)
+        return gm.forward
+
+    def config(backend):
+        made = CompileConfig(backend=backend, mode=None)
+        made._compile_all_devices = True  # it leaves a CPU uncompiled otherwise
+        return made
+
+    expected = model.generate(prompt, compile_config=config(reference), **settings)
+    dense = model.generate(prompt, **settings, disable_compile=True)
+    torch.compiler.reset()
+    del model._compiled_call
+    assert torch.equal(model.generate(prompt, compile_config=config("rana"), **settings), expected)
+    assert not torch.equal(dense, expected)
+
+
 def test_second_process_hits_the_cache(tmp_path):
     script = """
 import sys, torch, rana_fx
