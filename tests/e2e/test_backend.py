@@ -294,7 +294,13 @@ def test_generate_with_the_frameworks_own_compile_config():
 
     model, _, _ = adapted()
     prompt = torch.randint(3, 90, (1, 6))
-    settings = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0, "eos_token_id": None}
+    settings = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
 
     def reference(gm, example_inputs):
         run(gm, example_inputs)
