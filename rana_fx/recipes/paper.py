@@ -141,10 +141,8 @@ def _adapt_mlp(problem: Problem, block: MlpBlock, rows_TI: Tensor, moment_II: Te
     measured: list[Energies] = [energies(basis.b_DI, rows_TI) for basis in bases]
     norms = torch.linalg.vector_norm(problem.matrix((block.down,)), dim=0)
     hidden = torch.cat([problem.dense_rows(block, chunk) for chunk in rows_TI.split(2048)])
-    profile = importance_profile(hidden, norms)
-    del hidden
-    candidates = _candidates(problem, block, measured, profile, fraction)
-    best, error = race(problem, block, bases, norms, candidates, rows_TI)
+    candidates = _candidates(problem, block, measured, importance_profile(hidden, norms), fraction)
+    best, error = race(problem, block, bases, norms, candidates, rows_TI, hidden)
     adapters = [
         problem.rank_adapter((up,), basis, choice) for up, basis, choice in zip(block.ups, bases, best.choices, strict=True)
     ]
