@@ -120,7 +120,8 @@ class Problem:
             dense_bytes=self.bytes(names),
             error=max(0.0, 1.0 - choice.coverage),
         )
-        return adapter.to(first.weight.dtype)
+        # a plan lives on the CPU: attaching it puts the only copy on the model's device
+        return adapter.to(first.weight.dtype).on("cpu")
 
     def neuron_adapter(self, name: str, squared_threshold: float, norms_I: Tensor, fraction: float) -> Adapter:
         """Keep input j where (x_j norm_j)^2 >= squared_threshold."""
@@ -128,6 +129,7 @@ class Problem:
         tau = (squared_threshold / norms_I.double().square()).float()  # a zero column gives inf: it is never needed
         if squared_threshold == 0:
             tau = torch.zeros_like(tau)
+        tau = tau.cpu()
         return Adapter(
             name=name,
             kind="neuron",
