@@ -20,7 +20,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rana_fx.attachment import Attachment, Factors
 from rana_fx.errors import InvalidOption, PlanMismatch
 from rana_fx.plan import Plan, load_plan, weight_digest
-from rana_fx.planfile import HEADER
 from rana_fx.sites import source_name
 
 # one set of factors serves every graph (prefill, decode) that is compiled by a plan
@@ -33,6 +32,8 @@ def plan_of(value: object) -> Plan:
     if isinstance(value, Plan):
         return value
     if isinstance(value, (str, Path)):
+        from rana_fx.planfile import HEADER
+
         header = Path(value) / HEADER
         return _load(Path(value), header.stat().st_mtime_ns if header.is_file() else 0)
     raise InvalidOption(name="plan", got=value, expected="a rana_fx.Plan, or the folder of a saved one")
