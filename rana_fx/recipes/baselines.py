@@ -95,7 +95,7 @@ class Thresholds:
         if self._weighted:
             norms: Tensor = torch.linalg.vector_norm(problem.matrix((name,)), dim=0)
             return norms
-        return torch.ones(problem.layout.sites[name].in_features)
+        return problem.ones(name)
 
 
 class Cats:
@@ -126,7 +126,7 @@ def _masked_sites(block: MlpBlock) -> tuple[str, ...]:
 
 def _threshold_block(problem: Problem, block: MlpBlock, masked: tuple[str, ...], fraction: float) -> Adapter:
     rows = problem.sampled(block.ups[0], 1)
-    ones = torch.ones(problem.layout.sites[block.down].in_features)
+    ones = problem.ones(block.down)
     if block.activation is None:
         hidden = torch.cat([problem.dense_rows(block, chunk) for chunk in rows.split(2048)])
         return problem.neuron_adapter(block.down, neuron_threshold(importance_profile(hidden, ones), fraction), ones, fraction)

@@ -92,6 +92,11 @@ class Problem:
         parts = [site.weight.new_zeros(site.out_features) if site.bias is None else site.bias.detach() for site in sites]
         return torch.cat([part.float() for part in parts])
 
+    def ones(self, name: str) -> Tensor:
+        """Importances of a site's inputs where each counts for itself, fp32, (in,)."""
+        site = self.layout.sites[name]
+        return torch.ones(site.in_features, device=site.weight.device)
+
     def dense_rows(self, block: MlpBlock, rows_TI: Tensor) -> Tensor:
         """The dense model's input of ``block.down`` for given rows of the block's input, fp32."""
         outs = [torch.nn.functional.linear(rows_TI.float(), self.matrix((up,)), self.bias((up,))) for up in block.ups]
