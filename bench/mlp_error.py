@@ -136,6 +136,7 @@ def _score(held_out: Problem, block: MlpBlock, adapters: dict[str, Adapter]) -> 
     energy = error = 0.0
     kept: dict[str, float] = {}
     rows = held_out.rows(block.ups[0])
+    adapters = {name: adapter.on(rows.device) for name, adapter in adapters.items()}
     for x_TI in rows.float().split(_ROWS):
         outs = [_up(held_out, up, adapters.get(up), x_TI, kept) for up in block.ups]
         hidden = block.pointwise(*outs).float()
@@ -195,7 +196,7 @@ def _need(role: str, site: str, basis: str, energies: list[Tensor]) -> list[dict
             above = energy_TD.double().sort(dim=1, descending=True).values.cumsum(1)
             counts = (above < share * above[:, -1:]).sum(1) + 1
             needed.append(counts.double() / energy_TD.shape[1])
-        fractions = torch.cat(needed)
+        fractions = torch.cat(needed).cpu()
         quantiles = torch.quantile(fractions, torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()
         names = [f"q{round(100 * q)}" for q in _QUANTILES]
         facts = {"kind": "rank_need", "role": role, "site": site, "basis": basis, "energy": share}

@@ -28,7 +28,8 @@ def head(bench: str) -> dict[str, Any]:
     return {
         "bench": bench,
         "command_line": command_line(bench),
-        "commit": _git("rev-parse", "HEAD"),
+        # a copy without .git, on a machine of its own, is told where it came from
+        "commit": os.environ.get("RANA_FX_COMMIT") or _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",

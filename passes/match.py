@@ -14,6 +14,8 @@ from torch import fx
 
 from rana_fx.adapters import Adapter
 from rana_fx.attachment import Attachment, attachment_of
+from rana_fx.option import attachment_for
+from rana_fx.plan import Plan
 from rana_fx.sites import Linear, Scan, find_linears, parameters_of
 
 
@@ -45,19 +47,26 @@ class Matches:
     scan: Scan
     attachments: tuple[Attachment, ...]
     found: tuple[Match, ...]
-    weights: tuple[fx.Node, ...]  # graph inputs the rewrite depends on
     missing: str | None  # a linear whose model has no plan, when none of the graph's has
 
 
-def match_plan(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> Matches:
-    """Find what to replace. Linears without an adapter stay as they are."""
+def match_plan(graph_module: fx.GraphModule, example_inputs: Sequence[object], plan: Plan | None = None) -> Matches:
+    """Find what to replace. Linears without an adapter stay as they are.
+
+    Args:
+        plan: to use instead of what is attached to the weights.
+    """
     parameters = parameters_of(graph_module, example_inputs)
-    attachments = list(dict.fromkeys(a for a in map(attachment_of, parameters.values()) if a is not None))
+    given = None if plan is None else attachment_for(plan, parameters)
+    if plan is None:
+        attachments = list(dict.fromkeys(a for a in map(attachment_of, parameters.values()) if a is not None))
+    else:
+        attachments = [] if given is None else [given]
     names = {key: name for attachment in attachments for key, name in attachment.names.items()}
     scan = find_linears(graph_module, example_inputs, names)
     gathered: dict[tuple[Attachment, int, fx.Node], list[Linear]] = {}
     for linear in scan.linears:
-        attachment = attachment_of(linear.weight)
+        attachment = attachment_of(linear.weight) if plan is None else given
         planned = attachment.adapter(linear.name) if attachment is not None else None
         if attachment is not None and planned is not None:
             gathered.setdefault((attachment, planned[0], linear.x), []).append(linear)
@@ -67,4 +76,4 @@ def match_plan(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -
         for (attachment, index, _), linears in gathered.items()
     )
     missing = scan.linears[0].name if scan.linears and not attachments else None
-    return Matches(scan, tuple(attachments), found, tuple(parameters), missing)
+    return Matches(scan, tuple(attachments), found, missing)

@@ -20,6 +20,7 @@ from rana_fx.kernels import reference
 from rana_fx.passes import PIPELINE
 from rana_fx.passes.match import Matches, match_plan
 from rana_fx.passes.verify import verify
+from rana_fx.plan import Plan
 from rana_fx.unfuse import unfuse
 
 _dumps = itertools.count()
@@ -33,13 +34,15 @@ class Result:
     matches: Matches
 
 
-def run(graph_module: fx.GraphModule, example_inputs: Sequence[object] = ()) -> Result:
+def run(graph_module: fx.GraphModule, example_inputs: Sequence[object] = (), *, plan: Plan | None = None) -> Result:
     """Rewrite in place. Without any adapter for the graph's weights nothing changes.
 
-    ``example_inputs`` are the values of the placeholders; exported modules keep their weights as attributes and need none.
+    Args:
+        example_inputs: values of the placeholders; exported modules keep their weights as attributes and need none.
+        plan: to use instead of the plan attached to the weights.
     """
     unfuse(graph_module)
-    matches = match_plan(graph_module, example_inputs)
+    matches = match_plan(graph_module, example_inputs, plan)
     replaced = dict.fromkeys((step.__name__ for step in PIPELINE), 0)
     if not matches.found:
         return Result(replaced, matches)

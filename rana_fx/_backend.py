@@ -14,11 +14,12 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from rana_fx.attachment import attachment_of
 from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.guards import guard_weights
-from rana_fx.kernels import reference
-from rana_fx.kernels.ops import masked_gemv
+from rana_fx.option import plan_of
 from rana_fx.passes.runner import Result, run, sources_hash
+from rana_fx.plan import Plan
 
 
 def backend(
@@ -31,41 +32,41 @@ def backend(
     """Compile one graph by the plan attached to its weights. Called by torch.compile.
 
     Args:
-        options: ``{"mode": ...}`` and any option of Inductor, as torch.compile takes them for ``backend="inductor"``.
+        options: ``{"plan": ...}``, a plan or the folder of one, to use instead of the attached one (the model is not touched);
+            ``{"mode": ...}``; and any option of Inductor, as torch.compile takes them for ``backend="inductor"``.
         mode: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
 
     Raises:
         NoPlan: the graph has linears, and no plan is attached to its model. (torch.compile wraps errors of a backend
             in BackendCompilerFailed; its ``inner_exception`` is ours.)
-        InvalidOption.
+        PlanMismatch: the plan given as an option is for other weights.
+        InvalidOption, PlanFileError, PlanVersion.
     """
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
-    patches = inductor_options(options, mode)
-    result = rewrite(gm, example_inputs)
+    from rana_fx.passes import lower
+
+    lower.register()
+    given = dict(options or {})
+    plan = plan_of(given.pop("plan")) if "plan" in given else None
+    patches = inductor_options(given, mode)
+    result = rewrite(gm, example_inputs, plan=plan)
     patches["post_grad_custom_pre_pass"] = _CacheKey(result, patches.get("post_grad_custom_pre_pass"))
-    # no kernel of ours yet: Inductor sees the product and the mask, and fuses the mask into what surrounds it
-    decompositions = {**select_decomp_table(), masked_gemv: reference.masked_gemv}
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions)
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
 
-def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Result:
-    """Rewrite by the attached plan and guard on it. Raises NoPlan."""
-    result = run(gm, example_inputs)
+def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | None = None) -> Result:
+    """Rewrite by the attached plan, or by ``plan``, and guard on what it depends on. Raises NoPlan, PlanMismatch."""
+    result = run(gm, example_inputs, plan=plan)
     if result.matches.missing is not None:
         raise NoPlan(site=result.matches.missing)
-    if result.matches.attachments:
-        guard_weights(_marked(result), attachment=True)
-    return result
-
-
-def _marked(result: Result) -> list[fx.Node]:
-    from rana_fx.attachment import attachment_of
-
     weights = result.matches.scan.weights
-    return [node for node in result.matches.weights if node in weights and attachment_of(weights[node]) is not None]
+    if plan is not None:
+        guard_weights((node for node in weights if weights[node].dim() == 2), attachment=False)
+    elif result.matches.attachments:
+        guard_weights((node for node in weights if attachment_of(weights[node]) is not None), attachment=True)
+    return result
 
 
 def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:

@@ -94,3 +94,7 @@ class Adapter:
             return None if value is None else value.to(dtype).contiguous()
 
         return replace(self, router=cast(self.router), weight=cast(self.weight), bias=cast(self.bias))
+
+    def on(self, device: torch.device | str) -> Adapter:
+        """The same on another device."""
+        return replace(self, **{key: value.to(device) for key, value in self.tensors().items()})

@@ -95,7 +95,8 @@ class Thresholds:
         if self._weighted:
             norms: Tensor = torch.linalg.vector_norm(problem.matrix((name,)), dim=0)
             return norms
-        return problem.ones(name)
+        site = problem.layout.sites[name]
+        return torch.ones(site.in_features, device=site.weight.device)
 
 
 class Cats:
@@ -126,7 +127,8 @@ def _masked_sites(block: MlpBlock) -> tuple[str, ...]:
 
 def _threshold_block(problem: Problem, block: MlpBlock, masked: tuple[str, ...], fraction: float) -> Adapter:
     rows = problem.sampled(block.ups[0], 1)
-    ones = problem.ones(block.down)
+    down = problem.layout.sites[block.down]
+    ones = torch.ones(down.in_features, device=down.weight.device)
     if block.activation is None:
         hidden = torch.cat([problem.dense_rows(block, chunk) for chunk in rows.split(2048)])
         return problem.neuron_adapter(block.down, neuron_threshold(importance_profile(hidden, ones), fraction), ones, fraction)

@@ -92,11 +92,6 @@ class Problem:
         parts = [site.weight.new_zeros(site.out_features) if site.bias is None else site.bias.detach() for site in sites]
         return torch.cat([part.float() for part in parts])
 
-    def ones(self, name: str) -> Tensor:
-        """Importances of a site's inputs where each counts for itself, fp32, (in,)."""
-        site = self.layout.sites[name]
-        return torch.ones(site.in_features, device=site.weight.device)
-
     def dense_rows(self, block: MlpBlock, rows_TI: Tensor) -> Tensor:
         """The dense model's input of ``block.down`` for given rows of the block's input, fp32."""
         outs = [torch.nn.functional.linear(rows_TI.float(), self.matrix((up,)), self.bias((up,))) for up in block.ups]
@@ -125,7 +120,8 @@ class Problem:
             dense_bytes=self.bytes(names),
             error=max(0.0, 1.0 - choice.coverage),
         )
-        return adapter.to(first.weight.dtype)
+        # a plan lives on the CPU: attaching it puts the only copy on the model's device
+        return adapter.to(first.weight.dtype).on("cpu")
 
     def neuron_adapter(self, name: str, squared_threshold: float, norms_I: Tensor, fraction: float) -> Adapter:
         """Keep input j where (x_j norm_j)^2 >= squared_threshold."""
@@ -133,6 +129,7 @@ class Problem:
         tau = (squared_threshold / norms_I.double().square()).float()  # a zero column gives inf: it is never needed
         if squared_threshold == 0:
             tau = torch.zeros_like(tau)
+        tau = tau.cpu()
         return Adapter(
             name=name,
             kind="neuron",

@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import rana_fx
 from rana_fx.attachment import attached
 from rana_fx.calibrate import call
-from rana_fx.errors import InvalidOption, NoPlan
+from rana_fx.errors import InvalidOption, NoPlan, PlanMismatch
 from rana_fx.measure import measuring
 from rana_fx.passes.runner import run
 from tests.architectures import ARCHITECTURES, build, ids, output
@@ -210,6 +210,38 @@ def test_another_plan_recompiles_by_itself():
         compiled(**batch)
 
 
+def test_a_plan_given_as_an_option(tmp_path):
+    """It needs no attached plan, finds weights also where names are relative, and refuses other weights."""
+    model, batch, plan = adapted(budget=0.75)
+    with measuring(model) as meter:
+        expected = output(meter.run(batch))
+    rana_fx.detach(model)
+    plan.save(tmp_path)
+    with torch.no_grad():
+        dense = output(model(**batch))
+        for given in (plan, tmp_path, str(tmp_path)):
+            got = output(torch.compile(model, backend=rana_fx.backend, options={"plan": given})(**batch))
+            assert relative(got, expected) < 1e-5
+        torch.compiler.reset()
+        model.model.layers[0].mlp.forward = torch.compile(
+            model.model.layers[0].mlp.forward, backend=rana_fx.backend, options={"plan": plan}
+        )
+        partly = output(model(**batch))
+        assert relative(partly, dense) > 1e-3
+        assert relative(partly, expected) > 1e-3
+        del model.model.layers[0].mlp.forward
+    assert attached(model) is None
+    assert not any(name.startswith("rana_fx") for name, _ in model.named_parameters())
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+        other = copy.deepcopy(model)
+        with pytest.raises(BackendCompilerFailed, match="down_proj: got digest") as caught:
+            torch.compile(other, backend=rana_fx.backend, options={"plan": plan})(**batch)
+        assert isinstance(caught.value.inner_exception, PlanMismatch)
+        with pytest.raises(BackendCompilerFailed, match="option plan=7 is not valid: expected a rana_fx.Plan"):
+            torch.compile(other, backend=rana_fx.backend, options={"plan": 7})(**batch)
+
+
 def test_two_models_in_one_process():
     first, batch, _ = adapted(budget=0.7)
     second = copy.deepcopy(first)
@@ -254,6 +286,37 @@ def test_generate(cache):
     torch.compiler.reset()
     model.forward = torch.compile(forward, backend=rana_fx.backend)
     assert torch.equal(model.generate(prompt, **settings), expected)
+
+
+def test_generate_with_the_frameworks_own_compile_config():
+    """By its registered name; the prompt runs eagerly under CompileConfig, so dense, and decode adapted."""
+    from transformers import CompileConfig
+
+    model, _, _ = adapted()
+    prompt = torch.randint(3, 90, (1, 6))
+    settings = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+
+    def reference(gm, example_inputs):
+        run(gm, example_inputs)
+        return gm.forward
+
+    def config(backend):
+        made = CompileConfig(backend=backend, mode=None)
+        made._compile_all_devices = True  # it leaves a CPU uncompiled otherwise
+        return made
+
+    expected = model.generate(prompt, compile_config=config(reference), **settings)
+    dense = model.generate(prompt, **settings, disable_compile=True)
+    torch.compiler.reset()
+    del model._compiled_call
+    assert torch.equal(model.generate(prompt, compile_config=config("rana"), **settings), expected)
+    assert not torch.equal(dense, expected)
 
 
 def test_second_process_hits_the_cache(tmp_path):

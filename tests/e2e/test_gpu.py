@@ -17,7 +17,7 @@ def adapted(dtype=torch.float32, recipe="paper"):
     model, batch = build("llama", 2)
     model = model.to("cuda", dtype)
     batches = [batch, *(ids() for _ in range(4))]
-    rana_fx.adapt(model, batches, budget=0.7, recipe=recipe, progress=False)
+    rana_fx.adapt(model, batches, budget=0.85, recipe=recipe, progress=False)
     return model, {key: value.cuda() for key, value in batch.items()}
 
 
@@ -25,7 +25,7 @@ def relative(got, expected):
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("recipe", ["paper", "wina"])
+@pytest.mark.parametrize("recipe", ["paper", "static", "cats", "teal", "wina"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_equals_reference(recipe, mode):
     model, batch = adapted(recipe=recipe)

@@ -1,0 +1,71 @@
+"""Lowers ``rana::masked_gemv`` in Inductor.
+
+In: the operation as AOTAutograd left it in the graph. Out: Inductor IR, one of
+
+    a C++ template (CPU, few tokens, rows of the weight contiguous): reads only the rows that are kept
+    a matrix product on the masked input (everything else): the mask fuses into what precedes it
+
+A lowering and not a decomposition: decompositions handed to ``compile_fx`` become part of the FX cache's key, operators
+among them cannot be pickled (torch 2.13), and the whole compile is then never cached.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings, register_lowering, to_dtype
+from torch._inductor.virtualized import V
+
+from rana_fx.kernels import masked_gemv_cpp
+from rana_fx.kernels.ops import masked_gemv
+
+_aten = torch.ops.aten
+
+
+def register() -> None:
+    """Make Inductor use this lowering. Importing Inductor takes a second, so it waits for the first compile."""
+    if masked_gemv not in lowerings:
+        register_lowering(masked_gemv, type_promotion_kind=None)(_lower)
+
+
+def _lower(v: Any, tau: Any, weight: Any, bias: Any = None) -> Any:
+    *lead, inner = v.get_size()
+    v_TK = lowerings[_aten.view.default](v, [sympy.prod(lead), inner])
+    y_TN = _sparse_cpu(v_TK, tau, weight)
+    if y_TN is None:
+        y_TN = _dense(v_TK, tau, to_dtype(weight, v.get_dtype()))
+    if bias is not None:
+        y_TN = lowerings[_aten.add.Tensor](y_TN, bias)
+    return lowerings[_aten.view.default](to_dtype(y_TN, v.get_dtype()), [*lead, weight.get_size()[1]])
+
+
+def _dense(v_TK: Any, tau: Any, weight: Any) -> Any:
+    wide = to_dtype(v_TK, torch.float32)
+    kept = lowerings[_aten.ge.Tensor](lowerings[_aten.mul.Tensor](wide, wide), tau)
+    return lowerings[_aten.mm.default](lowerings[_aten.where.self](kept, v_TK, 0), weight)
+
+
+def _sparse_cpu(v_TK: Any, tau: Any, weight: Any) -> Any:
+    """The product in fp32 by the C++ template, or None where that does not apply."""
+    tokens = v_TK.get_size()[0]
+    few = V.graph.sizevars.statically_known_leq(tokens, masked_gemv_cpp.MAX_TOKENS)
+    dtypes = {v_TK.get_dtype(), weight.get_dtype()} <= set(masked_gemv_cpp.DTYPES)
+    if v_TK.get_device().type != "cpu" or not few or not dtypes:
+        return None
+    weight = ir.ExternKernel.realize_input(weight)
+    if weight.get_stride()[1] != 1:
+        return None
+    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x)) for x in (v_TK, tau)]
+    size = [tokens, weight.get_size()[1]]
+    layout = ir.FixedLayout(weight.get_device(), torch.float32, size, [size[1], sympy.S.One])
+    template: Any = masked_gemv_cpp.MaskedGemvTemplate([_unboxed(x) for x in (*inputs, weight)], layout)
+    return template.generate().output_node()
+
+
+def _unboxed(node: Any) -> Any:
+    while isinstance(node, (ir.TensorBox, ir.StorageBox)):
+        node = node.data
+    return node
