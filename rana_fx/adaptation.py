@@ -16,6 +16,7 @@ from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, UnknownMetric, Unkn
 from rana_fx.layout import Layout
 from rana_fx.plan import METRICS, Plan, SiteRecord, weight_digest
 from rana_fx.recipes import RECIPES, Problem
+from rana_fx.running import bare
 from rana_fx.sites import Skip
 
 
@@ -32,7 +33,8 @@ def adapt(
     """Measure a model on a few batches, decide how much of every linear layer each token needs, and attach that plan.
 
     Args:
-        model: any module that runs under torch.compile. Its weights and code are not changed.
+        model: any module that runs under torch.compile, also one that torch.compile or DataParallel wraps. Its weights and
+            code are not changed.
         batches: what the model takes, one pytree per call: a mapping is called as ``model(**batch)``, a tuple or list as
             ``model(*batch)``, anything else as ``model(batch)``. Tensors are moved to the model's device. Tokens whose
             ``*attention_mask`` is zero do not count. The paper uses 32,000 tokens; at most so many are kept, drawn
@@ -48,7 +50,7 @@ def adapt(
 
     Raises:
         BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, AlreadyAdapted, NoBatches, NoLinears,
-        TooFewTokens, NonFinite, TraceFailed.
+        TooFewTokens, NonFinite, TraceFailed, InvalidOption (``batches`` is one batch).
 
     Example:
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
@@ -60,6 +62,7 @@ def adapt(
         raise UnknownMetric(kind="metric", got=metric, valid=", ".join(METRICS))
     if recipe not in RECIPES:
         raise UnknownRecipe(kind="recipe", got=recipe, valid=", ".join(RECIPES))
+    model = bare(model)
     present = attached(model)
     if present is not None:
         old = present.plan

@@ -7,7 +7,8 @@ Parameters by which the backend finds the plan in any graph the weight appears i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from rana_fx.adapters import Adapter
 from rana_fx.errors import PlanMismatch
 from rana_fx.guards import ATTRIBUTE
 from rana_fx.plan import Plan, SiteRecord, weight_digest
-from rana_fx.sites import site_name
+from rana_fx.running import bare, device_of, weights_of
 
 MODULE = "rana_fx"
 
@@ -25,15 +26,35 @@ MODULE = "rana_fx"
 class Factors(nn.Module):
     """Factors of all adapters: Parameters ``<index>_router`` ..., buffers ``<index>_tau`` (fp32 whatever the model's dtype)."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, weights: Mapping[str, nn.Parameter] | None = None) -> None:
+        """``weights``: by site; factors follow their weight's device (else ``device``) and whether it is trained."""
         super().__init__()
         for index, adapter in enumerate(plan.adapters):
+            owners = [] if weights is None else [weights[site] for site in adapter.sites]
+            place = owners[0].device if owners else device
+            trained = any(owner.requires_grad for owner in owners) or not owners
             for key, value in adapter.tensors().items():
-                moved = value.detach().clone().to(device)
+                moved = value.detach().clone().to(place)
                 if key == "tau":
                     self.register_buffer(f"a{index}_{key}", moved)
                 else:
-                    self.register_parameter(f"a{index}_{key}", nn.Parameter(moved))
+                    self.register_parameter(f"a{index}_{key}", nn.Parameter(moved, requires_grad=trained))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
+        """A deep copy of the whole model stays adapted: its weights, copied just before, get marks of their own."""
+        make: Any = self.__reduce_ex__(4)
+        fresh: Factors = make[0](*make[1])
+        memo[id(self)] = fresh
+        fresh.__dict__.update({key: copy.deepcopy(value, memo) for key, value in make[2].items() if key != "_owner"})
+        old: Attachment | None = self.__dict__.get("_owner")
+        copied = [] if old is None else [(key, memo[key]) for key in old.marked if isinstance(memo.get(key), nn.Parameter)]
+        if old is not None and copied:
+            names = {id(parameter): old.names[key] for key, parameter in copied if key in old.names}
+            _mark(Attachment(old.plan, fresh, names), [parameter for _, parameter in copied])
+        return fresh
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_owner"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
         taus = dict(self.named_buffers(recurse=False))
@@ -51,7 +72,12 @@ class Attachment:
         self.plan = plan
         self.factors = factors
         self.names = names  # id of a Parameter -> site name
+        self.marked: tuple[int, ...] = ()  # ids of the Parameters that carry it
         self._by_site = {site: (index, adapter) for index, adapter in enumerate(plan.adapters) for site in adapter.sites}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # ids mean nothing in another process: a pickled model is to be attached to again
+        return (_nothing, ())
 
     def adapter(self, site: str) -> tuple[int, Adapter] | None:
         """(index in the plan, adapter) of a site."""
@@ -62,28 +88,43 @@ class Attachment:
         return getattr(self.factors, f"a{index}_{key}", None)
 
 
+def _nothing() -> None:
+    return None
+
+
+def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
+    attachment.marked = tuple(map(id, parameters))
+    attachment.factors.__dict__["_owner"] = attachment
+    for parameter in parameters:
+        setattr(parameter, ATTRIBUTE, attachment)
+
+
 def attach(model: nn.Module, plan: Plan) -> None:
     """Attach ``plan`` to ``model``; replaces a plan that is attached. Functions compiled before recompile by themselves.
+
+    A ``copy.deepcopy`` of the model is adapted, too; a pickled and loaded one (or one whose Parameters were replaced) is
+    not: attach the plan again. ``state_dict`` includes the factors, as ``rana_fx.*``: ``detach`` first for one without.
 
     Raises:
         PlanMismatch: other architecture, shapes, dtype or weights than the plan was made for.
     """
-    parameters = {site_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
+    model = bare(model)
+    parameters = weights_of(model)
     for record in plan.sites:
         _check(model, record, parameters.get(record.name))
     detach(model)
     names: dict[int, str] = {}
     for record in plan.sites:
         names[id(parameters[record.name])] = record.name
-    device = next(iter(parameters.values())).device
-    attachment = Attachment(plan, Factors(plan, device), names)
-    for parameter in list(model.parameters()):
-        setattr(parameter, ATTRIBUTE, attachment)
-    model.add_module(MODULE, attachment.factors)
+    with torch.inference_mode(False):  # factors made inside it could never be trained
+        factors = Factors(plan, device_of(model), parameters)
+    _mark(Attachment(plan, factors, names), list(model.parameters()))
+    model.add_module(MODULE, factors)
 
 
 def detach(model: nn.Module) -> Plan | None:
     """Take the plan off and return it (None when there was none). The model is then as it was before ``attach``."""
+    model = bare(model)
     found = attached(model)
     for parameter in model.parameters():
         if hasattr(parameter, ATTRIBUTE):
@@ -95,7 +136,7 @@ def detach(model: nn.Module) -> Plan | None:
 
 def attached(model: nn.Module) -> Attachment | None:
     """The attachment of a model, if it has one."""
-    return next((getattr(p, ATTRIBUTE) for p in model.parameters() if hasattr(p, ATTRIBUTE)), None)
+    return next((found for found in map(attachment_of, model.parameters()) if found is not None), None)
 
 
 def attachment_of(parameter: Any) -> Attachment | None:

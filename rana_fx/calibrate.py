@@ -9,10 +9,8 @@ and the graph then runs eagerly. Memory does not grow with the number of tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
@@ -21,7 +19,20 @@ from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed
 from rana_fx.groups import Reading, read_graph
 from rana_fx.guards import guard_weights
 from rana_fx.layout import Layout, merge
-from rana_fx.sites import Scan, find_linears, site_name
+from rana_fx.running import (
+    bare,
+    call,
+    check_batches,
+    count_tokens,
+    device_of,
+    evaluating,
+    names_of,
+    observing,
+    padding_masks,
+    real_rows,
+    to_device,
+)
+from rana_fx.sites import Scan, find_linears
 from rana_fx.stats import CAPACITY, Reservoir
 from rana_fx.unfuse import unfuse
 
@@ -67,10 +78,7 @@ class Observer:
     def _observe(self, key: tuple[str, ...], decoder: bool, x: Tensor) -> None:
         if self.wanted is not None and key not in self.wanted:
             return
-        rows = x.detach().reshape(-1, x.shape[-1])
-        mask = self.masks.get("decoder_" if decoder else "")
-        if mask is not None and mask.numel() == len(rows):
-            rows = rows[mask.reshape(-1).to(rows.device)]
+        rows = real_rows(x, self.masks.get("decoder_" if decoder else ""))
         finite = torch.isfinite(rows)
         if not finite.all():
             count = int((~finite).sum())
@@ -95,17 +103,18 @@ def calibrate(
         capacity: rows kept per group.
 
     Raises:
-        NoBatches, NoLinears, NonFinite, TraceFailed.
+        NoBatches, NoLinears, NonFinite, TraceFailed, InvalidOption: ``batches`` is one batch.
     """
+    model = bare(model)
     observer = Observer(names_of(model), capacity=capacity, seed=seed)
     layout: Layout | None = None
     tokens = 0
-    with evaluating(model), observing(), torch.no_grad():
+    with evaluating(model), observing(model), torch.no_grad():
         compiled = torch.compile(model, backend=observer)
-        for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
+        for index, batch in enumerate(tqdm(check_batches(batches), desc="calibrate", unit="batch", disable=not progress)):
             batch = to_device(batch, device_of(model))
             observer.masks = padding_masks(batch)
-            tokens += _count_tokens(batch, observer.masks)
+            tokens += count_tokens(batch, observer.masks)
             try:
                 call(compiled, batch)
             except Exception as error:
@@ -151,102 +160,3 @@ def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseExcept
             return error
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return None
-
-
-# ---- running a model on a batch
-
-
-def names_of(model: nn.Module) -> dict[int, str]:
-    """id of each Parameter -> its (first) dotted name."""
-    names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), site_name(name))
-    return names
-
-
-def device_of(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a pytree; in a mapping, arrays and lists of numbers (rows of a dataset) become tensors."""
-    if isinstance(batch, Mapping):
-        batch = {key: _tensor_of(value) for key, value in batch.items()}
-    return optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-
-
-def _tensor_of(value: object) -> object:
-    if isinstance(value, Tensor) or value is None or isinstance(value, (str, bytes, bool, int, float)):
-        return value
-    if hasattr(value, "__array__") or (isinstance(value, list) and _numeric(value)):
-        tensor = torch.as_tensor(value)
-        # a row of a datasets.Dataset holds one sequence as a flat list: a batch of one
-        return tensor[None] if tensor.dim() == 1 and isinstance(value, list) else tensor
-    return value
-
-
-def _numeric(value: object) -> bool:
-    while isinstance(value, list) and value:
-        value = value[0]
-    return isinstance(value, (int, float))
-
-
-def call(model: Callable[..., Any], batch: Any) -> Any:
-    """``model(**batch)``, ``model(*batch)`` or ``model(batch)``, by the batch's type."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
-
-
-def padding_masks(batch: Any) -> dict[str, Tensor]:
-    """Masks of real tokens: "" for the (encoder's) input, "decoder_" for the decoder's, from the batch's keys."""
-    masks: dict[str, Tensor] = {}
-    if isinstance(batch, Mapping):
-        for key, value in batch.items():
-            if not isinstance(value, Tensor) or value.dim() != 2:
-                continue
-            prefix = "decoder_" if str(key).startswith(("decoder_", "tgt_")) else ""
-            if str(key).endswith("attention_mask"):
-                masks[prefix] = value != 0
-            elif str(key).endswith("padding_mask"):  # torch.nn.Transformer: True marks padding
-                masks[prefix] = ~value.bool() if value.dtype == torch.bool else value == 0
-    return masks
-
-
-def _count_tokens(batch: Any, masks: dict[str, Tensor]) -> int:
-    if masks:
-        return sum(int(mask.sum()) for mask in masks.values())
-    for leaf in optree.tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim() >= 2:
-            return leaf.shape[0] * leaf.shape[1]
-    return 1
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Any:
-    """Evaluation mode inside, each module's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def observing() -> Any:
-    """Dynamo settings for runs that only observe; compiled code of these runs is dropped at the end."""
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    try:
-        with (
-            torch._dynamo.config.patch(recompile_limit=64) if hasattr(torch._dynamo.config, "recompile_limit") else nullcontext()
-        ):
-            yield
-    finally:
-        torch._dynamo.reset()

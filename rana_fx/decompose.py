@@ -8,6 +8,7 @@ the sample does not span. All of it in fp64; the factors are returned in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +40,15 @@ class Choice:
 
 def second_moment(rows_TI: Tensor) -> Tensor:
     """Sum of x x^T over the sample, (in, in), fp64."""
-    total = torch.zeros(rows_TI.shape[1], rows_TI.shape[1], dtype=torch.float64, device=rows_TI.device)
+    width = rows_TI.shape[1]
+    total = torch.zeros(width, width, dtype=torch.float64, device=rows_TI.device)
+    # it is symmetric: of each panel of rows only what lies right of the diagonal is multiplied
+    panel = max(128, -(-width // 8))
     for chunk in rows_TI.split(4 * _CHUNK):
         wide = chunk.double()
-        total.addmm_(wide.t(), wide)
-    return total
+        for start in range(0, width, panel):
+            total[start : start + panel, start:].addmm_(wide[:, start : start + panel].t(), wide[:, start:])
+    return total.triu_().add_(total.triu(1).t())
 
 
 def output_basis(weight_OI: Tensor, moment_II: Tensor) -> Basis:
@@ -65,47 +70,54 @@ def candidate_ranks(width: int, *, step: int = STEP) -> list[int]:
 
 @dataclass(eq=False)
 class Energies:
-    """z^2 of every component over the sample, as histograms of the nested sets of components the search tries."""
+    """z^2 of every component over the sample, as a histogram whose first blocks are the sets of components the search tries."""
 
-    ranks: list[int]
-    profiles: list[Profile]  # profiles[j]: the first ranks[j] components
+    ranks: list[int]  # ascending; blocks 0..j are the first ranks[j] components
+    histogram: Histogram
     rows: int
-
-    @property
-    def total(self) -> float:
-        return self.profiles[0].energy
 
 
 def energies(b_DI: Tensor, rows_TI: Tensor, *, step: int = STEP) -> Energies:
     """Measure z = B x over the sample."""
     width = len(b_DI)
-    ranks = candidate_ranks(width, step=step)
-    ascending = torch.tensor(sorted(ranks))
-    blocks_D = torch.searchsorted(ascending, torch.arange(width), right=True)
+    ranks = sorted(candidate_ranks(width, step=step))
+    blocks_D = torch.searchsorted(torch.tensor(ranks), torch.arange(width), right=True).to(rows_TI.device)
     # Cauchy-Schwarz: an upper bound of z^2 that costs no product
     longest = max(float(torch.linalg.vector_norm(chunk.float(), dim=1).max()) for chunk in rows_TI.split(_CHUNK))
     histogram = Histogram(blocks_D, (longest * float(torch.linalg.vector_norm(b_DI, dim=1).max())) ** 2)
     for chunk in rows_TI.split(_CHUNK):
         histogram.add((chunk.float() @ b_DI.t()).square_())
-    return Energies(ranks, histogram.prefixes()[::-1], len(rows_TI))
+    return Energies(ranks, histogram, len(rows_TI))
 
 
-def line_search(measured: Energies, out_features: int, in_features: int, fraction: float) -> Choice | None:
-    """The rank with the best coverage at a cost of ``fraction`` of the dense layer (Algorithm 1), or None.
+def feasible_kept(rank: int, out_features: int, in_features: int, fraction: float, rows: int) -> float | None:
+    """Components left to multiply beside a router of ``rank`` rows at a cost of ``fraction`` of the dense layer.
 
-    A router of r rows costs in * r and leaves k(r) = fraction * in - in * r / out components to multiply; a rank is
-    feasible when 0 < k(r) < r.
+    The router costs in * r and leaves k(r) = fraction * in - in * r / out; a rank is feasible when 0 < k(r) < r, and
+    when at least one score of ``rows`` tokens is kept. None: it is not.
     """
-    best: Choice | None = None
-    for rank, profile in zip(measured.ranks, measured.profiles, strict=True):
-        kept = fraction * in_features - in_features * rank / out_features
-        count = int(measured.rows * kept)
-        if not 0 < kept < rank or count <= 0:
-            continue
-        threshold, energy = profile.keep(count)
-        coverage = energy / measured.total if measured.total > 0 else 1.0
-        if best is None or coverage > best.coverage:
-            best = Choice(rank, kept, threshold, coverage)
+    kept = fraction * in_features - in_features * rank / out_features
+    return kept if 0 < kept < rank and int(rows * kept) > 0 else None
+
+
+def line_search(measured: Energies, out_features: int, in_features: int, fractions: Sequence[float]) -> list[Choice | None]:
+    """For each fraction of the dense layer's cost, the rank with the best coverage (Algorithm 1), or None."""
+    total = measured.histogram.merged().energy
+    best: list[Choice | None] = [None] * len(fractions)
+    points = [
+        [feasible_kept(rank, out_features, in_features, fraction, measured.rows) for fraction in fractions]
+        for rank in measured.ranks
+    ]
+    wanted = [index for index, kept in enumerate(points) if any(kept)]
+    for index, profile in measured.histogram.prefixes(wanted):
+        for which, kept in enumerate(points[index]):
+            if kept is None:
+                continue
+            threshold, energy = profile.keep(int(measured.rows * kept))
+            coverage = energy / total if total > 0 else 1.0
+            held = best[which]
+            if held is None or coverage >= held.coverage:
+                best[which] = Choice(measured.ranks[index], kept, threshold, coverage)
     return best
 
 
@@ -113,7 +125,7 @@ def importance_profile(rows_TI: Tensor, norms_I: Tensor) -> Profile:
     """Squared importances (x_j |W_:,j|)^2 of every input over the sample (neuron adapter)."""
     norms = norms_I.float()
     top = max((float((chunk.float() * norms).abs().max()) ** 2 for chunk in rows_TI.split(_CHUNK)), default=0.0)
-    histogram = Histogram(torch.zeros(rows_TI.shape[1], dtype=torch.long), top)
+    histogram = Histogram(torch.zeros(rows_TI.shape[1], dtype=torch.long, device=rows_TI.device), top)
     for chunk in rows_TI.split(_CHUNK):
         histogram.add((chunk.float() * norms).square_())
     return histogram.merged()

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rana_fx.calibrate import call, device_of, evaluating, to_device
 from rana_fx.errors import InvalidOption, ModelError, NoBatches, NonFinite
 from rana_fx.measure import Measurement, measuring
+from rana_fx.running import call, device_of, evaluating, to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

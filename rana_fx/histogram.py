@@ -7,6 +7,8 @@ octave, so a threshold is within 0.1 % of the exact one (less by interpolation) 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,32 +22,33 @@ class Histogram:
     """Counts of scores, per block of columns.
 
     Args:
-        blocks_C: for each column (rank), the block it belongs to.
+        blocks_C: for each column (rank), the block it belongs to; on the device of the scores.
         top: an upper bound of the scores; what lies 56 octaves below shares the lowest bin.
     """
 
     def __init__(self, blocks_C: Tensor, top: float) -> None:
-        self.blocks_C = blocks_C
         count = int(blocks_C.max()) + 1
         self._base = (int(torch.tensor(max(top, 1e-30), dtype=torch.float32).view(torch.int32)) >> _SHIFT) - _BINS + 2
-        self.counts = torch.zeros(count, _BINS, dtype=torch.int64)
-        self.rows = 0
+        self._first_C = (blocks_C * _BINS).to(torch.int32)  # where the block of each column begins
+        self.counts = torch.zeros(count, _BINS, dtype=torch.int64, device=blocks_C.device)
 
     def add(self, scores_TC: Tensor) -> None:
         """Take scores of shape (tokens, columns), fp32, non-negative."""
-        bins = ((scores_TC.contiguous().view(torch.int32) >> _SHIFT) - self._base).clamp_(0, _BINS - 1)
-        index = (bins + (self.blocks_C * _BINS).to(bins.device)).flatten().long()
-        self.counts += torch.bincount(index, minlength=self.counts.numel()).view_as(self.counts).cpu()
-        self.rows += len(scores_TC)
+        bins = (scores_TC.contiguous().view(torch.int32) >> _SHIFT).sub_(self._base).clamp_(0, _BINS - 1).add_(self._first_C)
+        # adds in place: a bincount of each chunk would write all bins of all blocks anew
+        self.counts.view(-1).index_add_(0, bins.view(-1), self.counts.new_ones(1).expand(bins.numel()))
 
     def merged(self) -> Profile:
         """All blocks together."""
-        return Profile(self.counts.sum(0), self._middles(), self._base)
+        return Profile(self.counts.sum(0).cpu(), self._middles(), self._base)
 
-    def prefixes(self) -> list[Profile]:
-        """Blocks 0..b together, for each b."""
-        middles = self._middles()
-        return [Profile(counts, middles, self._base) for counts in self.counts.cumsum(0)]
+    def prefixes(self, wanted: Iterable[int]) -> Iterator[tuple[int, Profile]]:
+        """(b, blocks 0..b together) for each b of ``wanted``, ascending. One at a time: a profile is larger than a block."""
+        counts, middles, done = torch.zeros(_BINS, dtype=torch.int64), self._middles(), 0
+        for block in wanted:
+            counts += self.counts[done : block + 1].sum(0).cpu()
+            done = block + 1
+            yield block, Profile(counts, middles, self._base)
 
     def _middles(self) -> Tensor:
         bits = (torch.arange(_BINS + 1) + self._base).clamp_min(0) << _SHIFT

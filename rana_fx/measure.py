@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 
 from rana_fx._backend import rewrite
 from rana_fx.attachment import attached
-from rana_fx.calibrate import call, device_of, evaluating, observing, padding_masks, to_device
 from rana_fx.errors import NoPlan
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.kernels.reference import kept
 from rana_fx.plan import Plan
+from rana_fx.running import bare, call, device_of, evaluating, observing, padding_masks, real_rows, to_device
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,8 @@ class Meter:
         return gm.forward
 
     def _count(self, name: str, v: Tensor, tau: Tensor) -> None:
-        rows = v.detach().reshape(-1, v.shape[-1])
-        mask = next((m for m in self._masks.values() if m.numel() == len(rows)), None)
-        if mask is not None:
-            rows = rows[mask.reshape(-1).to(rows.device)]
+        tokens = v.numel() // v.shape[-1]
+        rows = real_rows(v, next((mask for mask in self._masks.values() if mask.numel() == tokens), None))
         self._kept[name] = self._kept.get(name, 0.0) + float(kept(rows, tau).sum())
         self._rows[name] = self._rows.get(name, 0) + len(rows)
 
@@ -97,5 +95,6 @@ def measuring(model: nn.Module) -> Iterator[Meter]:
     found = attached(model)
     if found is None:
         raise NoPlan(site=next((name for name, _ in model.named_parameters()), type(model).__name__))
-    with evaluating(model), observing():
+    model = bare(model)
+    with evaluating(model), observing(model):
         yield Meter(model, found.plan)

@@ -6,9 +6,12 @@ then are tensors of an older plan removed. So at every moment the folder holds a
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,17 +71,31 @@ def write(plan: Plan, folder: Path) -> None:
     created = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            created.append(folder / name)
-            _replace(folder / name, content)
-        _replace(folder / HEADER, json.dumps(header, indent=1).encode())
+        with _locked(folder):
+            if not (folder / name).exists():
+                created.append(folder / name)
+                _replace(folder / name, content)
+            _replace(folder / HEADER, json.dumps(header, indent=1).encode())
+            # of an older plan, and of a save that was killed
+            for old in [*folder.glob("plan-*.safetensors"), *folder.glob(".plan*.tmp")]:
+                if old.name != name:
+                    old.unlink(missing_ok=True)
     except OSError as error:
         for path in created:
             path.unlink(missing_ok=True)
         raise PlanWriteError(path=folder, reason=error.strerror or str(error)) from error
-    for old in folder.glob("plan-*.safetensors"):
-        if old.name != name:
-            old.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time: another one's clean-up would take the tensors whose header is not written yet."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: as it was
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -97,11 +114,32 @@ def _replace(path: Path, content: bytes) -> None:
 
 def read(folder: Path) -> Plan:
     """Read and check. Raises PlanFileError, PlanVersion."""
+    content = _header(folder)
+    while True:
+        try:
+            return _parse(folder, content)
+        except PlanFileError:
+            # saved anew meanwhile: the tensors of the header that was read may be gone
+            before, content = content, _header(folder)
+            if content == before:
+                raise
+
+
+def _header(folder: Path) -> bytes:
     try:
-        header: Any = json.loads((folder / HEADER).read_bytes())
+        return (folder / HEADER).read_bytes()
     except FileNotFoundError:
         raise PlanFileError(path=folder, reason=f"there is no {HEADER} in it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except NotADirectoryError:
+        raise PlanFileError(path=folder, reason="it is a file, not a folder") from None
+    except OSError as error:
+        raise PlanFileError(path=folder / HEADER, reason=error.strerror or str(error)) from error
+
+
+def _parse(folder: Path, content: bytes) -> Plan:
+    try:
+        header: Any = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PlanFileError(path=folder / HEADER, reason=f"it is not JSON ({error})") from error
     if not isinstance(header, dict) or "format" not in header:
         raise PlanFileError(path=folder / HEADER, reason="it has no format number")

@@ -14,6 +14,7 @@ from rana_fx.attachment import attached
 from rana_fx.calibrate import calibrate
 from rana_fx.layout import Site
 from rana_fx.plan import Plan
+from rana_fx.running import bare
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         Row(skip.site, "-", "-", (), "skipped", skip.reason, 1.0, 1.0, None) for skip in layout.skips if skip.site not in known
     ]
     return Report(
-        model=type(model).__name__,
+        model=type(bare(model)).__name__,
         plan=None if plan is None else plan.digest()[:12],
         budget=None if plan is None else plan.budget,
         expected_flops=1.0 if plan is None else plan.expected_budget("flops"),

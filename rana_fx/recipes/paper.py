@@ -25,12 +25,14 @@ from rana_fx.decompose import (
     Energies,
     candidate_ranks,
     energies,
+    feasible_kept,
     importance_profile,
     line_search,
     neuron_threshold,
     output_basis,
     second_moment,
 )
+from rana_fx.histogram import Profile
 from rana_fx.layout import Layout, MlpBlock
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.race import Candidate, race
@@ -108,10 +110,7 @@ def _rank_exists(problem: Problem, names: tuple[str, ...], fraction: float) -> b
     width = problem.layout.sites[names[0]].in_features
     out = sum(problem.layout.sites[name].out_features for name in names)
     tokens = max(1, len(problem.rows(names[0])))
-    return any(
-        0 < (kept := fraction * width - width * rank / out) < rank and int(tokens * kept) > 0
-        for rank in candidate_ranks(min(width, out))
-    )
+    return any(feasible_kept(rank, out, width, fraction, tokens) is not None for rank in candidate_ranks(min(width, out)))
 
 
 def splits(sizes: list[float]) -> list[tuple[float, ...]]:
@@ -131,7 +130,7 @@ def splits(sizes: list[float]) -> list[tuple[float, ...]]:
 def _adapt_stack(problem: Problem, names: tuple[str, ...], rows_TI: Tensor, moment_II: Tensor, fraction: float) -> Adapter:
     weight = problem.matrix(names)
     basis = output_basis(weight, moment_II)
-    choice = line_search(energies(basis.b_DI, rows_TI), weight.shape[0], weight.shape[1], fraction)
+    (choice,) = line_search(energies(basis.b_DI, rows_TI), weight.shape[0], weight.shape[1], [fraction])
     assert choice is not None
     return problem.rank_adapter(names, basis, choice)
 
@@ -155,21 +154,22 @@ def _with_error(adapter: Adapter, error: float) -> Adapter:
     return replace(adapter, error=error)
 
 
-def _candidates(problem: Problem, block: MlpBlock, measured: list[Energies], profile: object, fraction: float) -> list[Candidate]:
+def _candidates(
+    problem: Problem, block: MlpBlock, measured: list[Energies], profile: Profile, fraction: float
+) -> list[Candidate]:
     sites = [problem.layout.sites[name] for name in block.sites]
-    found: dict[tuple[int, float], Choice | None] = {}
+    # more than all neurons: the split would waste what the ups could use
+    tried = [split for split in splits([problem.size((name,)) for name in block.sites]) if split[-1] * fraction <= 1]
+    found: list[dict[float, Choice | None]] = []
+    for index, energy in enumerate(measured):
+        shares = list(dict.fromkeys(split[index] for split in tried))
+        shape = sites[index].out_features, sites[index].in_features
+        choices = line_search(energy, *shape, [share * fraction for share in shares])
+        found.append(dict(zip(shares, choices, strict=True)))
     candidates = []
-    for split in splits([problem.size((name,)) for name in block.sites]):
-        if split[-1] * fraction > 1:  # more than all neurons: the split would waste what the ups could use
-            continue
-        choices = []
-        for index, share in enumerate(split[:-1]):
-            key = (index, share)
-            if key not in found:
-                shape = sites[index].out_features, sites[index].in_features
-                found[key] = line_search(measured[index], *shape, share * fraction)
-            choices.append(found[key])
-        if all(choice is not None for choice in choices):
-            threshold = neuron_threshold(profile, split[-1] * fraction)  # type: ignore[arg-type]
-            candidates.append(Candidate(split, tuple(choices), threshold))  # type: ignore[arg-type]
+    for split in tried:
+        chosen = [by_share[share] for by_share, share in zip(found, split, strict=False)]
+        feasible = tuple(choice for choice in chosen if choice is not None)
+        if len(feasible) == len(chosen):
+            candidates.append(Candidate(split, feasible, neuron_threshold(profile, split[-1] * fraction)))
     return candidates

@@ -79,7 +79,7 @@ def test_basis_reproduces_the_weight_at_full_rank(out, width, tokens):
 def test_line_search_matches_sorting(fraction):
     rows, weight = torch.randn(300, 48) * torch.logspace(0, -2, 48), torch.randn(96, 48)
     basis = output_basis(weight, second_moment(rows))
-    choice = line_search(energies(basis.b_DI, rows), 96, 48, fraction)
+    (choice,) = line_search(energies(basis.b_DI, rows), 96, 48, [fraction])
     z2 = (rows.double() @ basis.b_DI.double().t()).square()
     best = (-1.0, 0, 0.0)
     for rank in candidate_ranks(48):
@@ -96,7 +96,7 @@ def test_line_search_matches_sorting(fraction):
 def test_no_feasible_rank_is_none():
     rows, weight = torch.randn(50, 4), torch.randn(4, 4)
     basis = output_basis(weight, second_moment(rows))
-    assert line_search(energies(basis.b_DI, rows), 4, 4, 0.01) is None
+    assert line_search(energies(basis.b_DI, rows), 4, 4, [0.01]) == [None]
 
 
 def test_splits_are_the_papers_grid():
