@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import fx
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
+from rana_fx.aliases import redirect
 from rana_fx.kernels import reference
 from rana_fx.passes import PIPELINE
 from rana_fx.passes.match import Matches, match_plan
@@ -38,6 +39,7 @@ def run(graph_module: fx.GraphModule, example_inputs: Sequence[object] = ()) -> 
 
     ``example_inputs`` are the values of the placeholders; exported modules keep their weights as attributes and need none.
     """
+    redirect(graph_module)
     unfuse(graph_module)
     matches = match_plan(graph_module, example_inputs)
     replaced = dict.fromkeys((step.__name__ for step in PIPELINE), 0)

@@ -18,6 +18,7 @@ from rana_fx.errors import PlanMismatch
 from rana_fx.guards import ATTRIBUTE
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.sites import site_name
+from rana_fx.weights import base_name
 
 MODULE = "rana_fx"
 
@@ -70,11 +71,11 @@ def attach(model: nn.Module, plan: Plan) -> None:
     """
     parameters = {site_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
     for record in plan.sites:
-        _check(model, record, parameters.get(record.name))
+        _check(model, record, parameters.get(base_name(record.name)))
     detach(model)
     names: dict[int, str] = {}
     for record in plan.sites:
-        names[id(parameters[record.name])] = record.name
+        names[id(parameters[base_name(record.name)])] = base_name(record.name)
     device = next(iter(parameters.values())).device
     attachment = Attachment(plan, Factors(plan, device), names)
     for parameter in list(model.parameters()):
@@ -109,7 +110,8 @@ def _check(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) ->
     if weight is None:
         raise PlanMismatch(model=name, site=record.name, got="no such weight", expected=f"a weight of a {record.op}")
     shape = (record.in_features, record.out_features) if record.transposed else (record.out_features, record.in_features)
-    if tuple(weight.shape) != shape:
+    part = weight.dim() != 2 or base_name(record.name) != record.name
+    if tuple(weight.shape) != shape and not part:  # parts of a weight are known by the digest of all of it
         raise PlanMismatch(model=name, site=record.name, got=f"shape {tuple(weight.shape)}", expected=f"shape {shape}")
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype != record.dtype:

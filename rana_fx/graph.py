@@ -178,6 +178,45 @@ def last_dim_slice(node: fx.Node, rank: int) -> tuple[object, ...] | None:
     return None
 
 
+def split_sizes(node: fx.Node) -> tuple[int, int] | None:
+    """(a, b) of a reshape of rows of a * b columns into a rows of b columns each: gate and up of one linear, say."""
+    if node.op not in ("call_function", "call_method") or op_name(node) not in _RESHAPE or not node.args:
+        return None
+    before = shape_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    after = shape_of(node)
+    if before is None or after is None or len(after) != len(before) + 1:
+        return None
+    *lead, a, b = after
+    if not isinstance(a, int) or not isinstance(b, int) or not statically_equal(before[-1], a * b):
+        return None
+    return (a, b) if all(statically_equal(x, y) for x, y in zip(lead, before[:-1], strict=True)) else None
+
+
+def picked_part(node: fx.Node) -> int | None:
+    """The index at which a node picks one of the parts that ``split_sizes`` made."""
+    if node.op not in ("call_function", "call_method") or len(node.args) < 2 or not isinstance(node.args[0], fx.Node):
+        return None
+    name, source, index = op_name(node), node.args[0], node.args[1]
+    if name == "getitem" and isinstance(index, int) and op_name(source) == "unbind":
+        dim = source.kwargs.get("dim", source.args[1] if len(source.args) > 1 else 0)
+        return index if _dim_of_parts(source.args[0], dim) else None
+    shape = shape_of(source)
+    if shape is None or len(shape) < 2:
+        return None
+    if name == "select" and len(node.args) == 3 and isinstance(node.args[2], int):
+        return node.args[2] if _dim_of_parts(source, index) else None
+    if name == "getitem" and isinstance(index, tuple) and len(index) >= 2 and isinstance(index[-2], int):
+        lead = index[:-2]
+        whole = index[-1] == slice(None) and all(item is Ellipsis or item == slice(None) for item in lead)
+        return index[-2] if whole and (Ellipsis in lead or len(index) == len(shape)) else None
+    return None
+
+
+def _dim_of_parts(source: object, dim: object) -> bool:
+    shape = shape_of(source) if isinstance(source, fx.Node) else None
+    return shape is not None and isinstance(dim, int) and len(shape) >= 2 and dim % len(shape) == len(shape) - 2
+
+
 def row_source(node: fx.Node) -> fx.Node:
     """The tensor a node is a mere row view of: what two linears share when they 'read the same tensor'."""
     while is_row_view(node) and isinstance(node.args[0], fx.Node):
