@@ -21,6 +21,7 @@ from rana_fx.kernels import reference
 from rana_fx.passes import PIPELINE
 from rana_fx.passes.match import Matches, match_plan
 from rana_fx.passes.verify import verify
+from rana_fx.sites import parameters_of
 from rana_fx.unfuse import unfuse
 
 _dumps = itertools.count()
@@ -40,7 +41,7 @@ def run(graph_module: fx.GraphModule, example_inputs: Sequence[object] = ()) -> 
     ``example_inputs`` are the values of the placeholders; exported modules keep their weights as attributes and need none.
     """
     redirect(graph_module)
-    unfuse(graph_module)
+    unfuse(graph_module, parameters_of(graph_module, example_inputs))
     matches = match_plan(graph_module, example_inputs)
     replaced = dict.fromkeys((step.__name__ for step in PIPELINE), 0)
     if not matches.found:

@@ -22,7 +22,7 @@ from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed
 from rana_fx.groups import Reading, read_graph
 from rana_fx.guards import guard_weights
 from rana_fx.layout import Group, Layout, merge, observed_together
-from rana_fx.sites import Scan, find_linears, site_name
+from rana_fx.sites import Scan, find_linears, parameters_of, site_name
 from rana_fx.stats import CAPACITY, Reservoir
 from rana_fx.unfuse import unfuse
 
@@ -44,7 +44,7 @@ class Observer:
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[object], **_: object) -> Callable[..., Any]:
         redirect(graph_module)
-        unfuse(graph_module)
+        unfuse(graph_module, parameters_of(graph_module, example_inputs))
         scan = find_linears(graph_module, example_inputs, self.names)
         for node, value in zip((n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=False):
             if isinstance(value, Tensor) and not isinstance(value, torch._subclasses.FakeTensor):
@@ -83,6 +83,9 @@ class Observer:
 
     def _observe(self, names: tuple[str, ...], decoder: bool, x: Tensor) -> None:
         key = frozenset(names)
+        known = self.seen.get(key)
+        if known is not None and known.features not in (None, x.shape[-1]):
+            return  # a weight used transposed as well; the layout leaves it out
         groups = [group for group in self.wanted or () if key in group.seen_with]
         if self.wanted is not None and not groups:
             return

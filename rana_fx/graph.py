@@ -33,6 +33,11 @@ _RESHAPE = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "
 _PERMUTE = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "t", "T", "mT"}
 _SPLIT = {"chunk", "split", "tensor_split", "split_with_sizes", "unbind", "narrow", "getitem", "slice"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
+# take only the shape, dtype or device of a tensor
+_VALUE_FREE = {
+    "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
+    "randn_like", "size", "shape", "dim", "numel", "device", "dtype", "stride",
+}  # fmt: skip
 # products of two activations: where attention mixes tokens
 _PRODUCTS = {"bmm", "baddbmm", "matmul", "mm", "einsum", "tensordot", "addbmm"}
 _AUGMENTED = {
@@ -197,9 +202,8 @@ def picked_part(node: fx.Node) -> int | None:
     if node.op not in ("call_function", "call_method") or len(node.args) < 2 or not isinstance(node.args[0], fx.Node):
         return None
     name, source, index = op_name(node), node.args[0], node.args[1]
-    if name == "getitem" and isinstance(index, int) and op_name(source) == "unbind":
-        dim = source.kwargs.get("dim", source.args[1] if len(source.args) > 1 else 0)
-        return index if _dim_of_parts(source.args[0], dim) else None
+    if name == "getitem" and isinstance(index, int):
+        return index if unbinds_parts(source) else None
     shape = shape_of(source)
     if shape is None or len(shape) < 2:
         return None
@@ -210,6 +214,13 @@ def picked_part(node: fx.Node) -> int | None:
         whole = index[-1] == slice(None) and all(item is Ellipsis or item == slice(None) for item in lead)
         return index[-2] if whole and (Ellipsis in lead or len(index) == len(shape)) else None
     return None
+
+
+def unbinds_parts(node: fx.Node) -> bool:
+    """An unbind of the parts that ``split_sizes`` made."""
+    if node.op not in ("call_function", "call_method") or op_name(node) != "unbind":
+        return False
+    return _dim_of_parts(node.args[0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0))
 
 
 def _dim_of_parts(source: object, dim: object) -> bool:
@@ -237,6 +248,11 @@ def mixes_tokens(node: fx.Node, weights: set[fx.Node]) -> bool:
     return sum(operand not in weights for operand in operands) >= 2
 
 
+def reads_values(node: fx.Node) -> bool:
+    """Whether the values of its inputs matter to a node, not merely their shapes."""
+    return node.op not in ("call_function", "call_method") or op_name(node) not in _VALUE_FREE
+
+
 def reach(start: fx.Node, *, stop: Callable[[fx.Node], bool], forward: bool = True) -> tuple[set[fx.Node], set[fx.Node]]:
     """Nodes reachable from ``start`` (excluded) and the stopping nodes met; traversal does not pass a stopping node."""
     inside: set[fx.Node] = set()
@@ -244,7 +260,7 @@ def reach(start: fx.Node, *, stop: Callable[[fx.Node], bool], forward: bool = Tr
     todo = list(start.users) if forward else list(start.all_input_nodes)
     while todo:
         node = todo.pop()
-        if node in inside or node in met:
+        if node in inside or node in met or not reads_values(node):
             continue
         if stop(node):
             met.add(node)

@@ -34,6 +34,7 @@ from rana_fx.graph import (
     shape_of,
     split_sizes,
     tensor_inputs,
+    unbinds_parts,
 )
 from rana_fx.sites import Linear, Scan, source_name, source_text
 
@@ -227,7 +228,7 @@ def _block(down: Linear, by_node: dict[fx.Node, Linear], taken: set[fx.Node], sc
 
 def _is_link(node: fx.Node) -> bool:
     """What may lie between up and down: every row of the result is a function of the same row of the sources."""
-    kinds = (is_row_view, is_column_slice, is_pointwise, split_sizes, picked_part)
+    kinds = (is_row_view, is_column_slice, is_pointwise, split_sizes, unbinds_parts, picked_part)
     return op_name(node) == "glu" or any(kind(node) is not None and kind(node) is not False for kind in kinds)
 
 
@@ -246,7 +247,7 @@ def _extract(chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node
     mapped |= {constant: graph.placeholder(f"c{i}") for i, constant in enumerate(sorted(constants, key=lambda n: n.name))}
     for node in chain:
         source = node.args[0] if node.args else None
-        if is_row_view(node):
+        if is_row_view(node) or unbinds_parts(node):
             assert isinstance(source, fx.Node)
             mapped[node] = mapped[source]
             continue

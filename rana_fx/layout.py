@@ -104,11 +104,12 @@ def merge(readings: Sequence[Reading]) -> Layout:
     facts = [(index, fact) for index, reading in enumerate(readings) for fact in reading.facts]
     skips = list(dict.fromkeys(skip for reading in readings for skip in reading.scan.skips))
     twisted = _twisted(facts)
-    skips += [Skip(name, "its weight multiplies from both sides, in shapes that no adapter can serve") for name in twisted]
+    skips += [Skip(name, "its weight is also used transposed, and one adapter cannot serve both") for name in twisted]
     facts = [(index, fact) for index, fact in facts if fact.linear.name not in twisted]
     _settle_outside(facts)
     groups = _groups([[fact for fact in reading.facts if fact.linear.name not in twisted] for reading in readings])
     sites = _sites(facts, {name: i for i, group in enumerate(groups) for name in group.sites})
+    skips = [skip for skip in skips if skip.site not in sites]
     blocks = {
         block.down.name: MlpBlock(
             tuple(up.name for up in block.ups),
@@ -136,10 +137,13 @@ def _twisted(facts: Sequence[tuple[int, Fact]]) -> list[str]:
 
 def _groups(readings: Sequence[Sequence[Fact]]) -> tuple[Group, ...]:
     """Sites that are always read together are one group; one that also occurs with others is a group of its own."""
+    data = {fact.linear.name for facts in readings for fact in facts if fact.role != "constant"}
     together: dict[frozenset[str], tuple[str, ...]] = {}
     members: dict[str, set[frozenset[str]]] = {}
     for facts in readings:
-        for key in observed_together(facts).values():
+        # a table that a layer also reads is no partner, and no sample of what tokens bring
+        counted = [fact for fact in facts if fact.role != "constant" or fact.linear.name not in data]
+        for key in observed_together(counted).values():
             together.setdefault(frozenset(key), key)
             for name in key:
                 members.setdefault(name, set()).add(frozenset(key))
@@ -173,7 +177,8 @@ def _settle_outside(facts: Sequence[tuple[int, Fact]]) -> None:
     heads = {
         fact.linear
         for index, fact in facts
-        if index == last and not fact.joins_residual and fact.role in ("other", "up", "down") or _is_embedding(fact)
+        # also what only meets another tower's output (contrastive losses), or reads an attention pool
+        if index == last and not fact.joins_residual and fact.role not in ("router", "constant") or _is_embedding(fact)
     }
     changed = True
     while changed:

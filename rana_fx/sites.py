@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from rana_fx.aliases import Writes
-from rana_fx.graph import op_name, row_source, tensor_inputs, value_of
+from rana_fx.graph import op_name, reads_values, row_source, tensor_inputs, value_of
 from rana_fx.weights import CASTS, INDEXING, TRANSPOSES, Operand, operand
 
 DEVICES = ("cpu", "cuda", "xpu")  # where Inductor lowers the rewritten graph
@@ -148,7 +148,10 @@ def find_linears(graph_module: fx.GraphModule, example_inputs: Sequence[object],
 
 
 def constants(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]) -> dict[fx.Node, set[fx.Node]]:
-    """Tensors that no data of the batch goes into (weights, buffers, what is computed from them) -> the weights in each."""
+    """Tensors that no data of the batch goes into (weights, buffers, what is computed from them) -> the weights in each.
+
+    The output of a constant product (keys of a table of positions) holds no weight: it is an activation that never changes.
+    """
     found: dict[fx.Node, set[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         if node in weights:
@@ -157,8 +160,11 @@ def constants(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Paramet
             found[node] = set()
         elif isinstance(value_of(node), (int, float, torch.SymInt, torch.SymFloat)):
             found[node] = set()  # sizes
+        elif not reads_values(node):
+            found[node] = set()
         elif node.op in ("call_function", "call_method") and all(item in found for item in node.all_input_nodes):
-            found[node] = set().union(*(found[item] for item in node.all_input_nodes))
+            held = set().union(*(found[item] for item in node.all_input_nodes))
+            found[node] = set() if _multiplies(op_name(node)) else held
     return found
 
 
@@ -201,6 +207,10 @@ def _match(
     return Linear(
         node, found.parameter, found.source, matrix, transposed, whole, bias_value, bias, site, writes.last(x)
     )  # fmt: skip
+
+
+def _multiplies(name: str) -> bool:
+    return any(name.endswith(word) for word in _PRODUCTS)
 
 
 def _origin(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> fx.Node:
@@ -267,8 +277,8 @@ def _expert(node: fx.Node, name: str, weights: Mapping[fx.Node, nn.Parameter], n
     """A product with a weight of three dimensions (experts), or any use of a quantised matrix."""
     if not any(word in name for word in _PRODUCTS):
         return None
-    for operand in node.all_input_nodes:
-        found = _through_indexing(operand, weights)
+    for source in node.all_input_nodes:
+        found = _through_indexing(source, weights)
         if found is None:
             continue
         parameter = weights[found]
@@ -277,7 +287,7 @@ def _expert(node: fx.Node, name: str, weights: Mapping[fx.Node, nn.Parameter], n
             count, *matrix = parameter.shape
             return Skip(
                 site,
-                f"expert weight: {count} matrices of {tuple(matrix)} chosen per token ({name}); not adapted, not in the budget",
+                f"3-D weight, as of experts: {count} matrices of {tuple(matrix)} ({name}); not adapted, not in the budget",
             )
         if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
             return Skip(site, f"quantised weight ({parameter.dtype})")
@@ -292,7 +302,7 @@ def _computed(
     constant: Mapping[fx.Node, set[fx.Node]],
 ) -> Skip | None:
     """A product of data with what is computed from Parameters alone, or from the left: reported, not adapted."""
-    if name != "linear" and not any(name.endswith(word) for word in _PRODUCTS):
+    if not _multiplies(name):
         return None
     inputs = list(tensor_inputs(node))
     if all(item in constant for item in inputs):
