@@ -38,10 +38,10 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
     assert value is not None
     replaced = 0
     for linear in match.linears:
-        factor = _activated_gate(linear, match)
-        if factor is None:
+        found = _activated_gate(linear, match)
+        if found is None:
             continue
-        product, gate = factor
+        product, gate = found
         emit = Emitter(graph_module, product)
         tau = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_tau", value)
         masked = emit.call(gate_mask, gate, tau)

@@ -148,8 +148,8 @@ def _groups(readings: Sequence[Sequence[Fact]]) -> tuple[Group, ...]:
             for name in key:
                 members.setdefault(name, set()).add(frozenset(key))
     groups: dict[tuple[str, ...], Group] = {}
-    for key, names in together.items():
-        shared = tuple(name for name in names if members[name] == {key})
+    for occurrence, names in together.items():
+        shared = tuple(name for name in names if members[name] == {occurrence})
         alone = [(name,) for name in names if len(members[name]) > 1]
         for sites in ([shared] if shared else []) + alone:
             groups.setdefault(sites, Group(sites, frozenset(members[sites[0]])))

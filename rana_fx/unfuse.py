@@ -89,7 +89,7 @@ def _open_attention(node: fx.Node) -> bool:
         # (tokens, batch, embed): heads to the front
         order, back = ((1, 2, 0, 3), (2, 0, 1, 3)) if rank == 3 else ((1, 0, 2), (1, 0, 2))
         if same and not separate:
-            projected = F.linear(q, weights[0], bias).chunk(3, -1)
+            projected: Any = F.linear(q, weights[0], bias).chunk(3, -1)
         else:
             width = given["embed_dim_to_check"]
             parts = weights if separate else [weights[0].narrow(0, i * width, width) for i in range(3)]
@@ -180,7 +180,8 @@ def _splice(node: fx.Node, build: Callable[..., Any], inputs: list[Any], *, item
     tracer = fx.proxy.GraphAppendingTracer(graph)
     existing = set(graph.nodes)
     with graph.inserting_before(node):
-        result = build(*fx.node.map_arg(inputs, lambda arg: fx.Proxy(arg, tracer))).node
+        proxies: Any = fx.node.map_aggregate(inputs, _proxy(tracer))
+        result = build(*proxies).node
     for fresh in list(graph.nodes):
         if fresh not in existing:
             fresh.meta = {key: value for key, value in node.meta.items() if key not in ("example_value", "val")}
@@ -193,6 +194,10 @@ def _splice(node: fx.Node, build: Callable[..., Any], inputs: list[Any], *, item
     else:
         node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _proxy(tracer: fx.proxy.TracerBase) -> Callable[[Any], Any]:
+    return lambda leaf: fx.Proxy(leaf, tracer) if isinstance(leaf, fx.Node) else leaf
 
 
 def fake_run(node: fx.Node) -> Any:
