@@ -4,7 +4,8 @@
 
 In: a Dynamo graph, whose tensors may be written in place. Out: a graph in which later uses of a written tensor name
 the node that wrote it (``redirect``), and for views that cannot be renamed, the last write before a use (``Writes``),
-so that two linears are never taken to read one tensor when it changed between them.
+so that two linears are never taken to read one tensor when it changed between them. ``hidden_edges`` are the uses of
+written memory that no argument shows.
 """
 
 from __future__ import annotations
@@ -82,3 +83,16 @@ class Writes:
     def last(self, node: fx.Node) -> fx.Node | None:
         """What last wrote into the memory of ``node``, so far."""
         return self._last.get(self.root(node))
+
+
+def hidden_edges(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Writing node -> later nodes that read what it wrote through another name of the same memory."""
+    writes = Writes()
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            last = writes.last(source)
+            if last is not None and last is not source:
+                found.setdefault(last, []).append(node)
+        writes.add(node)
+    return found

@@ -9,7 +9,7 @@ architecture nobody has seen is read like a known one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -25,6 +25,10 @@ _IDENTITY = {
     "requires_grad_",
     "to",
     "float",
+    "half",
+    "bfloat16",
+    "double",
+    "type",
     "type_as",
     "_to_copy",
 }
@@ -253,11 +257,25 @@ def reads_values(node: fx.Node) -> bool:
     return node.op not in ("call_function", "call_method") or op_name(node) not in _VALUE_FREE
 
 
-def reach(start: fx.Node, *, stop: Callable[[fx.Node], bool], forward: bool = True) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Nodes reachable from ``start`` (excluded) and the stopping nodes met; traversal does not pass a stopping node."""
+def reach(
+    start: fx.Node,
+    *,
+    stop: Callable[[fx.Node], bool],
+    forward: bool = True,
+    hidden: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Nodes reachable from ``start`` (excluded) and the stopping nodes met; traversal does not pass a stopping node.
+
+    ``hidden``: further edges in the direction of travel (memory written under another name).
+    """
     inside: set[fx.Node] = set()
     met: set[fx.Node] = set()
-    todo = list(start.users) if forward else list(start.all_input_nodes)
+
+    def following(node: fx.Node) -> Iterator[fx.Node]:
+        yield from node.users if forward else node.all_input_nodes
+        yield from (hidden or {}).get(node, ())
+
+    todo = list(following(start))
     while todo:
         node = todo.pop()
         if node in inside or node in met or not reads_values(node):
@@ -266,7 +284,7 @@ def reach(start: fx.Node, *, stop: Callable[[fx.Node], bool], forward: bool = Tr
             met.add(node)
             continue
         inside.add(node)
-        todo.extend(node.users if forward else node.all_input_nodes)
+        todo.extend(following(node))
     return inside, met
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from rana_fx.aliases import hidden_edges
 from rana_fx.graph import (
     descendants,
     is_column_slice,
@@ -81,10 +82,15 @@ def read_graph(scan: Scan) -> Reading:
     weights = descendants_of_weights(scan)
     activations = _activations(scan)
     reading = Reading(scan)
+    ahead = hidden_edges(scan.linears[0].node.graph) if scan.linears else {}
+    back: dict[fx.Node, list[fx.Node]] = {}
+    for writer, readers in ahead.items():
+        for reader in readers:
+            back.setdefault(reader, []).append(writer)
     for linear in scan.linears:
-        inside, met = reach(linear.node, stop=scan.products.__contains__)
+        inside, met = reach(linear.node, stop=scan.products.__contains__, hidden=ahead)
         mixing = [node for node in inside if mixes_tokens(node, weights)]
-        behind, above = reach(linear.node, stop=scan.products.__contains__, forward=False)
+        behind, above = reach(linear.node, stop=scan.products.__contains__, forward=False, hidden=back)
         fact = Fact(linear, feeds=frozenset(met))
         fact.joins_residual = any(_joins(node, inside | {linear.node}, activations) for node in inside)
         if fact.joins_residual and not above:

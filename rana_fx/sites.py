@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from rana_fx.aliases import Writes
+from rana_fx.aliases import Writes, written
 from rana_fx.graph import op_name, reads_values, row_source, tensor_inputs, value_of
 from rana_fx.weights import CASTS, INDEXING, TRANSPOSES, Operand, operand
 
@@ -153,8 +153,15 @@ def constants(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Paramet
     The output of a constant product (keys of a table of positions) holds no weight: it is an activation that never changes.
     """
     found: dict[fx.Node, set[fx.Node]] = {}
+    writes = Writes()
     for node in graph_module.graph.nodes:
-        if node in weights:
+        writes.add(node)
+        target = written(node)
+        if target is not None and not all(item in found for item in node.all_input_nodes):
+            # data is written into what was an empty buffer
+            for item in [item for item in found if writes.root(item) is writes.root(target)]:
+                del found[item]
+        elif node in weights:
             found[node] = {node}
         elif node.op == "get_attr" or (node.op == "placeholder" and "_buffers[" in source_text(node)):
             found[node] = set()
@@ -194,7 +201,7 @@ def _match(
         bias_found = operand(bias, weights)
         if not isinstance(bias_found, Operand) or bias_found.value.dim() != 1:
             cast = isinstance(bias_found, str)
-            reason = f"its bias is {'cast' if cast else 'an activation or is computed'} in the forward pass"
+            reason = "its bias is cast in the forward pass" if cast else "its bias is an activation or is computed"
         else:
             bias_value = bias_found.value
     if reason is not None:
@@ -312,7 +319,7 @@ def _computed(
         return None
     leaf = max(matrices, key=lambda pair: pair[0])[1]
     site = _name(leaf, weights, names)
-    if any(operand(item, weights) is not None for item in inputs):
+    if any(isinstance(found, Operand) and found.value.dim() > 1 for found in (operand(item, weights) for item in inputs)):
         return Skip(site, f"its product with the activation is not one over the last dimension ({name})")
     return Skip(site, "its weight is computed in the forward pass")
 

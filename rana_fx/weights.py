@@ -3,7 +3,7 @@
 In: a node and the graph's Parameters. Out: an ``Operand``: the Parameter, the part of it that the node shows and that
 part's real values; or the reason why the node is no such thing although Parameters went into it. Only data movement
 leads from a Parameter to an operand (transposes, slices, items, reshapes), so the matrix of a linear may be a whole
-Parameter, some rows of a packed one (q, k, v in one), one layer of a stack, or a 3-D weight of attention heads.
+Parameter, some rows of a packed one (q, k, v in one), or a 3-D weight of attention heads.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ def operand(node: object, weights: Mapping[fx.Node, nn.Parameter]) -> Operand | 
         chain.append(current)
         current = current.args[0]
     if cast:
-        return "cast"
+        return "its weight is cast in the forward pass"
     parameter = weights[current]
     value = _run(chain[::-1], parameter.detach())
     if value is None:
         return "its weight is viewed by a symbolic size"
     part = "" if value.numel() == parameter.numel() else _part(chain[::-1], parameter)
+    if part and parameter.dim() > 2:
+        return None  # one matrix of a stack: experts, which see some of the tokens
     if part is None:
         return "its weight is an irregular part of a larger one"
     flipped = parameter.dim() == 2 == value.dim() and value.stride() == parameter.stride()[::-1] != parameter.stride()
@@ -92,7 +94,7 @@ def _flat(items: Any) -> list[Any]:
 
 
 def _part(chain: list[fx.Node], parameter: nn.Parameter) -> str | None:
-    """Where a part lies, as an index: "[0:32]" rows, "[:, 4:8]" columns, "[3]" one of a stack; None if it is no block."""
+    """Where a part lies, as an index: "[0:32]" rows, "[:, 4:8]" columns; None if it is no block."""
     whole = torch.empty(parameter.shape, device="meta")  # contiguous: strides of the view tell where it came from
     view = _run(chain, whole)
     if view is None or view._base is not whole:
