@@ -14,6 +14,7 @@ from torch import fx
 
 from rana_fx.adapters import Adapter
 from rana_fx.attachment import Attachment, attachment_of
+from rana_fx.graph import row_source
 from rana_fx.option import attachment_for
 from rana_fx.plan import Plan
 from rana_fx.sites import Linear, Scan, find_linears, parameters_of
@@ -68,6 +69,8 @@ def match_plan(graph_module: fx.GraphModule, example_inputs: Sequence[object], p
     for linear in scan.linears:
         attachment = attachment_of(linear.weight) if plan is None else given
         planned = attachment.adapter(linear.name) if attachment is not None else None
+        if row_source(linear.x) in scan.constant:
+            continue  # positions, say, computed by a weight that also reads tokens: nothing was calibrated on it
         if attachment is not None and planned is not None:
             gathered.setdefault((attachment, planned[0], linear.x), []).append(linear)
     named = {linear.node: linear.name for linear in scan.linears}

@@ -38,10 +38,10 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
     assert value is not None
     replaced = 0
     for linear in match.linears:
-        factor = _activated_gate(linear, match)
-        if factor is None:
+        found = _activated_gate(linear, match)
+        if found is None:
             continue
-        product, gate = factor
+        product, gate = found
         emit = Emitter(graph_module, product)
         tau = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_tau", value)
         masked = emit.call(gate_mask, gate, tau)
@@ -49,7 +49,8 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
         emit = Emitter(graph_module, linear.node)
         tiny = torch.full((match.adapter.ranks,), _TINY, device=value.device)
         zeros = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_zeros", tiny)
-        weight = linear.weight_node if linear.transposed else emit.call(torch.t, linear.weight_node)
+        factor, transposed = linear.factor
+        weight = factor if transposed else emit.call(torch.t, factor)
         y = emit.call(masked_gemv, linear.x, zeros, weight, linear.bias_node)
         y.meta["rana_adapter"] = match.adapter.name
         linear.node.replace_all_uses_with(y)

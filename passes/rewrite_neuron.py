@@ -29,7 +29,8 @@ def rewrite_neuron(graph_module: fx.GraphModule, match: Match) -> int:
         x, wanted = linear.x, dtype_of(linear.node)
         if wanted is not None and dtype_of(x) not in (wanted, None):
             x = emit.method("to", x, wanted)  # autocast: the dense layer would have cast its input, too
-        weight = linear.weight_node if linear.transposed else emit.call(torch.t, linear.weight_node)
+        factor, transposed = linear.factor
+        weight = factor if transposed else emit.call(torch.t, factor)
         y = emit.call(masked_gemv, x, tau, weight, linear.bias_node)
         y.meta["rana_adapter"] = match.adapter.name
         linear.node.replace_all_uses_with(y)

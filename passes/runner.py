@@ -16,11 +16,13 @@ from pathlib import Path
 from torch import fx
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
+from rana_fx.aliases import redirect
 from rana_fx.kernels import reference
 from rana_fx.passes import PIPELINE
 from rana_fx.passes.match import Matches, match_plan
 from rana_fx.passes.verify import verify
 from rana_fx.plan import Plan
+from rana_fx.sites import parameters_of
 from rana_fx.unfuse import unfuse
 
 _dumps = itertools.count()
@@ -41,7 +43,8 @@ def run(graph_module: fx.GraphModule, example_inputs: Sequence[object] = (), *, 
         example_inputs: values of the placeholders; exported modules keep their weights as attributes and need none.
         plan: to use instead of the plan attached to the weights.
     """
-    unfuse(graph_module)
+    redirect(graph_module)
+    unfuse(graph_module, parameters_of(graph_module, example_inputs))
     matches = match_plan(graph_module, example_inputs, plan)
     replaced = dict.fromkeys((step.__name__ for step in PIPELINE), 0)
     if not matches.found:

@@ -102,7 +102,8 @@ def records(layout: Layout) -> tuple[SiteRecord, ...]:
 def _skips(layout: Layout, chosen: list[Skip]) -> tuple[Skip, ...]:
     reasons = {
         "head": "outside the blocks: it follows the last residual join",
-        "stem": "outside the blocks: it precedes every other linear",
+        "stem": "outside the blocks: it makes the stream that the blocks add to",
+        "constant": "it reads nothing of the batch, so its cost is not one per token",
         "router": "its output selects experts",
     }
     outside = [Skip(site.name, reasons[site.role]) for site in layout.sites.values() if site.role in reasons]

@@ -19,6 +19,7 @@ from rana_fx.errors import PlanMismatch
 from rana_fx.guards import ATTRIBUTE
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.running import bare, device_of, weights_of
+from rana_fx.weights import base_name
 
 MODULE = "rana_fx"
 
@@ -30,7 +31,7 @@ class Factors(nn.Module):
         """``weights``: by site; factors follow their weight's device (else ``device``) and whether it is trained."""
         super().__init__()
         for index, adapter in enumerate(plan.adapters):
-            owners = [] if weights is None else [weights[site] for site in adapter.sites]
+            owners = [] if weights is None else [weights[base_name(site)] for site in adapter.sites]
             place = owners[0].device if owners else device
             trained = any(owner.requires_grad for owner in owners) or not owners
             for key, value in adapter.tensors().items():
@@ -111,11 +112,12 @@ def attach(model: nn.Module, plan: Plan) -> None:
     model = bare(model)
     parameters = weights_of(model)
     for record in plan.sites:
-        _check(model, record, parameters.get(record.name))
+        _check(model, record, parameters.get(base_name(record.name)))
     detach(model)
     names: dict[int, str] = {}
     for record in plan.sites:
-        names[id(parameters[record.name])] = record.name
+        weight = base_name(record.name)
+        names[id(parameters[weight])] = weight
     with torch.inference_mode(False):  # factors made inside it could never be trained
         factors = Factors(plan, device_of(model), parameters)
     _mark(Attachment(plan, factors, names), list(model.parameters()))
@@ -150,7 +152,8 @@ def _check(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) ->
     if weight is None:
         raise PlanMismatch(model=name, site=record.name, got="no such weight", expected=f"a weight of a {record.op}")
     shape = (record.in_features, record.out_features) if record.transposed else (record.out_features, record.in_features)
-    if tuple(weight.shape) != shape:
+    part = weight.dim() != 2 or base_name(record.name) != record.name
+    if tuple(weight.shape) != shape and not part:  # parts of a weight are known by the digest of all of it
         raise PlanMismatch(model=name, site=record.name, got=f"shape {tuple(weight.shape)}", expected=f"shape {shape}")
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype != record.dtype:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
+from rana_fx.aliases import redirect
 from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed
 from rana_fx.groups import Reading, read_graph
 from rana_fx.guards import guard_weights
-from rana_fx.layout import Layout, merge
+from rana_fx.layout import Group, Layout, merge, observed_together
 from rana_fx.running import (
     bare,
     call,
@@ -32,7 +33,7 @@ from rana_fx.running import (
     real_rows,
     to_device,
 )
-from rana_fx.sites import Scan, find_linears
+from rana_fx.sites import Scan, find_linears, parameters_of
 from rana_fx.stats import CAPACITY, Reservoir
 from rana_fx.unfuse import unfuse
 
@@ -46,45 +47,68 @@ class Observer:
         self.names = names
         self.capacity, self.seed = capacity, seed
         self.readings: list[Reading] = []
-        self.samples: dict[tuple[str, ...], Reservoir] = {}
-        self.wanted: set[tuple[str, ...]] | None = None  # None: not settled yet, keep all
+        self.seen: dict[frozenset[str], Reservoir] = {}  # by the sites that read a tensor, until the layout is settled
+        self.wanted: tuple[Group, ...] | None = None  # None: not settled yet, keep all
+        self.samples: dict[tuple[str, ...], Reservoir] = {}  # by the sites of a group
         self.masks: dict[str, Tensor] = {}
         self.operations = 0
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[object], **_: object) -> Callable[..., Any]:
-        unfuse(graph_module)
+        redirect(graph_module)
+        unfuse(graph_module, parameters_of(graph_module, example_inputs))
         scan = find_linears(graph_module, example_inputs, self.names)
-        for node, parameter in scan.weights.items():
-            node.meta["rana_real"] = parameter.detach()
+        for node, value in zip((n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=False):
+            if isinstance(value, Tensor) and not isinstance(value, torch._subclasses.FakeTensor):
+                node.meta["rana_real"] = value.detach()
         _check_weights(scan)
         reading = read_graph(scan)
         self.operations += len(graph_module.graph.nodes)
         if self.wanted is None:
             self.readings.append(reading)
         guard_weights([linear.weight_node for linear in scan.linears], attachment=False)
-        by_source: dict[fx.Node, list[int]] = {}
-        for index, fact in enumerate(reading.facts):
-            by_source.setdefault(fact.linear.source, []).append(index)
-        for together in by_source.values():
-            facts = [reading.facts[i] for i in together]
-            key = tuple(dict.fromkeys(fact.linear.name for fact in facts))
+        for source, names in observed_together(reading.facts).items():
+            facts = [fact for fact in reading.facts if fact.linear.source == source]
             decoder = any(word in name for fact in facts for name in fact.inputs for word in _DECODER_INPUTS)
             first = facts[0].linear
             with graph_module.graph.inserting_before(first.node):
-                graph_module.graph.call_function(self._observe, (key, decoder, first.x))
+                graph_module.graph.call_function(self._observe, (names, decoder, first.x))
         graph_module.recompile()
         return graph_module.forward
 
-    def _observe(self, key: tuple[str, ...], decoder: bool, x: Tensor) -> None:
-        if self.wanted is not None and key not in self.wanted:
+    def settle(self, groups: Iterable[Group]) -> None:
+        """From now on sample only these; what was seen so far counts."""
+        self.wanted = tuple(groups)
+        for group in self.wanted:
+            for key in sorted(group.seen_with & self.seen.keys(), key=sorted):
+                if len(group.seen_with) == 1:
+                    self.samples[group.sites] = self.seen[key]
+                else:
+                    self._sample(group.sites).add(self.seen[key].rows())
+        self.seen = {}
+        self.readings = []
+
+    def _sample(self, sites: tuple[str, ...]) -> Reservoir:
+        if sites not in self.samples:
+            self.samples[sites] = Reservoir(self.capacity, seed=self.seed)
+        return self.samples[sites]
+
+    def _observe(self, names: tuple[str, ...], decoder: bool, x: Tensor) -> None:
+        key = frozenset(names)
+        known = self.seen.get(key)
+        if known is not None and known.features not in (None, x.shape[-1]):
+            return  # a weight used transposed as well; the layout leaves it out
+        groups = [group for group in self.wanted or () if key in group.seen_with]
+        if self.wanted is not None and not groups:
             return
         rows = real_rows(x, self.masks.get("decoder_" if decoder else ""))
         finite = torch.isfinite(rows)
         if not finite.all():
             count = int((~finite).sum())
-            raise NonFinite(site=key[0], count=count, what="input activations", shape=tuple(x.shape))
-        sample = self.samples.setdefault(key, Reservoir(self.capacity, seed=self.seed))
-        sample.add(rows)
+            raise NonFinite(site=names[0], count=count, what="input activations", shape=tuple(x.shape))
+        if self.wanted is None:
+            self.seen.setdefault(key, Reservoir(self.capacity, seed=self.seed)).add(rows)
+        for group in groups:
+            self._sample(group.sites).add(rows)
 
 
 def calibrate(
@@ -126,9 +150,8 @@ def calibrate(
                 ) from error
             if layout is None:
                 layout = _settle(model, observer)
-                observer.wanted = wanted(layout)
-                observer.samples = {key: sample for key, sample in observer.samples.items() if key in observer.wanted}
-                observer.readings = []
+                chosen = wanted(layout)
+                observer.settle(group for group in layout.groups if group.sites in chosen)
     if layout is None:
         raise NoBatches(hint=f"forward of {type(model).__name__}")
     return layout, observer.samples, tokens

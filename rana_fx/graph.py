@@ -9,7 +9,7 @@ architecture nobody has seen is read like a known one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -25,6 +25,10 @@ _IDENTITY = {
     "requires_grad_",
     "to",
     "float",
+    "half",
+    "bfloat16",
+    "double",
+    "type",
     "type_as",
     "_to_copy",
 }
@@ -33,6 +37,11 @@ _RESHAPE = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "
 _PERMUTE = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "t", "T", "mT"}
 _SPLIT = {"chunk", "split", "tensor_split", "split_with_sizes", "unbind", "narrow", "getitem", "slice"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
+# take only the shape, dtype or device of a tensor
+_VALUE_FREE = {
+    "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
+    "randn_like", "size", "shape", "dim", "numel", "device", "dtype", "stride",
+}  # fmt: skip
 # products of two activations: where attention mixes tokens
 _PRODUCTS = {"bmm", "baddbmm", "matmul", "mm", "einsum", "tensordot", "addbmm"}
 _AUGMENTED = {
@@ -178,6 +187,51 @@ def last_dim_slice(node: fx.Node, rank: int) -> tuple[object, ...] | None:
     return None
 
 
+def split_sizes(node: fx.Node) -> tuple[int, int] | None:
+    """(a, b) of a reshape of rows of a * b columns into a rows of b columns each: gate and up of one linear, say."""
+    if node.op not in ("call_function", "call_method") or op_name(node) not in _RESHAPE or not node.args:
+        return None
+    before = shape_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    after = shape_of(node)
+    if before is None or after is None or len(after) != len(before) + 1:
+        return None
+    *lead, a, b = after
+    if not isinstance(a, int) or not isinstance(b, int) or not statically_equal(before[-1], a * b):
+        return None
+    return (a, b) if all(statically_equal(x, y) for x, y in zip(lead, before[:-1], strict=True)) else None
+
+
+def picked_part(node: fx.Node) -> int | None:
+    """The index at which a node picks one of the parts that ``split_sizes`` made."""
+    if node.op not in ("call_function", "call_method") or len(node.args) < 2 or not isinstance(node.args[0], fx.Node):
+        return None
+    name, source, index = op_name(node), node.args[0], node.args[1]
+    if name == "getitem" and isinstance(index, int):
+        return index if unbinds_parts(source) else None
+    shape = shape_of(source)
+    if shape is None or len(shape) < 2:
+        return None
+    if name == "select" and len(node.args) == 3 and isinstance(node.args[2], int):
+        return node.args[2] if _dim_of_parts(source, index) else None
+    if name == "getitem" and isinstance(index, tuple) and len(index) >= 2 and isinstance(index[-2], int):
+        lead = index[:-2]
+        whole = index[-1] == slice(None) and all(item is Ellipsis or item == slice(None) for item in lead)
+        return index[-2] if whole and (Ellipsis in lead or len(index) == len(shape)) else None
+    return None
+
+
+def unbinds_parts(node: fx.Node) -> bool:
+    """An unbind of the parts that ``split_sizes`` made."""
+    if node.op not in ("call_function", "call_method") or op_name(node) != "unbind":
+        return False
+    return _dim_of_parts(node.args[0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0))
+
+
+def _dim_of_parts(source: object, dim: object) -> bool:
+    shape = shape_of(source) if isinstance(source, fx.Node) else None
+    return shape is not None and isinstance(dim, int) and len(shape) >= 2 and dim % len(shape) == len(shape) - 2
+
+
 def row_source(node: fx.Node) -> fx.Node:
     """The tensor a node is a mere row view of: what two linears share when they 'read the same tensor'."""
     while is_row_view(node) and isinstance(node.args[0], fx.Node):
@@ -198,20 +252,39 @@ def mixes_tokens(node: fx.Node, weights: set[fx.Node]) -> bool:
     return sum(operand not in weights for operand in operands) >= 2
 
 
-def reach(start: fx.Node, *, stop: Callable[[fx.Node], bool], forward: bool = True) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Nodes reachable from ``start`` (excluded) and the stopping nodes met; traversal does not pass a stopping node."""
+def reads_values(node: fx.Node) -> bool:
+    """Whether the values of its inputs matter to a node, not merely their shapes."""
+    return node.op not in ("call_function", "call_method") or op_name(node) not in _VALUE_FREE
+
+
+def reach(
+    start: fx.Node,
+    *,
+    stop: Callable[[fx.Node], bool],
+    forward: bool = True,
+    hidden: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Nodes reachable from ``start`` (excluded) and the stopping nodes met; traversal does not pass a stopping node.
+
+    ``hidden``: further edges in the direction of travel (memory written under another name).
+    """
     inside: set[fx.Node] = set()
     met: set[fx.Node] = set()
-    todo = list(start.users) if forward else list(start.all_input_nodes)
+
+    def following(node: fx.Node) -> Iterator[fx.Node]:
+        yield from node.users if forward else node.all_input_nodes
+        yield from (hidden or {}).get(node, ())
+
+    todo = list(following(start))
     while todo:
         node = todo.pop()
-        if node in inside or node in met:
+        if node in inside or node in met or not reads_values(node):
             continue
         if stop(node):
             met.add(node)
             continue
         inside.add(node)
-        todo.extend(node.users if forward else node.all_input_nodes)
+        todo.extend(following(node))
     return inside, met
 
 

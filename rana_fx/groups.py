@@ -9,7 +9,8 @@ calibration can replay it on any rows. Roles:
     up, down       the two ends of a block: linears over one tensor, pointwise operations, one linear
     router         its output chooses among experts (top-k)
     other          inside the residual stream, none of the above
-    head, stem     outside of it: after the last residual join, or before the first linear of it
+    constant       it reads nothing of the batch: weights, positions, learned queries
+    head, stem     outside of it: after the last residual join, or what makes the stream at its start
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from rana_fx.aliases import hidden_edges
 from rana_fx.graph import (
     descendants,
     is_column_slice,
@@ -27,11 +29,15 @@ from rana_fx.graph import (
     last_dim_slice,
     mixes_tokens,
     op_name,
+    picked_part,
     reach,
+    row_source,
     shape_of,
+    split_sizes,
     tensor_inputs,
+    unbinds_parts,
 )
-from rana_fx.sites import Linear, Scan, source_name
+from rana_fx.sites import Linear, Scan, source_name, source_text
 
 _SELECTIONS = {"topk", "argmax", "multinomial", "sort", "one_hot"}
 
@@ -56,8 +62,8 @@ class Fact:
     attention: fx.Node | None = None
     block: Block | None = None
     joins_residual: bool = False
-    feeds: frozenset[Linear] = frozenset()  # linears met first downstream
-    has_upstream: bool = False
+    feeds: frozenset[fx.Node] = frozenset()  # products with weights met first downstream
+    starts_stream: bool = False  # no product before it, and its output is the stream that later ones are added to
     inputs: frozenset[str] = frozenset()  # names of the graph inputs it depends on
 
 
@@ -76,14 +82,24 @@ def read_graph(scan: Scan) -> Reading:
     weights = descendants_of_weights(scan)
     activations = _activations(scan)
     reading = Reading(scan)
+    ahead = hidden_edges(scan.linears[0].node.graph) if scan.linears else {}
+    back: dict[fx.Node, list[fx.Node]] = {}
+    for writer, readers in ahead.items():
+        for reader in readers:
+            back.setdefault(reader, []).append(writer)
     for linear in scan.linears:
-        inside, met = reach(linear.node, stop=by_node.__contains__)
+        inside, met = reach(linear.node, stop=scan.products.__contains__, hidden=ahead)
         mixing = [node for node in inside if mixes_tokens(node, weights)]
-        behind, above = reach(linear.node, stop=by_node.__contains__, forward=False)
-        fact = Fact(linear, feeds=frozenset(by_node[node] for node in met), has_upstream=bool(above))
+        behind, above = reach(linear.node, stop=scan.products.__contains__, forward=False, hidden=back)
+        fact = Fact(linear, feeds=frozenset(met))
         fact.joins_residual = any(_joins(node, inside | {linear.node}, activations) for node in inside)
+        if fact.joins_residual and not above:
+            later = descendants([linear.node]) - inside
+            fact.starts_stream = any(_joins(node, inside | {linear.node}, later) for node in inside)
         fact.inputs = frozenset(_ancestral_inputs(linear.x))
-        if any(op_name(node) in _SELECTIONS for node in inside) and met_is_not_stream(linear, inside, activations):
+        if row_source(linear.x) in scan.constant:
+            fact.role = "constant"
+        elif any(op_name(node) in _SELECTIONS for node in inside) and met_is_not_stream(linear, inside, activations):
             fact.role = "router"
         elif mixing:
             fact.role, fact.attention = "attention_in", max(mixing, key=_order(linear.node.graph))
@@ -121,8 +137,7 @@ def _activations(scan: Scan) -> set[fx.Node]:
     if not scan.linears:
         return set()
     graph = scan.linears[0].node.graph
-    data = [node for node in graph.nodes if node.op == "placeholder" and node not in scan.weights]
-    return descendants(data)
+    return {node for node in graph.nodes if node not in scan.constant}
 
 
 def _order(graph: fx.Graph) -> Callable[[fx.Node], int]:
@@ -150,9 +165,7 @@ def _ancestral_inputs(node: fx.Node) -> set[str]:
             continue
         seen.add(current)
         if current.op == "placeholder":
-            source = getattr(current, "_dynamo_source", None)
-            text = None if source is None else (source.name() if callable(source.name) else source.name)
-            names.add(text or source_name(current))
+            names.add(source_text(current) or source_name(current))
         todo.extend(current.all_input_nodes)
     return names
 
@@ -163,7 +176,8 @@ def _ancestral_inputs(node: fx.Node) -> set[str]:
 def _find_blocks(reading: Reading, by_node: dict[fx.Node, Linear]) -> None:
     facts = {fact.linear: fact for fact in reading.facts}
     for linear in reading.scan.linears:
-        block = _block(linear, by_node, {f.linear.node for f in reading.facts if f.role in ("attention_in", "router")})
+        taken = {f.linear.node for f in reading.facts if f.role in ("attention_in", "router", "constant")}
+        block = None if facts[linear].role == "constant" else _block(linear, by_node, taken, reading.scan)
         if block is None or any(facts[up].block is not None or facts[up].role == "down" for up in block.ups):
             continue
         reading.blocks.append(block)
@@ -172,7 +186,7 @@ def _find_blocks(reading: Reading, by_node: dict[fx.Node, Linear]) -> None:
             facts[member].role = "down" if member is linear else "up"
 
 
-def _block(down: Linear, by_node: dict[fx.Node, Linear], taken: set[fx.Node]) -> Block | None:
+def _block(down: Linear, by_node: dict[fx.Node, Linear], taken: set[fx.Node], scan: Scan) -> Block | None:
     chain: set[fx.Node] = set()
     leaves: list[fx.Node] = []
     constants: set[fx.Node] = set()
@@ -184,11 +198,10 @@ def _block(down: Linear, by_node: dict[fx.Node, Linear], taken: set[fx.Node]) ->
         if node in by_node:
             leaves.append(node)
         elif node.op in ("placeholder", "get_attr"):
-            shape = shape_of(node)
-            if node in _inputs_with_rows(node, shape):
+            if _has_rows(node, scan):
                 return None
             constants.add(node)
-        elif is_row_view(node) or is_column_slice(node) or is_pointwise(node) or op_name(node) == "glu":
+        elif _is_link(node):
             chain.add(node)
             todo.extend(tensor_inputs(node))
             if is_column_slice(node) and op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
@@ -219,11 +232,18 @@ def _block(down: Linear, by_node: dict[fx.Node, Linear], taken: set[fx.Node]) ->
     return Block(ups, down, pointwise, activation, gate)
 
 
-def _inputs_with_rows(node: fx.Node, shape: object) -> set[fx.Node]:
-    """An activation that enters the chain from outside makes it no block; a Parameter or a scalar may."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    dims = getattr(value, "dim", None)
-    return {node} if dims is not None and value.dim() > 1 else set()  # type: ignore[union-attr]
+def _is_link(node: fx.Node) -> bool:
+    """What may lie between up and down: every row of the result is a function of the same row of the sources."""
+    kinds = (is_row_view, is_column_slice, is_pointwise, split_sizes, unbinds_parts, picked_part)
+    return op_name(node) == "glu" or any(kind(node) is not None and kind(node) is not False for kind in kinds)
+
+
+def _has_rows(node: fx.Node, scan: Scan) -> bool:
+    """An activation that enters the chain from outside makes it no block; a weight of one row or a scalar may."""
+    shape = shape_of(node)
+    if shape is None or len(shape) <= 1:
+        return False
+    return node not in scan.constant or any(size != 1 for size in shape[:-1])
 
 
 def _extract(chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node], result: fx.Node) -> fx.GraphModule | None:
@@ -233,7 +253,7 @@ def _extract(chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node
     mapped |= {constant: graph.placeholder(f"c{i}") for i, constant in enumerate(sorted(constants, key=lambda n: n.name))}
     for node in chain:
         source = node.args[0] if node.args else None
-        if is_row_view(node):
+        if is_row_view(node) or unbinds_parts(node):
             assert isinstance(source, fx.Node)
             mapped[node] = mapped[source]
             continue
@@ -246,6 +266,10 @@ def _extract(chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node
             copy = graph.node_copy(node, lambda old: mapped[old])
             copy.args = (mapped[source], *rest)  # type: ignore[arg-type]
             copy.kwargs = {}
+        elif split_sizes(node) is not None:
+            copy = graph.call_method("unflatten", (mapped[node.args[0]], -1, split_sizes(node)))  # type: ignore[index]
+        elif picked_part(node) is not None:
+            copy = graph.call_method("select", (mapped[node.args[0]], -2, picked_part(node)))  # type: ignore[index]
         elif op_name(node) == "glu":
             copy = graph.node_copy(node, lambda old: mapped[old])
             assert isinstance(source, fx.Node)

@@ -21,6 +21,7 @@ from rana_fx.attachment import Attachment, Factors
 from rana_fx.errors import InvalidOption, PlanMismatch
 from rana_fx.plan import Plan, load_plan, weight_digest
 from rana_fx.sites import source_name
+from rana_fx.weights import base_name
 
 # one set of factors serves every graph (prefill, decode) that is compiled by a plan
 _attachments: WeakKeyDictionary[Plan, dict[torch.device, Attachment]] = WeakKeyDictionary()
@@ -67,19 +68,18 @@ def attachment_for(plan: Plan, weights: Mapping[fx.Node, nn.Parameter]) -> Attac
 
 
 def _site(plan: Plan, name: str, weight: nn.Parameter) -> str | None:
-    shapes = {(r.in_features, r.out_features) if r.transposed else (r.out_features, r.in_features) for r in plan.sites}
-    if tuple(weight.shape) not in shapes:
+    """The name the plan has for a weight (several sites may be parts of one)."""
+    names = {base_name(record.name): record for record in plan.sites}
+    if not any(record.out_features * record.in_features <= weight.numel() for record in plan.sites) or weight.dim() < 2:
         return None
-    alike = [
-        record
-        for record in plan.sites
-        if record.name == name or record.name.endswith(f".{name}") or name.endswith(f".{record.name}")
-    ]
+    alike = {
+        known: record for known, record in names.items() if f".{known}".endswith(f".{name}") or f".{name}".endswith(f".{known}")
+    }
     digest = weight_digest(weight)
-    for record in [*alike, *plan.sites]:
+    for known, record in (alike | names).items():
         if record.digest == digest:
-            return record.name
+            return known
     if not alike:
         return None
-    expected = f"a weight with digest {' or '.join(record.digest for record in alike[:3])}"
+    expected = f"a weight with digest {' or '.join(record.digest for record in list(alike.values())[:3])}"
     raise PlanMismatch(model="the model being compiled", site=name, got=f"digest {digest}", expected=expected)

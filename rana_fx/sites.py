@@ -1,9 +1,9 @@
 """Find every linear layer of a traced graph by dataflow.
 
 In: one FX graph and the real Parameters behind its inputs. Out: a ``Linear`` for every product of an activation with a
-2-D Parameter (``linear``, ``addmm`` with an (in, out) weight, ``matmul``/``mm`` with a transposed weight, a 2-D
-``einsum``), and a ``Skip`` with its reason for every weight that takes part in a product that is not one of these.
-A weight is recognised by identity, through transposes; names come from the model or from Dynamo's source.
+matrix from a Parameter (``linear``, ``addmm`` with an (in, out) weight, ``matmul``/``mm`` with a transposed weight, a
+2-D ``einsum``), and a ``Skip`` with its reason for every weight that takes part in a product that is not one of these.
+A weight is recognised by identity, through views; names come from the model or from Dynamo's source.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from rana_fx.graph import op_name, row_source, shape_of, value_of
+from rana_fx.aliases import Writes, written
+from rana_fx.graph import op_name, reads_values, row_source, tensor_inputs, value_of
+from rana_fx.weights import CASTS, INDEXING, TRANSPOSES, Operand, operand
 
-_TRANSPOSES = {"t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims", "numpy_T", "matrix_H"}
-_TRANSPARENT = {"contiguous", "detach", "alias", "clone"}
-_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "_to_copy", "type_as"}
 DEVICES = ("cpu", "cuda", "xpu")  # where Inductor lowers the rewritten graph
-_INDEXING = {"getitem", "index", "index_select", "select"}
+_PRODUCTS = ("mm", "matmul", "einsum", "linear", "bmm")
 
 
 @dataclass(frozen=True)
@@ -34,30 +33,49 @@ class Skip:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """One occurrence of a linear layer in one graph: ``node = x @ W^T + bias``."""
+    """One occurrence of a linear layer in one graph: ``node = x @ matrix^T + bias``."""
 
     node: fx.Node
-    x: fx.Node
     weight: nn.Parameter
-    weight_node: fx.Node
+    weight_node: fx.Node  # the graph input
+    matrix: torch.Tensor  # (out, in): a view of the weight, which may be a part of it
     transposed: bool  # the Parameter is stored (in, out)
-    bias: nn.Parameter | None
+    whole: bool  # the matrix is the whole Parameter, as it is or transposed
+    bias: torch.Tensor | None
     bias_node: fx.Node | None
-    op: str
     name: str
+    version: fx.Node | None = None  # what last wrote into the memory of x before this linear
+
+    @property
+    def x(self) -> fx.Node:
+        """The tensor it reads now: a rewrite of another layer may have put another node there."""
+        found = _operands(self.node, self.op)
+        assert found is not None and isinstance(found[0], fx.Node)
+        return found[0]
+
+    @property
+    def op(self) -> str:
+        return op_name(self.node)
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[1 if self.transposed else 0]
+        return self.matrix.shape[0]
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[0 if self.transposed else 1]
+        return self.matrix.shape[1]
 
     @property
-    def source(self) -> fx.Node:
-        """The tensor read, row views removed: linears with one ``source`` can share a router."""
-        return row_source(self.x)
+    def source(self) -> tuple[fx.Node, fx.Node | None]:
+        """The tensor read, row views removed, and its version: linears with one ``source`` can share a router."""
+        return row_source(self.x), self.version
+
+    @property
+    def factor(self) -> tuple[fx.Node, bool]:
+        """The node it multiplies by, and whether that is (in, out)."""
+        found = _operands(self.node, self.op)
+        assert found is not None and isinstance(found[1], fx.Node)
+        return found[1], not found[3]
 
 
 @dataclass
@@ -67,6 +85,8 @@ class Scan:
     linears: list[Linear] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     weights: dict[fx.Node, nn.Parameter] = field(default_factory=dict)
+    constant: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)  # see ``constants``
+    products: set[fx.Node] = field(default_factory=set)  # nodes that multiply an activation by a weight, linears or not
 
 
 def parameters_of(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> dict[fx.Node, nn.Parameter]:
@@ -86,12 +106,17 @@ def parameters_of(graph_module: fx.GraphModule, example_inputs: Sequence[object]
     return found
 
 
-def source_name(node: fx.Node) -> str:
-    """Dotted name of a graph input, from Dynamo's source (relative to the compiled callable) or the attribute."""
+def source_text(node: fx.Node) -> str:
+    """Dynamo's source of a graph input as it writes it, or ""."""
     source = getattr(node, "_dynamo_source", None)
     if source is None:
-        return str(node.target)
-    text = source.name() if callable(source.name) else source.name
+        return ""
+    return str(source.name() if callable(source.name) else source.name)
+
+
+def source_name(node: fx.Node) -> str:
+    """Dotted name of a graph input, from Dynamo's source (relative to the compiled callable) or the attribute."""
+    text = source_text(node)
     parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
     return site_name(".".join(parts) or str(node.target))
 
@@ -104,11 +129,16 @@ def site_name(parameter_name: str) -> str:
 def find_linears(graph_module: fx.GraphModule, example_inputs: Sequence[object], names: Mapping[int, str]) -> Scan:
     """All linears of one graph in execution order. ``names``: id of a Parameter -> its name in the model."""
     scan = Scan(weights=parameters_of(graph_module, example_inputs))
+    scan.constant = constants(graph_module, scan.weights)
+    writes = Writes()
     seen: set[str] = set()
     for node in graph_module.graph.nodes:
+        writes.add(node)
         if node.op not in ("call_function", "call_method"):
             continue
-        match = _match(node, scan.weights, names)
+        match = _match(node, scan.weights, names, scan.constant, writes)
+        if match is not None:
+            scan.products.add(node)
         if isinstance(match, Linear):
             scan.linears.append(match)
         elif isinstance(match, Skip) and match.site not in seen:
@@ -117,34 +147,88 @@ def find_linears(graph_module: fx.GraphModule, example_inputs: Sequence[object],
     return scan
 
 
-def _match(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter], names: Mapping[int, str]) -> Linear | Skip | None:
+def constants(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]) -> dict[fx.Node, set[fx.Node]]:
+    """Tensors that no data of the batch goes into (weights, buffers, what is computed from them) -> the weights in each.
+
+    The output of a constant product (keys of a table of positions) holds no weight: it is an activation that never changes.
+    """
+    found: dict[fx.Node, set[fx.Node]] = {}
+    writes = Writes()
+    for node in graph_module.graph.nodes:
+        writes.add(node)
+        target = written(node)
+        if target is not None and not all(item in found for item in node.all_input_nodes):
+            # data is written into what was an empty buffer
+            for item in [item for item in found if writes.root(item) is writes.root(target)]:
+                del found[item]
+        elif node in weights:
+            found[node] = {node}
+        elif node.op == "get_attr" or (node.op == "placeholder" and "_buffers[" in source_text(node)):
+            found[node] = set()
+        elif isinstance(value_of(node), (int, float, torch.SymInt, torch.SymFloat)):
+            found[node] = set()  # sizes
+        elif not reads_values(node):
+            found[node] = set()
+        elif node.op in ("call_function", "call_method") and all(item in found for item in node.all_input_nodes):
+            held = set().union(*(found[item] for item in node.all_input_nodes))
+            found[node] = set() if _multiplies(op_name(node)) else held
+    return found
+
+
+def _match(
+    node: fx.Node,
+    weights: Mapping[fx.Node, nn.Parameter],
+    names: Mapping[int, str],
+    constant: Mapping[fx.Node, set[fx.Node]],
+    writes: Writes,
+) -> Linear | Skip | None:
     name = op_name(node)
     operands = _operands(node, name)
     if operands is None:
-        return _expert(node, name, weights, names)
+        return _expert(node, name, weights, names) or _computed(node, name, weights, names, constant)
     x, weight, bias, wants_transposed = operands
-    resolved = _resolve(weight, weights)
-    if resolved is None:
-        return _expert(node, name, weights, names)
-    weight_node, flipped, cast = resolved
-    parameter = weights[weight_node]
-    site = names.get(id(parameter)) or source_name(weight_node)
-    # linear multiplies by W^T of an (out, in) Parameter; the others by the operand itself, (in, out)
-    transposed = flipped if wants_transposed else not flipped
-    reason = _unsupported(node, x, parameter, cast)
-    bias_parameter = None
+    found = operand(weight, weights)
+    if found is None or (isinstance(found, Operand) and found.value.dim() != 2):
+        return _expert(node, name, weights, names) or _computed(node, name, weights, names, constant)
+    if isinstance(found, str):
+        assert isinstance(weight, fx.Node)
+        origin = _origin(weight, weights)
+        return Skip(_name(origin, weights, names), found)
+    site = _name(found.source, weights, names) + found.part
+    reason = _unsupported(node, x, found.parameter)
+    bias_value = None
     if bias is not None and reason is None:
-        bias_node = _resolve(bias, weights)
-        if bias_node is None or weights[bias_node[0]].dim() != 1:
-            reason = "its bias is an activation or is computed in the forward pass"
-        elif bias_node[2]:
-            reason = "its bias is cast in the forward pass"
+        bias_found = operand(bias, weights)
+        if not isinstance(bias_found, Operand) or bias_found.value.dim() != 1:
+            cast = isinstance(bias_found, str)
+            reason = "its bias is cast in the forward pass" if cast else "its bias is an activation or is computed"
         else:
-            bias_parameter = weights[bias_node[0]]
+            bias_value = bias_found.value
     if reason is not None:
         return Skip(site, reason)
     assert isinstance(x, fx.Node)
-    return Linear(node, x, parameter, weight_node, transposed, bias_parameter, bias, name, site)
+    # linear multiplies by W^T of an (out, in) operand; the others by the operand itself, (in, out)
+    matrix = found.value if wants_transposed else found.value.t()
+    transposed = found.flipped if wants_transposed else not found.flipped
+    whole = not found.part and found.parameter.dim() == 2
+    return Linear(
+        node, found.parameter, found.source, matrix, transposed, whole, bias_value, bias, site, writes.last(x)
+    )  # fmt: skip
+
+
+def _multiplies(name: str) -> bool:
+    return any(name.endswith(word) for word in _PRODUCTS)
+
+
+def _origin(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> fx.Node:
+    while node not in weights:
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    return node
+
+
+def _name(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter], names: Mapping[int, str]) -> str:
+    return names.get(id(weights[node])) or source_name(node)
 
 
 def _operands(node: fx.Node, name: str) -> tuple[object, object, fx.Node | None, bool] | None:
@@ -182,35 +266,7 @@ def _einsum(node: fx.Node) -> tuple[object, object, fx.Node | None, bool] | None
     return x, weight, None, right[1] == contracted
 
 
-def _resolve(value: object, weights: Mapping[fx.Node, nn.Parameter]) -> tuple[fx.Node, bool, bool] | None:
-    """Follow an operand to its Parameter: (graph input, transposed an odd number of times?, cast on the way?)."""
-    flipped = cast = False
-    while isinstance(value, fx.Node):
-        if value in weights:
-            return value, flipped, cast
-        if value.op not in ("call_function", "call_method") or not value.args:
-            return None
-        name = op_name(value)
-        if name in _TRANSPOSES:
-            shape = shape_of(value)
-            if shape is None or len(shape) != 2:
-                return None
-            dims = [d for d in _flat(value.args[1:]) if isinstance(d, int)]
-            flipped ^= not (name == "permute" and [d % 2 for d in dims] == [0, 1])
-        elif name in _CASTS:
-            before, after = value_of(value.args[0]) if isinstance(value.args[0], fx.Node) else None, value_of(value)
-            cast |= not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dtype == after.dtype)
-        elif name not in _TRANSPARENT:
-            return None
-        value = value.args[0]
-    return None
-
-
-def _flat(items: Sequence[object]) -> list[object]:
-    return [leaf for item in items for leaf in (item if isinstance(item, (tuple, list)) else (item,))]
-
-
-def _unsupported(node: fx.Node, x: object, weight: nn.Parameter, cast: bool) -> str | None:
+def _unsupported(node: fx.Node, x: object, weight: nn.Parameter) -> str | None:
     if not isinstance(x, fx.Node):
         return "its input is not a tensor of the graph"
     if type(weight) is not nn.Parameter:
@@ -219,10 +275,6 @@ def _unsupported(node: fx.Node, x: object, weight: nn.Parameter, cast: bool) -> 
         return f"quantised weight ({weight.dtype})"
     if weight.device.type not in DEVICES:
         return f"unsupported device {weight.device.type} (supported: {', '.join(DEVICES)})"
-    if weight.dim() != 2:
-        return f"{weight.dim()}-D weight {tuple(weight.shape)}"
-    if cast:
-        return "its weight is cast in the forward pass"
     if op_name(node) == "addmm" and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
         return "addmm with alpha or beta other than 1"
     return None
@@ -230,33 +282,58 @@ def _unsupported(node: fx.Node, x: object, weight: nn.Parameter, cast: bool) -> 
 
 def _expert(node: fx.Node, name: str, weights: Mapping[fx.Node, nn.Parameter], names: Mapping[int, str]) -> Skip | None:
     """A product with a weight of three dimensions (experts), or any use of a quantised matrix."""
-    if not any(word in name for word in ("mm", "matmul", "einsum", "linear", "bmm")):
+    if not any(word in name for word in _PRODUCTS):
         return None
-    for operand in node.all_input_nodes:
-        found = _through_indexing(operand, weights)
+    for source in node.all_input_nodes:
+        found = _through_indexing(source, weights)
         if found is None:
             continue
         parameter = weights[found]
-        site = names.get(id(parameter)) or source_name(found)
+        site = _name(found, weights, names)
         if parameter.dim() == 3:
             count, *matrix = parameter.shape
             return Skip(
                 site,
-                f"expert weight: {count} matrices of {tuple(matrix)} chosen per token ({name}); not adapted, not in the budget",
+                f"3-D weight, as of experts: {count} matrices of {tuple(matrix)} ({name}); not adapted, not in the budget",
             )
         if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
             return Skip(site, f"quantised weight ({parameter.dtype})")
     return None
 
 
+def _computed(
+    node: fx.Node,
+    name: str,
+    weights: Mapping[fx.Node, nn.Parameter],
+    names: Mapping[int, str],
+    constant: Mapping[fx.Node, set[fx.Node]],
+) -> Skip | None:
+    """A product of data with what is computed from Parameters alone, or from the left: reported, not adapted."""
+    if not _multiplies(name):
+        return None
+    inputs = list(tensor_inputs(node))
+    if all(item in constant for item in inputs):
+        return None  # depends on no data: computed once, not a layer
+    matrices = [(weights[leaf].numel(), leaf) for item in inputs for leaf in constant.get(item, ()) if weights[leaf].dim() > 1]
+    if not matrices:
+        return None
+    leaf = max(matrices, key=lambda pair: pair[0])[1]
+    site = _name(leaf, weights, names)
+    if any(isinstance(found, Operand) and found.value.dim() > 1 for found in (operand(item, weights) for item in inputs)):
+        return Skip(site, f"its product with the activation is not one over the last dimension ({name})")
+    return Skip(site, "its weight is computed in the forward pass")
+
+
 def _through_indexing(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> fx.Node | None:
     for _ in range(8):
         if node in weights:
             return node
-        if (
-            node.op not in ("call_function", "call_method")
-            or op_name(node) not in _TRANSPOSES | _TRANSPARENT | _CASTS | _INDEXING
-        ):
+        if node.op not in ("call_function", "call_method") or op_name(node) not in TRANSPOSES | CASTS | INDEXING | {
+            "contiguous",
+            "detach",
+            "alias",
+            "clone",
+        }:
             return None
         if not node.args or not isinstance(node.args[0], fx.Node):
             return None

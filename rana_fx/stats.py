@@ -26,6 +26,11 @@ class Reservoir:
         self._priorities = torch.empty(0)
         self._rows: Tensor | None = None
 
+    @property
+    def features(self) -> int | None:
+        """Width of the rows, once there are some."""
+        return None if self._rows is None else self._rows.shape[1]
+
     def add(self, rows_TI: Tensor) -> None:
         """Take a batch of rows, shape (tokens, features)."""
         count, features = rows_TI.shape

@@ -5,8 +5,9 @@
   become
     qkv = linear(x, w_qkv, b_qkv); q, k, v = chunk(qkv, 3); a = scaled_dot_product_attention(q, k, v); out = linear(a, w_o, b_o)
 
-In: a Dynamo graph, changed in place. Out: how many operators were opened. What cannot be opened exactly (separate
-key/value inputs, returned attention weights, bias_k, dropout) stays as it is.
+In: a Dynamo graph, changed in place. Out: how many operators were opened. Keys and values of
+another tensor get their part of w_qkv. What cannot be opened exactly (returned attention weights, bias_k, dropout)
+stays as it is.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 import optree
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from rana_fx.einsums import as_linear
 from rana_fx.graph import op_name, value_of
 
 _MHA = "multi_head_attention_forward"
@@ -36,14 +38,19 @@ _LAYER_NAMES = [
 ]  # fmt: skip
 
 
-def unfuse(graph_module: fx.GraphModule) -> int:
-    """Open every operator that can be opened exactly; returns the count."""
+def unfuse(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]) -> int:
+    """Open every operator that can be opened exactly; returns the count. ``weights``: the graph's Parameters."""
     opened = 0
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function":
             continue
         name = op_name(node)
-        if name.endswith(_MHA):
+        if name == "einsum":
+            found = as_linear(node, weights)
+            if found is not None:
+                _splice(node, found[0], found[1], item=False)
+                opened += 1
+        elif name.endswith(_MHA):
             opened += _open_attention(node)
         elif name.endswith(_LAYER.strip("_")):
             opened += _open_layer(node)
@@ -60,30 +67,42 @@ def _named(node: fx.Node, names: list[str]) -> dict[str, Any]:
 def _open_attention(node: fx.Node) -> bool:
     given = _named(node, _MHA_NAMES)
     weights_used = any(op_name(user) != "getitem" or (user.args[1] == 1 and user.users) for user in node.users)
-    packed = given["query"] is given["key"] is given["value"] and not given.get("use_separate_proj_weight")
     plain = given.get("bias_k") is None and not given.get("add_zero_attn") and given.get("static_k") is None
     drops = bool(given.get("training", True)) and given.get("dropout_p", 0) != 0
+    separate = bool(given.get("use_separate_proj_weight"))
     rank = _rank(given["query"])
-    if weights_used or not packed or not plain or drops or given["in_proj_weight"] is None or rank not in (2, 3):
+    same = given["query"] is given["key"] is given["value"]
+    if weights_used or not plain or drops or rank not in (2, 3) or given.get("static_v") is not None:
+        return False
+    if given["in_proj_weight"] is None and not separate:
         return False
     mask = _dtype_flag(given.get("attn_mask"))
     padding = _dtype_flag(given.get("key_padding_mask"))
     if rank == 2 and padding is not None:
         return False
 
-    def build(query: Any, weight: Any, bias: Any, out_weight: Any, out_bias: Any, attn: Any, keys: Any) -> Any:
-        bias_sum = _mask(attn, mask, None if attn is None else _rank(given["attn_mask"]) == 3, query, given["num_heads"])
+    def build(q: Any, k: Any, v: Any, weights: Any, bias: Any, out_weight: Any, out_bias: Any, attn: Any, keys: Any) -> Any:
+        bias_sum = _mask(attn, mask, None if attn is None else _rank(given["attn_mask"]) == 3, q, given["num_heads"])
         if keys is not None:
-            row = _additive(keys, bool(padding), query)[:, None, None, :]
+            row = _additive(keys, bool(padding), q)[:, None, None, :]
             bias_sum = row if bias_sum is None else bias_sum + row
         # (tokens, batch, embed): heads to the front
         order, back = ((1, 2, 0, 3), (2, 0, 1, 3)) if rank == 3 else ((1, 0, 2), (1, 0, 2))
-        return _attend(query, weight, bias, out_weight, out_bias, given["num_heads"], bias_sum, order, back)
+        if same and not separate:
+            projected: Any = F.linear(q, weights[0], bias).chunk(3, -1)
+        else:
+            width = given["embed_dim_to_check"]
+            parts = weights if separate else [weights[0].narrow(0, i * width, width) for i in range(3)]
+            offsets = [None if bias is None else bias.narrow(0, i * width, width) for i in range(3)]
+            projected = [F.linear(x, w, b) for x, w, b in zip((q, k, v), parts, offsets, strict=True)]
+        return _attend(projected, out_weight, out_bias, given["num_heads"], bias_sum, order, back)
 
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight") if separate else ("in_proj_weight",)
     _splice(
         node,
         build,
-        [given[k] for k in ("query", "in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")]
+        [given["query"], given["key"], given["value"], [given[name] for name in names]]
+        + [given[k] for k in ("in_proj_bias", "out_proj_weight", "out_proj_bias")]
         + [given.get("attn_mask"), given.get("key_padding_mask")],
         item=True,
     )
@@ -106,17 +125,8 @@ def _open_layer(node: fx.Node) -> bool:
             bias = bias[:, None, None, :] if kind == 1 else bias
 
         def attend(h: Any) -> Any:
-            return _attend(
-                h,
-                w["qkv_weight"],
-                w["qkv_bias"],
-                w["proj_weight"],
-                w["proj_bias"],
-                given["num_heads"],
-                bias,
-                (0, 2, 1, 3),
-                (0, 2, 1, 3),
-            )
+            qkv = F.linear(h, w["qkv_weight"], w["qkv_bias"]).chunk(3, -1)
+            return _attend(qkv, w["proj_weight"], w["proj_bias"], given["num_heads"], bias, (0, 2, 1, 3), (0, 2, 1, 3))
 
         def feed(h: Any) -> Any:
             inner = F.linear(h, w["ffn1_weight"], w["ffn1_bias"])
@@ -136,10 +146,7 @@ def _open_layer(node: fx.Node) -> bool:
     return True
 
 
-def _attend(
-    x: Any, w: Any, b: Any, wo: Any, bo: Any, heads: int, mask: Any, order: tuple[int, ...], back: tuple[int, ...]
-) -> Any:
-    qkv = F.linear(x, w, b).chunk(3, -1)
+def _attend(qkv: Any, wo: Any, bo: Any, heads: int, mask: Any, order: tuple[int, ...], back: tuple[int, ...]) -> Any:
     q, k, v = (qkv[i].unflatten(-1, (heads, -1)).permute(*order) for i in range(3))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return F.linear(attended.permute(*back).flatten(-2), wo, bo)
@@ -173,7 +180,8 @@ def _splice(node: fx.Node, build: Callable[..., Any], inputs: list[Any], *, item
     tracer = fx.proxy.GraphAppendingTracer(graph)
     existing = set(graph.nodes)
     with graph.inserting_before(node):
-        result = build(*(fx.Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg for arg in inputs)).node
+        proxies: Any = fx.node.map_aggregate(inputs, _proxy(tracer))
+        result = build(*proxies).node
     for fresh in list(graph.nodes):
         if fresh not in existing:
             fresh.meta = {key: value for key, value in node.meta.items() if key not in ("example_value", "val")}
@@ -186,6 +194,10 @@ def _splice(node: fx.Node, build: Callable[..., Any], inputs: list[Any], *, item
     else:
         node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _proxy(tracer: fx.proxy.TracerBase) -> Callable[[Any], Any]:
+    return lambda leaf: fx.Proxy(leaf, tracer) if isinstance(leaf, fx.Node) else leaf
 
 
 def fake_run(node: fx.Node) -> Any:

@@ -197,8 +197,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def build(name: str, depth: int = 2) -> tuple[nn.Module, Any]:
     """A model with weights large enough to matter, and a batch."""
+    return make(ARCHITECTURES[name], depth)
+
+
+def make(architecture: Architecture, depth: int = 2) -> tuple[nn.Module, Any]:
+    """The same for any architecture."""
     torch.manual_seed(0)
-    architecture = ARCHITECTURES[name]
     model = architecture.build(depth).eval()
     for parameter in model.parameters():
         if parameter.dim() >= 2:
@@ -208,4 +212,6 @@ def build(name: str, depth: int = 2) -> tuple[nn.Module, Any]:
 
 def output(result: Any) -> torch.Tensor:
     """Logits of a Hugging Face output, or the tensor itself."""
-    return result if isinstance(result, torch.Tensor) else result.logits
+    if isinstance(result, torch.Tensor):
+        return result
+    return next(result[key] for key in ("logits", "logits_per_image", "last_hidden_state") if key in result)

@@ -15,16 +15,19 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import rana_fx
 from rana_fx.attachment import attached
-from rana_fx.calibrate import call
+from rana_fx.calibrate import calibrate, call
 from rana_fx.errors import InvalidOption, NoPlan, PlanMismatch
 from rana_fx.measure import measuring
 from rana_fx.passes.runner import run
-from tests.architectures import ARCHITECTURES, build, ids, output
+from tests.architectures import ARCHITECTURES, build, ids, make, output
+from tests.further_architectures import FURTHER
+
+EVERY = ARCHITECTURES | FURTHER
 
 
 def adapted(name="llama", depth=1, budget=0.7, recipe="paper"):
-    model, batch = build(name, depth)
-    batches = [batch, *(ARCHITECTURES[name].inputs() for _ in range(4))]
+    model, batch = make(EVERY[name], depth)
+    batches = [batch, *(EVERY[name].inputs() for _ in range(4))]
     plan = rana_fx.adapt(model, batches, budget=budget, recipe=recipe, progress=False)
     return model, batch, plan
 
@@ -33,10 +36,10 @@ def full_rank(name, depth):
     """A plan that keeps everything: rank adapters of full rank with threshold zero wherever the recipe puts adapters."""
     model, batch, plan = adapted(name, depth, budget=0.9, recipe="static")
     adapters = []
-    weights = {k.removesuffix(".weight"): p.detach() for k, p in model.named_parameters(remove_duplicate=False)}
-    records = {site.name: site for site in plan.sites}
+    rana_fx.detach(model)
+    sites = calibrate(model, [batch], wanted=lambda _: set(), progress=False)[0].sites
     for adapter in plan.adapters:
-        parts = [weights[s].t() if records[s].transposed else weights[s] for s in adapter.sites]
+        parts = [sites[name].matrix() for name in adapter.sites]
         u, s, vh = torch.linalg.svd(torch.cat(parts).double(), full_matrices=False)
         ranks = len(s)
         adapters.append(
@@ -58,7 +61,7 @@ def relative(got, expected):
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_full_rank_equals_dense(name):
     model, batch, plan = full_rank(name, 2)
     covered = {site for adapter in plan.adapters for site in adapter.sites}
@@ -84,6 +87,19 @@ def test_compiled_equals_reference(recipe):
     assert relative(got, expected) < 1e-5
     assert relative(dense, expected) > 1e-3
     assert plan.expected_budget() == pytest.approx(0.85, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["packed", "head_einsums", "in_place", "shared_keys", "nn_transformer"])
+def test_parts_of_weights_through_a_saved_plan(name, tmp_path):
+    model, batch, plan = adapted(name, budget=0.85, recipe="paper")
+    plan.save(tmp_path / "plan")
+    with measuring(model) as meter:
+        expected = output(meter.run(batch))
+    rana_fx.detach(model)
+    rana_fx.attach(model, rana_fx.load_plan(tmp_path / "plan"))
+    with torch.no_grad():
+        assert relative(output(call(torch.compile(model, backend=rana_fx.backend), batch)), expected) < 1e-5
+        assert relative(output(call(model, batch)), expected) > 1e-3
 
 
 def test_rewrite_counts_and_operations():

@@ -8,25 +8,31 @@ from torch import nn
 
 from rana_fx.calibrate import calibrate
 from rana_fx.errors import NoLinears
-from tests.architectures import ARCHITECTURES, Counts, build
+from tests.architectures import ARCHITECTURES, Counts, build, make
+from tests.further_architectures import FURTHER
+
+EVERY = ARCHITECTURES | FURTHER
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_counts(name, depth):
-    model, batch = build(name, depth)
+    model, batch = make(EVERY[name], depth)
     layout, samples, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
     found = Counts(len(layout.sites), len(layout.groups), len(layout.blocks), len(layout.stacks()), len(layout.skips))
-    assert found == ARCHITECTURES[name].expected(depth)
+    assert found == EVERY[name].expected(depth)
     assert samples == {}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "t5", "nn_encoder", "plain"])
+REPLAYED = ["llama", "gpt2", "falcon", "t5", "nn_encoder", "plain", "apertus", "moshi", "in_place", "packed"]
+
+
+@pytest.mark.parametrize("name", REPLAYED)
 def test_dense_rows_replay_the_block(name):
     """The extracted pointwise part gives the down projection's input, seen by a hook, on the same tokens."""
     from rana_fx.recipes.problem import Problem
 
-    model, batch = build(name)
+    model, batch = make(EVERY[name])
     layout, samples, _ = calibrate(model, [batch], wanted=lambda layout: {g.sites for g in layout.groups}, progress=False)
     problem = Problem(layout, samples, 0.5, "flops", "paper", False)
     for block in layout.blocks:
@@ -84,6 +90,55 @@ def test_expert_weights_are_reported_with_a_reason():
         "model.layers.0.mlp.experts.down_proj",
     }
     assert all("4 matrices" in skip.reason for skip in layout.skips)
+
+
+def test_weights_that_cannot_be_adapted_are_reported_with_a_reason():
+    model, batch = make(FURTHER["unusual"], 1)
+    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    reasons = {skip.site.removeprefix("blocks.0."): skip.reason for skip in layout.skips}
+    assert reasons == {
+        "up.parametrizations.weight.original1": "its weight is computed in the forward pass",
+        "cast": "its weight is cast in the forward pass",
+        "left": "its product with the activation is not one over the last dimension (matmul)",
+        "tied": "its weight is also used transposed, and one adapter cannot serve both",
+    }
+
+
+def test_what_reads_no_data_is_outside():
+    model, batch = make(FURTHER["xlnet"], 1)
+    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    outside = {name.rpartition(".")[2]: site.role for name, site in layout.sites.items() if not site.counted}
+    assert outside == {"r": "constant", "word_embedding": "head"}
+
+
+def test_a_layer_of_the_first_block_is_no_stem():
+    model, batch = make(FURTHER["chained"], 2)
+    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    roles = [{n.removeprefix(f"blocks.{i}."): s.role for n, s in layout.sites.items() if f".{i}." in n} for i in (0, 1)]
+    assert roles[0] == roles[1]
+    assert "stem" not in roles[0].values()
+
+
+def test_a_linear_before_the_blocks_is_a_stem():
+    model, batch = make(FURTHER["albert"], 2)
+    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    assert {n for n, s in layout.sites.items() if s.role == "stem"} == {"albert.encoder.embedding_hidden_mapping_in"}
+    assert layout.sites["albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"].uses == 2
+
+
+def test_a_buffer_that_data_is_written_into_is_data():
+    class Scatter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            hidden = torch.zeros(x.shape[0], 16)
+            hidden[:, ::2] = torch.relu(self.up(x))[:, 1::2]
+            return x + self.down(hidden)
+
+    layout, _, _ = calibrate(Scatter(), [torch.randn(3, 8)], wanted=lambda _: set(), progress=False)
+    assert {name: site.counted for name, site in layout.sites.items()} == {"up": True, "down": True}
 
 
 def test_model_without_linears():
