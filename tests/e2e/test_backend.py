@@ -288,6 +288,8 @@ def test_exported_program_is_rewritten_by_the_same_passes():
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_generate(cache):
+    if cache == "dynamic" and torch.__version__.startswith("2.11."):
+        pytest.skip("Inductor 2.11 writes C++ that does not compile for a cache of symbolic length, for dense models, too")
     model, _, _ = adapted()
     prompt = torch.randint(3, 90, (1, 6))
     settings = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0, "eos_token_id": None}
