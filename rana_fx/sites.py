@@ -193,7 +193,7 @@ def _match(
     if isinstance(found, str):
         assert isinstance(weight, fx.Node)
         origin = _origin(weight, weights)
-        return Skip(_name(origin, weights, names), found)
+        return Skip(_name(origin, weights, names), _unsupported(node, x, weights[origin]) or found)
     site = _name(found.source, weights, names) + found.part
     reason = _unsupported(node, x, found.parameter)
     bias_value = None
