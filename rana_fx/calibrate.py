@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from rana_fx.aliases import redirect
 from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed
-from rana_fx.groups import Reading, read_graph
+from rana_fx.groups import Fact, Reading, read_graph
 from rana_fx.guards import guard_weights
 from rana_fx.layout import Group, Layout, merge, observed_together
 from rana_fx.running import (
@@ -66,8 +66,11 @@ class Observer:
         if self.wanted is None:
             self.readings.append(reading)
         guard_weights([linear.weight_node for linear in scan.linears], attachment=False)
+        by_source: dict[Any, list[Fact]] = {}
+        for fact in reading.facts:
+            by_source.setdefault(fact.linear.source, []).append(fact)
         for source, names in observed_together(reading.facts).items():
-            facts = [fact for fact in reading.facts if fact.linear.source == source]
+            facts = by_source[source]
             decoder = any(word in name for fact in facts for name in fact.inputs for word in _DECODER_INPUTS)
             first = facts[0].linear
             with graph_module.graph.inserting_before(first.node):

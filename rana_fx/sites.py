@@ -20,6 +20,7 @@ from rana_fx.graph import op_name, reads_values, row_source, tensor_inputs, valu
 from rana_fx.weights import CASTS, INDEXING, TRANSPOSES, Operand, operand
 
 DEVICES = ("cpu", "cuda", "xpu")  # where Inductor lowers the rewritten graph
+_CLOSED = ("multi_head_attention_forward", "encoder_layer_fwd")  # where rana_fx.unfuse could not open it
 _PRODUCTS = ("mm", "matmul", "einsum", "linear", "bmm")
 
 
@@ -137,6 +138,12 @@ def find_linears(graph_module: fx.GraphModule, example_inputs: Sequence[object],
         if node.op not in ("call_function", "call_method"):
             continue
         match = _match(node, scan.weights, names, scan.constant, writes)
+        if match is None and any(word in op_name(node) for word in _CLOSED):
+            for source in node.all_input_nodes:
+                for leaf in scan.constant.get(source, ()):
+                    if scan.weights[leaf].dim() > 1:
+                        scan.products.add(node)
+                        scan.skips.append(Skip(_name(leaf, scan.weights, names), f"inside a fused operator ({op_name(node)})"))
         if match is not None:
             scan.products.add(node)
         if isinstance(match, Linear):
@@ -193,7 +200,7 @@ def _match(
     if isinstance(found, str):
         assert isinstance(weight, fx.Node)
         origin = _origin(weight, weights)
-        return Skip(_name(origin, weights, names), found)
+        return Skip(_name(origin, weights, names), _unsupported(node, x, weights[origin]) or found)
     site = _name(found.source, weights, names) + found.part
     reason = _unsupported(node, x, found.parameter)
     bias_value = None

@@ -141,6 +141,21 @@ def test_a_buffer_that_data_is_written_into_is_data():
     assert {name: site.counted for name, site in layout.sites.items()} == {"up": True, "down": True}
 
 
+def test_attention_whose_weights_are_asked_for_is_reported():
+    class Asked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.up = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+        def forward(self, x):
+            mixed, weights = self.attention(x, x, x)
+            return x + self.up(mixed) * weights.sum()
+
+    layout, _, _ = calibrate(Asked(), [torch.randn(2, 3, 8)], wanted=lambda _: set(), progress=False)
+    assert [skip.site for skip in layout.skips] == ["attention.in_proj_weight", "attention.out_proj"]
+    assert all("fused operator" in skip.reason for skip in layout.skips)
+
+
 def test_model_without_linears():
     class Scale(nn.Module):
         def __init__(self):
