@@ -11,7 +11,7 @@ Only factors that are not the model's own weights are stored; a neuron adapter m
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -97,4 +97,5 @@ class Adapter:
 
     def on(self, device: torch.device | str) -> Adapter:
         """The same on another device."""
-        return replace(self, **{key: value.to(device) for key, value in self.tensors().items()})
+        moved: Any = {key: value.to(device) for key, value in self.tensors().items()}
+        return replace(self, **moved)
