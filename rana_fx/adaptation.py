@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import numbers
 import platform
 from collections.abc import Iterable
 from typing import Any
@@ -56,11 +57,11 @@ def adapt(
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
         >>> fast = torch.compile(model, backend=rana_fx.backend)
     """
-    if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 0 < budget <= 1:
+    if not isinstance(budget, numbers.Real) or isinstance(budget, bool) or not 0 < budget <= 1:
         raise BudgetOutOfRange(budget=budget)
     if metric not in METRICS:
         raise UnknownMetric(kind="metric", got=metric, valid=", ".join(METRICS))
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise UnknownRecipe(kind="recipe", got=recipe, valid=", ".join(RECIPES))
     model = bare(model)
     present = attached(model)

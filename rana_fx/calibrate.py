@@ -27,6 +27,7 @@ from rana_fx.running import (
     count_tokens,
     device_of,
     evaluating,
+    failing_part,
     names_of,
     observing,
     padding_masks,
@@ -148,9 +149,8 @@ def calibrate(
                 ours = _cause(error, NonFinite)
                 if ours is not None:
                     raise ours from None
-                raise TraceFailed(
-                    model=type(model).__name__, batch=index, part=type(error).__name__, reason=str(error).strip().split("\n")[0]
-                ) from error
+                part, reason = failing_part(model, error)
+                raise TraceFailed(model=type(model).__name__, batch=index, part=part, reason=reason) from error
             if layout is None:
                 layout = _settle(model, observer)
                 chosen = wanted(layout)
@@ -175,9 +175,12 @@ def _settle(model: nn.Module, observer: Observer) -> Layout:
 def _check_weights(scan: Scan) -> None:
     """Before anything runs: a NaN in a weight would show up in later activations, far from where it is."""
     for linear in scan.linears:
-        bad = ~torch.isfinite(linear.weight.detach())
-        if bad.any():
-            raise NonFinite(site=linear.name, count=int(bad.sum()), what="weight", shape=tuple(linear.weight.shape))
+        for what, parameter in (("weight", linear.weight), ("bias", linear.bias)):
+            if parameter is None:
+                continue
+            bad = ~torch.isfinite(parameter.detach())
+            if bad.any():
+                raise NonFinite(site=linear.name, count=int(bad.sum()), what=what, shape=tuple(parameter.shape))
 
 
 def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:

@@ -7,8 +7,10 @@ device, which rows are padding, and contexts in which the model is observed: eva
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import optree
@@ -127,6 +129,27 @@ def call(model: Callable[..., Any], batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return model(*batch)
     return model(batch)
+
+
+def failing_part(model: nn.Module, error: BaseException) -> tuple[str, str]:
+    """(the innermost module or line of the model's code where a call failed, what went wrong there)."""
+    names = {id(module): name for name, module in model.named_modules()}
+    part = type(model).__name__
+    root: BaseException = error
+    while True:
+        for frame, _ in traceback.walk_tb(root.__traceback__):
+            # a module that ran; while Dynamo traces, the model's own frames are on the error instead
+            part = names.get(id(frame.f_locals.get("self"))) or part
+        stack = getattr(root, "real_stack", None)
+        if stack:
+            part = f"{Path(stack[-1].filename).name}:{stack[-1].lineno}, in {stack[-1].name}: `{(stack[-1].line or '').strip()}`"
+        if root.__cause__ is None:
+            break
+        root = root.__cause__
+    lines = [line.strip() for line in str(root).split("\n") if line.strip()] or ["no message"]
+    # Dynamo says in a second line what its first one means
+    told = next((line for line in lines if line.startswith("Explanation: ")), lines[0])
+    return part, f"{type(root).__name__}: {told.removeprefix('Explanation: ')}".rstrip(".")
 
 
 # ---- padding

@@ -38,9 +38,8 @@ def command(
     torch.manual_seed(seed)
     network, tokenizer = load_model(model, dtype=dtype, device=device)
     text = {"column": column, "split": split, "tokens": tokens, "context": context, "batch_size": batch_size}
-    batches = data_batches(
-        network, tokenizer, data, column=column, split=split, tokens=tokens, context=context, batch_size=batch_size
-    )
+    # neighbouring documents are alike: what a few of them keep is not what the text keeps
+    batches = data_batches(network, tokenizer, data, **text, shuffle=seed)  # type: ignore[arg-type]
     started = time.perf_counter()
     plan = adapt(network, batches, budget=budget, metric=metric, recipe=recipe, seed=seed)
     seconds = time.perf_counter() - started

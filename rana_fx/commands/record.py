@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import sys
 import tempfile
@@ -112,8 +113,12 @@ def data_batches(
     tokens: int,
     context: int,
     batch_size: int,
+    shuffle: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Batches of a command's --data. Raises ColumnMissing, DatasetError, InvalidOption."""
+    """Batches of a command's --data, documents in the order that ``shuffle`` (a seed) gives, or as they come.
+
+    Raises ColumnMissing, DatasetError, InvalidOption.
+    """
     from rana_fx.text import load_texts, token_batches
 
     room = getattr(model.config, "max_position_embeddings", None)
@@ -121,6 +126,8 @@ def data_batches(
         raise InvalidOption(name="--context", got=context, expected=f"at most {room}, the model's own context")
     # a document has a token at least: so many are always enough
     texts = load_texts(data, column=column, split=split, limit=tokens)
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(texts)
     return token_batches(texts, tokenizer, tokens=tokens, context=context, batch_size=batch_size)
 
 

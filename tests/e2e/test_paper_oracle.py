@@ -55,6 +55,26 @@ FAMILIES = {
         "mlp.down_proj",
         silu_gated,
     ),
+    "llama with biases": Family(
+        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True)),
+        "model.layers.{}.",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+        ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down_proj",
+        silu_gated,
+    ),
+    "falcon, no biases": Family(
+        lambda: hf.FalconForCausalLM(
+            hf.FalconConfig(**_SIZES, ffn_hidden_size=96, bias=False, parallel_attn=False, multi_query=False)
+        ),
+        "transformer.h.{}.",
+        ("self_attention.query_key_value",),
+        "self_attention.dense",
+        ("mlp.dense_h_to_4h",),
+        "mlp.dense_4h_to_h",
+        torch.nn.functional.gelu,
+    ),
     "gpt_neox": Family(
         lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SIZES)),
         "gpt_neox.layers.{}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -39,6 +40,8 @@ def test_budget_unreachable_says_the_lowest(model):
 def test_unknown_choices_name_the_valid_ones(model):
     with pytest.raises(errors.UnknownRecipe, match="dense, static, cats, teal, wina, paper"):
         rana_fx.adapt(model, batches(), recipe="papper", progress=False)
+    with pytest.raises(errors.UnknownRecipe, match="Pick one of"):
+        rana_fx.adapt(model, batches(), recipe=["paper"], progress=False)
     with pytest.raises(errors.UnknownMetric, match="flops, bytes"):
         rana_fx.adapt(model, batches(), metric="seconds", progress=False)
 
@@ -71,6 +74,38 @@ def test_nan_in_activations(model):
 def test_model_that_does_not_run(model):
     with pytest.raises(errors.TraceFailed, match="LlamaForCausalLM could not be traced .* batch 0"):
         rana_fx.adapt(model, [{"input_idz": torch.ones(1, 2, dtype=torch.long)}], progress=False)
+
+
+def test_nan_in_a_bias():
+    model = build("gpt2", 1)[0]
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias[2] = float("nan")
+    with pytest.raises(errors.NonFinite, match=r"c_fc: 1 NaN or Inf values in its bias"):
+        rana_fx.adapt(model, batches(), progress=False)
+
+
+def test_model_that_fails_inside_names_the_part(model):
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) @ x  # (12, 32) @ (12, 32)
+    with pytest.raises(
+        errors.TraceFailed, match=r"batch 0: test_bad_input.py:\d+, in <lambda>: `mlp.forward = .*batch2 tensor to be"
+    ):
+        rana_fx.adapt(model, batches(), progress=False)
+
+
+def test_model_that_fails_outside_of_a_graph_names_the_module(model):
+    @torch.compiler.disable
+    def fail(x):
+        raise ValueError("no such thing")
+
+    model.model.layers[0].mlp.forward = fail
+    with pytest.raises(errors.TraceFailed, match=r"batch 0: model.*: ValueError: no such thing"):
+        rana_fx.adapt(model, batches(), progress=False)
+
+
+def test_numpy_numbers_are_numbers(model):
+    assert rana_fx.adapt(model, batches(), budget=np.float32(0.7), progress=False).budget == pytest.approx(0.7)
 
 
 def test_adapting_twice(model):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
+import pickle
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,8 +51,6 @@ def test_round_trip_is_bit_identical(plan, tmp_path):
 
 
 def test_digest_depends_on_factors(plan):
-    from dataclasses import replace
-
     first = plan.adapters[0]
     changed = replace(plan, adapters=(replace(first, tau=first.tau * 1.01), *plan.adapters[1:]))
     assert changed.digest() != plan.digest()
@@ -163,3 +165,119 @@ def test_thresholds_stay_fp32_when_the_model_is_halved(model_and_plan):
     assert model.rana_fx.a0_tau.dtype == torch.float32
     assert torch.equal(model.rana_fx.a0_tau, before)
     assert model.rana_fx.a0_router.dtype == torch.float16
+
+
+def logits(model):
+    torch.compiler.reset()
+    torch.manual_seed(5)
+    batch = ids()
+    with torch.no_grad():
+        return torch.compile(model, backend=rana_fx.backend)(**batch).logits
+
+
+def test_a_deep_copy_is_adapted_and_its_own():
+    model, plan = make()
+    twin = copy.deepcopy(copy.deepcopy(model))
+    expected = logits(model)
+    assert attached(twin).factors is twin.rana_fx
+    assert attached(twin) is not attached(model)
+    assert rana_fx.detach(model) is plan
+    assert torch.equal(logits(twin), expected)
+    assert attached(copy.deepcopy(twin.model.layers[0])) is None
+
+
+def test_a_pickled_model_is_to_be_attached_to_again():
+    model, plan = make()
+    expected = logits(model)
+    other = pickle.loads(pickle.dumps(model))
+    assert attached(other) is None
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="has no plan attached"):
+        logits(other)
+    rana_fx.attach(other, plan)
+    assert torch.equal(logits(other), expected)
+
+
+def test_state_dict_holds_the_factors():
+    model, _ = make()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = logits(model)
+    with torch.no_grad():
+        model.rana_fx.a0_router.zero_()
+    model.load_state_dict(state)
+    assert attached(model) is not None
+    assert torch.equal(logits(model), expected)
+    rana_fx.detach(model)
+    assert not any("rana_fx" in key for key in model.state_dict())
+
+
+def test_checkpoint_of_an_adapted_model_loads(tmp_path):
+    model, plan = make()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    rana_fx.attach(loaded, plan)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_paths_that_are_no_folders(plan, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(PlanWriteError, match=r"file: File exists"):
+        plan.save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(PlanFileError, match="it is a file, not a folder"):
+        rana_fx.load_plan(tmp_path / "file")
+    monkeypatch.chdir(tmp_path)
+    plan.save("relative/path")
+    assert rana_fx.load_plan("relative/path").digest() == plan.digest()
+
+
+def test_thousands_of_adapters(plan, tmp_path):
+    adapters = []
+    for index in range(3000):
+        adapter = plan.adapters[index % len(plan.adapters)]
+        adapters.append(replace(adapter, name=f"{index}.{adapter.name}", **{k: v.clone() for k, v in adapter.tensors().items()}))
+    many = replace(plan, adapters=tuple(adapters))
+    many.save(tmp_path)
+    assert rana_fx.load_plan(tmp_path).digest() == many.digest()
+
+
+def test_a_second_save_waits_for_the_first(plan, tmp_path, monkeypatch):
+    """Without the lock the first one's clean-up removes tensors that the second has written and not yet named."""
+    other = make(budget=0.8)[1]
+    replaced = planfile._replace
+    threads = []
+
+    def slow(path, content):
+        replaced(path, content)
+        if path.name == planfile.HEADER and not threads:
+            threads.append(threading.Thread(target=other.save, args=(tmp_path,)))
+            threads[0].start()
+            threads[0].join(0.5)  # as far as it gets while the first save is in progress
+            assert threads[0].is_alive()
+
+    monkeypatch.setattr(planfile, "_replace", slow)
+    plan.save(tmp_path)
+    threads[0].join()
+    assert rana_fx.load_plan(tmp_path).digest() == other.digest()
+
+
+def test_loading_while_another_process_saves(plan, tmp_path, monkeypatch):
+    """The tensors of a header that was just read are gone: the new header is read."""
+    plan.save(tmp_path)
+    other = make(budget=0.8)[1]
+    read = planfile._header
+
+    def late(folder):
+        monkeypatch.setattr(planfile, "_header", read)
+        content = read(folder)
+        other.save(folder)
+        return content
+
+    monkeypatch.setattr(planfile, "_header", late)
+    assert rana_fx.load_plan(tmp_path).digest() == other.digest()
+
+
+def test_leftovers_of_a_killed_save_are_removed(plan, tmp_path):
+    plan.save(tmp_path)
+    (tmp_path / ".plan-0123.safetensors.77.tmp").write_bytes(b"half")
+    plan.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
