@@ -1,0 +1,82 @@
+"""How a kernel is launched: a config, the few worth trying, and the one to take without trying.
+
+``splits`` is no tuning knob: the partials' shape, and so what Inductor plans around the kernel, depends on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rana_fx.errors import InvalidOption
+
+MAX_TOKENS = 16
+H200_SM_COUNT = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Choices of one launch of the masked product.
+
+    splits: programs that share one block of outputs, each with its own ranks. block_n: outputs of a program. block_m: rows in
+    flight. group: ranks a slice takes in turn. source: how ranks are listed (gather.py), "scratch" or "registers".
+    """
+
+    splits: int
+    block_n: int = 256
+    block_m: int = 16
+    warps: int = 4
+    stages: int = 2
+    group: int = 16
+    source: str = "scratch"
+
+    def __post_init__(self) -> None:
+        for name in ("block_n", "block_m", "warps", "group"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise InvalidOption(name=name, got=value, expected="a power of two")
+        for name in ("splits", "stages"):
+            if getattr(self, name) < 1:
+                raise InvalidOption(name=name, got=getattr(self, name), expected="a positive number")
+
+    def slice_ranks(self, ranks: int) -> int:
+        """Ranks of one slice, at most: whole groups, taken in turn."""
+        return cdiv(cdiv(ranks, self.group), self.splits) * self.group
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def default_config(
+    K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bytes_per_weight: float = 2.0
+) -> Config:
+    """A config without measuring, by three rules.
+
+    Programs: three per SM, so that one more or less active slice does not decide. A row's stretch: 512 bytes, four lines of
+    L2. Rows in flight: 16, fewer with more tokens or few active ranks in a slice, since each row holds BT * BN sums.
+    """
+    block_n = min(max(int(512 / bytes_per_weight), 64), 512, _power_above(N))
+    if T > 4:
+        block_n = min(block_n, 128)
+    wanted = cdiv(3 * sm_count, cdiv(N, block_n))
+    # a slice shorter than 64 ranks is all prologue; longer than 1024 it does not fit the registers of its prologue
+    splits = max(cdiv(K, 1024), min(wanted, cdiv(K, 64)), 1)
+    expected = density * K / splits
+    block_m = 16 if T > 4 else max(2, min(16 // _power_above(T), _power_above(int(expected) or 1)))
+    return Config(splits=splits, block_n=block_n, block_m=block_m, warps=4, stages=2)
+
+
+def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT) -> list[Config]:
+    """At most 16 configs that share the default's splits, hence its partials."""
+    base = default_config(K, N, T, density, sm_count)
+    return [
+        dataclasses.replace(base, block_n=n, block_m=m, warps=w, stages=s)
+        for n in sorted({base.block_n, max(base.block_n // 2, 16)})
+        for m in sorted({base.block_m, max(base.block_m // 2, 1)})
+        for w in (4, 8)
+        for s in (1, 3)
+    ]
+
+
+def _power_above(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
