@@ -52,17 +52,17 @@ def default_config(
 ) -> Config:
     """A config without measuring, by three rules.
 
-    Programs: three per SM, so that one more or less active slice does not decide. A row's stretch: 512 bytes, four lines of
-    L2. Rows in flight: 16, fewer with more tokens or few active ranks in a slice, since each row holds BT * BN sums.
+    A row's stretch: 512 bytes, four lines of L2. Slices: the longest power of two up to 1024 ranks that still leaves two
+    programs per SM, hence two to four of them where the shape allows; a slice below 64 would be all prologue. Rows in flight:
+    16, fewer with more tokens or few active ranks in a slice, since each row holds T * BN sums.
     """
-    block_n = min(max(int(512 / bytes_per_weight), 64), 512, _power_above(N))
-    if T > 4:
-        block_n = min(block_n, 128)
-    wanted = cdiv(3 * sm_count, cdiv(N, block_n))
-    # a slice shorter than 64 ranks is all prologue; longer than 1024 it does not fit the registers of its prologue
-    splits = max(cdiv(K, 1024), min(wanted, cdiv(K, 64)), 1)
-    expected = density * K / splits
-    block_m = 16 if T > 4 else max(2, min(16 // _power_above(T), _power_above(int(expected) or 1)))
+    block_n = min(max(_power_above(int(512 / bytes_per_weight)), 64), 512 if T == 1 else 256 if T <= 4 else 128, _power_above(N))
+    slice_size = 1024
+    while slice_size > 64 and cdiv(K, slice_size) * cdiv(N, block_n) < 2 * sm_count:
+        slice_size //= 2
+    splits = cdiv(K, slice_size)
+    active = max(int(density * K / splits), 1)
+    block_m = 16 if T > 4 else max(2, min(16 // _power_above(T), _power_above(active)))
     return Config(splits=splits, block_n=block_n, block_m=block_m, warps=4, stages=2)
 
 
