@@ -140,10 +140,3 @@ def finish_sums(b_sum, BT: tl.constexpr, DOT: tl.constexpr):
     else:
         b_y = tl.sum(b_sum, 1)
     return b_y
-
-
-@triton.jit
-def nibble(b_byte):
-    """The low half of a byte as a signed number in fp32: 8388608 + n has n in its last mantissa bits, so that an OR and
-    a subtraction replace the integer conversion, which runs at half rate."""
-    return ((b_byte.to(tl.int32) & 0xF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0

@@ -21,7 +21,7 @@ from torch import Tensor
 from rana_fx.errors import BadOperand, InvalidOption
 from rana_fx.kernels.config import MAX_TOKENS, Config, default_config
 from rana_fx.kernels.gather import INTERPRETED, add_rows, empty_sums, finish_sums, load_values, next_ranks, open_ranks, trips
-from rana_fx.kernels.int4 import masked_gemv_int4_kernel
+from rana_fx.kernels.int4 import masked_gemv_int4_kernel, words
 from rana_fx.kernels.quantize import group_of, shape_of
 
 SOURCES = {"scratch": 0, "registers": 1}
@@ -148,9 +148,11 @@ def _launch(
     lists_, counts_ = v if lists is None else lists, v if counts is None else counts
     with torch.cuda.device_of(v):
         if packed:
+            weight, per_word = words(weight)
             masked_gemv_int4_kernel[grid](
-                v, tau, weight, scale_, bias_, out, lists_, counts_, tokens, count_from, columns // 2, *v.stride(), *tau.stride(),
-                *weight.stride(), *scale_.stride(), bias_.stride(0), *out.stride()[:2], QG=group, **meta,
+                v, tau, weight, scale_, bias_, out, lists_, counts_, tokens, count_from, weight.shape[1], *v.stride(),
+                *tau.stride(), *weight.stride(), *scale_.stride(), bias_.stride(0), *out.stride()[:2], QG=group, PER=per_word,
+                **meta,
             )  # fmt: skip
         else:
             masked_gemv_kernel[grid](

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from rana_fx.errors import BadOperand
 from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, cdiv
-from rana_fx.kernels.gather import INTERPRETED, nibble, trips
+from rana_fx.kernels.gather import INTERPRETED, trips
+from rana_fx.kernels.int4 import nibble_units, nibbles, words
 from rana_fx.kernels.quantize import group_of, shape_of
 
 
@@ -75,38 +76,42 @@ def add_columns(b_sum, b_x, b_w, BT: tl.constexpr, DOT: tl.constexpr, OPERAND: t
 def router_kernel(
     x, w, scale, tau, z, lists, counts,
     T, R, D, s_xt, s_xd, s_wr, s_wd, s_sr, s_sg, s_tau, s_zt,
-    BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, QG: tl.constexpr,
+    BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
     DOT: tl.constexpr, OPERAND: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    PACKED: tl.constexpr = w.dtype.element_ty == tl.uint8
-    # a packed row is D bytes long, tiles are BD bytes wide
-    HALF: tl.constexpr = QG // 2 if PACKED else BD
+    # a row is D words long, of one number each, or of PER nibbles
+    PACKED: tl.constexpr = PER > 1
+    WORDS: tl.constexpr = QG // PER if PACKED else BD
     i_b = tl.program_id(0)
     o_r = i_b * BR + tl.arange(0, BR)
     m_r = o_r < R
-    p_row = w + o_r.to(tl.int64)[:, None] * s_wr
     if DOT:
         b_sum = tl.zeros((BT, BR), tl.float32)
     elif BT == 1:
         b_sum = tl.zeros((BR, BD), tl.float32)
     else:
-        b_sum = tl.zeros((BT, BR, BD), tl.float32)
+        b_sum = tl.zeros((BT, BR, BD * PER), tl.float32)
     for d in tl.range(0, trips(D), BD, num_stages=STAGES):
         o_d = (d + tl.arange(0, BD)).to(tl.int64)
         m_d = o_d < D
-        b_w = tl.load(p_row + o_d[None, :] * s_wd, mask=m_r[:, None] & m_d[None, :], other=0.0, eviction_policy="evict_first")
+        p_w = w + o_r.to(tl.int64)[:, None] * s_wr + o_d[None, :] * s_wd
+        b_w = tl.load(p_w, mask=m_r[:, None] & m_d[None, :], other=0, eviction_policy="evict_first")
+        o_x = (d * PER + tl.arange(0, BD * PER)).to(tl.int64)
+        b_x = load_inputs(x, o_x, o_x < D * PER, T, s_xt, s_xd, BT)
         if PACKED:
-            o_g = (d // HALF + tl.arange(0, BD // HALF)).to(tl.int64)
+            o_g = (d // WORDS + tl.arange(0, BD // WORDS)).to(tl.int64)
             p_scale = scale + o_r.to(tl.int64)[:, None] * s_sr + o_g[None, :] * s_sg
-            m_scale = m_r[:, None] & (o_g * HALF < D)[None, :]
+            m_scale = m_r[:, None] & (o_g * WORDS < D)[None, :]
             b_scale = tl.load(p_scale, mask=m_scale, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            b_scale = tl.reshape(tl.broadcast_to(b_scale[:, :, None], (BR, BD // HALF, HALF)), (BR, BD))
-            b_even = load_inputs(x, o_d * 2, m_d, T, s_xt, s_xd, BT)
-            b_odd = load_inputs(x, o_d * 2 + 1, m_d, T, s_xt, s_xd, BT)
-            b_sum = add_columns(b_sum, b_even, nibble(b_w) * b_scale, BT, DOT, OPERAND)
-            b_sum = add_columns(b_sum, b_odd, nibble(b_w >> 4) * b_scale, BT, DOT, OPERAND)
+            b_w = nibbles(tl.reshape(b_w, (BR, BD // WORDS, WORDS)), PER)
+            if BT == 1:
+                # the scale once per word, after the sum over its nibbles
+                b_part = b_w * (tl.reshape(b_x, (BD, PER)) * nibble_units(PER)[None, :]).reshape(1, BD // WORDS, WORDS, PER)
+                b_sum += tl.reshape(tl.sum(b_part, 3) * b_scale[:, :, None], (BR, BD))
+            else:
+                b_w = b_w * nibble_units(PER)[None, None, None, :] * b_scale[:, :, None, None]
+                b_sum = add_columns(b_sum, b_x, tl.reshape(b_w, (BR, BD * PER)), BT, DOT, OPERAND)
         else:
-            b_x = load_inputs(x, o_d, m_d, T, s_xt, s_xd, BT)
             b_sum = add_columns(b_sum, b_x, b_w, BT, DOT, OPERAND)
     if DOT:
         b_z = b_sum
@@ -169,7 +174,8 @@ def _launch(
     packed, dot = weight.dtype == torch.uint8, tokens > 4
     group = group_of(weight, scale) if packed and scale is not None else 0
     block_r = max(config.block_r, 16) if dot else config.block_r
-    block_d = max(config.block_d // 2, group // 2) if packed else config.block_d
+    weight, per_word = words(weight) if packed else (weight, 1)
+    block_d = max(config.block_d, group) // per_word
     blocks = cdiv(ranks, block_r)
     z = torch.empty((*x.shape[:-1], ranks), dtype=x.dtype, device=x.device)
     lists = counts = None
@@ -185,7 +191,7 @@ def _launch(
             rows, weight, x if scale is None else scale, x if tau is None else tau, z, x if lists is None else lists,
             x if counts is None else counts, tokens, ranks, weight.shape[1], *rows.stride(), *weight.stride(), *strides,
             0 if tau is None else tau.stride(0), ranks, BT=16 if dot else triton.next_power_of_2(tokens), BR=block_r, BD=block_d,
-            QG=group, DOT=dot, OPERAND=operand if same else tl.float32, LISTED=tau is not None, STAGES=config.stages,
-            num_warps=config.warps,
+            QG=group, PER=per_word, DOT=dot, OPERAND=operand if same else tl.float32, LISTED=tau is not None,
+            STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
     return z, lists, counts
