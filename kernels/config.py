@@ -6,11 +6,23 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
+
+from torch import Tensor
 
 from rana_fx.errors import InvalidOption
 
 MAX_TOKENS = 16
 H200_SM_COUNT = 132
+
+
+class Lists(NamedTuple):
+    """Active ranks by blocks, as the router's launch leaves them: ranks (blocks, BR) int32 in rising order, of which the first
+    counts (blocks,) int32 are meant.
+    """
+
+    ranks: Tensor
+    counts: Tensor
 
 
 @dataclasses.dataclass(frozen=True)

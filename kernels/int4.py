@@ -45,9 +45,10 @@ def masked_gemv_int4_kernel(
     T, K, N, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_sg, s_bias, s_os, s_ot,
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOURCE: tl.constexpr,
-    DOT: tl.constexpr, OPERAND: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, NARROW: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
     QG: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
+    OPERAND: tl.constexpr = v.dtype.element_ty if NARROW else tl.float32
     NG: tl.constexpr = BN // QG
     WORDS: tl.constexpr = QG // PER
     i_n, i_s = tl.program_id(0), tl.program_id(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -64,7 +65,7 @@ def _kernel(name: str, x: Tensor) -> ModuleType | None:
     """The launcher's module where a kernel applies."""
     if _chosen[-1] == "reference" or (_chosen[-1] == "auto" and not x.is_cuda):
         return None
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not 1 <= x[..., 0].numel() <= MAX_TOKENS:
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not 1 <= math.prod(x.shape[:-1]) <= MAX_TOKENS:
         return None
     return _module(name)
 

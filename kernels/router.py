@@ -11,7 +11,9 @@ T <= 4 tokens on the spot, up to 16 by tl.dot.   Error: as masked_gemv.py, over 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 
 import torch
 import triton
@@ -19,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, cdiv
+from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, Lists, cdiv
 from rana_fx.kernels.gather import INTERPRETED, trips
 from rana_fx.kernels.int4 import nibble_units, nibbles, words
 from rana_fx.kernels.quantize import group_of, shape_of
@@ -77,10 +79,11 @@ def router_kernel(
     x, w, scale, tau, z, lists, counts,
     T, R, D, s_xt, s_xd, s_wr, s_wd, s_sr, s_sg, s_tau, s_zt,
     BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
-    DOT: tl.constexpr, OPERAND: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, NARROW: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # a row is D words long, of one number each, or of PER nibbles
     PACKED: tl.constexpr = PER > 1
+    OPERAND: tl.constexpr = x.dtype.element_ty if NARROW else tl.float32
     WORDS: tl.constexpr = QG // PER if PACKED else BD
     i_b = tl.program_id(0)
     o_r = i_b * BR + tl.arange(0, BR)
@@ -133,38 +136,39 @@ def router_kernel(
         tl.store(counts + i_b, tl.sum(b_one, 0))
 
 
-def router(x: Tensor, weight: Tensor, scale: Tensor | None = None, *, config: RouterConfig | None = None) -> Tensor:
+def router(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, *, config: RouterConfig | None = None, traced: bool = False
+) -> Tensor:
     """z, (..., R) in x's dtype.
 
     Args:
         x: (..., D) floating with T <= 16 rows. weight, scale: (R, D) as quantize.py stores it. config: the default one if None.
+        traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
 
     Raises:
         BadOperand.
     """
-    return _launch(x, weight, scale, None, config)[0]
+    return _launch(x, weight, scale, None, config, traced)[0]
 
 
 def router_listed(
-    x: Tensor, weight: Tensor, tau: Tensor, scale: Tensor | None = None, *, config: RouterConfig | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z; active ranks (blocks, BR) int32; and how many of each block's entries are meant, (blocks,) int32. The last two are what
-    ``masked_gemv`` takes as lists and counts.
-    """
-    z, lists, counts = _launch(x, weight, scale, tau, config)
+    x: Tensor, weight: Tensor, tau: Tensor, scale: Tensor | None = None, *,
+    config: RouterConfig | None = None, traced: bool = False,
+) -> tuple[Tensor, Lists]:  # fmt: skip
+    """z, and the lists of ranks that ``masked_gemv`` with this z and tau would keep. tau is (R,); the rest as for ``router``."""
+    z, lists = _launch(x, weight, scale, tau, config, traced)
     assert lists is not None
-    assert counts is not None
-    return z, lists, counts
+    return z, lists
 
 
 def _launch(
-    x: Tensor, weight: Tensor, scale: Tensor | None, tau: Tensor | None, config: RouterConfig | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x: Tensor, weight: Tensor, scale: Tensor | None, tau: Tensor | None, config: RouterConfig | None, traced: bool
+) -> tuple[Tensor, Lists | None]:
     ranks, columns = shape_of(weight, scale)
     if x.dim() < 1 or x.shape[-1] != columns or not x.is_floating_point():
         got = f"{tuple(x.shape)} {x.dtype}"
         raise BadOperand(name="x", got=got, expected=f"floating, (..., {columns})", todo="Its last size is weight's last.")
-    tokens = x[..., 0].numel()
+    tokens = math.prod(x.shape[:-1])
     if not 1 <= tokens <= MAX_TOKENS:
         raise BadOperand(name="x", got=f"{tokens} tokens", expected=f"1 to {MAX_TOKENS}", todo="Use the reference for more.")
     if tau is not None and tuple(tau.shape) != (ranks,):
@@ -173,25 +177,24 @@ def _launch(
     config = config or default_config(ranks, columns, tokens, sm_count)
     packed, dot = weight.dtype == torch.uint8, tokens > 4
     group = group_of(weight, scale) if packed and scale is not None else 0
-    block_r = max(config.block_r, 16) if dot else config.block_r
     weight, per_word = words(weight) if packed else (weight, 1)
-    block_d = max(config.block_d, group) // per_word
+    block_r = max(config.block_r, 16) if dot else config.block_r
     blocks = cdiv(ranks, block_r)
-    z = torch.empty((*x.shape[:-1], ranks), dtype=x.dtype, device=x.device)
-    lists = counts = None
+    rows, z = x.reshape(tokens, -1), torch.empty((tokens, ranks), dtype=x.dtype, device=x.device)
+    lists = None
     if tau is not None:
-        lists = torch.empty((blocks, block_r), dtype=torch.int32, device=x.device)
-        counts = torch.empty(blocks, dtype=torch.int32, device=x.device)
-    same = x.dtype == weight.dtype and x.dtype.itemsize == 2
-    operand = tl.float16 if x.dtype == torch.float16 else tl.float32 if INTERPRETED else tl.bfloat16
-    rows = x.reshape(tokens, -1)
+        entries = torch.empty((blocks, block_r), dtype=torch.int32, device=x.device)
+        lists = Lists(entries, torch.empty(blocks, dtype=torch.int32, device=x.device))
     strides = (0, 0) if scale is None else (scale.stride(0), scale.stride(1) if packed else 0)
-    with torch.cuda.device_of(x):
-        router_kernel[(blocks,)](
-            rows, weight, x if scale is None else scale, x if tau is None else tau, z, x if lists is None else lists,
-            x if counts is None else counts, tokens, ranks, weight.shape[1], *rows.stride(), *weight.stride(), *strides,
-            0 if tau is None else tau.stride(0), ranks, BT=16 if dot else triton.next_power_of_2(tokens), BR=block_r, BD=block_d,
-            QG=group, PER=per_word, DOT=dot, OPERAND=operand if same else tl.float32, LISTED=tau is not None,
-            STAGES=config.stages, num_warps=config.warps,
+    # the interpreter takes bfloat16 for integers
+    narrow = x.dtype == weight.dtype and x.dtype.itemsize == 2 and not (INTERPRETED and x.dtype == torch.bfloat16)
+    kernel = torch.library.wrap_triton(router_kernel) if traced else router_kernel
+    with contextlib.nullcontext() if traced else torch.cuda.device_of(x):
+        # arguments that a variant never reads still need a pointer
+        kernel[(blocks,)](
+            rows, weight, x if scale is None else scale, x if tau is None else tau, z, *(lists or (x, x)), tokens, ranks,
+            weight.shape[1], *rows.stride(), *weight.stride(), *strides, 0 if tau is None else tau.stride(0), ranks,
+            BT=16 if dot else triton.next_power_of_2(tokens), BR=block_r, BD=max(config.block_d, group) // per_word, QG=group,
+            PER=per_word, DOT=dot, NARROW=narrow, LISTED=tau is not None, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
-    return z, lists, counts
+    return z.reshape(*x.shape[:-1], ranks), lists

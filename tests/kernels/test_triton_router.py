@@ -55,11 +55,11 @@ def moved(case, device):
 def test_matches_fp64_and_lists_what_is_kept(device, bits, data):
     x, weight, scale, tau = moved(data.draw(cases(bits)), device)
     config = data.draw(CONFIGS)
-    z, lists, counts = router_listed(x, weight, tau, scale, config=config)
+    z, lists = router_listed(x, weight, tau, scale, config=config)
     w = unpack(weight, scale, torch.float64)
     assert z.dtype == x.dtype
     assert_close("z", z, x.double() @ w.t(), x.double().abs() @ w.t().abs(), terms=x.shape[1])
-    listed = torch.cat([entries[:count] for entries, count in zip(lists, counts.tolist(), strict=True)])
+    listed = torch.cat([entries[:count] for entries, count in zip(lists.ranks, lists.counts.tolist(), strict=True)])
     assert torch.equal(listed.long(), (z.float().square() >= tau).any(0).nonzero().flatten())
     assert torch.equal(z, router(x, weight, scale, config=config))
 
@@ -69,11 +69,11 @@ def test_matches_fp64_and_lists_what_is_kept(device, bits, data):
 def test_the_product_takes_its_ranks_from_the_lists(device, data):
     bits, splits, block_m = (data.draw(st.sampled_from(values)) for values in ([16, 4], [1, 3], [4, 16]))
     x, weight, scale, tau = moved(data.draw(cases(bits)), device)
-    z, lists, counts = router_listed(x, weight, tau, scale, config=data.draw(CONFIGS))
+    z, lists = router_listed(x, weight, tau, scale, config=data.draw(CONFIGS))
     wide = torch.randn(tau.shape[0], 66, generator=torch.Generator().manual_seed(0)).to(z.dtype).to(device)
     wide, steps = pack(wide, bits) if bits == 4 else (wide, None)
     config = Config(splits=splits, block_n=64, block_m=block_m)
-    y = masked_gemv(z, tau, wide, None, steps, config=config, lists=lists, counts=counts)
+    y = masked_gemv(z, tau, wide, None, steps, config=config, lists=lists)
     Product(z, tau, wide, steps, None).check(y)
 
 
@@ -81,10 +81,10 @@ def test_lists_and_scratch_agree_to_the_bit(device):
     generator = torch.Generator().manual_seed(0)
     x, weight, wide = (torch.randn(shape, generator=generator).to(device) for shape in ((1, 64), (64, 64), (64, 33)))
     tau = torch.full((64,), 20.0, device=device)
-    z, lists, counts = router_listed(x, weight, tau, config=RouterConfig(block_r=16))
+    z, lists = router_listed(x, weight, tau, config=RouterConfig(block_r=16))
     # groups of 16 ranks, taken in turn, are the blocks of the router
     config = Config(splits=2, group=16, block_m=4)
-    assert torch.equal(partials(z, tau, wide, config=config), partials(z, tau, wide, config=config, lists=lists, counts=counts))
+    assert torch.equal(partials(z, tau, wide, config=config), partials(z, tau, wide, config=config, lists=lists))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
