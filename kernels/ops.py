@@ -1,52 +1,143 @@
-"""Declares ``rana::masked_gemv``: schema, eager implementation, fake tensor rule and autograd.
+"""Declares ``rana::masked_gemv`` and ``rana::router``: schema, fake tensor rule, autograd, and who computes them in eager mode.
 
-The mask is a constant in the backward pass (the paper's rule): gradients reach v where it is kept, the kept rows of
-the weight, and the bias; thresholds have none.
+Weights are floating, int8 or packed 4-bit; scale and dtype tell which (quantize.py). The mask is a constant in the backward
+pass (the paper's rule): gradients reach v where it is kept, the kept rows of a floating weight, and the bias; thresholds and
+quantised weights have none.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+import math
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rana_fx.errors import UnknownChoice
 from rana_fx.kernels import reference
+from rana_fx.kernels.config import MAX_TOKENS
+from rana_fx.kernels.quantize import shape_of, unpack
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+_chosen = ["auto"]
 
 _LIBRARY = torch.library.Library("rana", "DEF")
-_LIBRARY.define("masked_gemv(Tensor v, Tensor tau, Tensor weight, Tensor? bias=None) -> Tensor")
-_LIBRARY.impl("masked_gemv", reference.masked_gemv, "CompositeExplicitAutograd")
+_LIBRARY.define("masked_gemv(Tensor v, Tensor tau, Tensor weight, Tensor? bias=None, Tensor? scale=None) -> Tensor")
+_LIBRARY.define("router(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor")
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Who computes the ops in eager mode, for the whole process, inside a ``with``.
+
+    Args:
+        name: "auto", kernels for up to 16 tokens on a GPU; "reference", never; "triton", also without a GPU, where Triton
+            must have been imported under its interpreter.
+
+    Raises:
+        UnknownChoice.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise UnknownChoice(kind="implementation", got=name, valid=", ".join(IMPLEMENTATIONS))
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+@functools.cache
+def _module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"rana_fx.kernels.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        return None  # Triton has no wheels for this machine
+
+
+def _kernel(name: str, x: Tensor) -> ModuleType | None:
+    """The launcher's module where a kernel applies."""
+    if _chosen[-1] == "reference" or (_chosen[-1] == "auto" and not x.is_cuda):
+        return None
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not 1 <= math.prod(x.shape[:-1]) <= MAX_TOKENS:
+        return None
+    return _module(name)
+
+
+def _masked_gemv(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    launcher: Any = _kernel("masked_gemv", v) or reference
+    y: Tensor = launcher.masked_gemv(v, tau, weight, bias, scale)
+    return y
+
+
+def _router(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    launcher: Any = _kernel("router", x) or reference
+    z: Tensor = launcher.router(x, weight, scale)
+    return z
+
+
+_LIBRARY.impl("masked_gemv", _masked_gemv, "CompositeExplicitAutograd")
+_LIBRARY.impl("router", _router, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rana::masked_gemv", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _fake(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _fake_masked_gemv(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     shapes = f"v {tuple(v.shape)}, tau {tuple(tau.shape)}, weight {tuple(weight.shape)}: expected (..., K), (K,), (K, N)"
     torch._check(tau.dim() == 1 and weight.dim() == 2, lambda: shapes)
     torch._check(v.shape[-1] == weight.shape[0], lambda: shapes)
-    return v.new_empty((*v.shape[:-1], weight.shape[1]))
+    torch._check(tau.shape[0] == weight.shape[0], lambda: shapes)
+    return v.new_empty((*v.shape[:-1], shape_of(weight, scale)[1]))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG001
-    v, tau, weight, bias = inputs
-    ctx.save_for_backward(v, tau, weight)
+@torch.library.register_fake("rana::router", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_router(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    ranks, columns = shape_of(weight, scale)
+    torch._check(x.shape[-1] == columns, lambda: f"x {tuple(x.shape)}: expected (..., {columns})")
+    return x.new_empty((*x.shape[:-1], ranks))
+
+
+def _save_masked_gemv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    v, tau, weight, bias, scale = inputs
+    ctx.save_for_backward(v, tau, weight, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
-    v, tau, weight = ctx.saved_tensors
+def _backward_masked_gemv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    v, tau, weight, scale = ctx.saved_tensors
     mask = reference.kept(v, tau)
     rows = grad.reshape(-1, grad.shape[-1])
     grad_v = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_v = torch.where(mask, grad @ weight.to(grad.dtype).t(), grad.new_zeros(()))
+        grad_v = torch.where(mask, grad @ unpack(weight, scale, grad.dtype).t(), grad.new_zeros(()))
     if ctx.needs_input_grad[2]:
         masked = torch.where(mask, v, v.new_zeros(())).reshape(-1, v.shape[-1])
         grad_weight = (masked.t() @ rows).to(weight.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = rows.sum(0).to(ctx.bias_dtype)
-    return grad_v, None, grad_weight, grad_bias
+    return grad_v, None, grad_weight, grad_bias, None
 
 
-torch.library.register_autograd("rana::masked_gemv", _backward, setup_context=_save, lib=_LIBRARY)
+def _save_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_router(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scale = ctx.saved_tensors
+    grad_x = grad @ unpack(weight, scale, grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = (grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+    return grad_x, grad_weight, None
+
+
+torch.library.register_autograd("rana::masked_gemv", _backward_masked_gemv, setup_context=_save_masked_gemv, lib=_LIBRARY)
+torch.library.register_autograd("rana::router", _backward_router, setup_context=_save_router, lib=_LIBRARY)
 
 masked_gemv = torch.ops.rana.masked_gemv.default
+router = torch.ops.rana.router.default

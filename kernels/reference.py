@@ -1,8 +1,10 @@
 """The meaning of every operation in plain PyTorch: what tests compare with and what is used where no kernel applies.
 
-    masked_gemv(v, tau, weight, bias):  y = bias + sum over k with v_k^2 >= tau_k of v_k * weight[k, :]
+    masked_gemv(v, tau, weight, bias, scale):  y = bias + sum over k with v_k^2 >= tau_k of v_k * w[k, :]
+    router(x, weight, scale):                  z = x @ w^T
+    w is weight, or what quantize.unpack makes of weight and scale
 
-Legend: T tokens (all leading dims), K ranks or inputs, N outputs.
+Legend: T tokens (all leading dims), K ranks or inputs, N outputs, R ranks, D inputs.
 """
 
 from __future__ import annotations
@@ -10,17 +12,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rana_fx.kernels.quantize import unpack
+
 
 def kept(v: Tensor, tau_K: Tensor) -> Tensor:
     """The mask, (..., K) bool. Squares are taken in fp32: in fp16 they would overflow at 256 and vanish below 2e-4."""
     return v.float().square() >= tau_K
 
 
-def masked_gemv(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
+def masked_gemv(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """(..., K), (K,) fp32, (K, N), (N,) -> (..., N) in v's dtype.
 
     The mask is applied by selection, not by multiplication, so that an infinite v that is dropped does not become NaN.
     """
     masked = torch.where(kept(v, tau_K), v, v.new_zeros(()))
     bias = None if bias_N is None else bias_N.to(v.dtype)
-    return torch.nn.functional.linear(masked, weight_KN.to(v.dtype).t(), bias)
+    return torch.nn.functional.linear(masked, unpack(weight_KN, scale, v.dtype).t(), bias)
+
+
+def router(x: Tensor, weight_RD: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(..., D), (R, D) -> (..., R) in x's dtype."""
+    return torch.nn.functional.linear(x, unpack(weight_RD, scale, x.dtype))

@@ -137,6 +137,13 @@ class PlanWriteError(RanaError, OSError):
     )
 
 
+# ---- kernels
+
+
+class BadOperand(RanaError, ValueError):
+    message = "operand {name} is {got}: expected {expected}. {todo}"
+
+
 # ---- data and models
 
 

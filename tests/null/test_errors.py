@@ -46,6 +46,12 @@ EXAMPLES = {
     "PlanVersion": {"path": "plans/p", "got": 9, "expected": 1, "todo": "Upgrade rana_fx."},
     "PlanFileError": {"path": "plans/p", "reason": "plan.json is missing"},
     "PlanWriteError": {"path": "plans/p", "reason": "No space left on device"},
+    "BadOperand": {
+        "name": "scale",
+        "got": "(4,)",
+        "expected": "(8,) for an int8 weight",
+        "todo": "Pass what quantize.pack gave.",
+    },
     "ColumnMissing": {"source": "a.jsonl", "column": "text", "columns": "title, body"},
     "DatasetError": {"source": "a.pdf", "reason": "unknown suffix .pdf"},
     "ModelError": {"source": "no/such", "reason": "no config.json"},

@@ -1,0 +1,127 @@
+"""The declared ops beyond plain weights: quantised storage, the router, who computes them, and what autograd gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rana_fx.errors import BadOperand, UnknownChoice
+from rana_fx.kernels import reference
+from rana_fx.kernels.ops import implementation, masked_gemv, router
+from rana_fx.kernels.quantize import pack, unpack
+from tests.kernels.products import Product, kernels_run_on
+
+
+def stored(rows, columns, bits):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits))
+    return (weight, None) if bits == 16 else pack(weight, bits)
+
+
+BITS = pytest.mark.parametrize("bits", [16, 8, 4])
+
+
+@BITS
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5)])
+def test_opcheck_masked_gemv(bits, lead):
+    weight, scale = stored(6, 8, bits)
+    v = torch.randn(*lead, 6).requires_grad_()
+    bias = torch.randn(8).requires_grad_()
+    if bits == 16:
+        weight.requires_grad_()
+    torch.library.opcheck(masked_gemv, (v, torch.full((6,), 0.3), weight, bias, scale))
+
+
+@BITS
+@pytest.mark.parametrize("kind", ["plain", "transposed", "sliced"])
+def test_opcheck_router(bits, kind):
+    weight, scale = stored(7, 6, bits)
+    x = {
+        "plain": torch.randn(2, 3, 6),
+        "transposed": torch.randn(6, 3, 2).permute(2, 1, 0),
+        "sliced": torch.randn(2, 3, 9)[..., 3:],
+    }
+    if bits == 16:
+        weight.requires_grad_()
+    torch.library.opcheck(router, (x[kind].requires_grad_(), weight, scale))
+
+
+def test_gradcheck_router():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 5), (4, 5)))
+    assert torch.autograd.gradcheck(router, (x, weight))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradcheck_through_quantised_weights(bits):
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    v = torch.where((v.square() - 0.3).abs() < 0.05, v + 0.3, v).requires_grad_()  # away from the threshold
+    weight, scale = stored(6, 4, bits)
+    tau = torch.full((6,), 0.3)
+    assert torch.autograd.gradcheck(lambda v: masked_gemv(v, tau, weight, None, scale), (v,))
+    weight, scale = stored(4, 6, bits)
+    assert torch.autograd.gradcheck(lambda x: router(x, weight, scale), (v,))
+
+
+@BITS
+def test_reference_reads_what_is_stored(bits):
+    weight, scale = stored(6, 8, bits)
+    v, tau = torch.randn(2, 6), torch.full((6,), 0.3)
+    plain = unpack(weight, scale)
+    assert torch.equal(masked_gemv(v, tau, weight, None, scale), reference.masked_gemv(v, tau, plain))
+    weight, scale = stored(8, 6, bits)
+    assert torch.equal(router(v, weight, scale), reference.router(v, unpack(weight, scale)))
+
+
+@BITS
+def test_kernels_compute_the_same(device, bits):
+    kernels_run_on(device)
+    weight, scale = stored(31, 34, bits)
+    case = Product(torch.randn(2, 31), torch.full((31,), 0.3), weight, scale, torch.randn(34)).to(device)
+    with implementation("triton"):
+        case.check(masked_gemv(case.v, case.tau, case.weight, case.bias, case.scale))
+    weight, scale = stored(34, 62, bits)
+    x, weight, scale = (None if tensor is None else tensor.to(device) for tensor in (torch.randn(2, 62), weight, scale))
+    with implementation("triton"):
+        z = router(x, weight, scale)
+    # fp32 sums of at most 62 terms in two orders
+    torch.testing.assert_close(z, reference.router(x, weight, scale), rtol=1e-5, atol=1e-5)
+
+
+def test_who_computes(device, monkeypatch):
+    kernels_run_on(device)
+    from rana_fx.kernels import masked_gemv as launcher
+
+    asked = []
+    monkeypatch.setattr(
+        launcher, "masked_gemv", lambda *operands: asked.append(operands[0].shape) or reference.masked_gemv(*operands)
+    )
+
+    def run(tokens, dtype=torch.float32):
+        asked.clear()
+        masked_gemv(*(torch.ones(shape, dtype=dtype, device=device) for shape in ((tokens, 4), (4,), (4, 3))))
+        return bool(asked)
+
+    assert run(1) == run(16) == (device.type == "cuda")
+    with implementation("triton"):
+        assert run(1)
+        assert run(16)
+        assert not run(17)
+        assert not run(0)
+        assert not run(1, torch.float64)
+        with implementation("reference"):
+            assert not run(1)
+    assert not run(17)
+
+
+def test_unknown_implementation_lists_the_known():
+    with pytest.raises(UnknownChoice, match="auto, reference, triton"), implementation("fast"):
+        pass
+
+
+def test_a_missing_scale_is_refused():
+    weight, _ = stored(6, 8, 8)
+    with pytest.raises(BadOperand, match="scale is None"):
+        masked_gemv(torch.ones(1, 6), torch.zeros(6), weight)
+    with torch._subclasses.FakeTensorMode(), pytest.raises(BadOperand, match="scale is None"):
+        router(torch.empty(1, 8), torch.empty(6, 8, dtype=torch.int8))
