@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import lowerings, register_lowering, to_dtype
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 from torch._inductor.virtualized import V
 
 from rana_fx.kernels import masked_gemv_cpp
@@ -31,7 +31,9 @@ def register() -> None:
         register_lowering(masked_gemv, type_promotion_kind=None)(_lower)
 
 
-def _lower(v: Any, tau: Any, weight: Any, bias: Any = None) -> Any:
+def _lower(v: Any, tau: Any, weight: Any, bias: Any = None, scale: Any = None) -> Any:
+    if scale is not None:  # quantised: what eager mode would run
+        return fallback_handler(masked_gemv, add_to_fallback_set=False)(v, tau, weight, bias, scale)
     *lead, inner = v.get_size()
     v_TK = lowerings[_aten.view.default](v, [sympy.prod(lead), inner])
     y_TN = _sparse_cpu(v_TK, tau, weight)
