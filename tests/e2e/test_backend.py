@@ -261,7 +261,9 @@ def test_a_plan_given_as_an_option(tmp_path):
 def test_two_models_in_one_process():
     first, batch, _ = adapted(budget=0.7)
     second = copy.deepcopy(first)
+    rana_fx.detach(second)
     assert attached(second) is None
+    assert attached(first) is not None
     if hasattr(second, "rana_fx"):
         del second.rana_fx
     rana_fx.adapt(second, [batch, *(ids() for _ in range(4))], budget=0.8, recipe="wina", progress=False)
