@@ -6,7 +6,6 @@ then are tensors of an older plan removed. So at every moment the folder holds a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -89,6 +88,11 @@ def write(plan: Plan, folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time: another one's clean-up would take the tensors whose header is not written yet."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks: as it was
