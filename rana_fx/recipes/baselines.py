@@ -60,7 +60,9 @@ class Static:
                 # one rank already costs more than the layer may: too narrow to matter in the budget
                 problem.skips += [Skip(name, f"{out}x{width} is too narrow for a rank at this budget") for name in names]
                 continue
-            rows = problem.sampled(names[0], min(out, width))
+            if not problem.calibrated(names, min(out, width)):
+                continue
+            rows = problem.rows(names[0])
             moment = second_moment(rows)
             basis = output_basis(weight, moment)
             total = torch.einsum("oi,ij,oj->", weight.double(), moment, weight.double())
@@ -85,7 +87,9 @@ class Thresholds:
             return []
         adapters = []
         for name in tqdm(problem.counted(), desc="thresholds", unit="layer", disable=not problem.progress):
-            rows = problem.sampled(name, 1)
+            if not problem.calibrated((name,), 1):
+                continue
+            rows = problem.rows(name)
             norms = self._norms(problem, name)
             profile = importance_profile(rows, norms)
             adapters.append(problem.neuron_adapter(name, neuron_threshold(profile, problem.budget), norms, problem.budget))
@@ -110,7 +114,7 @@ class Cats:
     def solve(self, problem: Problem) -> list[Adapter]:
         if problem.budget >= 1:
             return []
-        blocks = problem.layout.blocks
+        blocks = [block for block in problem.layout.blocks if problem.calibrated(block.sites, 1)]
         masked = {block.down: _masked_sites(block) for block in blocks}
         adaptable = tuple(name for names in masked.values() for name in names)
         fraction = problem.fraction(adaptable, why="CATS leaves attention and the gate of every MLP dense")
@@ -126,7 +130,7 @@ def _masked_sites(block: MlpBlock) -> tuple[str, ...]:
 
 
 def _threshold_block(problem: Problem, block: MlpBlock, masked: tuple[str, ...], fraction: float) -> Adapter:
-    rows = problem.sampled(block.ups[0], 1)
+    rows = problem.rows(block.ups[0])
     down = problem.layout.sites[block.down]
     ones = torch.ones(down.in_features, device=down.weight.device)
     if block.activation is None:

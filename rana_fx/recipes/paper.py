@@ -60,14 +60,15 @@ class Paper:
         for site in layout.sites.values():
             if site.role in _UNADAPTED:
                 problem.skips.append(Skip(site.name, _UNADAPTED[site.role]))
-        units: list[tuple[str, ...] | MlpBlock] = [*layout.stacks(), *layout.blocks]
+        every: list[tuple[str, ...] | MlpBlock] = [*layout.stacks(), *layout.blocks]
+        units = [unit for unit in every if _calibrated(problem, unit)]
         fraction, units = _feasible(problem, units)
         moments: dict[int, Tensor] = {}
         adapters: list[Adapter] = []
         for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
             names = unit.ups if isinstance(unit, MlpBlock) else unit
             site = layout.sites[names[0]]
-            rows = problem.sampled(names[0], site.in_features)
+            rows = problem.rows(names[0])
             if site.group not in moments:
                 moments = {site.group: second_moment(rows)}
             if isinstance(unit, MlpBlock):
@@ -75,6 +76,11 @@ class Paper:
             else:
                 adapters.append(_adapt_stack(problem, unit, rows, moments[site.group], fraction))
         return adapters
+
+
+def _calibrated(problem: Problem, unit: tuple[str, ...] | MlpBlock) -> bool:
+    names, first = (unit.sites, unit.ups[0]) if isinstance(unit, MlpBlock) else (unit, unit[0])
+    return problem.calibrated(names, problem.layout.sites[first].in_features)
 
 
 def _feasible(problem: Problem, units: list[tuple[str, ...] | MlpBlock]) -> tuple[float, list[tuple[str, ...] | MlpBlock]]:

@@ -19,6 +19,8 @@ from rana_fx.layout import Layout, MlpBlock
 from rana_fx.sites import Skip
 from rana_fx.stats import Reservoir
 
+_SELDOM = 8  # a layer that sees less than an eighth of what others see is used in another way than per token
+
 
 @dataclass(eq=False)
 class Problem:
@@ -71,14 +73,25 @@ class Problem:
     def rows(self, name: str) -> Tensor:
         """Sampled rows of the tensor a site reads, (tokens, in), in the model's dtype."""
         site = self.layout.sites[name]
-        return self.samples[self.layout.groups[site.group].sites].rows()
+        sample = self.samples.get(self.layout.groups[site.group].sites)
+        # an expert that no token reached
+        return site.weight.new_empty(0, site.in_features) if sample is None else sample.rows()
 
-    def sampled(self, name: str, needed: int) -> Tensor:
-        """The same, with enough tokens for ``needed`` ranks."""
-        rows = self.rows(name)
-        if len(rows) < needed:
-            raise TooFewTokens(site=name, got=len(rows), rank=needed, needed=needed)
-        return rows
+    def calibrated(self, names: tuple[str, ...], needed: int) -> bool:
+        """Whether the input of these sites was seen often enough for ``needed`` ranks.
+
+        A pooler, or an expert that few tokens reach, may see one row where the rest of the model sees a hundred: it is left dense
+        and said so. Where the model as a whole saw too little text, TooFewTokens is raised.
+        """
+        seen = len(self.rows(names[0]))
+        most = max((len(sample.rows()) for sample in self.samples.values()), default=0)
+        if seen >= needed:
+            return True
+        if seen * _SELDOM > most:
+            raise TooFewTokens(site=names[0], got=seen, rank=needed, needed=needed)
+        reason = f"sees {seen} rows where other layers see {most}: too few for {needed} ranks, so it stays dense"
+        self.skips += [Skip(name, reason) for name in names]
+        return False
 
     def matrix(self, names: tuple[str, ...]) -> Tensor:
         """Stacked weights, (sum of out, in), fp32."""

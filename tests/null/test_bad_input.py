@@ -56,6 +56,33 @@ def test_too_few_tokens_says_how_many(model):
         rana_fx.adapt(model, batches(1), progress=False)
 
 
+class Pooled(nn.Module):
+    """Blocks over every token, and an attention over one learned query a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 40), nn.Linear(40, 16)
+        self.pool_up, self.pool_down = nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x):
+        x = x + self.down(torch.relu(self.up(self.norm(x))))
+        pooled = x.mean(1)
+        return pooled + self.pool_down(torch.relu(self.pool_up(pooled)))
+
+
+@pytest.mark.parametrize("recipe", ["paper", "static"])
+def test_a_layer_that_sees_few_rows_stays_dense(recipe):
+    model = Pooled()
+    batches = [torch.randn(2, 30, 16) for _ in range(4)]
+    plan = rana_fx.adapt(model, batches, budget=0.9, recipe=recipe, progress=False)
+    assert {site for adapter in plan.adapters for site in adapter.sites} == {"up", "down"}
+    reasons = {skip.site: skip.reason for skip in plan.skips}
+    assert reasons["pool_up"].startswith("sees 8 rows where other layers see 240: too few for 16 ranks")
+    with pytest.raises(errors.TooFewTokens, match="up: 8 calibration tokens"):
+        rana_fx.adapt(Pooled(), [torch.randn(2, 4, 16)], budget=0.9, recipe=recipe, progress=False)
+
+
 def test_nan_in_weights(model):
     with torch.no_grad():
         model.lm_head.weight.zero_()
