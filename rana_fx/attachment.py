@@ -18,6 +18,7 @@ from rana_fx.adapters import Adapter
 from rana_fx.errors import PlanMismatch
 from rana_fx.guards import ATTRIBUTE
 from rana_fx.plan import Plan, SiteRecord, weight_digest
+from rana_fx.relayout import by_columns_, by_rows_
 from rana_fx.running import bare, device_of, weights_of
 from rana_fx.weights import base_name
 
@@ -51,7 +52,9 @@ class Factors(nn.Module):
         copied = [] if old is None else [(key, memo[key]) for key in old.marked if isinstance(memo.get(key), nn.Parameter)]
         if old is not None and copied:
             names = {id(parameter): old.names[key] for key, parameter in copied if key in old.names}
-            _mark(Attachment(old.plan, fresh, names), [parameter for _, parameter in copied])
+            twin = Attachment(old.plan, fresh, names)
+            twin.relaid = tuple(id(parameter) for key, parameter in copied if key in old.relaid)
+            _mark(twin, [parameter for _, parameter in copied])
         return fresh
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,6 +77,7 @@ class Attachment:
         self.factors = factors
         self.names = names  # id of a Parameter -> site name
         self.marked: tuple[int, ...] = ()  # ids of the Parameters that carry it
+        self.relaid: tuple[int, ...] = ()  # ids of those that are stored by columns because of it
         self._by_site = {site: (index, adapter) for index, adapter in enumerate(plan.adapters) for site in adapter.sites}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,6 +107,10 @@ def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
 def attach(model: nn.Module, plan: Plan) -> None:
     """Attach ``plan`` to ``model``; replaces a plan that is attached. Functions compiled before recompile by themselves.
 
+    Weights that the plan skips columns of (neuron adapters) are stored by columns from then on: values, shapes and memory stay,
+    strides change, and ``detach`` changes them back. (Libraries that save tensors as they lie, such as safetensors, want
+    ``.contiguous()`` ones; ``save_pretrained`` sees to that.)
+
     A ``copy.deepcopy`` of the model is adapted, too; a pickled and loaded one (or one whose Parameters were replaced) is
     not: attach the plan again. ``state_dict`` includes the factors, as ``rana_fx.*``: ``detach`` first for one without.
 
@@ -118,16 +126,22 @@ def attach(model: nn.Module, plan: Plan) -> None:
     for record in plan.sites:
         weight = base_name(record.name)
         names[id(parameters[weight])] = weight
-    with torch.inference_mode(False):  # factors made inside it could never be trained
-        factors = Factors(plan, device_of(model), parameters)
-    _mark(Attachment(plan, factors, names), list(model.parameters()))
-    model.add_module(MODULE, factors)
+    own = (site for adapter in plan.adapters if adapter.router is None for site in adapter.sites)
+    with torch.inference_mode(False):  # what is made inside it could never be trained
+        attachment = Attachment(plan, Factors(plan, device_of(model), parameters), names)
+        relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
+    attachment.relaid = tuple(map(id, relaid))
+    _mark(attachment, list(model.parameters()))
+    model.add_module(MODULE, attachment.factors)
 
 
 def detach(model: nn.Module) -> Plan | None:
     """Take the plan off and return it (None when there was none). The model is then as it was before ``attach``."""
     model = bare(model)
     found = attached(model)
+    if found is not None:
+        with torch.inference_mode(False):
+            by_rows_(parameter for parameter in model.parameters() if id(parameter) in found.relaid)
     for parameter in model.parameters():
         if hasattr(parameter, ATTRIBUTE):
             delattr(parameter, ATTRIBUTE)
