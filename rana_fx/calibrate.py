@@ -9,6 +9,7 @@ and the graph then runs eagerly. Memory does not grow with the number of tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,10 +32,11 @@ from rana_fx.running import (
     names_of,
     observing,
     padding_masks,
+    quantised_modules,
     real_rows,
     to_device,
 )
-from rana_fx.sites import Scan, find_linears, parameters_of
+from rana_fx.sites import Scan, Skip, find_linears, parameters_of
 from rana_fx.stats import CAPACITY, Reservoir
 from rana_fx.unfuse import unfuse
 
@@ -162,6 +164,9 @@ def calibrate(
 
 def _settle(model: nn.Module, observer: Observer) -> Layout:
     layout = merge(observer.readings)
+    known = {*layout.sites, *(skip.site for skip in layout.skips)}
+    unseen = (Skip(name, reason) for name, reason in quantised_modules(model).items() if name not in known)
+    layout = replace(layout, skips=(*layout.skips, *unseen))
     if not any(site.counted for site in layout.sites.values()):
         raise NoLinears(
             model=type(model).__name__,

@@ -48,6 +48,24 @@ def names_of(model: nn.Module) -> dict[int, str]:
     return names
 
 
+def quantised_modules(model: nn.Module) -> dict[str, str]:
+    """Modules that hold a quantised matrix where no Parameter shows it, and what they are: no graph tells of these."""
+    found = {}
+    for name, module in bare(model).named_modules():
+        matrices = [
+            str(buffer.dtype)
+            for buffer in module.buffers(recurse=False)
+            if buffer.dtype in (torch.int8, torch.uint8, torch.int32) and buffer.dim() == 2 and min(buffer.shape) > 1
+        ]
+        if hasattr(module, "_packed_params") and not isinstance(module._packed_params, nn.Module):
+            continue  # the holder of the packed weight; its owner is the layer
+        if matrices or hasattr(module, "_packed_params"):
+            found[name.replace(f"{_WRAPPED}.", "")] = f"quantised layer {type(module).__name__}" + "".join(
+                f" ({m})" for m in matrices[:1]
+            )
+    return found
+
+
 def device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device

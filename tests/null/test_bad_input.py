@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,37 @@ def test_no_batch(model):
 def test_too_few_tokens_says_how_many(model):
     with pytest.raises(errors.TooFewTokens, match=r"q_proj: 24 calibration tokens.*At least 32 tokens"):
         rana_fx.adapt(model, batches(1), progress=False)
+
+
+def test_layers_quantised_out_of_sight_are_reported():
+    """Packed by torch.ao, or as integer buffers of a library's own: no Parameter is left to find in a graph."""
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.ones(16, 8, dtype=torch.int32))
+
+        def forward(self, x):
+            return x + (x @ self.qweight.to(x.dtype))[..., :8].repeat(1, 2) * 0
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 40), nn.Linear(40, 16)
+            self.odd, self.own = nn.Linear(16, 16), Packed()
+
+        def forward(self, x):
+            x = x + self.down(torch.relu(self.up(x)))
+            return self.own(x + self.odd(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(Mixed(), {"odd": torch.ao.quantization.default_dynamic_qconfig})
+        report = rana_fx.explain(model, torch.randn(4, 16))
+    reasons = {row.site: row.detail for row in report.rows if row.action == "skipped"}
+    assert {row.site for row in report.rows if row.action == "dense"} == {"up", "down"}
+    assert reasons["odd"] == "quantised layer Linear"
+    assert reasons["own"] == "quantised layer Packed (torch.int32)"
 
 
 class Pooled(nn.Module):
