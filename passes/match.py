@@ -7,6 +7,7 @@ up in: prefill, decode, a piece between two graph breaks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import fx
 
 from rana_fx.adapters import Adapter
 from rana_fx.attachment import Attachment, attachment_of
-from rana_fx.graph import row_source
+from rana_fx.graph import row_source, shape_of
 from rana_fx.option import attachment_for
 from rana_fx.plan import Plan
 from rana_fx.sites import Linear, Scan, find_linears, parameters_of
@@ -51,11 +52,15 @@ class Matches:
     missing: str | None  # a linear whose model has no plan, when none of the graph's has
 
 
-def match_plan(graph_module: fx.GraphModule, example_inputs: Sequence[object], plan: Plan | None = None) -> Matches:
+def match_plan(
+    graph_module: fx.GraphModule, example_inputs: Sequence[object], plan: Plan | None = None, dense_above: int | None = None
+) -> Matches:
     """Find what to replace. Linears without an adapter stay as they are.
 
     Args:
         plan: to use instead of what is attached to the weights.
+        dense_above: linears that read more tokens than this stay as they are, too. A graph for a varying number of tokens is
+            then guarded on which side of it the number lies.
     """
     parameters = parameters_of(graph_module, example_inputs)
     given = None if plan is None else attachment_for(plan, parameters)
@@ -71,6 +76,8 @@ def match_plan(graph_module: fx.GraphModule, example_inputs: Sequence[object], p
         planned = attachment.adapter(linear.name) if attachment is not None else None
         if row_source(linear.x) in scan.constant:
             continue  # positions, say, computed by a weight that also reads tokens: nothing was calibrated on it
+        if dense_above is not None and not _at_most(linear.x, dense_above):
+            continue
         if attachment is not None and planned is not None:
             gathered.setdefault((attachment, planned[0], linear.x), []).append(linear)
     named = {linear.node: linear.name for linear in scan.linears}
@@ -80,3 +87,9 @@ def match_plan(graph_module: fx.GraphModule, example_inputs: Sequence[object], p
     )
     missing = scan.linears[0].name if scan.linears and not attachments else None
     return Matches(scan, tuple(attachments), found, missing)
+
+
+def _at_most(x: fx.Node, tokens: int) -> bool:
+    """Whether x has at most so many rows. Deciding it for a symbolic number installs a guard."""
+    shape = shape_of(x)
+    return shape is not None and bool(math.prod(shape[:-1]) <= tokens)

@@ -17,9 +17,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from rana_fx.attachment import attachment_of
 from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.guards import guard_weights
+from rana_fx.kernels.config import MAX_TOKENS
 from rana_fx.option import plan_of
 from rana_fx.passes.runner import Result, run, sources_hash
 from rana_fx.plan import Plan
+
+PREFILL = ("masked", "dense")
+_KNOWN_OPTIONS = "'plan', 'prefill', 'mode' or an option of Inductor (torch._inductor.list_options())"
 
 
 def backend(
@@ -33,7 +37,9 @@ def backend(
 
     Args:
         options: ``{"plan": ...}``, a plan or the folder of one, to use instead of the attached one (the model is not touched);
-            ``{"mode": ...}``; and any option of Inductor, as torch.compile takes them for ``backend="inductor"``.
+            ``{"prefill": ...}``: "masked" (default) adapts every token alike, "dense" leaves calls with more than 16 tokens,
+            such as a prompt, dense; ``{"mode": ...}``; and any option of Inductor, as torch.compile takes them for
+            ``backend="inductor"``.
         mode: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
 
     Raises:
@@ -49,16 +55,21 @@ def backend(
     lower.register()
     given = dict(options or {})
     plan = plan_of(given.pop("plan")) if "plan" in given else None
+    prefill = given.pop("prefill", "masked")
+    if prefill not in PREFILL:
+        raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(PREFILL)}")
     patches = inductor_options(given, mode)
-    result = rewrite(gm, example_inputs, plan=plan)
+    result = rewrite(gm, example_inputs, plan=plan, dense_above=MAX_TOKENS if prefill == "dense" else None)
     patches["post_grad_custom_pre_pass"] = _CacheKey(result, patches.get("post_grad_custom_pre_pass"))
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
 
-def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | None = None) -> Result:
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | None = None, dense_above: int | None = None
+) -> Result:
     """Rewrite by the attached plan, or by ``plan``, and guard on what it depends on. Raises NoPlan, PlanMismatch."""
-    result = run(gm, example_inputs, plan=plan)
+    result = run(gm, example_inputs, plan=plan, dense_above=dense_above)
     if result.matches.missing is not None:
         raise NoPlan(site=result.matches.missing)
     weights = result.matches.scan.weights
@@ -83,7 +94,11 @@ def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dic
     for name, value in given.items():
         key = name.replace("-", "_")
         if key not in settings:
-            raise InvalidOption(name=name, got=value, expected="'mode' or an option of Inductor (torch._inductor.list_options())")
+            raise InvalidOption(
+                name=name,
+                got=value,
+                expected="'plan', 'prefill', 'mode' or an option of Inductor (torch._inductor.list_options())",
+            )
         patches[key] = value
     return patches
 

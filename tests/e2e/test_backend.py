@@ -226,6 +226,25 @@ def test_another_plan_recompiles_by_itself():
         compiled(**batch)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_prefill_dense(dynamic):
+    """A prompt is dense, a few tokens are adapted, and a graph for a varying number of tokens knows which side it is on."""
+    model, _, _ = adapted(budget=0.75)
+    compiled = torch.compile(model, backend=rana_fx.backend, options={"prefill": "dense"}, dynamic=dynamic or None)
+    with torch.no_grad():
+        for tokens in (11, 12, 2, 8, 5, 1):  # of two sequences: 22 down to 2 rows
+            batch = ids(tokens)
+            with measuring(model) as meter:
+                masked = output(meter.run(batch))
+            dense = output(model(**batch))
+            right, wrong = (masked, dense) if 2 * tokens <= 16 else (dense, masked)
+            got = output(compiled(**batch))
+            assert relative(got, right) < 1e-5, tokens
+            assert relative(got, wrong) > 1e-3, tokens
+    with pytest.raises(BackendCompilerFailed, match="option prefill='thin' is not valid: expected one of masked, dense"):
+        torch.compile(model, backend=rana_fx.backend, options={"prefill": "thin"})(**ids())
+
+
 def test_a_plan_given_as_an_option(tmp_path):
     """It needs no attached plan, finds weights also where names are relative, and refuses other weights."""
     model, batch, plan = adapted(budget=0.75)
