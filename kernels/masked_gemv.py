@@ -1,12 +1,14 @@
 """y_TN = c_N + sum over k with v_Tk^2 >= tau_k of v_Tk * w_kN, reading only the rows of w that some token keeps.
 
 One launch: program (i_n, i_s) lists the active ranks of its slice (gather.py) and adds their rows, BN outputs wide and BM rows at
-a time, in fp32. S slices leave partials (S, T, N) in fp32; whoever adds them up (Inductor, or ``masked_gemv`` here) fuses bias
-and what follows. With S = 1 the result is written directly. No atomics, nothing to zero, the same bits in every run.
+a time, in fp32. The S partials (S, T, N) are left to the caller, or added by the last program to arrive (finish.py), which
+also adds the bias and may apply act(gate) * up. No float atomics, nothing to zero, the same bits in every run.
 
-w is (K, N), rank-major: floating, int8 with a scale per row (folded into v: free), or 4 bits (int4.py). Any strides; with
-unit stride along N rows are read 16 bytes at a time. T <= 4 tokens are multiplied on the spot, up to 16 by tl.dot over the
-union of their masks; at independent masks of 50 % that union is everything from T = 5 on, so dense is the rival there (cost.py).
+EARLY ranks of a slice are read before anything is known of v: the memory would be idle while the list is made.
+
+w is (K, N), rank-major: floating here, in 8 or 4 bits in packed.py. Any strides; with unit stride along N rows are read 16 bytes
+at a time. Up to 4 tokens share every row that is read; more are taken 4 at a time, and read what they need again, from L2.
+At independent masks of 50 % four tokens need 94 % of the rows: there dense is the rival (cost.py).
 
 Error: products and sums in fp32, relative RMSE <= 4 * eps(fp32) * sqrt(log2 K + 1) before the result is rounded to v's dtype.
 """
@@ -21,90 +23,117 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rana_fx.errors import BadOperand, InvalidOption
-from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, Config, Lists, default_config
-from rana_fx.kernels.gather import INTERPRETED, add_rows, empty_sums, finish_sums, load_values, next_ranks, open_ranks, trips
-from rana_fx.kernels.int4 import masked_gemv_int4_kernel, words
+from rana_fx.errors import BadOperand, UnknownChoice
+from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
+from rana_fx.kernels.finish import ACTIVATIONS, counters_for, finish
+from rana_fx.kernels.gather import add_rows, kept_values, list_ranks, listed_values, load_rows, no_sums, ranks_of, trips
+from rana_fx.kernels.packed import masked_gemv_packed_kernel, words
 from rana_fx.kernels.quantize import bits_of, group_of, shape_of
-
-SOURCES = {"scratch": 0, "registers": 1}
-LISTED = 2
 
 
 @triton.jit
 def masked_gemv_kernel(
-    v, tau, w, scale, bias, out, lists, counts,
-    T, K, N, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_bias, s_os, s_ot,
-    S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr,
-    BT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOURCE: tl.constexpr,
-    DOT: tl.constexpr, NARROW: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
+    v, tau, w, scale, bias, part, y, lists, counters,
+    T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_bias, s_ps, s_pt, s_yt,
+    S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    OPERAND: tl.constexpr = v.dtype.element_ty if NARROW else tl.float32
-    i_n, i_s = tl.program_id(0), tl.program_id(1)
-    i_list = (i_s * tl.num_programs(0) + i_n).to(tl.int64)
-    b_first, b_second, n_active = open_ranks(
-        v, tau, lists, counts, i_s, i_list, T, K, s_vt, s_vk, s_tau, S, KS, KB, GROUP, BT, SOURCE
+    LENGTH: tl.constexpr = KB + BM
+    i_p, i_s = tl.program_id(0), tl.program_id(1)
+    i_n, i_t0 = i_p // TG, i_p % TG * BT
+    i_c, o_half = i_n, i_n * 0
+    if ACT:
+        i_c = i_n % (tl.num_programs(0) // (2 * TG))
+        o_half = tl.where(i_n == i_c, 0, half)
+    v += i_t0.to(tl.int64) * s_vt
+    p_list = lists + (i_s * tl.num_programs(0) + i_p).to(tl.int64) * ((1 + BT) * LENGTH)
+    o_c = i_c.to(tl.int64) * BN + tl.arange(0, BN)
+    m_c = o_c < (half if ACT else N)
+    p_n = w + (o_half + o_c) * s_wn
+    if EARLY > 0:
+        o_e = tl.arange(0, EARLY)
+        b_k = tl.minimum(ranks_of(o_e, i_s, S, GROUP), K - 1)
+        m_k = (o_e < KS) & (ranks_of(o_e, i_s, S, GROUP) < K)
+        b_early = load_rows(p_n[None, :] + b_k.to(tl.int64)[:, None] * s_wk, m_c, WHOLE)
+    n_active = list_ranks(
+        v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, False
     )
-    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
-    m_n = o_n < N
-    b_sum = empty_sums(BT, BM, BN, DOT)
+    b_sums = no_sums(BT, RW, BN)
+    if EARLY > 0:
+        b_vs = kept_values(v, tau, scale, b_k, m_k, T - i_t0, s_vt, s_vk, s_tau, s_sk, BT, False)[1]
+        b_sums = add_rows(b_sums, b_vs, b_early.to(tl.float32), BT, RW, EARLY, BN)
     for j in tl.range(0, trips(n_active), BM, num_stages=STAGES):
         o_p = j + tl.arange(0, BM)
-        m_p = o_p < n_active
-        b_k = next_ranks(lists, b_first, b_second, i_s, i_list, o_p, m_p, S, KB, BR, SOURCE)
-        p_w = w + b_k.to(tl.int64)[:, None] * s_wk + o_n[None, :] * s_wn
-        b_w = tl.load(p_w, mask=m_p[:, None] & m_n[None, :], other=0.0, eviction_policy="evict_first")
-        b_v = load_values(v, tau, b_k, m_p, T, s_vt, s_vk, s_tau, BT)
-        if w.dtype.element_ty == tl.int8:
-            b_scale = tl.load(scale + b_k.to(tl.int64) * s_sk, mask=m_p, other=0.0).to(tl.float32)
-            b_v *= b_scale
-        b_sum = add_rows(b_sum, b_v, b_w, BT, DOT, OPERAND)
-    b_y = finish_sums(b_sum, BT, DOT)
-    if HAS_BIAS:
-        b_y += tl.load(bias + o_n * s_bias, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    o_t = tl.arange(0, BT)
-    p_out = out + i_s.to(tl.int64) * s_os + o_t.to(tl.int64)[:, None] * s_ot + o_n[None, :]
-    tl.store(p_out, b_y.to(out.dtype.element_ty), mask=(o_t < T)[:, None] & m_n[None, :])
+        o_k = tl.load(p_list + o_p).to(tl.int64)
+        b_w = load_rows(p_n[None, :] + o_k[:, None] * s_wk, m_c, WHOLE)
+        b_sums = add_rows(b_sums, listed_values(p_list, o_p, LENGTH, BT), b_w.to(tl.float32), BT, RW, BM, BN)
+    p_part = part + i_s.to(tl.int64) * s_ps + o_half + o_c
+    for i_t in tl.static_range(BT):
+        m_t = m_c & (o_c * 0 + i_t0 + i_t < T)
+        tl.store(p_part + (i_t0 + i_t).to(tl.int64) * s_pt, tl.sum(b_sums[i_t], 0), mask=m_t)
+    if SUM:
+        finish(
+            part, y, bias, counters, i_c * TG + i_p % TG, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt, s_bias,
+            S, BT, HAS_BIAS, ACT,
+        )  # fmt: skip
 
 
 def partials(
-    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None = None, *,
-    config: Config, lists: Lists | None = None, traced: bool = False,
-) -> Tensor:  # fmt: skip
-    """The one launch: (S, T, N) fp32 whose sum over S is the product.
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None = None, *, config: Config, traced: bool = False
+) -> Tensor:
+    """(S, T, N) fp32, whose sum over S is the product: for a caller that fuses the sum into what follows.
 
     Args:
-        v: (..., K) floating with T <= 16 rows. tau: (K,). weight, scale: as quantize.py stores them, K rows.
+        v: (..., K) floating, T <= 16 rows in all. tau: (K,). weight, scale: as quantize.py stores them, K rows.
         config: every choice; S = config.splits.
-        lists: what ``router_listed`` wrote for this v and tau; then nothing is compacted here.
         traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
 
     Raises:
-        BadOperand, InvalidOption.
+        BadOperand.
     """
     rows, columns = _check(v, tau, weight, scale)
     out = torch.empty((config.splits, rows, columns), dtype=torch.float32, device=v.device)
-    _launch(v.reshape(rows, -1), tau, weight, scale, None, out, config, lists, traced)
+    _launch(v.reshape(rows, -1), tau, weight, scale, None, out, None, None, config, 0, traced)
     return out
 
 
 def masked_gemv(
     v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *,
-    config: Config | None = None, lists: Lists | None = None,
+    activation: str | None = None, config: Config | None = None, counters: Tensor | None = None, traced: bool = False,
 ) -> Tensor:  # fmt: skip
-    """(..., N) in v's dtype. Arguments and errors as for ``partials``; bias is (N,)."""
+    """The product in v's dtype, finished in the one launch. Arguments and errors as for ``partials``, and
+
+    Args:
+        bias: (N,). activation: "silu", "gelu_tanh" or "relu": the result is act(first half) * second half of the N columns, in
+            fp32 until it is rounded once. N is even then; in 8 and 4 bits a half is whole words and groups.
+        config: the default one if None. counters: at least ``config.counters(...)`` zeros, int32, that no launch at the same
+            time uses; those of the device and stream if None. A traced launch needs its own.
+
+    Returns:
+        (..., N), or (..., N / 2) with an activation.
+
+    Raises:
+        BadOperand, UnknownChoice.
+    """
     rows, columns = _check(v, tau, weight, scale)
     if bias is not None and tuple(bias.shape) != (columns,):
         raise BadOperand(name="bias", got=str(tuple(bias.shape)), expected=f"({columns},)", todo="One number per output.")
-    sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else H200_SM_COUNT
-    config = config or default_config(v.shape[-1], columns, rows, sm_count=sm_count, bytes_per_weight=bits_of(weight) / 8)
-    if config.splits > 1:
-        y = partials(v, tau, weight, scale, config=config, lists=lists).sum(0)
-        y = y if bias is None else y + bias
-        return y.to(v.dtype).reshape(*v.shape[:-1], columns)
-    out = torch.empty((1, rows, columns), dtype=v.dtype, device=v.device)
-    _launch(v.reshape(rows, -1), tau, weight, scale, bias, out, config, lists, False)
-    return out.reshape(*v.shape[:-1], columns)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
+    act = ACTIVATIONS[activation] if activation else 0
+    unit = 2 if scale is None else 2 * (group_of(weight, scale) if weight.dtype == torch.uint8 else 4)
+    if act and columns % unit:
+        raise BadOperand(
+            name="weight", got=f"{columns} columns", expected=f"a multiple of {unit}", todo="Apply the activation apart."
+        )
+    if config is None:
+        sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else H200_SM_COUNT
+        config = default_config(v.shape[-1], columns, rows, sm_count=sm_count, bits=bits_of(weight))
+    part = torch.empty((config.splits, rows, columns), dtype=torch.float32, device=v.device)
+    y = torch.empty((rows, columns // 2 if act else columns), dtype=v.dtype, device=v.device)
+    _launch(v.reshape(rows, -1), tau, weight, scale, bias, part, y, counters, config, act, traced)
+    return y.reshape(*v.shape[:-1], y.shape[1])
 
 
 def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[int, int]:
@@ -122,48 +151,40 @@ def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tupl
 
 
 def _launch(
-    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor, config: Config,
-    lists: Lists | None, traced: bool,
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, part: Tensor, y: Tensor | None,
+    counters: Tensor | None, config: Config, act: int, traced: bool,
 ) -> None:  # fmt: skip
-    if config.source not in SOURCES:
-        raise InvalidOption(name="source", got=config.source, expected=f"one of {', '.join(SOURCES)}")
-    tokens, ranks = v.shape
-    columns = out.shape[-1]
-    dot = tokens > 4
-    token_block = 16 if dot else triton.next_power_of_2(tokens)
-    if lists is None:
-        source, per_block, slice_size, count_from = SOURCES[config.source], 1, config.slice_ranks(ranks), ranks
-    else:
-        source, (count_from, per_block) = LISTED, lists.ranks.shape
-        slice_size = triton.cdiv(count_from, config.splits)
-    block = triton.next_power_of_2(slice_size)
-    packed = weight.dtype == torch.uint8
-    group = group_of(weight, scale) if packed and scale is not None else 0
-    block_n = max(config.block_n, group)
-    grid = (triton.cdiv(columns, block_n), config.splits)
-    # arguments that a variant never reads still need a pointer
-    ranks_, counts_ = (v, v) if lists is None else (lists.ranks.contiguous(), lists.counts)
-    if source == SOURCES["scratch"]:
-        ranks_ = torch.empty(grid[0] * grid[1] * block, dtype=torch.int32, device=v.device)
-    scale_, bias_ = v if scale is None else scale, v if bias is None else bias
-    meta = dict(
-        S=config.splits, KS=slice_size, KB=block, GROUP=config.group, BR=per_block, BT=token_block,
-        BM=max(config.block_m, 16) if dot else config.block_m, BN=block_n, SOURCE=source, DOT=dot, NARROW=_narrow(v, weight),
-        HAS_BIAS=bias is not None, STAGES=config.stages, num_warps=config.warps,
-    )  # fmt: skip
-    kernel, steps = masked_gemv_kernel, 1
-    if packed:
+    (tokens, ranks), columns = v.shape, part.shape[-1]
+    groups = cdiv(tokens, TOKENS_AT_ONCE)
+    half = columns // 2 if act else 0
+    bits, group = bits_of(weight), 0
+    kernel, block_n, meta = masked_gemv_kernel, config.block_n, {}
+    if bits < 16:
+        assert scale is not None
+        group = group_of(weight, scale) if bits == 4 else 0
         weight, per_word = words(weight)
-        kernel, steps = masked_gemv_int4_kernel, 2
-        meta.update(QG=group, PER=per_word)
+        block_n = max(block_n, group, per_word)
+        kernel, meta = masked_gemv_packed_kernel, dict(BITS=bits, QG=group or block_n, PER=per_word)
+    blocks = 2 * cdiv(half, block_n) if act else cdiv(columns, block_n)
+    if y is not None and counters is None:
+        counters = counters_for(v.device, blocks * groups)
+    slice_size, row_warps = config.slice_ranks(ranks), row_warps_of(config.warps, block_n, bits)
+    meta.update(
+        S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=config.group,
+        EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
+        BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, STAGES=config.stages,
+        WHOLE=(half or columns) % block_n == 0, SUM=y is not None, ACT=act, HAS_BIAS=bias is not None, num_warps=config.warps,
+    )  # fmt: skip
+    grid = (blocks * groups, config.splits)
+    entries = grid[0] * grid[1] * (1 + meta["BT"]) * (meta["KB"] + meta["BM"])
+    lists = torch.empty(entries, dtype=torch.int32, device=v.device)
+    strides = (0, 0) if scale is None else (scale.stride(0), scale.stride(1) if group else 0)
     kernel = torch.library.wrap_triton(kernel) if traced else kernel
     with contextlib.nullcontext() if traced else torch.cuda.device_of(v):
+        # arguments that a variant never reads still need a pointer
         kernel[grid](
-            v, tau, weight, scale_, bias_, out, ranks_, counts_, tokens, count_from, weight.shape[1], *v.stride(), *tau.stride(),
-            *weight.stride(), *scale_.stride()[:steps], bias_.stride(0), *out.stride()[:2], **meta,
+            v, tau, weight, v if scale is None else scale, v if bias is None else bias, part, part if y is None else y, lists,
+            lists if counters is None else counters, tokens, ranks, weight.shape[1], half // meta.get("PER", 1), *v.stride(), *tau.stride(),
+            *weight.stride(), *strides[: 1 if bits >= 16 else 2], 0 if bias is None else bias.stride(0), *part.stride()[:2],
+            0 if y is None else y.stride(0), **meta,
         )  # fmt: skip
-
-
-def _narrow(v: Tensor, weight: Tensor) -> bool:
-    """Whether tl.dot multiplies 16-bit numbers as they are, or all as fp32. The interpreter takes bfloat16 for integers."""
-    return v.dtype == weight.dtype and v.dtype.itemsize == 2 and not (INTERPRETED and v.dtype == torch.bfloat16)

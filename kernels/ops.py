@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rana_fx.errors import UnknownChoice
 from rana_fx.kernels import reference
-from rana_fx.kernels.config import MAX_TOKENS
+from rana_fx.kernels.config import MAX_TOKENS, TOKENS_AT_ONCE
 from rana_fx.kernels.quantize import shape_of, unpack
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -36,8 +36,10 @@ def implementation(name: str) -> Iterator[None]:
     """Who computes the ops in eager mode, for the whole process, inside a ``with``.
 
     Args:
-        name: "auto", kernels for up to 16 tokens on a GPU; "reference", never; "triton", also without a GPU, where Triton
-            must have been imported under its interpreter.
+        name: "auto", kernels on a GPU for few tokens: up to 4 where the weight is floating, since above that its dense
+            product is faster (cost.py), up to 16 where the reference would first have to unpack it; "reference", never;
+            "triton", for up to 16 tokens of any weight, also without a GPU, where Triton must have been imported under its
+            interpreter.
 
     Raises:
         UnknownChoice.
@@ -61,23 +63,24 @@ def _module(name: str) -> ModuleType | None:
         return None  # Triton has no wheels for this machine
 
 
-def _kernel(name: str, x: Tensor) -> ModuleType | None:
+def _kernel(name: str, x: Tensor, weight: Tensor) -> ModuleType | None:
     """The launcher's module where a kernel applies."""
     if _chosen[-1] == "reference" or (_chosen[-1] == "auto" and not x.is_cuda):
         return None
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not 1 <= math.prod(x.shape[:-1]) <= MAX_TOKENS:
+    limit = TOKENS_AT_ONCE if _chosen[-1] == "auto" and weight.is_floating_point() else MAX_TOKENS
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not 1 <= math.prod(x.shape[:-1]) <= limit:
         return None
     return _module(name)
 
 
 def _masked_gemv(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    launcher: Any = _kernel("masked_gemv", v) or reference
+    launcher: Any = _kernel("masked_gemv", v, weight) or reference
     y: Tensor = launcher.masked_gemv(v, tau, weight, bias, scale)
     return y
 
 
 def _router(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    launcher: Any = _kernel("router", x) or reference
+    launcher: Any = _kernel("router", x, weight) or reference
     z: Tensor = launcher.router(x, weight, scale)
     return z
 

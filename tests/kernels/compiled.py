@@ -17,31 +17,34 @@ from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitiv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rana_fx.kernels.int4 import masked_gemv_int4_kernel
 from rana_fx.kernels.masked_gemv import masked_gemv_kernel
+from rana_fx.kernels.packed import masked_gemv_packed_kernel
 from rana_fx.kernels.router import router_kernel
 
-POINTERS = {"v": "bf16", "x": "bf16", "z": "bf16", "bias": "bf16", "w": "bf16", "tau": "fp32", "scale": "fp32", "out": "fp32"}
-POINTERS |= {"lists": "i32", "counts": "i32"}
+POINTERS = {"v": "bf16", "x": "bf16", "z": "bf16", "y": "bf16", "bias": "bf16", "w": "bf16"}
+POINTERS |= {"tau": "fp32", "scale": "fp32", "part": "fp32", "lists": "i32", "counters": "i32"}
 UNIT = {"s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd"}
-GEMV = dict(S=8, KS=512, KB=512, GROUP=16, BR=1, BT=1, BM=16, BN=256, SOURCE=0, DOT=False, NARROW=True, HAS_BIAS=False, STAGES=1)
-ROUTER = dict(BT=1, BR=8, BD=512, QG=0, PER=1, DOT=False, NARROW=True, LISTED=True, STAGES=1)
-DOT = dict(BT=16, DOT=True)
+GEMV = dict(S=32, KS=128, KB=128, GROUP=16, EARLY=0, BT=1, TG=1, BM=4, BN=512, RW=1, STAGES=4, WHOLE=True)
+GEMV |= dict(SUM=True, ACT=0, HAS_BIAS=False, num_warps=2)
+INT8, INT4 = dict(BITS=8, BN=1024, QG=1024, PER=4), dict(BITS=4, BN=1024, QG=64, PER=8, BM=8, RW=2)
+ROUTER = dict(BT=1, BR=8, BD=512, STAGES=4, BITS=16, QG=512, PER=1, num_warps=4)
 
 VARIANTS = {
-    "scratch": (masked_gemv_kernel, "bf16", GEMV),
-    "pipelined": (masked_gemv_kernel, "bf16", GEMV | dict(STAGES=3)),
-    "registers": (masked_gemv_kernel, "bf16", GEMV | dict(SOURCE=1, KS=256, KB=256)),
-    "listed": (masked_gemv_kernel, "bf16", GEMV | dict(SOURCE=2, KS=64, KB=64, BR=8)),
-    "four tokens": (masked_gemv_kernel, "bf16", GEMV | dict(BT=4, BM=4)),
-    "sixteen tokens": (masked_gemv_kernel, "bf16", GEMV | DOT | dict(BN=128)),
-    "int8": (masked_gemv_kernel, "i8", GEMV | dict(BN=512)),
-    "int4": (masked_gemv_int4_kernel, "i32", GEMV | dict(BN=512, QG=64, PER=8)),
-    "int4 bytes": (masked_gemv_int4_kernel, "u8", GEMV | dict(BN=512, BM=8, QG=64, PER=2)),
+    "default": (masked_gemv_kernel, "bf16", GEMV),
+    "partials": (masked_gemv_kernel, "bf16", GEMV | dict(SUM=False, WHOLE=False)),
+    "in registers": (masked_gemv_kernel, "bf16", GEMV | dict(BM=8, STAGES=1, EARLY=8)),
+    "warps along rows": (masked_gemv_kernel, "bf16", GEMV | dict(BM=16, BN=256, RW=4, num_warps=4)),
+    "gated": (masked_gemv_kernel, "bf16", GEMV | dict(ACT=1, HAS_BIAS=True)),
+    "four tokens": (masked_gemv_kernel, "bf16", GEMV | dict(BT=4)),
+    "sixteen tokens": (masked_gemv_kernel, "bf16", GEMV | dict(BT=4, TG=4)),
+    "int8": (masked_gemv_packed_kernel, "i32", GEMV | INT8),
+    "int4": (masked_gemv_packed_kernel, "i32", GEMV | INT4),
+    "int4 four tokens": (masked_gemv_packed_kernel, "i32", GEMV | INT4 | dict(BT=4, EARLY=8, ACT=1)),
+    "int4 bytes": (masked_gemv_packed_kernel, "u8", GEMV | INT4 | dict(PER=2)),
     "router": (router_kernel, "bf16", ROUTER),
-    "router int8": (router_kernel, "i8", ROUTER),
-    "router int4": (router_kernel, "i32", ROUTER | dict(BD=128, QG=64, PER=8, NARROW=False)),
-    "router sixteen tokens": (router_kernel, "bf16", ROUTER | DOT | dict(BR=16, BD=128, STAGES=3)),
+    "router four tokens": (router_kernel, "bf16", ROUTER | dict(BT=4)),
+    "router int8": (router_kernel, "i32", ROUTER | dict(BITS=8, BD=256, QG=1024, PER=4)),
+    "router int4": (router_kernel, "i32", ROUTER | dict(BITS=4, BD=256, QG=64, PER=8)),
 }
 
 
@@ -56,6 +59,7 @@ def pasted(kernel, folder):
 
 
 def compiled(kernel, weight, choices):
+    choices, warps = {key: value for key, value in choices.items() if key != "num_warps"}, choices["num_warps"]
     signature, constants, attributes = {}, dict(choices), {}
     for index, name in enumerate(kernel.arg_names):
         if name in choices:
@@ -67,7 +71,7 @@ def compiled(kernel, weight, choices):
             if name != "T":
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
 def main(folder):

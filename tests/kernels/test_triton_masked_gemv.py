@@ -1,4 +1,4 @@
-"""The masked product's kernel against fp64, in every storage, with ranks listed in every way. Interpreted without a GPU."""
+"""The masked product's kernels against fp64, in every storage, and the sum inside the launch. Interpreted without a GPU."""
 
 from __future__ import annotations
 
@@ -11,30 +11,28 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from rana_fx.errors import BadOperand, InvalidOption
+from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.kernels.config import Config
+from rana_fx.kernels.finish import counters_for
 from rana_fx.kernels.masked_gemv import masked_gemv, partials
+from rana_fx.kernels.quantize import pack, unpack
 from tests.kernels.products import Product, kernels_run_on, products
 
 CONFIGS = st.builds(
     Config,
-    splits=st.sampled_from([1, 2, 5]),
+    splits=st.sampled_from([1, 2, 9]),
     block_n=st.sampled_from([32, 128]),
-    block_m=st.sampled_from([4, 16]),
-    warps=st.just(4),
+    block_m=st.sampled_from([1, 4, 16]),
+    warps=st.sampled_from([1, 2, 4]),
     stages=st.sampled_from([1, 2]),
     group=st.sampled_from([1, 4, 16]),
-    source=st.sampled_from(["scratch", "registers"]),
+    early=st.sampled_from([0, 1, 8]),
 )
 
 
 @pytest.fixture(autouse=True)
 def _kernels_run(device):
     kernels_run_on(device)
-
-
-def with_source(config, source):
-    return Config(**{**vars(config), "source": source})
 
 
 def check(case, config):
@@ -54,8 +52,6 @@ class TestEveryStorage:
         generator = torch.Generator().manual_seed(bits)
         weight, scale = torch.randn(97, 66, generator=generator), None
         if bits < 16:
-            from rana_fx.kernels.quantize import pack
-
             weight, scale = pack(weight, bits)
         v = torch.randn(2, 1, 97, generator=generator)
         case = Product(v, torch.full((97,), 0.5), weight, scale, None).to(device)
@@ -63,10 +59,53 @@ class TestEveryStorage:
 
 
 @given(data=st.data())
-def test_both_ways_to_list_ranks_give_the_same_bits(device, data):
-    case, config = data.draw(products(tokens=(1, 3))).to(device), data.draw(CONFIGS)
-    got = [partials(case.v, case.tau, case.weight, config=with_source(config, s)) for s in ("scratch", "registers")]
-    assert torch.equal(*got)
+def test_the_sum_inside_the_launch_is_that_of_the_partials(device, data):
+    case, config = data.draw(products(tokens=(1, 3, 5))).to(device), data.draw(CONFIGS)
+    part = partials(case.v, case.tau, case.weight, config=config)
+    y = masked_gemv(case.v.float(), case.tau, case.weight, config=config)
+    # the same fp32 numbers, added in the same order or by eights
+    torch.testing.assert_close(y, part.sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_counters_are_left_at_zero(device, bits):
+    weight = torch.randn(40, 256, device=device)
+    weight, scale = pack(weight, bits) if bits < 16 else (weight, None)
+    counters = torch.zeros(99, dtype=torch.int32, device=device)
+    for tokens in (1, 7):
+        v, config = torch.randn(tokens, 40, device=device), Config(3, block_n=64)
+        y = masked_gemv(v, torch.zeros(40, device=device), weight, None, scale, config=config, counters=counters)
+        torch.testing.assert_close(y, v @ unpack(weight, scale), rtol=1e-4, atol=1e-4)
+        assert not counters.any()
+    assert counters_for(device, 5).shape == counters_for(device, 6).shape
+    assert counters_for(device, 5) is counters_for(device, 6)
+    assert not counters_for(device, 10_000)[9_999]
+
+
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 6])
+def test_activation_of_one_half_times_the_other(device, name, bits, tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    weight, scale = torch.randn(33, 2 * 192, generator=generator), None
+    if bits < 16:
+        weight, scale = pack(weight, bits)
+    v, bias = torch.randn(tokens, 33, generator=generator), torch.randn(384, generator=generator)
+    case = Product(v, torch.full((33,), 0.5), weight, scale, bias).to(device)
+    plain = torch.where(case.v.square() >= case.tau, case.v, 0).double() @ unpack(case.weight, case.scale, torch.float64)
+    gate, up = (plain + case.bias).chunk(2, -1)
+    config = Config(3, block_n=128, block_m=2, warps=1)
+    y = masked_gemv(case.v, case.tau, case.weight, case.bias, case.scale, activation=name, config=config)
+    assert y.shape == (tokens, 192)
+    # fp32 sums of 33 terms of size 1, then exp
+    torch.testing.assert_close(y.double(), ACTIVATIONS[name](gate) * up, rtol=1e-4, atol=1e-4)
 
 
 def test_partials_sum_to_the_product(device):
@@ -122,9 +161,11 @@ def test_wrong_operands_are_refused(device, shapes, name):
     assert error.value.facts["name"] == name
 
 
-def test_wrong_bias_and_source_are_refused(device):
+def test_wrong_bias_and_activation_are_refused(device):
     v, tau, weight = (torch.ones(shape, device=device) for shape in ((1, 3), (3,), (3, 5)))
     with pytest.raises(BadOperand, match="bias"):
         masked_gemv(v, tau, weight, torch.ones(4, device=device))
-    with pytest.raises(InvalidOption, match="scratch"):
-        masked_gemv(v, tau, weight, config=Config(splits=1, source="disk"))
+    with pytest.raises(UnknownChoice, match="gelu_tanh"):
+        masked_gemv(v, tau, weight, activation="gelu")
+    with pytest.raises(BadOperand, match="a multiple of 2"):
+        masked_gemv(v, tau, weight, activation="silu")

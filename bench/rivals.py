@@ -1,0 +1,72 @@
+"""What the masked product has to beat: the strongest dense products, and the kernel shape that others published.
+
+    cublas      F.linear on the dense weight (N, K)
+    inductor    the same, torch.compile with max-autotune and coordinate descent
+    published   masked loads, split-K, fp32 atomics into a zeroed output: what TEAL, WINA and CATS ship, for one token
+    fallback    the product this package makes where masks do not pay: dense, on the masked input
+
+The published kernel is written anew here from its shape, with the best of a few block sizes, and left in fp32: the cast that
+somebody must make is not charged to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Linear = Callable[[Tensor, Tensor], Tensor]
+
+
+@triton.jit
+def published_kernel(v, tau, w, y, K, N, s_wk, BK: tl.constexpr, BN: tl.constexpr):
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
+    m_k, m_n = o_k < K, o_n < N
+    b_v = tl.load(v + o_k, mask=m_k, other=0.0).to(tl.float32)
+    m_v = m_k & (b_v * b_v >= tl.load(tau + o_k, mask=m_k, other=0.0))
+    p_w = w + o_k.to(tl.int64)[:, None] * s_wk + o_n[None, :]
+    b_w = tl.load(p_w, mask=m_v[:, None] & m_n[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+    tl.atomic_add(y + o_n, tl.sum(b_w * tl.where(m_v, b_v, 0.0)[:, None], 0), mask=m_n)
+
+
+PUBLISHED = [(16, 256, 4), (32, 256, 4), (32, 128, 4), (64, 128, 4), (16, 512, 8)]
+
+
+def published(v: Tensor, tau: Tensor, weight: Tensor, choice: tuple[int, int, int]) -> Tensor:
+    """(1, K), (K,), (K, N) -> (1, N) fp32."""
+    block_k, block_n, warps = choice
+    ranks, columns = weight.shape
+    y = torch.zeros((1, columns), dtype=torch.float32, device=v.device)
+    grid = (triton.cdiv(columns, block_n), triton.cdiv(ranks, block_k))
+    published_kernel[grid](v, tau, weight, y, ranks, columns, weight.stride(0), BK=block_k, BN=block_n, num_warps=warps)
+    return y
+
+
+def inductor_linear() -> Linear:
+    """F.linear as Inductor makes it when told to try hard; compiled at its first call for each shape."""
+    # a fresh function: a compiled one is shared by code object, and would turn dynamic at its second shape
+    options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": False}
+    torch._dynamo.reset()
+    return torch.compile(lambda x, w: torch.nn.functional.linear(x, w), dynamic=False, options=options)
+
+
+def cublas_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight)
+
+
+def gated(linear: Linear, *, compiled: bool) -> Linear:
+    """silu(gate) * up after the linear; compiled as one function, else three more launches."""
+    if not compiled:
+        return lambda x, w: silu_times(linear(x, w))
+    options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": False}
+    return torch.compile(lambda x, w: silu_times(torch.nn.functional.linear(x, w)), dynamic=False, options=options)
+
+
+def silu_times(y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
