@@ -27,7 +27,10 @@ IMPLEMENTATIONS = ("auto", "reference", "triton")
 _chosen = ["auto"]
 
 _LIBRARY = torch.library.Library("rana", "DEF")
-_LIBRARY.define("masked_gemv(Tensor v, Tensor tau, Tensor weight, Tensor? bias=None, Tensor? scale=None) -> Tensor")
+_LIBRARY.define(
+    # density: the expected fraction of kept ranks; it tells who lowers the op when skipping pays, and changes no value
+    "masked_gemv(Tensor v, Tensor tau, Tensor weight, Tensor? bias=None, Tensor? scale=None, float density=0.5) -> Tensor"
+)
 _LIBRARY.define("router(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor")
 
 
@@ -73,7 +76,14 @@ def _kernel(name: str, x: Tensor, weight: Tensor) -> ModuleType | None:
     return _module(name)
 
 
-def _masked_gemv(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+def _masked_gemv(
+    v: Tensor,
+    tau: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    density: float = 0.5,  # noqa: ARG001
+) -> Tensor:
     launcher: Any = _kernel("masked_gemv", v, weight) or reference
     y: Tensor = launcher.masked_gemv(v, tau, weight, bias, scale)
     return y
@@ -90,7 +100,14 @@ _LIBRARY.impl("router", _router, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rana::masked_gemv", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _fake_masked_gemv(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+def _fake_masked_gemv(
+    v: Tensor,
+    tau: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,  # noqa: ARG001
+    scale: Tensor | None = None,
+    density: float = 0.5,  # noqa: ARG001
+) -> Tensor:
     shapes = f"v {tuple(v.shape)}, tau {tuple(tau.shape)}, weight {tuple(weight.shape)}: expected (..., K), (K,), (K, N)"
     torch._check(tau.dim() == 1 and weight.dim() == 2, lambda: shapes)
     torch._check(v.shape[-1] == weight.shape[0], lambda: shapes)
@@ -106,7 +123,7 @@ def _fake_router(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tens
 
 
 def _save_masked_gemv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    v, tau, weight, bias, scale = inputs
+    v, tau, weight, bias, scale, _ = inputs
     ctx.save_for_backward(v, tau, weight, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -123,7 +140,7 @@ def _backward_masked_gemv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight = (masked.t() @ rows).to(weight.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = rows.sum(0).to(ctx.bias_dtype)
-    return grad_v, None, grad_weight, grad_bias, None
+    return grad_v, None, grad_weight, grad_bias, None, None
 
 
 def _save_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -1,7 +1,8 @@
-"""Lowers ``rana::masked_gemv`` in Inductor.
+"""Lowers ``rana::masked_gemv`` and ``rana::router`` in Inductor.
 
-In: the operation as AOTAutograd left it in the graph. Out: Inductor IR, one of
+In: the operations as AOTAutograd left them in the graph. Out: Inductor IR, one of
 
+    a Triton kernel (GPU, few tokens, where the cost model expects it to win): lower_triton.py
     a C++ template (CPU, few tokens, rows of the weight contiguous): reads only the rows that are kept
     a matrix product on the masked input (everything else): the mask fuses into what precedes it
 
@@ -20,7 +21,8 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.virtualized import V
 
 from rana_fx.kernels import masked_gemv_cpp
-from rana_fx.kernels.ops import masked_gemv
+from rana_fx.kernels.ops import masked_gemv, router
+from rana_fx.passes import lower_triton
 
 _aten = torch.ops.aten
 
@@ -28,20 +30,34 @@ _aten = torch.ops.aten
 def register() -> None:
     """Make Inductor use this lowering. Importing Inductor takes a second, so it waits for the first compile."""
     if masked_gemv not in lowerings:
-        register_lowering(masked_gemv, type_promotion_kind=None)(_lower)
+        register_lowering(masked_gemv, type_promotion_kind=None)(_masked_gemv)
+        register_lowering(router, type_promotion_kind=None)(_router)
 
 
-def _lower(v: Any, tau: Any, weight: Any, bias: Any = None, scale: Any = None) -> Any:
-    if scale is not None:  # quantised: what eager mode would run
-        return fallback_handler(masked_gemv, add_to_fallback_set=False)(v, tau, weight, bias, scale)
+def _router(x: Any, weight: Any, scale: Any = None) -> Any:
+    *lead, inner = x.get_size()
+    x_TI = lowerings[_aten.view.default](x, [sympy.prod(lead), inner])
+    z_TR = lower_triton.router_product(x_TI, weight, scale)
+    if z_TR is None and scale is not None:  # quantised: what eager mode would run
+        return fallback_handler(router, add_to_fallback_set=False)(x, weight, scale)
+    if z_TR is None:
+        z_TR = lowerings[_aten.mm.default](x_TI, lowerings[_aten.permute.default](weight, [1, 0]))
+    return lowerings[_aten.view.default](z_TR, [*lead, z_TR.get_size()[1]])
+
+
+def _masked_gemv(v: Any, tau: Any, weight: Any, bias: Any = None, scale: Any = None, density: float = 0.5) -> Any:
     *lead, inner = v.get_size()
     v_TK = lowerings[_aten.view.default](v, [sympy.prod(lead), inner])
-    y_TN = _sparse_cpu(v_TK, tau, weight)
+    y_TN = lower_triton.masked_product(v_TK, tau, weight, scale, density)
+    if y_TN is None and scale is not None:  # quantised: what eager mode would run
+        return fallback_handler(masked_gemv, add_to_fallback_set=False)(v, tau, weight, bias, scale, density)
+    if y_TN is None:
+        y_TN = _sparse_cpu(v_TK, tau, weight)
     if y_TN is None:
         y_TN = _dense(v_TK, tau, to_dtype(weight, v.get_dtype()))
     if bias is not None:
         y_TN = lowerings[_aten.add.Tensor](y_TN, bias)
-    return lowerings[_aten.view.default](to_dtype(y_TN, v.get_dtype()), [*lead, weight.get_size()[1]])
+    return lowerings[_aten.view.default](to_dtype(y_TN, v.get_dtype()), [*lead, y_TN.get_size()[1]])
 
 
 def _dense(v_TK: Any, tau: Any, weight: Any) -> Any:

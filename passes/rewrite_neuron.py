@@ -31,7 +31,7 @@ def rewrite_neuron(graph_module: fx.GraphModule, match: Match) -> int:
             x = emit.method("to", x, wanted)  # autocast: the dense layer would have cast its input, too
         factor, transposed = linear.factor
         weight = factor if transposed else emit.call(torch.t, factor)
-        y = emit.call(masked_gemv, x, tau, weight, linear.bias_node)
+        y = emit.call(masked_gemv, x, tau, weight, linear.bias_node, None, match.adapter.density)
         y.meta["rana_adapter"] = match.adapter.name
         linear.node.replace_all_uses_with(y)
         graph_module.graph.erase_node(linear.node)

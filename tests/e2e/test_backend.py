@@ -103,7 +103,7 @@ def test_parts_of_weights_through_a_saved_plan(name, tmp_path):
 
 
 def test_rewrite_counts_and_operations():
-    """Per layer: three linears become one router and one product; up, gate, down one product each."""
+    """Per layer: qkv become one router and one product, up and gate one each, down one product."""
     for depth in (1, 3):
         model, batch, _ = adapted(depth=depth, budget=0.7)
         seen = []
@@ -111,16 +111,17 @@ def test_rewrite_counts_and_operations():
         def look(gm, example_inputs, seen=seen):
             result = run(gm, example_inputs)
             products = [n for n in gm.graph.nodes if n.target is torch.ops.rana.masked_gemv.default]
+            routers = [n for n in gm.graph.nodes if n.target is torch.ops.rana.router.default]
             linears = [n for n in gm.graph.nodes if n.target is torch.nn.functional.linear]
-            seen.append((result.replaced, len(products), len(linears)))
+            seen.append((result.replaced, len(products), len(routers), len(linears)))
             return gm.forward
 
         torch.compiler.reset()
         with torch.no_grad():
             torch.compile(model, backend=look)(**batch)
-        # linears left: routers of qkv, gate and up, the output projection per layer, and the head
+        # routers of qkv, gate and up; linears left: the output projection per layer, and the head
         expected = {"rewrite_gated": 0, "rewrite_rank": 5 * depth, "rewrite_neuron": depth}
-        assert seen == [(expected, 4 * depth, 4 * depth + 1)]
+        assert seen == [(expected, 4 * depth, 3 * depth, depth + 1)]
 
 
 def test_gradients_reach_the_factors():

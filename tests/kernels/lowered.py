@@ -1,0 +1,121 @@
+"""Prints the code Inductor writes for a GPU that is not there. A program, not a test: it pretends there is an H200 and must
+import Triton without its interpreter, so test_lower_triton.py runs it in a process of its own.
+
+    out = r + (silu(g) * u) W2   with   [g, u] = mask(router(x)) W
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+from unittest.mock import patch
+
+import torch
+import triton
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime import hints
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
+
+from rana_fx.kernels.ops import masked_gemv, router
+from rana_fx.passes import lower
+
+RANKS, WIDTH, FFN = 2800, 4096, 11008
+
+
+def layer(x, b, tau, w, tau2, w2, r):
+    gate, up = masked_gemv(router(x, b), tau, w).chunk(2, -1)
+    return (r + masked_gemv(torch.nn.functional.silu(gate) * up, tau2, w2),)
+
+
+class Driver:
+    """What Inductor asks Triton's driver while it writes code."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_benchmarker(self):
+        return None
+
+
+class Written(Exception):
+    """Stops the compile where the code would be loaded."""
+
+
+def pretend(stack):
+    """Patch what would look for a GPU."""
+    sizes = dict(multi_processor_count=132, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, warp_size=32)
+    known = sizes | dict(type="cuda", index=0, cc=90, major=9, max_threads_per_block=1024)
+    kind = hints.DeviceProperties
+    names = kind._fields if hasattr(kind, "_fields") else [field.name for field in dataclasses.fields(kind)]
+    device = kind(**{name: known[name] for name in names if name in known})
+    memory = dict(total_memory=140 << 30, shared_memory_per_block_optin=232448, gcnArchName="")
+    properties = types.SimpleNamespace(name="NVIDIA H200", minor=0, **sizes, **memory, major=9)
+    triton.runtime.driver.set_active(Driver())
+    for target, value in {
+        "torch.cuda.get_device_properties": properties,
+        "torch.cuda.get_device_capability": (9, 0),
+        "torch.cuda.current_device": 0,
+        "torch.cuda.device_count": 1,
+        "torch.utils._triton.has_triton": True,
+        "torch._inductor.utils.has_triton": True,
+        "torch._inductor.scheduler.has_triton": True,
+        "torch._inductor.compile_fx._check_triton_bf16_support": None,
+    }.items():
+        with contextlib.suppress(AttributeError):
+            stack.enter_context(patch(target, lambda *_, value=value, **__: value))
+    for name, value in {"is_triton_capable": True, "get_compute_capability": 90, "raise_if_triton_unavailable": None}.items():
+        if hasattr(CudaInterface, name):
+            stack.enter_context(patch.object(CudaInterface, name, staticmethod(lambda *_, value=value, **__: value)))
+    stack.enter_context(patch.object(hints.DeviceProperties, "create", lambda *_, **__: device))
+
+
+def main(tokens):
+    lower.register()
+    code = []
+
+    def write(self):
+        code.append(self.codegen()[0])
+        raise Written
+
+    with contextlib.ExitStack() as stack, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        pretend(stack)
+        stack.enter_context(patch.object(GraphLowering, "compile_to_module", write))
+        stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False, compile_threads=1))
+
+        def empty(*size, dtype=torch.bfloat16):
+            return torch.empty(size, dtype=dtype, device="cuda")
+
+        x, r = empty(1, tokens, WIDTH), empty(1, tokens, WIDTH)
+        first = empty(RANKS, WIDTH), empty(RANKS, dtype=torch.float32), empty(RANKS, 2 * FFN)
+        second = empty(FFN, dtype=torch.float32), empty(FFN, WIDTH)
+        inputs = [x, *first, *second, r]
+        graph = make_fx(layer, decomposition_table=select_decomp_table())(*inputs)
+        try:
+            with V.set_fake_mode(mode):
+                compile_fx_inner(graph, inputs)
+        except Exception:  # Written, in whatever Inductor wraps it
+            if not code:
+                raise
+    print(getattr(code[0], "value", code[0]))
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(int(sys.argv[1]))

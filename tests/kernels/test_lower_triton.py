@@ -1,0 +1,94 @@
+"""What Inductor writes for a GPU, without one: which kernels a decoded token launches, and what is fused into them; and, on a
+GPU, what they compute."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+from torch.nn.functional import silu
+
+from rana_fx.kernels import reference
+from rana_fx.kernels.ops import masked_gemv, router
+from rana_fx.passes import lower
+from tests.kernels.test_compiled import run
+
+pytest.importorskip("triton")
+
+
+def launches(code):
+    """Names of the kernels that the written module calls, in order."""
+    return re.findall(r"^\s+(\w+?)(?:_\d+)?\.run\(|^\s+(extern_kernels\.\w+)\(", code[code.index("def call") :], re.M)
+
+
+def test_a_decoded_token_launches_one_kernel_per_product():
+    code = run("tests/kernels/lowered.py", "1")
+    names = [first or second for first, second in launches(code)]
+    ours = [name for name in names if name.startswith(("router", "masked_gemv"))]
+    assert ours == ["router_kernel", "masked_gemv_kernel", "masked_gemv_kernel"]
+    assert not any("extern" in name for name in names)  # no dense product is left
+    # the sum of the partials takes silu * up along where it can; the second sum takes the residual
+    assert len(names) - len(ours) <= 3
+    assert names[-1].startswith("triton_poi")
+
+
+def test_many_tokens_are_dense_products():
+    names = [first or second for first, second in launches(run("tests/kernels/lowered.py", "64"))]
+    assert not any(name.startswith(("router", "masked_gemv")) for name in names)
+    assert sum("extern" in name or "tem" in name for name in names) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_compiled_layer_matches_fp64(tokens, dtype):
+    ranks, width, ffn = 1000, 2048, 4096
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*size, scale=1.0):
+        return (torch.randn(size, generator=generator, device="cuda") * scale).to(dtype)
+
+    x, r = randn(1, tokens, width), randn(1, tokens, width)
+    b, w, w2 = (
+        randn(ranks, width, scale=width**-0.5),
+        randn(ranks, 2 * ffn, scale=ranks**-0.5),
+        randn(ffn, width, scale=ffn**-0.5),
+    )
+    bias = randn(2 * ffn)
+    tau, tau2 = torch.full((ranks,), 0.5, device="cuda"), torch.full((ffn,), 0.02, device="cuda")
+
+    def layer(x, r):
+        z = router(x, b)
+        y = masked_gemv(z, tau, w, bias)
+        gate, up = y.chunk(2, -1)
+        h = silu(gate) * up
+        return z, y, h, r + masked_gemv(h, tau2, w2)
+
+    lower.register()
+    (z, y, h, out), (code, *_) = run_and_get_code(torch.compile(layer), x, r)
+    eps = torch.finfo(dtype).eps
+    if tokens == 1:
+        assert code.count("def masked_gemv_kernel") >= 1
+    assert _rmse(z, x.double() @ b.double().t()) < 2 * eps + 1e-6
+    assert _rmse(y, reference.masked_gemv(z.double(), tau, w.double(), bias.double())) < 2 * eps + 1e-6
+    gate, up = y.double().chunk(2, -1)
+    # fused, the activation sees sums that were not rounded yet
+    assert _rmse(h, silu(gate) * up) < 6 * eps + 1e-6
+    right = r.double() + reference.masked_gemv(h.double(), tau2, w2.double())
+    assert _rmse(out, right) < 2 * eps + _flipped(h, tau2, w2, eps)
+    again = torch.compile(layer)(x, r)
+    assert all(torch.equal(one, two) for one, two in zip((z, y, h, out), again, strict=True))
+
+
+def _rmse(got, exact):
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+def _flipped(h, tau, w, eps):
+    """What elements within rounding of their threshold can change: the product saw h before it was rounded."""
+    near = (h.double().square() - tau).abs() < 4 * eps * tau
+    delta = reference.masked_gemv(h.double() * near, tau * 0, w.double())
+    return float(delta.norm() / math.sqrt(h.shape[-2])) + 1e-6
