@@ -8,7 +8,7 @@ device, a static cache. Every version is compared with its reference first (``be
     python -m bench.decode llama-1b --out rows.jsonl --sequences 2 --new-tokens 16 --longest 32 --batches 1,4
 
 Kinds of rows: ``device`` (copy bandwidth, bytes of weights), ``decode``, ``prefill``, ``kernels`` (--profile), ``skipped`` (a
-failure, a refusal by the gate, no time left); the last with the reason. Compile time is that of the first three calls, capture included.
+failure, a refusal by the gate, no time left) with the reason. Compile time is that of the first three calls, capture included.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def table(run: Run) -> None:
         ms, rate, gate = row["ms_per_token"], row["weight_gb_per_s"], row["gate"]
         lines.append((
             row["variant"], row["batch"], row["tokens_per_s"], ms["p20"], ms["p50"], ms["p80"],
-            dense_ratio(run, row["batch"], ms["p50"]), row.get("measured_budget", {}).get("bytes"), rate,
+            dense_ratio(run.rows, row["batch"], ms["p50"]), row.get("measured_budget", {}).get("bytes"), rate,
             None if rate is None else rate * 1e9 / run.bandwidth, prefills.get((row["variant"], row["batch"])),
             row["compile_seconds"], row["peak_gb"], gate["masked_error"] if gate["fixed_error"] is None else gate["fixed_error"],
         ))  # fmt: skip

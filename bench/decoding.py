@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 
 Forward = Callable[..., Any]
 _COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}
+
+
+@dataclass(frozen=True, eq=False)
+class Script:
+    """A context and the tokens fed one by one after it, (batch, tokens) each."""
+
+    context_BT: Tensor
+    tokens_BT: Tensor
 
 
 class Decoder:
@@ -40,25 +49,29 @@ class Decoder:
         drawn = torch.randint(vocabulary_of(self.model), (self.batch, length), generator=self._generator)
         return drawn.to(self.device)
 
-    def prefill(self, length: int, forward: Forward | None = None) -> Tensor:
-        """Read a context of random tokens into the empty cache. Returns the next token of each sequence, (batch, 1)."""
+    def script(self, context: int, steps: int) -> Script:
+        """Random tokens to decode by."""
+        return Script(self.tokens(context), self.tokens(steps))
+
+    def read(self, tokens_BT: Tensor, forward: Forward | None = None) -> Tensor:
+        """Read a context into the empty cache. Returns the next token of each sequence, (batch, 1)."""
         self.cache.reset()
-        return self._next(self._call(forward or self.model.forward, self.tokens(length), 0))
+        return self._next(self._call(forward or self.model.forward, tokens_BT, 0))
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first tokens."""
-        for layer in self.cache.layers:
-            # later entries are overwritten before they are seen
-            layer.cumulative_length.fill_(length)
+    def logits(self, forward: Forward, script: Script) -> Tensor:
+        """Logits of single steps over the script's tokens after its context, (steps, batch, vocabulary), fp32."""
+        self.read(script.context_BT)
+        length = script.context_BT.shape[1]
+        # strides as those of a token from argmax, or the compiled function is compiled again
+        columns = [column.clone(memory_format=torch.contiguous_format) for column in script.tokens_BT.split(1, dim=1)]
+        return torch.stack([self._call(forward, column, length + i) for i, column in enumerate(columns)])
 
-    def logits(self, forward: Forward, tokens_BT: Tensor, length: int) -> Tensor:
-        """Logits of single steps over given tokens after a context of ``length``, (steps, batch, vocabulary), fp32."""
-        self.rewind(length)
-        steps = [self._call(forward, tokens_BT[:, i : i + 1].clone(), length + i) for i in range(tokens_BT.shape[1])]
-        return torch.stack(steps)
+    def decode(self, forward: Forward, length: int, count: int) -> tuple[list[float], float]:
+        """(ms of each step, seconds of all) of ``count`` greedy steps after a random context of ``length`` tokens.
 
-    def decode(self, forward: Forward, token_B1: Tensor, length: int, count: int) -> tuple[list[float], float]:
-        """(ms of each step, seconds of all) of ``count`` greedy steps. On a GPU the host never waits between steps."""
+        On a GPU the host never waits between steps.
+        """
+        token_B1 = self.read(self.tokens(length))
         position = torch.full((self.batch, 1), length, device=self.device)
         self.synchronize()
         began = time.perf_counter()

@@ -6,6 +6,7 @@ the reference's logits, compilation, the gate, sequences, a prefill, kernel time
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from dataclasses import dataclass, field
@@ -43,6 +44,11 @@ class Protocol:
     seconds: float | None
     profile: bool
 
+    def watched(self) -> list[int]:
+        """Four contexts as they are half-way through the decoding."""
+        ordered = sorted(self.lengths)
+        return [ordered[(2 * i + 1) * len(ordered) // 8] + self.new_tokens // 2 for i in range(4)]
+
 
 @dataclass(eq=False)
 class Run:
@@ -71,11 +77,12 @@ class Run:
     def decoder(self, batch: int) -> Decoder:
         if batch not in self.decoders:
             self.decoders.clear()  # one cache at a time
-            room = max(*self.protocol.lengths, self.protocol.prefill, 64) + self.protocol.new_tokens
+            # thresholds are set over up to 64 steps from the middle of a decoding
+            room = max(*self.protocol.lengths, self.protocol.prefill, 16) + max(self.protocol.new_tokens, 128)
             self.decoders[batch] = Decoder(self.model, batch=batch, room=-(-room // 64) * 64, seed=self.protocol.seed)
         return self.decoders[batch]
 
-    def weight_bytes(self, variant: Variant, prepared: Prepared) -> float | None:
+    def weight_bytes(self, variant: Variant, prepared: Prepared) -> float:
         """Bytes of linears that a step of one sequence reads, by the measured densities."""
         sites = self.layout.sites.values()
         dense = sum(site.flops * site.weight.element_size() for site in sites)
@@ -108,62 +115,64 @@ def compare(run: Run, chosen: list[Variant]) -> None:
 
 def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: float, facts: dict[str, Any]) -> None:
     """One variant at one batch size, until about ``deadline``: gate, warm up, decode, prefill, profile."""
-    decoder = run.decoder(batch)
+    decoder, seed = run.decoder(batch), run.protocol.seed
     forget_peak(decoder.device)
     began = time.perf_counter()
-    expected, tokens = reference(variant, prepared, decoder, seed=run.protocol.seed)
+    script, expected = reference(variant, prepared, decoder, watched=run.protocol.watched(), seed=seed)
     forward = variant.compiled(run.model)
-    prepare_seconds = time.perf_counter() - began
+    seconds = {"prepare_seconds": time.perf_counter() - began}
     began = time.perf_counter()
-    decoder.logits(forward, tokens[:, :1].expand(-1, _WARM_CALLS), GATE_CONTEXT)
-    decoder.synchronize()
-    compile_seconds = time.perf_counter() - began
-    limit = bound(run.model.dtype, layers_of(run.model), max(site.in_features for site in run.layout.sites.values()))
-    verdict = judge(
-        lambda: decoder.logits(forward, tokens, GATE_CONTEXT), prepared.plan, expected, limit=limit, seed=run.protocol.seed
-    )
-    facts = facts | {"batch": batch, "gate": verdict.facts()}
-    if not verdict.passed:
-        run.add("skipped", **facts, reason="the gate refused it: its logits are not those of its reference")
-        return
-    steps, spent, used = [], 0.0, []
-    for context in run.protocol.lengths:
+    decoder.decode(forward, GATE_CONTEXT, _WARM_CALLS)
+    seconds["compile_seconds"] = time.perf_counter() - began
+    # what is checked is what is timed, and no compilation is timed
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        limit = bound(run.model.dtype, layers_of(run.model), max(site.in_features for site in run.layout.sites.values()))
+        verdict = judge(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit, seed=seed)
+        facts = facts | {"batch": batch, "gate": verdict.facts()}
+        if not verdict.passed:
+            run.add("skipped", **facts, reason="the gate refused it: its logits are not those of its reference")
+            return
+        timed = _timed(run.protocol, decoder, forward, deadline)
+    p50, read = timed["ms_per_token"]["p50"], run.weight_bytes(variant, prepared)
+    timed |= {
+        # a batch of masks reads the union of their rows, which is not counted
+        "weight_gb_per_s": read / p50 / 1e6 if batch == 1 or prepared.plan is None else None,
+        "dense_ratio": dense_ratio(run.rows, batch, p50),
+        "peak_gb": peak_bytes(decoder.device) / 1e9,
+    }
+    run.add("decode", **facts, **_plan_facts(prepared), **timed, **seconds)
+    print(f"{variant.label}, batch {batch}: {timed['tokens_per_s']:.1f} tokens/s, {p50:.3f} ms a step", flush=True)
+    if run.protocol.profile:
+        decode = functools.partial(decoder.decode, forward, GATE_CONTEXT, _PROFILED_STEPS)
+        kernels = kernel_times(decode, steps=_PROFILED_STEPS, device=decoder.device)
+        run.add("kernels", variant=variant.label, batch=batch, step_ms=p50, kernels=kernels)
+        show_kernels(f"{variant.label}, batch {batch}", kernels, p50)
+    if run.protocol.prefill:
+        # another shape is another compilation: only where there is time for it
+        late = time.perf_counter() + seconds["compile_seconds"] > deadline
+        found = {"reason": "no time left for a prefill"} if late else _prefill(run.protocol.prefill, decoder, forward)
+        run.add("skipped" if late else "prefill", variant=variant.label, batch=batch, **found)
+
+
+def _timed(protocol: Protocol, decoder: Decoder, forward: Forward, deadline: float) -> dict[str, Any]:
+    """Decode after each context until ``deadline``, after one at least."""
+    steps: list[float] = []
+    used: list[int] = []
+    spent = 0.0
+    for context in protocol.lengths:
         if used and time.perf_counter() + spent / len(used) > deadline:
             break
-        times, seconds = decoder.decode(forward, decoder.prefill(context), context, run.protocol.new_tokens)
+        times, seconds = decoder.decode(forward, context, protocol.new_tokens)
         steps += times
         spent += seconds
         used.append(context)
-    ms = percentiles(steps)
-    read = run.weight_bytes(variant, prepared)
-    row = run.add(
-        "decode",
-        **facts,
-        **_plan_facts(prepared),
-        sequences=len(used),
-        contexts=used,
-        cache=decoder.room,
-        tokens_per_s=batch * len(steps) / spent,
-        ms_per_token=ms,
-        # a batch of masks reads the union of their rows, which is not counted
-        weight_gb_per_s=read / ms["p50"] / 1e6 if read is not None and (batch == 1 or prepared.plan is None) else None,
-        dense_ratio=dense_ratio(run, batch, ms["p50"]),
-        prepare_seconds=prepare_seconds,
-        compile_seconds=compile_seconds,
-        peak_gb=peak_bytes(decoder.device) / 1e9,
-    )
-    print(f"{row['variant']}, batch {batch}: {row['tokens_per_s']:.1f} tokens/s, {ms['p50']:.3f} ms a step", flush=True)
-    if run.protocol.prefill:
-        # another shape is another compilation: only where there is time for it
-        late = time.perf_counter() > deadline - compile_seconds
-        found = {"reason": "no time left"} if late else _prefill(run.protocol.prefill, decoder, forward)
-        run.add("skipped" if late else "prefill", variant=variant.label, batch=batch, **found)
-    if run.protocol.profile:
-        token = decoder.prefill(GATE_CONTEXT)
-        decode = lambda: decoder.decode(forward, token, GATE_CONTEXT, _PROFILED_STEPS)  # noqa: E731
-        kernels = kernel_times(decode, steps=_PROFILED_STEPS, device=decoder.device)
-        run.add("kernels", variant=variant.label, batch=batch, step_ms=ms["p50"], kernels=kernels)
-        show_kernels(f"{variant.label}, batch {batch}", kernels, ms["p50"])
+    return {
+        "sequences": len(used),
+        "contexts": used,
+        "cache": decoder.room,
+        "tokens_per_s": decoder.batch * len(steps) / spent,
+        "ms_per_token": percentiles(steps),
+    }
 
 
 def _plan_facts(prepared: Prepared) -> dict[str, Any]:
@@ -196,11 +205,11 @@ def _router_bits(plan: Plan) -> int | None:
     return next((8 * adapter.router.element_size() for adapter in plan.adapters if adapter.router is not None), None)
 
 
-def dense_ratio(run: Run, batch: int, ms: float) -> float | None:
-    """Times faster than the fastest dense variant of this run so far."""
+def dense_ratio(rows: list[dict[str, Any]], batch: int, ms: float) -> float | None:
+    """Times faster than the fastest dense variant among the rows; None before there is one."""
     dense = [
         row["ms_per_token"]["p50"]
-        for row in run.rows
+        for row in rows
         if row["kind"] == "decode" and row["variant_kind"] == "dense" and row["batch"] == batch
     ]
     return min(dense) / ms if dense else None
@@ -208,11 +217,11 @@ def dense_ratio(run: Run, batch: int, ms: float) -> float | None:
 
 def _prefill(length: int, decoder: Decoder, forward: Forward) -> dict[str, Any]:
     """Time of a compiled prefill."""
-    times = []
+    tokens, times = decoder.tokens(length), []
     for _ in range(_WARM_CALLS + _PREFILLS):
         decoder.synchronize()
         began = time.perf_counter()
-        decoder.prefill(length, forward)
+        decoder.read(tokens, forward)
         decoder.synchronize()
         times.append(time.perf_counter() - began)
     ms = 1000 * percentiles(times[_WARM_CALLS:])["p50"]

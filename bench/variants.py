@@ -12,7 +12,7 @@ it, its thresholds are set, or its weights are in 8 bits. int8 replaces the weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,12 +34,12 @@ from rana_fx.running import evaluating, observing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bench.decoding import Decoder
+    from bench.decoding import Decoder, Script
 
 NAMES = ("eager", "reduce-overhead", "max-autotune", "int8", "rana")
 _GATE_STEPS = 4
 GATE_CONTEXT = 16
-_WATCHED_STEPS = 16
+_WATCHED_ROWS = 2**16  # values of the residual stream, over all watched steps
 
 
 @dataclass(frozen=True)
@@ -114,21 +114,28 @@ def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: 
         torch.compiler.reset()
 
 
-def reference(variant: Variant, prepared: Prepared, decoder: Decoder, *, seed: int) -> tuple[Expected, torch.Tensor]:
-    """What the variant has to reproduce: (expected logits, the tokens they are for). Sets thresholds the first time."""
-    model = decoder.model
-    decoder.prefill(GATE_CONTEXT)
-    tokens = decoder.tokens(_GATE_STEPS)
-    plan = prepared.plan
+def reference(
+    variant: Variant, prepared: Prepared, decoder: Decoder, *, watched: Sequence[int] = (GATE_CONTEXT,), seed: int = 0
+) -> tuple[Script, Expected]:
+    """What the variant has to reproduce: tokens, and the logits they shall have. Sets thresholds the first time.
+
+    Args:
+        watched: contexts to set thresholds after. With random weights the attention averages over the context, so the output
+            projection reads smaller values the longer it is.
+    """
+    model, plan = decoder.model, prepared.plan
+    script = decoder.script(GATE_CONTEXT, _GATE_STEPS)
     if plan is None:
-        return expect(lambda: decoder.logits(model.forward, tokens, GATE_CONTEXT), model, None, dtype=model.dtype), tokens
+        return script, expect(lambda: decoder.logits(model.forward, script), model, None, dtype=model.dtype)
     with implementation("reference"), evaluating(model), observing(model):
         watch = Watch(model, plan)
         if prepared.measured is None:
-            steps = [decoder.tokens(_WATCHED_STEPS) for _ in range(2)]
+            width = model.config.get_text_config().hidden_size
+            steps = max(2, min(64, _WATCHED_ROWS // width // decoder.batch) // len(watched))
+            setting, measuring = ([decoder.script(length, steps) for length in watched] for _ in range(2))
             if variant.saved is None:
-                set_thresholds(watch, plan, lambda: decoder.logits(watch, steps[0], GATE_CONTEXT))
-            decoder.logits(watch, steps[1], GATE_CONTEXT)
+                set_thresholds(watch, plan, lambda: [decoder.logits(watch, script) for script in setting])
+            for other in measuring:
+                decoder.logits(watch, other)
             prepared.measured = watch.result()
-        run = lambda: decoder.logits(watch, tokens, GATE_CONTEXT)  # noqa: E731
-        return expect(run, model, plan, dtype=model.dtype, seed=seed), tokens
+        return script, expect(lambda: decoder.logits(watch, script), model, plan, dtype=model.dtype, seed=seed)
