@@ -48,13 +48,14 @@ def main(
     prefill: Annotated[int, typer.Option(help="Tokens of the timed prefill; 0 for none (it is another compilation).")] = 512,
     seconds: Annotated[float | None, typer.Option(help="Time for the whole run; sequences are left out to keep it.")] = None,
     profile: Annotated[bool, typer.Option(help="Also time per kernel of a step.")] = False,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32; auto: float32 on a CPU, else bfloat16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; default: a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, plans, contexts and tokens.")] = 0,
 ) -> None:
     """Tokens per second of MODEL, dense and adapted."""
     began = time.perf_counter()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
     menu = Menu(density=density, stacked=stacked, router_bits=router_bits)
     chosen = variants(names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, menu=menu)
     sizes = [int(value) for value in batches.split(",")]

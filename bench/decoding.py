@@ -67,11 +67,11 @@ class Decoder:
         return torch.stack([self._call(forward, column, length + i) for i, column in enumerate(columns)])
 
     def decode(self, forward: Forward, length: int, count: int) -> tuple[list[float], float]:
-        """(ms of each step, seconds of all) of ``count`` greedy steps after a random context of ``length`` tokens.
+        """(ms of each step, seconds of all) of ``count`` greedy steps after a random context of ``length`` tokens."""
+        return self.steps(forward, self.read(self.tokens(length)), length, count)
 
-        On a GPU the host never waits between steps.
-        """
-        token_B1 = self.read(self.tokens(length))
+    def steps(self, forward: Forward, token_B1: Tensor, length: int, count: int) -> tuple[list[float], float]:
+        """The same after a context that was just read. On a GPU the host never waits between steps."""
         position = torch.full((self.batch, 1), length, device=self.device)
         self.synchronize()
         began = time.perf_counter()

@@ -8,8 +8,9 @@ with a time. Two comparisons, both by relative RMSE of logits:
     masked  the plan's own thresholds. A v^2 within rounding of its threshold may fall on either side, and the difference spreads
             through the layers, so the bound is what rounding alone does to the reference (its vectors moved by one eps)
 
-Rounding errors add up as a random walk. A layer rounds about ten tensors, each by 0.2 eps of its size, in both versions;
-2.5 times that is eps sqrt(5 layers). Sums of K terms in fp32 add eps32 sqrt(K) each, which matters where the dtype is fp32.
+Rounding errors add up as a random walk. A layer rounds about ten tensors, each by 0.2 eps of its size, in both versions: half as
+much again is eps sqrt(2 layers). Sums of K terms in fp32 add eps32 sqrt(K) each, which matters where the dtype is fp32. Measured
+in bf16 on a CPU with 22 layers: fixed 0.010 (bound 0.052); masked 0.26, where moving the reference by one eps makes 0.31.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 
 from rana_fx.plan import Plan
 
-_TIMES_NOISE = 3.0
-# two unrelated results differ by 1.4; beyond this a comparison says nothing
-_MEANINGFUL = 0.7
+_TIMES_NOISE = 2.0
+# two unrelated results differ by 1.4; near it a comparison says nothing
+_MEANINGFUL = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Verdict:
 def bound(dtype: torch.dtype, layers: int, terms: int) -> float:
     """Relative RMSE of logits that two correct versions of one computation may differ by."""
     rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * terms**0.5)
-    return float((5 * layers) ** 0.5 * rounding)
+    return float((2 * layers) ** 0.5 * rounding)
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -85,11 +86,16 @@ def judge(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, l
         return Verdict(masked_error <= limit, masked_error, limit, None, limit, 0.0)
     with fixed_masks(plan, seed=seed):
         fixed_error = relative(run(), expected.fixed)
-    allowed: float | None = _TIMES_NOISE * max(expected.noise, limit)
-    if allowed is not None and allowed > _MEANINGFUL:
-        allowed = None
-    passed = fixed_error <= limit and masked_error < (float("inf") if allowed is None else allowed)
-    return Verdict(passed, masked_error, allowed, fixed_error, limit, expected.noise)
+    allowed = _TIMES_NOISE * max(expected.noise, limit)
+    within = masked_error <= allowed if allowed <= _MEANINGFUL else masked_error < float("inf")
+    return Verdict(
+        passed=fixed_error <= limit and within,
+        masked_error=masked_error,
+        masked_bound=allowed if allowed <= _MEANINGFUL else None,
+        fixed_error=fixed_error,
+        fixed_bound=limit,
+        noise=expected.noise,
+    )
 
 
 @contextmanager

@@ -143,7 +143,8 @@ def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: f
     run.add("decode", **facts, **_plan_facts(prepared), **timed, **seconds)
     print(f"{variant.label}, batch {batch}: {timed['tokens_per_s']:.1f} tokens/s, {p50:.3f} ms a step", flush=True)
     if run.protocol.profile:
-        decode = functools.partial(decoder.decode, forward, GATE_CONTEXT, _PROFILED_STEPS)
+        token = decoder.read(decoder.tokens(GATE_CONTEXT))
+        decode = functools.partial(decoder.steps, forward, token, GATE_CONTEXT, _PROFILED_STEPS)
         kernels = kernel_times(decode, steps=_PROFILED_STEPS, device=decoder.device)
         run.add("kernels", variant=variant.label, batch=batch, step_ms=p50, kernels=kernels)
         show_kernels(f"{variant.label}, batch {batch}", kernels, p50)

@@ -68,7 +68,7 @@ class Variant:
 
 def variants(names: str, budgets: list[float], plans: list[Path], *, mode: str, menu: Menu) -> list[Variant]:
     """Dense ones first, so that the others have something to be compared with; int8 last. Raises InvalidOption."""
-    given = names.split(",")
+    given = [name.strip() for name in names.split(",")]
     for name in given:
         if name not in NAMES:
             raise InvalidOption(name="--variants", got=name, expected="some of " + ", ".join(NAMES))
@@ -105,8 +105,8 @@ def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: 
         assert found is not None
         prepared.plan = live_plan(found.plan, found.factors)
     elif variant.budget is not None:
-        plan = random_plan(model, layout, variant.budget, menu=variant.menu, seed=seed)
-        prepared.plan = attach_unchecked(model, plan)
+        # no name for the first copy of the factors: it shall not outlive this line
+        prepared.plan = attach_unchecked(model, random_plan(model, layout, variant.budget, menu=variant.menu, seed=seed))
     try:
         yield prepared
     finally:

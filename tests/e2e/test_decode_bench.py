@@ -7,15 +7,17 @@ import json
 import pytest
 import torch
 
+import rana_fx
 from bench.decode import main
 from bench.decoding import Decoder
 from bench.gate import bound, expect, fixed_masks, judge, relative
 from bench.latency import Variant
 from bench.models import build, layers_of
 from bench.random_plan import Menu, layout_of, random_plan, ranks_for
-from bench.variants import on_model, reference
+from bench.variants import on_model, reference, variants
 from rana_fx.attachment import attached
 from rana_fx.errors import InvalidOption
+from rana_fx.plan import load_plan
 from tests.architectures import build as build_architecture
 
 CPU = torch.device("cpu")
@@ -147,6 +149,26 @@ def test_the_gate_sees_a_small_error_in_one_factor(dtype):
         adapter.weight.mul_(1.5)  # in place: the compiled code reads the same storage
         bad = judge(run, prepared.plan, expected, limit=limit)
         assert not bad.passed and bad.fixed_error > limit
+
+
+def test_a_saved_plan_is_compared_as_it_is(tmp_path):
+    model = build("tiny", device=CPU, dtype="float32")
+    rana_fx.adapt(model, [{"input_ids": torch.randint(128, (2, 64))}], budget=0.6, recipe="teal", progress=False).save(tmp_path)
+    rana_fx.detach(model)
+    (variant,) = variants("rana", [], [tmp_path], mode="default", menu=Menu())
+    assert variant.label == "rana 0.6"
+    decoder, limit = Decoder(model, batch=1, room=128), bound(model.dtype, layers_of(model), 160)
+    with on_model(variant, model, layout_of(model), seed=0) as prepared, torch.no_grad():
+        taus = [adapter.tau.clone() for adapter in load_plan(tmp_path).adapters]
+        script, expected = reference(variant, prepared, decoder, seed=0)
+        assert all(torch.equal(adapter.tau, tau) for adapter, tau in zip(prepared.plan.adapters, taus, strict=True))
+        forward = variant.compiled(model)
+        assert judge(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit).passed
+
+
+def test_unknown_variants_are_named():
+    with pytest.raises(InvalidOption, match="'fastest'"):
+        variants("eager,fastest", [0.5], [], mode="default", menu=Menu())
 
 
 def test_the_gate_sees_a_wrong_mask(tiny):
