@@ -6,7 +6,8 @@ with a time. Two comparisons, both by relative RMSE of logits:
     fixed   thresholds replaced by 0 and infinity, drawn at the plan's densities: which rows count does not depend on rounding,
             so every product, sum and index must agree to rounding
     masked  the plan's own thresholds. A v^2 within rounding of its threshold may fall on either side, and the difference spreads
-            through the layers, so the bound is what rounding alone does to the reference (its vectors moved by one eps)
+            through the layers, so the bound is what such a step does to the reference: its vectors are moved by one eps, or by
+            1e-4, since in fp32 a step of one eps may cross no threshold where the compiled model crosses one
 
 Rounding errors add up as a random walk. A layer rounds about ten tensors, each by 0.2 eps of its size, in both versions: half as
 much again is eps sqrt(2 layers). Sums of K terms in fp32 add eps32 sqrt(K) each, which matters where the dtype is fp32. Measured
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from rana_fx.plan import Plan
 
 _TIMES_NOISE = 2.0
+_LEAST_STEP = 1e-4
 # two unrelated results differ by 1.4; near it a comparison says nothing
 _MEANINGFUL = 1.0
 
@@ -74,7 +76,7 @@ def expect(run: Callable[[], Tensor], model: nn.Module, plan: Plan | None, *, dt
         return Expected(masked)
     with fixed_masks(plan, seed=seed):
         fixed = run()
-    with moved(model, torch.finfo(dtype).eps, seed=seed):
+    with moved(model, max(torch.finfo(dtype).eps, _LEAST_STEP), seed=seed):
         noise = relative(run(), masked)
     return Expected(masked, fixed, noise)
 

@@ -111,6 +111,16 @@ def test_prefill_and_kernels_have_rows_of_their_own(tmp_path):
     assert kernels["kernels"][0]["us"] >= kernels["kernels"][-1]["us"] > 0
 
 
+@pytest.mark.gpu
+def test_the_protocol_with_cuda_graphs(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    options = OPTIONS | {"device": "cuda", "dtype": "bfloat16"}
+    main("tiny", out, names="reduce-overhead,rana", budgets="0.5", batches="1,4", prefill=0, profile=True, **options)
+    assert rows_of(out, "skipped") == []
+    assert [row["gate"]["passed"] for row in rows_of(out, "decode")] == [True] * 4
+    assert all(row["kernels"] for row in rows_of(out, "kernels"))
+
+
 def test_a_run_without_time_says_so(tmp_path):
     out = tmp_path / "rows.jsonl"
     main("tiny", out, names="eager,rana", budgets="0.5", seconds=0.0, dtype="float32", device="cpu", prefill=0)
