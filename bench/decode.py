@@ -4,7 +4,8 @@ In: a shape of ``bench.models`` (random weights, plans without calibration) or a
 come, and a table. The protocol is the paper's: contexts of 1 to 1000 tokens, drawn by a seed, 492 tokens decoded after each, one
 device, a static cache. Every version is compared with its reference first (``bench.gate``): no time of a wrong result.
 
-    python -m bench.decode llama-2-7b --out bench/results/decode-llama-2-7b.jsonl --sequences 10 --seconds 480
+    python -m bench.decode llama-2-7b --out bench/results/decode-llama-2-7b.jsonl --variants reduce-overhead,rana \\
+        --budgets 0.6,0.5,0.4 --sequences 10 --prefill 0 --seconds 480
     python -m bench.decode llama-1b --out rows.jsonl --sequences 2 --new-tokens 16 --longest 32 --batches 1,4
 
 Kinds of rows: ``device`` (copy bandwidth, bytes of weights), ``decode``, ``prefill``, ``kernels`` (--profile), ``skipped`` (a
