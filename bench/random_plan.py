@@ -36,6 +36,7 @@ from rana_fx.layout import Layout
 from rana_fx.measure import Meter
 from rana_fx.plan import Plan, SiteRecord
 from rana_fx.recipes.problem import Problem, stack_name
+from rana_fx.relayout import by_columns_
 from rana_fx.running import device_of, weights_of
 from rana_fx.weights import base_name
 
@@ -121,7 +122,11 @@ def attach_unchecked(model: nn.Module, plan: Plan) -> Plan:
     detach(model)
     factors = Factors(plan, device_of(model), parameters)
     live = live_plan(plan, factors)
-    _mark(Attachment(live, factors, names), list(model.parameters()))
+    attachment = Attachment(live, factors, names)
+    own = (site for adapter in plan.adapters if adapter.router is None for site in adapter.sites)
+    relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
+    attachment.relaid = tuple(map(id, relaid))
+    _mark(attachment, list(model.parameters()))
     model.add_module(MODULE, factors)
     return live
 
