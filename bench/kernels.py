@@ -157,7 +157,15 @@ def table(rows: list[dict[str, Any]]) -> None:
     columns = ("shape", "tokens", "bits", "masked %", "way", "us", "GB/s", "of a copy", "speed-up", "correct", "same bits")
     keys = ("shape", "tokens", "bits", "masked", "impl")
     lines = [
-        (*(row[key] for key in keys), row["us"]["p50"], row["gbps"], row["roofline"], row.get("speedup"), row["passed"], row["bit_equal"])
+        (
+            *(row[key] for key in keys),
+            row["us"]["p50"],
+            row["gbps"],
+            row["roofline"],
+            row.get("speedup"),
+            row["passed"],
+            row["bit_equal"],
+        )
         for row in rows
     ]
     if rows:

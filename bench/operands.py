@@ -37,7 +37,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """x, one per buffer: (T, K). plain: weights (K, N) or, for a router, (N, K), bf16. stored: the same as our kernels take it."""
+    """One per buffer: xs (T, K); plain, weights (K, N) or, for a router, (N, K), bf16; stored, the same as kernels take them."""
 
     shape: Shape
     bits: int
@@ -68,10 +68,7 @@ class Case:
         across = self.shape.op == "router"
         weights = [w if across else w.t().contiguous() for w in self.plain]
         exact, magnitude = self._exact(self.xs[0], weights[0].t())
-        if self.shape.op == "gated_gemv":
-            dense = rivals.gated(linear, compiled=name == "inductor")
-        else:
-            dense = linear
+        dense = rivals.gated(linear, compiled=name == "inductor") if self.shape.op == "gated_gemv" else linear
         calls = [functools.partial(dense, x, w) for x, w in zip(self.xs, weights, strict=True)]
         # cuBLAS may add split sums in 16 bits
         return Trial(calls, exact, magnitude, self.shape.K, roundings=4 if self.shape.op == "gated_gemv" else 2)
@@ -139,8 +136,9 @@ def make(shape: Shape, tokens: int, bits: int, buffers: int, device: torch.devic
     generator = torch.Generator(device=device).manual_seed(0)
     size = (shape.N, shape.K) if shape.op == "router" else (shape.K, shape.N)
     xs, plain, stored = [], [], []
+    scale_dtype = torch.bfloat16 if bits == 4 else torch.float32
     for _ in range(buffers):
         xs.append(torch.randn(tokens, shape.K, generator=generator, device=device).bfloat16())
         plain.append((torch.randn(size, generator=generator, device=device) / shape.K**0.5).bfloat16())
-        stored.append((plain[-1], None) if bits == 16 else pack(plain[-1], bits, 64, torch.bfloat16 if bits == 4 else torch.float32))
+        stored.append((plain[-1], None) if bits == 16 else pack(plain[-1], bits, 64, scale_dtype))
     return Case(shape, bits, xs, plain, stored)

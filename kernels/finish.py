@@ -40,6 +40,11 @@ def counters_for(device: torch.device, blocks: int) -> Tensor:
     return _counters[key]
 
 
+def partials_at_once(warps: int, block_n: int) -> int:
+    """SR: partials that are added in one step, in about 64 registers a thread: more would cost the main loop its occupancy."""
+    return min(max(64 * 32 * warps // block_n, 1), 16)
+
+
 @triton.jit
 def is_last(counters, i_c, COUNT: tl.constexpr):
     """Whether the COUNT - 1 other programs of counter i_c have arrived. What they wrote is visible to the last."""
@@ -49,12 +54,11 @@ def is_last(counters, i_c, COUNT: tl.constexpr):
 
 
 @triton.jit
-def sum_of_partials(p_part, o_n, m_n, s_ps, bias, s_bias, S: tl.constexpr, HAS_BIAS: tl.constexpr):
+def sum_of_partials(p_part, o_n, m_n, s_ps, bias, s_bias, S: tl.constexpr, SR: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Columns o_n of the S partials, added in order, and the bias."""
-    # eight at a time: few enough registers not to cost the main loop its occupancy
     b_y = (o_n * 0).to(tl.float32)
-    for i_s in tl.range(0, S, 8, num_stages=1):
-        o_s = i_s + tl.arange(0, 8)
+    for i_s in tl.range(0, S, SR, num_stages=1):
+        o_s = i_s + tl.arange(0, SR)
         p = p_part + o_s.to(tl.int64)[:, None] * s_ps + o_n[None, :]
         # from L2: other programs wrote them
         b_y += tl.sum(tl.load(p, mask=(o_s < S)[:, None] & m_n[None, :], other=0.0, cache_modifier=".cg"), 0)
@@ -85,7 +89,7 @@ def activated(b_y, ACT: tl.constexpr):
 @triton.jit
 def finish(
     part, y, bias, counters, i_c, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt, s_bias,
-    S: tl.constexpr, BT: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
+    S: tl.constexpr, SR: tl.constexpr, BT: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """Arrive; if last, write columns o_c of the result for tokens i_t0 ... i_t0 + BT - 1. half: columns of the second half."""
     if is_last(counters, i_c, 2 * S if ACT else S):
@@ -93,8 +97,8 @@ def finish(
             o_t = (i_t0 + i_t).to(tl.int64)
             m_y = m_c & (o_c * 0 + o_t < T)
             p_part = part + o_t * s_pt
-            b_y = sum_of_partials(p_part, o_c, m_y, s_ps, bias, s_bias, S, HAS_BIAS)
+            b_y = sum_of_partials(p_part, o_c, m_y, s_ps, bias, s_bias, S, SR, HAS_BIAS)
             if ACT:
-                b_y = activated(b_y, ACT) * sum_of_partials(p_part, o_c + half, m_y, s_ps, bias, s_bias, S, HAS_BIAS)
+                b_y = activated(b_y, ACT) * sum_of_partials(p_part, o_c + half, m_y, s_ps, bias, s_bias, S, SR, HAS_BIAS)
             tl.store(y + o_t * s_yt + o_c, b_y.to(y.dtype.element_ty), mask=m_y)
         tl.store(counters + i_c, 0)
