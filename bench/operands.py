@@ -64,11 +64,10 @@ class Case:
 
     def dense(self, name: str) -> Trial:
         """F.linear, by cuBLAS or by Inductor, on weights (N, K); for a gated product the activation too."""
-        linear = rivals.inductor_linear() if name == "inductor" else rivals.cublas_linear
-        across = self.shape.op == "router"
-        weights = [w if across else w.t().contiguous() for w in self.plain]
+        function = rivals.silu_of_linear if self.shape.op == "gated_gemv" else rivals.cublas_linear
+        dense = rivals.by_inductor(function, tuned=True) if name == "inductor" else function
+        weights = [w if self.shape.op == "router" else w.t().contiguous() for w in self.plain]
         exact, magnitude = self._exact(self.xs[0], weights[0].t())
-        dense = rivals.gated(linear, compiled=name == "inductor") if self.shape.op == "gated_gemv" else linear
         calls = [functools.partial(dense, x, w) for x, w in zip(self.xs, weights, strict=True)]
         # cuBLAS may add split sums in 16 bits
         return Trial(calls, exact, magnitude, self.shape.K, roundings=4 if self.shape.op == "gated_gemv" else 2)
@@ -99,11 +98,17 @@ class Case:
             trials.append(Trial(calls, exact, magnitude, self.shape.K, names))
         return {"published": trials}
 
-    def fallback(self, share: int) -> Trial:
-        tau = self.tau(share)
-        exact, magnitude = self._exact(self._kept(self.xs[0], tau), self.plain[0].double())
-        calls = [functools.partial(reference.masked_gemv, x, tau, w) for x, w in zip(self.xs, self.plain, strict=True)]
-        return Trial(calls, exact, magnitude, self.shape.K, roundings=2)
+    def fallback(self, shares: list[int]) -> dict[int, Trial]:
+        """Trials by share; one compilation."""
+        cuda = self.xs[0].is_cuda
+        function = rivals.by_inductor(reference.masked_gemv, tuned=False) if cuda else reference.masked_gemv
+        trials = {}
+        for share in shares:
+            tau = self.tau(share)
+            exact, magnitude = self._exact(self._kept(self.xs[0], tau), self.plain[0].double())
+            calls = [functools.partial(function, x, tau, w) for x, w in zip(self.xs, self.plain, strict=True)]
+            trials[share] = Trial(calls, exact, magnitude, self.shape.K, roundings=2)
+        return trials
 
     def _masked(self, config: Any, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor) -> Trial:
         def call(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
