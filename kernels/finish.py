@@ -4,9 +4,10 @@ Each program writes its fp32 partial, then adds one to its block's counter (an i
 that finds all others counted adds the S partials in the order of slices, bias and activation too, and sets the counter back to
 zero. So nothing is zeroed per launch, nothing depends on who came last, and every run gives the same bits.
 
-Counters are zeros that outlive launches: ``counters_for`` keeps them per device and stream. Launches that share counters must
-not overlap. Inside a stream, and inside a captured graph, they do not; two graphs captured on one stream and replayed on two
-at once would. Give such launches counters of their own.
+Counters are zeros that outlive launches, and launches that share some must not overlap. ``counters_for`` deals them out from a
+ring per device, made once and never freed, since captured graphs hold addresses. So launches that do overlap, on two streams or
+in two graphs, meet only if the ring went round between them, after some thousand launches. Whoever cannot rule that out gives
+launches counters of their own.
 
     SUM      0 leave partials to the caller     1 add them up
     ACT      0 none; else y_n = act(first_n) * second_n over the two halves of N columns: 1 silu, 2 tanh-GELU, 3 ReLU.
@@ -21,23 +22,31 @@ import triton.language as tl
 from torch import Tensor
 
 ACTIVATIONS = {"silu": 1, "gelu_tanh": 2, "relu": 3}
-# enough for a million outputs in blocks of 256; a longer product gets its own
-COUNTERS = 4096
-# captured graphs hold addresses: counters are never freed
-_counters: dict[tuple[int, int, int], Tensor] = {}
+RING = 1 << 16
+# whole lines of L2, so that launches at the same time do not wait for each other's
+STEP = 32
+_rings: dict[torch.device, Tensor] = {}
+_next: dict[torch.device, int] = {}
 
 
 def counters_for(device: torch.device, blocks: int) -> Tensor:
-    """Zeros that every launch leaves zero: (>= blocks,) int32, of this device and its current stream."""
-    index, stream = -1, 0
-    if device.type == "cuda":
-        current = torch.cuda.current_stream(device)
-        index, stream = current.device_index, current.cuda_stream
-    size = max(COUNTERS, triton.next_power_of_2(blocks))
-    key = (index, stream, size)
-    if key not in _counters:
-        _counters[key] = torch.zeros(size, dtype=torch.int32, device=device)
-    return _counters[key]
+    """(blocks,) int32 zeros, which every launch leaves zero: the device's next ones."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if blocks > RING:
+        return torch.zeros(blocks, dtype=torch.int32, device=device)
+    if device not in _rings:
+        ring = torch.zeros(RING, dtype=torch.int32, device=device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # the graph zeroes these, in each replay, and owns their memory
+            return ring[:blocks]
+        if device.type == "cuda":
+            # another stream may use them next
+            torch.cuda.synchronize(device)
+        _rings[device], _next[device] = ring, 0
+    begin = _next[device] if _next[device] + blocks <= RING else 0
+    _next[device] = begin + -(-blocks // STEP) * STEP
+    return _rings[device][begin : begin + blocks]
 
 
 def partials_at_once(warps: int, block_n: int) -> int:

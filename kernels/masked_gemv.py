@@ -109,8 +109,8 @@ def masked_gemv(
         activation: "silu", "gelu_tanh" or "relu": the result is act(first half) * second half of the N columns, in fp32 until it
             is rounded once. N is even then; in 8 and 4 bits a half is whole words and groups.
         config: the default one if None.
-        counters: zeros, int32, one for each block of outputs and each 4 tokens, that no other launch uses at the same time;
-            those of the device and stream if None (finish.py). A traced launch needs its own.
+        counters: zeros, int32, one for each block of outputs and each 4 tokens, that no other launch uses at the same time; the
+            device's next ones if None (finish.py). A traced launch needs its own.
 
     Returns:
         (..., N), or (..., N / 2) with an activation.
