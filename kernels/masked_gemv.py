@@ -123,6 +123,9 @@ def masked_gemv(
         raise BadOperand(name="bias", got=str(tuple(bias.shape)), expected=f"({columns},)", todo="One number per output.")
     if activation is not None and activation not in ACTIVATIONS:
         raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
+    if traced and counters is None:
+        # a tensor that is made while a graph is traced does not outlive the tracing
+        raise BadOperand(name="counters", got="None", expected="int32 zeros", todo="Make them before tracing.")
     act = ACTIVATIONS[activation] if activation else 0
     unit = 2 if scale is None else 2 * (group_of(weight, scale) if weight.dtype == torch.uint8 else 4)
     if act and columns % unit:

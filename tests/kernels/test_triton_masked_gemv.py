@@ -176,3 +176,5 @@ def test_wrong_bias_and_activation_are_refused(device):
         masked_gemv(v, tau, weight, activation="gelu")
     with pytest.raises(BadOperand, match="a multiple of 2"):
         masked_gemv(v, tau, weight, activation="silu")
+    with pytest.raises(BadOperand, match="counters"):
+        masked_gemv(v, tau, weight, traced=True)
