@@ -2,8 +2,8 @@
 
 In: nothing but a GPU; operands are random. Out: one JSONL row per operation, shape, share masked, tokens, storage and way to
 compute it (microseconds as p20, p50 and p80; GB/s of the weight bytes it needs, and that over what a large copy moves; error
-over its bound; whether two runs gave the same bits; speed-up over the fastest dense product), and a table of the finished
-products. Every result is compared with fp64 first, and what fails has no speed-up.
+over its bound; whether two runs gave the same bits; speed-up over the fastest dense product; whether the cost model would
+choose it), and a table. Every result is compared with fp64 first, and what fails has no speed-up.
 
 Ours counts everything in: one launch from v to the finished y. A rank adapter's router is a row of its own.
 
@@ -15,6 +15,7 @@ Ours counts everything in: one launch from v to the finished y. A rank adapter's
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from bench.shapes import Shape, shapes
 from bench.timing import Call, Times, copies_of, copy_gbps, error_ratio, timed
 from rana_fx.commands.record import show
 from rana_fx.errors import InvalidOption, RanaError
+from rana_fx.kernels.cost import prefers_masked
 
 # us of the fastest correct dense product, by shape and tokens
 Fastest = dict[tuple[str, int], float]
@@ -37,7 +39,7 @@ RIVALS = ("cublas", "inductor", "published", "fallback")
 
 
 def main(
-    names: Annotated[str, typer.Option("--shapes", help="Models or products, by commas.")] = "llama-2-7b,llama-3-8b,gemma-2b",
+    names: Annotated[str, typer.Option("--shapes", help="Models or products, by commas.")] = "llama-2-7b",
     masked: Annotated[str, typer.Option(help="Per cent of ranks masked, by commas.")] = "0,30,50,70,90",
     tokens: Annotated[str, typer.Option(help="Tokens at once, by commas.")] = "1,2,4,8,16",
     bits: Annotated[str, typer.Option(help="Bits per weight, by commas: 16, 8, 4.")] = "16,8,4",
@@ -48,6 +50,10 @@ def main(
     interpret: Annotated[bool, typer.Option(help="Toy sizes under Triton's interpreter, to see that it runs.")] = False,
 ) -> None:
     """Kernels against dense products, the published kernel and the roofline."""
+    if interpret and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it when it is first imported, and that has happened
+        command = [sys.executable, "-m", "bench.kernels", *sys.argv[1:]]
+        raise typer.Exit(subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode)
     try:
         run(names, masked, tokens, bits, rivals, seconds, tune, out, interpret)
     except RanaError as error:
@@ -66,8 +72,6 @@ def run(
     if not set(widths) <= {4, 8, 16}:
         raise InvalidOption(name="bits", got=bits, expected="some of 16, 8, 4")
     if interpret:
-        # read when Triton is first imported, which the imports above do not do
-        os.environ["TRITON_INTERPRET"] = "1"
         names, shares, counts, known = "toy", shares[:1], counts[:1], known - {"inductor"}
     elif not torch.cuda.is_available():
         expected = "an NVIDIA GPU that this torch can use; none was found. --interpret runs toy sizes on the CPU, without times"
@@ -85,7 +89,7 @@ def run(
             print(f"out of time: {len(cases) - done} of {len(cases)} products not started", file=sys.stderr)
             break
         for row in measure(shape, shares, count, width, known, tune, device, fastest):
-            row = common | row | {"roofline": row["gbps"] / roofline}
+            row = common | row | {"roofline": row["gbps"] / roofline if roofline else None}
             rows.append(row)
             if out is not None:
                 append(out, row)
@@ -110,17 +114,21 @@ def measure(
             rows.append(facts | {"impl": name, "bits": 16, "masked": 0} | row)
         fastest[shape.name, count] = min((row["us"]["p50"] for row in rows if row["passed"]), default=float("inf"))
     best = fastest[shape.name, count]
+    fall_back = shape.op == "masked_gemv" and width == 16 and "fallback" in known
+    fallbacks = case.fallback(shares) if fall_back else {}
     for share in [0] if shape.op == "router" else shares:
         ways = case.ours(share, tune)
         if shape.op == "masked_gemv" and count == 1 and width == 16 and "published" in known:
             ways |= case.published(share)
-        if shape.op == "masked_gemv" and width == 16 and "fallback" in known:
-            ways["fallback"] = [case.fallback(share)]
+        if share in fallbacks:
+            ways["fallback"] = [fallbacks[share]]
         for name, trials in ways.items():
             found = [judged(trial, case.bytes_read(share), device) for trial in trials]
             row = min(found, key=lambda row: (not row["passed"], row["us"]["p50"]))
             # a result that is wrong has no speed
             row["speedup"] = best / row["us"]["p50"] if row["passed"] and 0 < best < float("inf") else None
+            if name == "masked":
+                row["preferred"] = prefers_masked(shape.K, shape.N, count, 1 - share / 100, bits=width)
             rows.append(facts | {"impl": name, "bits": width, "masked": share} | row)
     return rows
 
@@ -134,7 +142,7 @@ def judged(trial: Any, bytes_read: float, device: torch.device) -> dict[str, Any
     us: Times = timed(calls, device)
     return {
         "us": us._asdict(),
-        "gbps": bytes_read / us.p50 / 1e3,
+        "gbps": bytes_read / us.p50 / 1e3 if us.p50 else 0.0,
         "error_over_bound": error,
         "passed": error <= 1,
         "bit_equal": torch.equal(got, again),
@@ -157,7 +165,15 @@ def table(rows: list[dict[str, Any]]) -> None:
     columns = ("shape", "tokens", "bits", "masked %", "way", "us", "GB/s", "of a copy", "speed-up", "correct", "same bits")
     keys = ("shape", "tokens", "bits", "masked", "impl")
     lines = [
-        (*(row[key] for key in keys), row["us"]["p50"], row["gbps"], row["roofline"], row.get("speedup"), row["passed"], row["bit_equal"])
+        (
+            *(row[key] for key in keys),
+            row["us"]["p50"],
+            row["gbps"],
+            row["roofline"],
+            row.get("speedup"),
+            row["passed"],
+            row["bit_equal"],
+        )
         for row in rows
     ]
     if rows:

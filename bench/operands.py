@@ -37,7 +37,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """x, one per buffer: (T, K). plain: weights (K, N) or, for a router, (N, K), bf16. stored: the same as our kernels take it."""
+    """One per buffer: xs (T, K); plain, weights (K, N) or, for a router, (N, K), bf16; stored, the same as kernels take them."""
 
     shape: Shape
     bits: int
@@ -64,14 +64,10 @@ class Case:
 
     def dense(self, name: str) -> Trial:
         """F.linear, by cuBLAS or by Inductor, on weights (N, K); for a gated product the activation too."""
-        linear = rivals.inductor_linear() if name == "inductor" else rivals.cublas_linear
-        across = self.shape.op == "router"
-        weights = [w if across else w.t().contiguous() for w in self.plain]
+        function = rivals.silu_of_linear if self.shape.op == "gated_gemv" else rivals.cublas_linear
+        dense = rivals.by_inductor(function, tuned=True) if name == "inductor" else function
+        weights = [w if self.shape.op == "router" else w.t().contiguous() for w in self.plain]
         exact, magnitude = self._exact(self.xs[0], weights[0].t())
-        if self.shape.op == "gated_gemv":
-            dense = rivals.gated(linear, compiled=name == "inductor")
-        else:
-            dense = linear
         calls = [functools.partial(dense, x, w) for x, w in zip(self.xs, weights, strict=True)]
         # cuBLAS may add split sums in 16 bits
         return Trial(calls, exact, magnitude, self.shape.K, roundings=4 if self.shape.op == "gated_gemv" else 2)
@@ -102,11 +98,17 @@ class Case:
             trials.append(Trial(calls, exact, magnitude, self.shape.K, names))
         return {"published": trials}
 
-    def fallback(self, share: int) -> Trial:
-        tau = self.tau(share)
-        exact, magnitude = self._exact(self._kept(self.xs[0], tau), self.plain[0].double())
-        calls = [functools.partial(reference.masked_gemv, x, tau, w) for x, w in zip(self.xs, self.plain, strict=True)]
-        return Trial(calls, exact, magnitude, self.shape.K, roundings=2)
+    def fallback(self, shares: list[int]) -> dict[int, Trial]:
+        """Trials by share; one compilation."""
+        cuda = self.xs[0].is_cuda
+        function = rivals.by_inductor(reference.masked_gemv, tuned=False) if cuda else reference.masked_gemv
+        trials = {}
+        for share in shares:
+            tau = self.tau(share)
+            exact, magnitude = self._exact(self._kept(self.xs[0], tau), self.plain[0].double())
+            calls = [functools.partial(function, x, tau, w) for x, w in zip(self.xs, self.plain, strict=True)]
+            trials[share] = Trial(calls, exact, magnitude, self.shape.K, roundings=2)
+        return trials
 
     def _masked(self, config: Any, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor) -> Trial:
         def call(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -139,8 +141,9 @@ def make(shape: Shape, tokens: int, bits: int, buffers: int, device: torch.devic
     generator = torch.Generator(device=device).manual_seed(0)
     size = (shape.N, shape.K) if shape.op == "router" else (shape.K, shape.N)
     xs, plain, stored = [], [], []
+    scale_dtype = torch.bfloat16 if bits == 4 else torch.float32
     for _ in range(buffers):
         xs.append(torch.randn(tokens, shape.K, generator=generator, device=device).bfloat16())
         plain.append((torch.randn(size, generator=generator, device=device) / shape.K**0.5).bfloat16())
-        stored.append((plain[-1], None) if bits == 16 else pack(plain[-1], bits, 64, torch.bfloat16 if bits == 4 else torch.float32))
+        stored.append((plain[-1], None) if bits == 16 else pack(plain[-1], bits, 64, scale_dtype))
     return Case(shape, bits, xs, plain, stored)

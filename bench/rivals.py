@@ -3,7 +3,7 @@
     cublas      F.linear on the dense weight (N, K)
     inductor    the same, torch.compile with max-autotune and coordinate descent
     published   masked loads, split-K, fp32 atomics into a zeroed output: what TEAL, WINA and CATS ship, for one token
-    fallback    the product this package makes where masks do not pay: dense, on the masked input
+    fallback    the product this package makes where masks do not pay: dense, on the masked input, compiled
 
 The published kernel is written anew here from its shape, with the best of a few block sizes, and left in fp32: the cast that
 somebody must make is not charged to it.
@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-Linear = Callable[[Tensor, Tensor], Tensor]
 
 
 @triton.jit
@@ -47,26 +45,19 @@ def published(v: Tensor, tau: Tensor, weight: Tensor, choice: tuple[int, int, in
     return y
 
 
-def inductor_linear() -> Linear:
-    """F.linear as Inductor makes it when told to try hard; compiled at its first call for each shape."""
-    # a fresh function: a compiled one is shared by code object, and would turn dynamic at its second shape
-    options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": False}
-    torch._dynamo.reset()
-    return torch.compile(lambda x, w: torch.nn.functional.linear(x, w), dynamic=False, options=options)
-
-
 def cublas_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-def gated(linear: Linear, *, compiled: bool) -> Linear:
-    """silu(gate) * up after the linear; compiled as one function, else three more launches."""
-    if not compiled:
-        return lambda x, w: silu_times(linear(x, w))
-    options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": False}
-    return torch.compile(lambda x, w: silu_times(torch.nn.functional.linear(x, w)), dynamic=False, options=options)
-
-
-def silu_times(y: Tensor) -> Tensor:
-    gate, up = y.chunk(2, -1)
+def silu_of_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """silu(gate) * up: eager, two more launches."""
+    gate, up = torch.nn.functional.linear(x, weight).chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
+
+
+def by_inductor(function: Callable[..., Tensor], *, tuned: bool) -> Callable[..., Tensor]:
+    """The function as Inductor compiles it at its first call; tuned: told to try hard."""
+    # compiled code is kept by code object, and turns dynamic, or eager, after a few shapes
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True} if tuned else {}
+    return torch.compile(function, dynamic=False, options={**options, "triton.cudagraphs": False})

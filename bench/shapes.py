@@ -34,7 +34,7 @@ MODELS = {
     "llama-3-8b": Model(4096, 14336, 4096, 1024, True),
     "gemma-2b": Model(2048, 16384, 2048, 256, True),
     "pythia-1.4b": Model(2048, 8192, 2048, 2048, False),
-    "toy": Model(64, 96, 64, 32, True),
+    "toy": Model(64, 128, 64, 32, True),
 }
 
 

@@ -58,23 +58,25 @@ def row_warps_of(warps: int, block_n: int, bits: int) -> int:
     return min(warps, max(warps * WARP_BYTES * 8 // (block_n * bits), 1))
 
 
-def default_config(
-    K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16
-) -> Config:
+def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> Config:
     """A config without measuring, by rules that the fastest 16-bit configs of a sweep on an H200 have in common.
 
-    Two warps, each 512 bytes of a row. Twelve warps per SM, all at once: hence slices of about 128 ranks (4096 x 12288), of 256
-    (4096 x 22016), of 176 (11008 x 4096); never below 32, which would be all prologue. More slices than 64 cost more to add up
-    than they gain. Four rows per stage and four stages, or fewer rows where hardly any are active. In 8 and 4 bits, not swept
-    yet, half the warps and as many rows: the partials weigh more beside the rows.
+    16 bits: two warps, each 512 bytes of a row, twelve warps per SM, all at once. Hence slices of about 128 ranks (4096 x 12288),
+    of 256 (4096 x 22016), of 176 (11008 x 4096); never below 32, which would be all prologue. More slices than 64 cost more to
+    add up than they gain. Four rows per stage and four stages, or fewer rows where hardly any are active.
+
+    8 and 4 bits, not swept yet: four warps, in part along the rows, since partials weigh more beside shorter rows. A block of
+    rows in 4 bits that several tokens share must stay small enough for registers.
     """
-    block_n = min(max(min(2 * WARP_BYTES * 8 // bits, 1024), 64), _power_above(N))
-    warps_per_sm = 12 if bits >= 16 else 6
+    warps, per_sm, block_m = (2, 12, 4) if bits >= 16 else (4, 8, 8)
+    block_n = min(max(min(warps * WARP_BYTES * 8 // bits, 1024), 64), _power_above(N))
     columns, groups = cdiv(N, block_n), cdiv(K, 16)
-    wanted = min(max(warps_per_sm * sm_count // (2 * columns), 1), cdiv(groups, 2), 64)
+    wanted = min(max(per_sm * sm_count // (warps * columns), 1), cdiv(groups, 2), 64)
     splits = cdiv(groups, cdiv(groups, wanted))
     active = max(int(density * K / splits), 1)
-    return Config(splits=splits, block_n=block_n, block_m=min(8 if bits == 4 else 4, _power_above(active)), warps=2, stages=4)
+    if bits == 4 and T > 1:
+        block_m //= 2
+    return Config(splits=splits, block_n=block_n, block_m=min(block_m, _power_above(active)), warps=warps, stages=4)
 
 
 def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> list[Config]:
@@ -82,8 +84,8 @@ def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H2
     base = default_config(K, N, T, density, sm_count, bits=bits)
     found = [
         dataclasses.replace(base, block_n=n, block_m=m, warps=w, stages=s, early=e)
-        for n, w in ((base.block_n, 2), (max(base.block_n // 2, 16), 1), (base.block_n * 2, 4))
-        for m, s in ((base.block_m, 4), (8, 1))
+        for n, w in ((base.block_n, base.warps), (max(base.block_n // 2, 16), max(base.warps // 2, 1)), (base.block_n, 4))
+        for m, s in ((base.block_m, 4), (base.block_m * 2, 1))
         for e in (0, 8)
     ]
     return list(dict.fromkeys(found))

@@ -19,6 +19,7 @@ tokens are assumed bound by bytes: not measured.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from rana_fx.kernels.config import TOKENS_AT_ONCE, cdiv, default_config
 
@@ -55,7 +56,7 @@ H100 = dataclasses.replace(H200, name="H100", bytes_per_us=4.25e6 * 3.35 / 4.8)
 def rows_read(K: int, T: int, density: float) -> float:
     """Expected rows that T tokens with independent masks read: the union of each group of up to four."""
     groups = cdiv(T, TOKENS_AT_ONCE)
-    return groups * K * (1 - (1 - density) ** (T / groups))
+    return groups * K * (1 - math.pow(1 - density, T / groups))
 
 
 def weight_bytes(rows: float, N: int, bits: int, group: int = 64) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
-from rana_fx.kernels.finish import ACTIVATIONS, counters_for, finish
+from rana_fx.kernels.finish import ACTIVATIONS, counters_for, finish, partials_at_once
 from rana_fx.kernels.gather import add_rows, kept_values, list_ranks, listed_values, load_rows, no_sums, ranks_of, trips
 from rana_fx.kernels.packed import masked_gemv_packed_kernel, words
 from rana_fx.kernels.quantize import bits_of, group_of, shape_of
@@ -36,8 +36,8 @@ def masked_gemv_kernel(
     v, tau, w, scale, bias, part, y, lists, counters,
     T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_bias, s_ps, s_pt, s_yt,
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
-    BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     LENGTH: tl.constexpr = KB + BM
     i_p, i_s = tl.program_id(0), tl.program_id(1)
@@ -75,7 +75,7 @@ def masked_gemv_kernel(
     if SUM:
         finish(
             part, y, bias, counters, i_c * TG + i_p % TG, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt, s_bias,
-            S, BT, HAS_BIAS, ACT,
+            S, SR, BT, HAS_BIAS, ACT,
         )  # fmt: skip
 
 
@@ -105,10 +105,12 @@ def masked_gemv(
     """The product in v's dtype, finished in the one launch. Arguments and errors as for ``partials``, and
 
     Args:
-        bias: (N,). activation: "silu", "gelu_tanh" or "relu": the result is act(first half) * second half of the N columns, in
-            fp32 until it is rounded once. N is even then; in 8 and 4 bits a half is whole words and groups.
-        config: the default one if None. counters: at least ``config.counters(...)`` zeros, int32, that no launch at the same
-            time uses; those of the device and stream if None. A traced launch needs its own.
+        bias: (N,).
+        activation: "silu", "gelu_tanh" or "relu": the result is act(first half) * second half of the N columns, in fp32 until it
+            is rounded once. N is even then; in 8 and 4 bits a half is whole words and groups.
+        config: the default one if None.
+        counters: zeros, int32, one for each block of outputs and each 4 tokens, that no other launch uses at the same time; the
+            device's next ones if None (finish.py). A traced launch needs its own.
 
     Returns:
         (..., N), or (..., N / 2) with an activation.
@@ -121,6 +123,9 @@ def masked_gemv(
         raise BadOperand(name="bias", got=str(tuple(bias.shape)), expected=f"({columns},)", todo="One number per output.")
     if activation is not None and activation not in ACTIVATIONS:
         raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
+    if traced and counters is None:
+        # a tensor that is made while a graph is traced does not outlive the tracing
+        raise BadOperand(name="counters", got="None", expected="int32 zeros", todo="Make them before tracing.")
     act = ACTIVATIONS[activation] if activation else 0
     unit = 2 if scale is None else 2 * (group_of(weight, scale) if weight.dtype == torch.uint8 else 4)
     if act and columns % unit:
@@ -157,8 +162,9 @@ def _launch(
     (tokens, ranks), columns = v.shape, part.shape[-1]
     groups = cdiv(tokens, TOKENS_AT_ONCE)
     half = columns // 2 if act else 0
-    bits, group = bits_of(weight), 0
-    kernel, block_n, meta = masked_gemv_kernel, config.block_n, {}
+    bits, group, per_word = bits_of(weight), 0, 1
+    kernel, block_n = masked_gemv_kernel, config.block_n
+    meta: dict[str, int] = {}
     if bits < 16:
         assert scale is not None
         group = group_of(weight, scale) if bits == 4 else 0
@@ -172,8 +178,9 @@ def _launch(
     meta.update(
         S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=config.group,
         EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
-        BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, STAGES=config.stages,
-        WHOLE=(half or columns) % block_n == 0, SUM=y is not None, ACT=act, HAS_BIAS=bias is not None, num_warps=config.warps,
+        BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
+        STAGES=config.stages, WHOLE=(half or columns) % block_n == 0, SUM=y is not None, ACT=act, HAS_BIAS=bias is not None,
+        num_warps=config.warps,
     )  # fmt: skip
     grid = (blocks * groups, config.splits)
     entries = grid[0] * grid[1] * (1 + meta["BT"]) * (meta["KB"] + meta["BM"])
@@ -184,7 +191,7 @@ def _launch(
         # arguments that a variant never reads still need a pointer
         kernel[grid](
             v, tau, weight, v if scale is None else scale, v if bias is None else bias, part, part if y is None else y, lists,
-            lists if counters is None else counters, tokens, ranks, weight.shape[1], half // meta.get("PER", 1), *v.stride(), *tau.stride(),
-            *weight.stride(), *strides[: 1 if bits >= 16 else 2], 0 if bias is None else bias.stride(0), *part.stride()[:2],
-            0 if y is None else y.stride(0), **meta,
+            lists if counters is None else counters, tokens, ranks, weight.shape[1], half // per_word, *v.stride(),
+            *tau.stride(), *weight.stride(), *strides[: 1 if bits >= 16 else 2], 0 if bias is None else bias.stride(0),
+            *part.stride()[:2], 0 if y is None else y.stride(0), **meta,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The masked product over rows stored in 8 bits (a scale per row) or 4 (a scale per row and group of columns).
 
-As masked_gemv.py, with tiles of (BM rows, words, PER numbers of a word). Words are int32 where the rows allow it, so that a thread
-reads 16 bytes at a time, else bytes; N counts words. In 8 bits a row's scale is already in the listed values.
+As masked_gemv.py, with tiles of (BM rows, words, PER numbers of a word). Words are int32 where the rows allow it, so that a
+thread reads 16 bytes at a time, else bytes; N counts words. In 8 bits a row's scale is already in the listed values.
 
 At full bandwidth an H200 has about 7 instructions per 8-bit and 3.5 per 4-bit weight, and its integer conversions run at an
 eighth of the rate of the rest. So a number is made where it stands: AND and OR put it into the mantissa of 2^23, a subtraction
@@ -25,8 +25,8 @@ from rana_fx.kernels.gather import kept_values, list_ranks, listed_values, load_
 def numbers(b_word, zero, BITS: tl.constexpr, PER: tl.constexpr):
     """(A, B) words -> (A, B, PER) fp32: what is stored, times 2^shift of its place (``units`` undoes it).
 
-    zero: an integer 0 that the compiler does not know for one. It would else fold the bytes' sign flip into two operations for
-    each weight, where one for each word does.
+    zero: an integer 0 that the compiler does not know for one. It would else move the sign flip of a word to each of its bytes,
+    and take AND and OR with two constants for two instructions, where one has room for a constant and a register.
     """
     # reshape keeps the layout of the load, [..., None] would move it to one of its own and the sums after it: shifts that are no
     # longer constants, and 482 instead of 325 instructions for 64 4-bit weights (Triton 3.6, sm_90)
@@ -39,7 +39,7 @@ def numbers(b_word, zero, BITS: tl.constexpr, PER: tl.constexpr):
         # the mantissa has room for 16 bits
         b_bits = tl.where(o_q >= PER // 2, b_bits >> 16, b_bits)
     o_shift = o_q % (16 // BITS) * BITS
-    b_bits = (b_bits & ((o_shift * 0 + (1 << BITS) - 1) << o_shift)) | 0x4B000000
+    b_bits = (b_bits & ((o_shift * 0 + (1 << BITS) - 1) << o_shift)) | (zero + 0x4B000000)
     return b_bits.to(tl.float32, bitcast=True) - (8388608 + ((o_shift * 0 + (1 << (BITS - 1))) << o_shift)).to(tl.float32)
 
 
@@ -50,12 +50,12 @@ def units(BITS: tl.constexpr, PER: tl.constexpr):
 
 
 @triton.jit
-def scales_of(scale, b_k, o_chunk, m_chunk, s_sk, s_sg, CHUNK: tl.constexpr, QG: tl.constexpr, BITS: tl.constexpr):
-    """The 4-bit scales of rows b_k at chunks of columns, one for each thread's 16 bytes: (rows, chunks) fp32."""
+def scales_of(scale, b_k, o_g, m_g, s_sk, s_sg, BITS: tl.constexpr):
+    """The 4-bit scales of rows b_k and groups o_g: (rows, groups) fp32; 1 in 8 bits."""
     b_scale = 1.0
     if BITS == 4:
-        p = scale + b_k.to(tl.int64)[:, None] * s_sk + (o_chunk // (QG // CHUNK))[None, :] * s_sg
-        b_scale = tl.load(p, mask=m_chunk[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+        p = scale + b_k.to(tl.int64)[:, None] * s_sk + o_g[None, :] * s_sg
+        b_scale = tl.load(p, mask=m_g[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
     return b_scale
 
 
@@ -80,8 +80,8 @@ def masked_gemv_packed_kernel(
     v, tau, w, scale, bias, part, y, lists, counters,
     T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_sg, s_bias, s_ps, s_pt, s_yt,
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
-    BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
     LENGTH: tl.constexpr = KB + BM
@@ -104,13 +104,14 @@ def masked_gemv_packed_kernel(
     p_n = w + (o_half + o_w) * s_wn
     o_chunk = i_c.to(tl.int64) * (BN // CHUNK) + tl.arange(0, BN // CHUNK)
     m_chunk = o_chunk * CHUNK < n_words * PER
-    o_chunk += o_half * PER // CHUNK
+    # a scale for each thread's 16 bytes, though a group has several
+    o_g = (o_half * PER + o_chunk * CHUNK) // QG
     if EARLY > 0:
         o_e = tl.arange(0, EARLY)
         b_k = tl.minimum(ranks_of(o_e, i_s, S, GROUP), K - 1)
         m_k = (o_e < KS) & (ranks_of(o_e, i_s, S, GROUP) < K)
         b_early = load_rows(p_n[None, :] + b_k.to(tl.int64)[:, None] * s_wk, m_w, WHOLE)
-        b_scale = scales_of(scale, b_k, o_chunk, m_chunk, s_sk, s_sg, CHUNK, QG, BITS)
+        b_scale = scales_of(scale, b_k, o_g, m_chunk, s_sk, s_sg, BITS)
     n_active = list_ranks(
         v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, SCALED
     )
@@ -122,7 +123,7 @@ def masked_gemv_packed_kernel(
         o_p = j + tl.arange(0, BM)
         b_k = tl.load(p_list + o_p)
         b_w = load_rows(p_n[None, :] + b_k.to(tl.int64)[:, None] * s_wk, m_w, WHOLE)
-        b_scale = scales_of(scale, b_k, o_chunk, m_chunk, s_sk, s_sg, CHUNK, QG, BITS)
+        b_scale = scales_of(scale, b_k, o_g, m_chunk, s_sk, s_sg, BITS)
         b_vs = listed_values(p_list, o_p, LENGTH, BT)
         b_sums = add_packed_rows(b_sums, b_vs, numbers(b_w, zero, BITS, PER), b_scale, BT, BITS, RW, BM, BN, CHUNK)
     o_c = i_c.to(tl.int64) * BN + tl.arange(0, BN)
@@ -135,7 +136,7 @@ def masked_gemv_packed_kernel(
     if SUM:
         finish(
             part, y, bias, counters, i_c * TG + i_p % TG, i_t0, T, half * PER, o_c, m_c, s_ps, s_pt, s_yt, s_bias,
-            S, BT, HAS_BIAS, ACT,
+            S, SR, BT, HAS_BIAS, ACT,
         )  # fmt: skip
 
 

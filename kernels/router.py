@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, cdiv
+from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, WARP_BYTES, cdiv
 from rana_fx.kernels.gather import no_sums, trips
 from rana_fx.kernels.packed import numbers, scales_of, units, words
 from rana_fx.kernels.quantize import bits_of, group_of, shape_of
@@ -27,33 +27,33 @@ from rana_fx.kernels.quantize import bits_of, group_of, shape_of
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-    """block_r: rows of a program. block_d: columns at a time."""
+    """block_r: rows of a program. block_d: columns at a time; without shuffles where they are whole warps' 512 bytes."""
 
     block_r: int = 8
     block_d: int = 512
-    warps: int = 4
+    warps: int = 2
     stages: int = 4
 
 
-def default_config(R: int, D: int, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> RouterConfig:
-    """Two to four programs per SM, 8 KiB of weights at a time in each: what a sweep of 2800 x 4096 on an H200 has in common."""
-    block_r = 8
+def default_config(R: int, D: int, T: int = 1, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> RouterConfig:
+    """Two to five programs per SM, of two warps that each read 512 bytes of a row: not swept yet."""
+    block_r = 8 if T == 1 else 4
     while block_r > 1 and cdiv(R, block_r) < 2 * sm_count:
         block_r //= 2
     columns = 1 << max(D - 1, 0).bit_length()
-    block_d = max(min(64 * 1024 // (block_r * bits), 16 * 1024 // bits, columns), 16)
-    return RouterConfig(block_r, block_d, 4, 4 if bits >= 16 else 3)
+    return RouterConfig(block_r, max(min(2 * WARP_BYTES * 8 // bits, columns), 16))
 
 
-def configs(R: int, D: int, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> list[RouterConfig]:
+def configs(R: int, D: int, T: int = 1, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> list[RouterConfig]:
     """At most 16 worth trying."""
-    base = default_config(R, D, sm_count, bits=bits)
-    return [
-        RouterConfig(r, d, 4, s)
-        for r in sorted({base.block_r, max(base.block_r // 2, 1)})
-        for d in sorted({base.block_d, max(base.block_d // 2, 16), base.block_d * 2})
-        for s in (3, 4)
+    base = default_config(R, D, T, sm_count, bits=bits)
+    found = [
+        RouterConfig(r, max(base.block_d * w // 2, 16), w, s)
+        for r in (base.block_r, max(base.block_r // 2, 1))
+        for w in (1, 2, 4)
+        for s in (1, 4)
     ]
+    return list(dict.fromkeys(found))
 
 
 @triton.jit
@@ -63,10 +63,10 @@ def router_kernel(
     BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
     BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
-    # a row is D words long, of one number each or of PER packed ones; BD counts words. The products of a thread's 16 bytes are
-    # added up before they meet the running sums
-    CHUNK: tl.constexpr = 128 // BITS
-    CHUNKS: tl.constexpr = BD * PER // CHUNK
+    # a row is D words long, of one number each or of PER packed ones; BD counts words. Eight products, which are one thread's,
+    # are added up before they meet the running sums
+    CHUNKS: tl.constexpr = BD * PER // 8
+    NG: tl.constexpr = BD * PER // QG
     i_b, i_t0 = tl.program_id(0), tl.program_id(1) * BT
     o_r = i_b * BR + tl.arange(0, BR)
     m_r = o_r < R
@@ -78,11 +78,11 @@ def router_kernel(
         p_w = w + o_row.to(tl.int64)[:, None] * s_wr + o_d[None, :] * s_wd
         b_w = tl.load(p_w, mask=(o_d < D)[None, :], other=0, eviction_policy="evict_first")
         if BITS < 16:
-            b_wide = numbers(b_w, D >> 31, BITS, PER)
+            b_wide = numbers(b_w, R >> 31, BITS, PER)
         else:
             b_wide = tl.reshape(b_w.to(tl.float32), (BR, BD, 1))
-        o_chunk = (d * PER // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
-        b_scale = scales_of(scale, o_row, o_chunk, o_chunk * CHUNK < D * PER, s_sk, s_sg, CHUNK, QG, BITS)
+        o_g = (d * PER // QG + tl.arange(0, NG)).to(tl.int64)
+        b_scale = scales_of(scale, o_row, o_g, o_g * QG < D * PER, s_sk, s_sg, BITS)
         o_x = (d * PER + tl.arange(0, BD * PER)).to(tl.int64)
         b_more = ()
         for i_t in tl.static_range(BT):
@@ -91,8 +91,10 @@ def router_kernel(
             b_x = tl.reshape(tl.load(p_x, mask=m_x, other=0.0, eviction_policy="evict_last").to(tl.float32), (1, BD, PER))
             if BITS < 16:
                 b_x *= units(BITS, PER)[None, None, :]
-            b_part = tl.sum(tl.reshape(b_wide * b_x, (BR, CHUNKS, CHUNK)), 2)
-            b_more = b_more + (b_sums[i_t] + b_part * b_scale,)
+            b_part = tl.sum(tl.reshape(b_wide * b_x, (BR, CHUNKS, 8)), 2)
+            if BITS == 4:
+                b_part = tl.reshape(tl.reshape(b_part, (BR, NG, QG // 8)) * b_scale[:, :, None], (BR, CHUNKS))
+            b_more = b_more + (b_sums[i_t] + b_part,)
         b_sums = b_more
     for i_t in tl.static_range(BT):
         b_z = tl.sum(b_sums[i_t], 1)
@@ -124,12 +126,12 @@ def router(
     bits = bits_of(weight)
     if config is None:
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else H200_SM_COUNT
-        config = default_config(ranks, columns, sm_count, bits=bits)
+        config = default_config(ranks, columns, tokens, sm_count, bits=bits)
     group, per_word = 0, 1
     if scale is not None:
         group = group_of(weight, scale) if bits == 4 else 0
         weight, per_word = words(weight)
-    block_d = max(config.block_d, group, 128 // bits)
+    block_d = max(config.block_d, group, 8)
     groups = cdiv(tokens, TOKENS_AT_ONCE)
     rows, z = x.reshape(tokens, -1), torch.empty((tokens, ranks), dtype=x.dtype, device=x.device)
     strides = (0, 0) if scale is None else (scale.stride(0), scale.stride(1) if group else 0)

@@ -55,7 +55,7 @@ def test_fewer_bits_cost_less():
 def test_default_config_is_one_wave_of_whole_slices(K, N, T, density, bits):
     config = default_config(K, N, T, density, 132, bits=bits)
     columns = cdiv(N, config.block_n)
-    assert config.warps == 2
+    assert config.warps == (2 if bits >= 16 else 4)
     assert config.splits <= 64
     assert config.splits == 1 or config.splits * columns * config.warps <= 12 * 132
     assert config.splits == 1 or config.slice_ranks(K) >= 32
