@@ -23,8 +23,8 @@ from rana_fx.text import load_texts, token_batches
 
 PROMPT = "It was a dark evening, and the old man sat by the fire"
 NOTE = (
-    "A decoded token reads only the weight rows it keeps. On a GPU layers as small as this model's run as dense products on masked "
-    "inputs all the same: skipping rows would not pay for its launch."
+    "A decoded token reads only the weight rows it keeps. On a GPU, layers as small as this model's run as dense products on "
+    "masked inputs all the same: skipping rows would not pay for its launch."
 )
 _REPEATS = 3
 
