@@ -19,11 +19,10 @@ from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.guards import guard_weights
 from rana_fx.kernels.config import MAX_TOKENS
 from rana_fx.option import plan_of
-from rana_fx.passes.free import free_weights
 from rana_fx.passes.runner import Result, run, sources_hash
 from rana_fx.plan import Plan
 
-PREFILL = ("masked", "dense", "factors")
+PREFILL = ("masked", "dense")
 _KNOWN_OPTIONS = "'plan', 'prefill', 'mode' or an option of Inductor (torch._inductor.list_options())"
 
 
@@ -38,10 +37,9 @@ def backend(
 
     Args:
         options: ``{"plan": ...}``, a plan or the folder of one, to use instead of the attached one (the model is not touched);
-            ``{"prefill": ...}``: "masked" (default) adapts every token alike; "dense" leaves calls with more than 16 tokens,
-            such as a prompt, dense; "factors" is as "masked" and frees the weights that factors replace: the model then runs
-            only compiled, and only by this plan, until its checkpoint is loaded again;
-            ``{"mode": ...}``; and any option of Inductor, as torch.compile takes them for ``backend="inductor"``.
+            ``{"prefill": ...}``: "masked" (default) adapts every token alike, "dense" leaves calls with more than 16 tokens,
+            such as a prompt, dense; ``{"mode": ...}``; and any option of Inductor, as torch.compile takes them for
+            ``backend="inductor"``.
         mode: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
 
     Raises:
@@ -60,13 +58,10 @@ def backend(
     prefill = given.pop("prefill", "masked")
     if prefill not in PREFILL:
         raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(PREFILL)}")
-    if prefill == "factors" and torch.is_grad_enabled():
-        raise InvalidOption(name="prefill", got=prefill, expected="torch.no_grad() around the call: it frees weights for good")
     patches = inductor_options(given, mode)
     result = rewrite(gm, example_inputs, plan=plan, dense_above=MAX_TOKENS if prefill == "dense" else None)
     patches["post_grad_custom_pre_pass"] = _CacheKey(result, patches.get("post_grad_custom_pre_pass"))
-    inputs = free_weights(gm, example_inputs, result.matches) if prefill == "factors" else list(example_inputs)
-    compiled: Any = compile_fx(gm, inputs, config_patches=patches)
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from rana_fx.adapters import Adapter
-from rana_fx.errors import PlanMismatch, WeightsFreed
+from rana_fx.errors import PlanMismatch
 from rana_fx.guards import ATTRIBUTE
 from rana_fx.plan import Plan, SiteRecord, weight_digest
-from rana_fx.relayout import by_columns_, by_rows_, is_freed
+from rana_fx.relayout import by_columns_, by_rows_
 from rana_fx.running import bare, device_of, weights_of
 from rana_fx.weights import base_name
 
@@ -115,7 +115,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
     not: attach the plan again. ``state_dict`` includes the factors, as ``rana_fx.*``: ``detach`` first for one without.
 
     Raises:
-        PlanMismatch: other architecture, shapes, dtype or weights than the plan was made for. WeightsFreed.
+        PlanMismatch: other architecture, shapes, dtype or weights than the plan was made for.
     """
     model = bare(model)
     parameters = weights_of(model)
@@ -136,16 +136,9 @@ def attach(model: nn.Module, plan: Plan) -> None:
 
 
 def detach(model: nn.Module) -> Plan | None:
-    """Take the plan off and return it (None when there was none). The model is then as it was before ``attach``.
-
-    Raises:
-        WeightsFreed.
-    """
+    """Take the plan off and return it (None when there was none). The model is then as it was before ``attach``."""
     model = bare(model)
     found = attached(model)
-    for name, weight in weights_of(model).items():
-        if is_freed(weight):
-            raise WeightsFreed(site=name, what="detach the plan")
     if found is not None:
         with torch.inference_mode(False):
             by_rows_(parameter for parameter in model.parameters() if id(parameter) in found.relaid)
@@ -179,7 +172,5 @@ def _check(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) ->
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype != record.dtype:
         raise PlanMismatch(model=name, site=record.name, got=f"dtype {dtype}", expected=f"dtype {record.dtype}")
-    if is_freed(weight):
-        raise WeightsFreed(site=record.name, what="attach a plan")
     if weight_digest(weight) != record.digest:
         raise PlanMismatch(model=name, site=record.name, got="other weights", expected=f"weights with digest {record.digest}")

@@ -17,11 +17,10 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from rana_fx.aliases import redirect
-from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
+from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed
 from rana_fx.groups import Fact, Reading, read_graph
 from rana_fx.guards import guard_weights
 from rana_fx.layout import Group, Layout, merge, observed_together
-from rana_fx.relayout import is_freed
 from rana_fx.running import (
     bare,
     call,
@@ -149,7 +148,7 @@ def calibrate(
             try:
                 call(compiled, batch)
             except Exception as error:
-                ours = _cause(error, (NonFinite, WeightsFreed))
+                ours = _cause(error, NonFinite)
                 if ours is not None:
                     raise ours from None
                 part, reason = failing_part(model, error)
@@ -184,14 +183,12 @@ def _check_weights(scan: Scan) -> None:
         for what, parameter in (("weight", linear.weight), ("bias", linear.bias)):
             if parameter is None:
                 continue
-            if is_freed(linear.weight):
-                raise WeightsFreed(site=linear.name, what="run the dense model")
             bad = ~torch.isfinite(parameter.detach())
             if bad.any():
                 raise NonFinite(site=linear.name, count=int(bad.sum()), what=what, shape=tuple(parameter.shape))
 
 
-def _cause(error: BaseException | None, kind: tuple[type[BaseException], ...]) -> BaseException | None:
+def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
     while error is not None:
         if isinstance(error, kind):
             return error

@@ -35,8 +35,3 @@ def by_rows_(weights: Iterable[nn.Parameter]) -> None:
     """Undo it."""
     for weight in weights:
         weight.data = weight.data.contiguous()
-
-
-def is_freed(weight: nn.Parameter) -> bool:
-    """Whether the memory behind a weight was given back (``prefill="factors"``)."""
-    return weight.numel() > 0 and weight.device.type != "meta" and weight.untyped_storage().nbytes() == 0

@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import rana_fx
 from rana_fx.attachment import attached
 from rana_fx.calibrate import calibrate, call
-from rana_fx.errors import InvalidOption, NoPlan, PlanMismatch, WeightsFreed
+from rana_fx.errors import InvalidOption, NoPlan, PlanMismatch
 from rana_fx.measure import measuring
 from rana_fx.passes.runner import run
 from tests.architectures import ARCHITECTURES, build, ids, make, output
@@ -242,32 +242,8 @@ def test_prefill_dense(dynamic):
             got = output(compiled(**batch))
             assert relative(got, right) < 1e-5, tokens
             assert relative(got, wrong) > 1e-3, tokens
-    with pytest.raises(BackendCompilerFailed, match="option prefill='thin' is not valid: expected one of masked, dense, factors"):
+    with pytest.raises(BackendCompilerFailed, match="option prefill='thin' is not valid: expected one of masked, dense"):
         torch.compile(model, backend=rana_fx.backend, options={"prefill": "thin"})(**ids())
-
-
-def test_prefill_factors_frees_the_replaced_weights():
-    model, _, _ = adapted(budget=0.75)
-    batches = [ids(tokens) for tokens in (12, 1)]
-    with measuring(model) as meter:
-        expected = [output(meter.run(batch)) for batch in batches]
-    compiled = torch.compile(model, backend=rana_fx.backend, options={"prefill": "factors"})
-    with pytest.raises(BackendCompilerFailed, match="prefill='factors' is not valid: expected torch.no_grad"):
-        compiled(**batches[0])
-    torch.compiler.reset()
-    with torch.no_grad():
-        for batch, right in zip(batches, expected, strict=True):
-            for _ in range(2):
-                assert relative(output(compiled(**batch)), right) < 1e-5
-    sizes = {name: p.untyped_storage().nbytes() for name, p in model.named_parameters() if "layers" in name}
-    freed = {name.split(".")[-2] for name, size in sizes.items() if size == 0}
-    assert freed == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}  # what the paper's recipe gives factors
-    with measuring(model) as meter:
-        assert relative(output(meter.run(batches[0])), expected[0]) < 1e-5
-    with pytest.raises(WeightsFreed, match="q_proj: its dense weight is gone.*load its checkpoint again to detach the plan"):
-        rana_fx.detach(model)
-    with pytest.raises(WeightsFreed, match="run the dense model"):
-        rana_fx.explain(model, batches[0])
 
 
 def test_a_plan_given_as_an_option(tmp_path):
