@@ -73,7 +73,7 @@ class Writes:
         if target is not None:
             self._root[node] = self.root(target)
             self._last[self.root(target)] = node
-        elif source is not None and node.op in ("call_function", "call_method") and op_name(node) in _VIEWS:
+        elif source is not None and _is_view(node, source):
             self._root[node] = self.root(source)
 
     def root(self, node: fx.Node) -> fx.Node:
@@ -83,6 +83,14 @@ class Writes:
     def last(self, node: fx.Node) -> fx.Node | None:
         """What last wrote into the memory of ``node``, so far."""
         return self._last.get(self.root(node))
+
+
+def _is_view(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node may share the memory of ``source``. Indexing by a tensor copies."""
+    if node.op not in ("call_function", "call_method") or op_name(node) not in _VIEWS:
+        return False
+    others = (value_of(other) for other in node.all_input_nodes if other is not source)
+    return op_name(node) != "getitem" or not any(isinstance(value, Tensor) for value in others)
 
 
 def hidden_edges(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

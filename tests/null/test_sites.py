@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import rana_fx
 from rana_fx.calibrate import calibrate
 from rana_fx.errors import NoLinears
 from tests.architectures import ARCHITECTURES, Counts, build, make
@@ -189,3 +190,22 @@ def test_rows_of_a_dataset_are_batches_of_one():
     _, samples, tokens = calibrate(model, rows, wanted=lambda layout: {layout.groups[0].sites}, progress=False)
     assert tokens == 4
     assert len(next(iter(samples.values())).rows()) == 4
+
+
+def test_a_write_into_a_copy_is_no_write_into_its_source():
+    """Indexing by a tensor copies: linears around a write into the copy still read one tensor."""
+
+    class Gathered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 24, bias=False), nn.Linear(8, 24, bias=False)
+            self.down = nn.Linear(24, 8)
+
+        def forward(self, x):
+            up = self.first(x)
+            picked = x[torch.arange(2, device=x.device)]
+            picked.masked_fill_(picked > 0, 0.0)
+            return x + self.down(torch.relu(up) * self.second(x)) + picked.sum()
+
+    report = rana_fx.explain(Gathered(), torch.randn(4, 8))
+    assert (report.sites, report.groups, report.blocks) == (3, 2, 1)
