@@ -97,7 +97,7 @@ def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dic
             raise InvalidOption(
                 name=name,
                 got=value,
-                expected="'plan', 'prefill', 'mode' or an option of Inductor (torch._inductor.list_options())",
+                expected=_KNOWN_OPTIONS,
             )
         patches[key] = value
     return patches
