@@ -74,7 +74,7 @@ def rewrite(
         raise NoPlan(site=result.matches.missing)
     weights = result.matches.scan.weights
     if plan is not None:
-        guard_weights((node for node in weights if weights[node].dim() == 2), attachment=False)
+        guard_weights((node for node in weights if weights[node].dim() >= 2), attachment=False)
     elif result.matches.attachments:
         guard_weights((node for node in weights if attachment_of(weights[node]) is not None), attachment=True)
     return result
