@@ -38,16 +38,40 @@ else:
 
 
 @triton.jit
+def start_next(PDL: tl.constexpr):
+    """Let the next kernel of the stream start, as far as it does without what this one writes."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the kernel before this one is done. Before it only what no kernel writes may be read, and nothing written."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def ranks_of(o_r, i_s, S: tl.constexpr, GROUP: tl.constexpr):
     """Ranks at offsets o_r of slice i_s."""
     return (o_r // GROUP) * (GROUP * S) + i_s * GROUP + o_r % GROUP
 
 
 @triton.jit
-def kept_values(v, tau, scale, b_k, m_k, T, s_vt, s_vk, s_tau, s_sk, BT: tl.constexpr, SCALED: tl.constexpr):
-    """Where some token keeps rank b_k, and a tuple of each token's values there: fp32, 0 where that token drops it."""
+def constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED: tl.constexpr):
+    """Thresholds and scales of ranks b_k, fp32: all that is known of them before there is a v."""
     o_k = b_k.to(tl.int64)
     b_tau = tl.load(tau + o_k * s_tau, mask=m_k, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    b_scale = b_tau
+    if SCALED:
+        b_scale = tl.load(scale + o_k * s_sk, mask=m_k, other=0.0).to(tl.float32)
+    return b_tau, b_scale
+
+
+@triton.jit
+def kept_values(v, b_tau, b_scale, b_k, m_k, T, s_vt, s_vk, BT: tl.constexpr, SCALED: tl.constexpr):
+    """Where some token keeps rank b_k, and a tuple of each token's values there: fp32, 0 where that token drops it."""
+    o_k = b_k.to(tl.int64)
     b_vs = ()
     m_any = b_k < 0
     for i_t in tl.static_range(BT):
@@ -59,7 +83,6 @@ def kept_values(v, tau, scale, b_k, m_k, T, s_vt, s_vk, s_tau, s_sk, BT: tl.cons
         b_vs = b_vs + (tl.where(m_v, b_v, 0.0),)
         m_any = m_any | m_v
     if SCALED:
-        b_scale = tl.load(scale + o_k * s_sk, mask=m_k, other=0.0).to(tl.float32)
         b_scaled = ()
         for i_t in tl.static_range(BT):
             b_scaled = b_scaled + (b_vs[i_t] * b_scale,)
@@ -71,13 +94,15 @@ def kept_values(v, tau, scale, b_k, m_k, T, s_vt, s_vk, s_tau, s_sk, BT: tl.cons
 def list_ranks(
     v, tau, scale, p_list, i_s, T, K, s_vt, s_vk, s_tau, s_sk,
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr, BM: tl.constexpr,
-    BT: tl.constexpr, SCALED: tl.constexpr,
+    BT: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the slice's list to p_list, less its first EARLY ranks; how many were kept."""
+    """Write the slice's list to p_list, less its first EARLY ranks; how many were kept. Waits for the previous kernel."""
     o_r = tl.arange(0, KB)
     b_k = ranks_of(o_r, i_s, S, GROUP)
     m_k = (o_r >= EARLY) & (o_r < KS) & (b_k < K)
-    m_any, b_vs = kept_values(v, tau, scale, b_k, m_k, T, s_vt, s_vk, s_tau, s_sk, BT, SCALED)
+    b_tau, b_scale = constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED)
+    wait_for_previous(PDL)
+    m_any, b_vs = kept_values(v, b_tau, b_scale, b_k, m_k, T, s_vt, s_vk, BT, SCALED)
     b_one = m_any.to(tl.int32)
     n_active = tl.sum(b_one, 0)
     o_p = tl.cumsum(b_one, 0) - 1

@@ -26,7 +26,18 @@ from torch import Tensor
 from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
 from rana_fx.kernels.finish import ACTIVATIONS, counters_for, finish, partials_at_once
-from rana_fx.kernels.gather import add_rows, kept_values, list_ranks, listed_values, load_rows, no_sums, ranks_of, trips
+from rana_fx.kernels.gather import (
+    add_rows,
+    constants_of,
+    kept_values,
+    list_ranks,
+    listed_values,
+    load_rows,
+    no_sums,
+    ranks_of,
+    start_next,
+    trips,
+)
 from rana_fx.kernels.packed import masked_gemv_packed_kernel, words
 from rana_fx.kernels.quantize import bits_of, group_of, shape_of
 
@@ -38,7 +49,9 @@ def masked_gemv_kernel(
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
     BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    start_next(PDL)
     LENGTH: tl.constexpr = KB + BM
     i_p, i_s = tl.program_id(0), tl.program_id(1)
     i_n, i_t0 = i_p // TG, i_p % TG * BT
@@ -56,12 +69,13 @@ def masked_gemv_kernel(
         b_k = tl.minimum(ranks_of(o_e, i_s, S, GROUP), K - 1)
         m_k = (o_e < KS) & (ranks_of(o_e, i_s, S, GROUP) < K)
         b_early = load_rows(p_n[None, :] + b_k.to(tl.int64)[:, None] * s_wk, m_c, WHOLE)
+        b_tau, b_unit = constants_of(tau, scale, b_k, m_k, s_tau, s_sk, False)
     n_active = list_ranks(
-        v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, False
+        v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, False, PDL
     )
     b_sums = no_sums(BT, RW, BN)
     if EARLY > 0:
-        b_vs = kept_values(v, tau, scale, b_k, m_k, T - i_t0, s_vt, s_vk, s_tau, s_sk, BT, False)[1]
+        b_vs = kept_values(v, b_tau, b_unit, b_k, m_k, T - i_t0, s_vt, s_vk, BT, False)[1]
         b_sums = add_rows(b_sums, b_vs, b_early.to(tl.float32), BT, RW, EARLY, BN)
     for j in tl.range(0, trips(n_active), BM, num_stages=STAGES):
         o_p = j + tl.arange(0, BM)
@@ -80,7 +94,14 @@ def masked_gemv_kernel(
 
 
 def partials(
-    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None = None, *, config: Config, traced: bool = False
+    v: Tensor,
+    tau: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    *,
+    config: Config,
+    traced: bool = False,
+    pdl: bool = False,
 ) -> Tensor:
     """(S, T, N) fp32, whose sum over S is the product: for a caller that fuses the sum into what follows.
 
@@ -94,13 +115,13 @@ def partials(
     """
     rows, columns = _check(v, tau, weight, scale)
     out = torch.empty((config.splits, rows, columns), dtype=torch.float32, device=v.device)
-    _launch(v.reshape(rows, -1), tau, weight, scale, None, out, None, None, config, 0, traced)
+    _launch(v.reshape(rows, -1), tau, weight, scale, None, out, None, None, config, 0, traced, pdl)
     return out
 
 
 def masked_gemv(
     v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *,
-    activation: str | None = None, config: Config | None = None, counters: Tensor | None = None, traced: bool = False,
+    activation: str | None = None, config: Config | None = None, counters: Tensor | None = None, traced: bool = False, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """The product in v's dtype, finished in the one launch. Arguments and errors as for ``partials``, and
 
@@ -137,7 +158,7 @@ def masked_gemv(
         config = default_config(v.shape[-1], columns, rows, sm_count=sm_count, bits=bits_of(weight))
     part = torch.empty((config.splits, rows, columns), dtype=torch.float32, device=v.device)
     y = torch.empty((rows, columns // 2 if act else columns), dtype=v.dtype, device=v.device)
-    _launch(v.reshape(rows, -1), tau, weight, scale, bias, part, y, counters, config, act, traced)
+    _launch(v.reshape(rows, -1), tau, weight, scale, bias, part, y, counters, config, act, traced, pdl)
     return y.reshape(*v.shape[:-1], y.shape[1])
 
 
@@ -157,7 +178,7 @@ def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tupl
 
 def _launch(
     v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, part: Tensor, y: Tensor | None,
-    counters: Tensor | None, config: Config, act: int, traced: bool,
+    counters: Tensor | None, config: Config, act: int, traced: bool, pdl: bool,
 ) -> None:  # fmt: skip
     (tokens, ranks), columns = v.shape, part.shape[-1]
     groups = cdiv(tokens, TOKENS_AT_ONCE)
@@ -180,7 +201,7 @@ def _launch(
         EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
         BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
         STAGES=config.stages, WHOLE=(half or columns) % block_n == 0, SUM=y is not None, ACT=act, HAS_BIAS=bias is not None,
-        num_warps=config.warps,
+        PDL=pdl, num_warps=config.warps, **({'launch_pdl': True} if pdl else {}),
     )  # fmt: skip
     grid = (blocks * groups, config.splits)
     entries = grid[0] * grid[1] * (1 + meta["BT"]) * (meta["KB"] + meta["BM"])

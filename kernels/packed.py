@@ -18,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_fx.kernels.finish import finish
-from rana_fx.kernels.gather import kept_values, list_ranks, listed_values, load_rows, no_sums, ranks_of, summed, trips
+from rana_fx.kernels.gather import (
+    constants_of,
+    kept_values,
+    list_ranks,
+    listed_values,
+    load_rows,
+    no_sums,
+    ranks_of,
+    start_next,
+    summed,
+    trips,
+)
 
 
 @triton.jit
@@ -82,8 +93,9 @@ def masked_gemv_packed_kernel(
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
     BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
+    PDL: tl.constexpr, BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
+    start_next(PDL)
     LENGTH: tl.constexpr = KB + BM
     BW: tl.constexpr = BN // PER
     CHUNK: tl.constexpr = 128 // BITS if BITS == 4 else 1
@@ -112,12 +124,13 @@ def masked_gemv_packed_kernel(
         m_k = (o_e < KS) & (ranks_of(o_e, i_s, S, GROUP) < K)
         b_early = load_rows(p_n[None, :] + b_k.to(tl.int64)[:, None] * s_wk, m_w, WHOLE)
         b_scale = scales_of(scale, b_k, o_g, m_chunk, s_sk, s_sg, BITS)
+        b_tau, b_unit = constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED)
     n_active = list_ranks(
-        v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, SCALED
+        v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, SCALED, PDL
     )
     b_sums = no_sums(BT, RW, BN)
     if EARLY > 0:
-        b_vs = kept_values(v, tau, scale, b_k, m_k, T - i_t0, s_vt, s_vk, s_tau, s_sk, BT, SCALED)[1]
+        b_vs = kept_values(v, b_tau, b_unit, b_k, m_k, T - i_t0, s_vt, s_vk, BT, SCALED)[1]
         b_sums = add_packed_rows(b_sums, b_vs, numbers(b_early, zero, BITS, PER), b_scale, BT, BITS, RW, EARLY, BN, CHUNK)
     for j in tl.range(0, trips(n_active), BM, num_stages=STAGES):
         o_p = j + tl.arange(0, BM)

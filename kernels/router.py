@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rana_fx.errors import BadOperand
 from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, WARP_BYTES, cdiv
-from rana_fx.kernels.gather import no_sums, trips
+from rana_fx.kernels.gather import no_sums, start_next, trips, wait_for_previous
 from rana_fx.kernels.packed import numbers, scales_of, units, words
 from rana_fx.kernels.quantize import bits_of, group_of, shape_of
 
@@ -33,6 +33,7 @@ class RouterConfig:
     block_d: int = 512
     warps: int = 2
     stages: int = 4
+    ahead: int = 0
 
 
 def default_config(R: int, D: int, T: int = 1, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> RouterConfig:
@@ -57,45 +58,73 @@ def configs(R: int, D: int, T: int = 1, sm_count: int = H200_SM_COUNT, *, bits: 
 
 
 @triton.jit
+def read_rows(
+    w, scale, o_row, d, D, s_wr, s_wd, s_sk, s_sg, BD: tl.constexpr, BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr
+):
+    """Words d ... d + BD - 1 of rows o_row, and their 4-bit scales (1 in other widths)."""
+    NG: tl.constexpr = BD * PER // QG
+    o_d = (d + tl.arange(0, BD)).to(tl.int64)
+    p_w = w + o_row.to(tl.int64)[:, None] * s_wr + o_d[None, :] * s_wd
+    b_w = tl.load(p_w, mask=(o_d < D)[None, :], other=0, eviction_policy="evict_first")
+    o_g = (d * PER // QG + tl.arange(0, NG)).to(tl.int64)
+    return b_w, scales_of(scale, o_row, o_g, o_g * QG < D * PER, s_sk, s_sg, BITS)
+
+
+@triton.jit
+def add_products(
+    b_sums, b_w, b_scale, x, i_t0, d, T, D, zero, s_xt, s_xd,
+    BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    """Each token's sums plus its products with what ``read_rows`` gave."""
+    # eight products, which are one thread's, are added up before they meet the running sums
+    CHUNKS: tl.constexpr = BD * PER // 8
+    NG: tl.constexpr = BD * PER // QG
+    if BITS < 16:
+        b_wide = numbers(b_w, zero, BITS, PER)
+    else:
+        b_wide = tl.reshape(b_w.to(tl.float32), (BR, BD, 1))
+    o_x = (d * PER + tl.arange(0, BD * PER)).to(tl.int64)
+    b_more = ()
+    for i_t in tl.static_range(BT):
+        m_x = (o_x < D * PER) & (o_x * 0 + i_t0 + i_t < T)
+        p_x = x + (i_t0 + i_t).to(tl.int64) * s_xt + o_x * s_xd
+        b_x = tl.reshape(tl.load(p_x, mask=m_x, other=0.0, eviction_policy="evict_last").to(tl.float32), (1, BD, PER))
+        if BITS < 16:
+            b_x *= units(BITS, PER)[None, None, :]
+        b_part = tl.sum(tl.reshape(b_wide * b_x, (BR, CHUNKS, 8)), 2)
+        if BITS == 4:
+            b_part = tl.reshape(tl.reshape(b_part, (BR, NG, QG // 8)) * b_scale[:, :, None], (BR, CHUNKS))
+        b_more = b_more + (b_sums[i_t] + b_part,)
+    return b_more
+
+
+@triton.jit
 def router_kernel(
     x, w, scale, z,
     T, R, D, s_xt, s_xd, s_wr, s_wd, s_sk, s_sg, s_zt,
-    BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
     BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
-    # a row is D words long, of one number each or of PER packed ones; BD counts words. Eight products, which are one thread's,
-    # are added up before they meet the running sums
-    CHUNKS: tl.constexpr = BD * PER // 8
-    NG: tl.constexpr = BD * PER // QG
+    # a row is D words long, of one number each or of PER packed ones; BD counts words
+    start_next(PDL)
     i_b, i_t0 = tl.program_id(0), tl.program_id(1) * BT
     o_r = i_b * BR + tl.arange(0, BR)
     m_r = o_r < R
     # rows beyond the last are read as the last, and not written
     o_row = tl.minimum(o_r, R - 1)
-    b_sums = no_sums(BT, BR, CHUNKS)
-    for d in tl.range(0, trips(D), BD, num_stages=STAGES):
-        o_d = (d + tl.arange(0, BD)).to(tl.int64)
-        p_w = w + o_row.to(tl.int64)[:, None] * s_wr + o_d[None, :] * s_wd
-        b_w = tl.load(p_w, mask=(o_d < D)[None, :], other=0, eviction_policy="evict_first")
-        if BITS < 16:
-            b_wide = numbers(b_w, R >> 31, BITS, PER)
-        else:
-            b_wide = tl.reshape(b_w.to(tl.float32), (BR, BD, 1))
-        o_g = (d * PER // QG + tl.arange(0, NG)).to(tl.int64)
-        b_scale = scales_of(scale, o_row, o_g, o_g * QG < D * PER, s_sk, s_sg, BITS)
-        o_x = (d * PER + tl.arange(0, BD * PER)).to(tl.int64)
-        b_more = ()
-        for i_t in tl.static_range(BT):
-            m_x = (o_x < D * PER) & (o_x * 0 + i_t0 + i_t < T)
-            p_x = x + (i_t0 + i_t).to(tl.int64) * s_xt + o_x * s_xd
-            b_x = tl.reshape(tl.load(p_x, mask=m_x, other=0.0, eviction_policy="evict_last").to(tl.float32), (1, BD, PER))
-            if BITS < 16:
-                b_x *= units(BITS, PER)[None, None, :]
-            b_part = tl.sum(tl.reshape(b_wide * b_x, (BR, CHUNKS, 8)), 2)
-            if BITS == 4:
-                b_part = tl.reshape(tl.reshape(b_part, (BR, NG, QG // 8)) * b_scale[:, :, None], (BR, CHUNKS))
-            b_more = b_more + (b_sums[i_t] + b_part,)
-        b_sums = b_more
+    b_ahead = ()
+    for i_d in tl.static_range(AHEAD):
+        b_ahead = b_ahead + (read_rows(w, scale, o_row, i_d * BD, D, s_wr, s_wd, s_sk, s_sg, BD, BITS, QG, PER),)
+    wait_for_previous(PDL)
+    b_sums = no_sums(BT, BR, BD * PER // 8)
+    for i_d in tl.static_range(AHEAD):
+        b_sums = add_products(
+            b_sums, b_ahead[i_d][0], b_ahead[i_d][1], x, i_t0, i_d * BD, T, D, R >> 31, s_xt, s_xd, BT, BR, BD, BITS, QG, PER
+        )
+    if MORE:
+        for d in tl.range(AHEAD * BD, trips(D), BD, num_stages=STAGES):
+            b_w, b_scale = read_rows(w, scale, o_row, d, D, s_wr, s_wd, s_sk, s_sg, BD, BITS, QG, PER)
+            b_sums = add_products(b_sums, b_w, b_scale, x, i_t0, d, T, D, R >> 31, s_xt, s_xd, BT, BR, BD, BITS, QG, PER)
     for i_t in tl.static_range(BT):
         b_z = tl.sum(b_sums[i_t], 1)
         if BITS == 8:
@@ -105,7 +134,13 @@ def router_kernel(
 
 
 def router(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, *, config: RouterConfig | None = None, traced: bool = False
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    *,
+    config: RouterConfig | None = None,
+    traced: bool = False,
+    pdl: bool = False,
 ) -> Tensor:
     """z, (..., R) in x's dtype.
 
@@ -141,6 +176,7 @@ def router(
         kernel[(cdiv(ranks, config.block_r), groups)](
             rows, weight, x if scale is None else scale, z, tokens, ranks, weight.shape[1], *rows.stride(), *weight.stride(),
             *strides, ranks, BT=cdiv(tokens, groups), BR=config.block_r, BD=block_d // per_word,
-            STAGES=config.stages, BITS=bits, QG=group or block_d, PER=per_word, num_warps=config.warps,
+            AHEAD=min(config.ahead, cdiv(columns, block_d)), MORE=config.ahead * block_d < columns, STAGES=config.stages, PDL=pdl, BITS=bits, QG=group or block_d, PER=per_word,
+            num_warps=config.warps, **({'launch_pdl': True} if pdl else {}),
         )  # fmt: skip
     return z.reshape(*x.shape[:-1], ranks)
