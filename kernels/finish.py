@@ -1,8 +1,8 @@
 """Who adds the partials up: the last program to arrive, in the same launch.
 
 Each program writes its fp32 partial, then adds one to its block's counter (an integer, acquire and release, GPU scope). The one
-that finds all others counted adds the S partials in the order of slices, bias and activation too, and sets the counter back to
-zero. So nothing is zeroed per launch, nothing depends on who came last, and every run gives the same bits.
+that finds all others counted adds the S partials in the order of slices, then bias, activation and residual, and sets the counter
+back to zero. So nothing is zeroed per launch, nothing depends on who came last, and every run gives the same bits.
 
 Counters are zeros that outlive launches, and launches that share some must not overlap. ``counters_for`` deals them out from a
 ring per device, made once and never freed, since captured graphs hold addresses. So launches that do overlap, on two streams or
@@ -97,8 +97,8 @@ def activated(b_y, ACT: tl.constexpr):
 
 @triton.jit
 def finish(
-    part, y, bias, counters, i_c, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt, s_bias,
-    S: tl.constexpr, SR: tl.constexpr, BT: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
+    part, y, bias, residual, counters, i_c, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt, s_bias, s_rt, s_rn,
+    S: tl.constexpr, SR: tl.constexpr, BT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """Arrive; if last, write columns o_c of the result for tokens i_t0 ... i_t0 + BT - 1. half: columns of the second half."""
     if is_last(counters, i_c, 2 * S if ACT else S):
@@ -109,5 +109,7 @@ def finish(
             b_y = sum_of_partials(p_part, o_c, m_y, s_ps, bias, s_bias, S, SR, HAS_BIAS)
             if ACT:
                 b_y = activated(b_y, ACT) * sum_of_partials(p_part, o_c + half, m_y, s_ps, bias, s_bias, S, SR, HAS_BIAS)
+            if HAS_RESIDUAL:
+                b_y += tl.load(residual + o_t * s_rt + o_c * s_rn, mask=m_y, other=0.0).to(tl.float32)
             tl.store(y + o_t * s_yt + o_c, b_y.to(y.dtype.element_ty), mask=m_y)
         tl.store(counters + i_c, 0)

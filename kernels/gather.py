@@ -37,6 +37,11 @@ else:
         return count
 
 
+def launch_options(pdl: bool, traced: bool) -> dict[str, bool]:
+    """What a launch with ``PDL`` is launched with. In a traced one Inductor says it (passes/lower_triton.py)."""
+    return {"launch_pdl": True} if pdl and not traced else {}
+
+
 @triton.jit
 def start_next(PDL: tl.constexpr):
     """Let the next kernel of the stream start, as far as it does without what this one writes."""

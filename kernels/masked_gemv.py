@@ -30,6 +30,7 @@ from rana_fx.kernels.gather import (
     add_rows,
     constants_of,
     kept_values,
+    launch_options,
     list_ranks,
     listed_values,
     load_rows,
@@ -44,12 +45,12 @@ from rana_fx.kernels.quantize import bits_of, group_of, shape_of
 
 @triton.jit
 def masked_gemv_kernel(
-    v, tau, w, scale, bias, part, y, lists, counters,
-    T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_bias, s_ps, s_pt, s_yt,
+    v, tau, w, scale, bias, residual, part, y, lists, counters,
+    T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_bias, s_rt, s_rn, s_ps, s_pt, s_yt,
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
     BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
     LENGTH: tl.constexpr = KB + BM
@@ -88,8 +89,8 @@ def masked_gemv_kernel(
         tl.store(p_part + (i_t0 + i_t).to(tl.int64) * s_pt, tl.sum(b_sums[i_t], 0), mask=m_t)
     if SUM:
         finish(
-            part, y, bias, counters, i_c * TG + i_p % TG, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt, s_bias,
-            S, SR, BT, HAS_BIAS, ACT,
+            part, y, bias, residual, counters, i_c * TG + i_p % TG, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt,
+            s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
         )  # fmt: skip
 
 
@@ -109,24 +110,28 @@ def partials(
         v: (..., K) floating, T <= 16 rows in all. tau: (K,). weight, scale: as quantize.py stores them, K rows.
         config: every choice; S = config.splits.
         traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
+        pdl: start before the previous kernel of the stream is done (programmatic dependent launch, compute capability 9.0):
+            thresholds, scales and early rows are then read before it ends, so no kernel just before may have written them.
 
     Raises:
         BadOperand.
     """
     rows, columns = _check(v, tau, weight, scale)
     out = torch.empty((config.splits, rows, columns), dtype=torch.float32, device=v.device)
-    _launch(v.reshape(rows, -1), tau, weight, scale, None, out, None, None, config, 0, traced, pdl)
+    _launch(v.reshape(rows, -1), tau, weight, scale, None, None, out, None, None, config, 0, traced, pdl)
     return out
 
 
 def masked_gemv(
     v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *,
-    activation: str | None = None, config: Config | None = None, counters: Tensor | None = None, traced: bool = False, pdl: bool = False,
+    residual: Tensor | None = None, activation: str | None = None, config: Config | None = None,
+    counters: Tensor | None = None, traced: bool = False, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """The product in v's dtype, finished in the one launch. Arguments and errors as for ``partials``, and
 
     Args:
         bias: (N,).
+        residual: (..., N) floating, added in fp32, last; not together with an activation.
         activation: "silu", "gelu_tanh" or "relu": the result is act(first half) * second half of the N columns, in fp32 until it
             is rounded once. N is even then; in 8 and 4 bits a half is whole words and groups.
         config: the default one if None.
@@ -142,6 +147,10 @@ def masked_gemv(
     rows, columns = _check(v, tau, weight, scale)
     if bias is not None and tuple(bias.shape) != (columns,):
         raise BadOperand(name="bias", got=str(tuple(bias.shape)), expected=f"({columns},)", todo="One number per output.")
+    wanted = (*v.shape[:-1], columns)
+    if residual is not None and (tuple(residual.shape) != wanted or activation is not None):
+        todo = "One number per token and output, and no activation."
+        raise BadOperand(name="residual", got=str(tuple(residual.shape)), expected=f"{wanted}", todo=todo)
     if activation is not None and activation not in ACTIVATIONS:
         raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
     if traced and counters is None:
@@ -158,7 +167,8 @@ def masked_gemv(
         config = default_config(v.shape[-1], columns, rows, sm_count=sm_count, bits=bits_of(weight))
     part = torch.empty((config.splits, rows, columns), dtype=torch.float32, device=v.device)
     y = torch.empty((rows, columns // 2 if act else columns), dtype=v.dtype, device=v.device)
-    _launch(v.reshape(rows, -1), tau, weight, scale, bias, part, y, counters, config, act, traced, pdl)
+    added = None if residual is None else residual.reshape(rows, -1)
+    _launch(v.reshape(rows, -1), tau, weight, scale, bias, added, part, y, counters, config, act, traced, pdl)
     return y.reshape(*v.shape[:-1], y.shape[1])
 
 
@@ -177,8 +187,8 @@ def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tupl
 
 
 def _launch(
-    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, part: Tensor, y: Tensor | None,
-    counters: Tensor | None, config: Config, act: int, traced: bool, pdl: bool,
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    part: Tensor, y: Tensor | None, counters: Tensor | None, config: Config, act: int, traced: bool, pdl: bool,
 ) -> None:  # fmt: skip
     (tokens, ranks), columns = v.shape, part.shape[-1]
     groups = cdiv(tokens, TOKENS_AT_ONCE)
@@ -201,7 +211,7 @@ def _launch(
         EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
         BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
         STAGES=config.stages, WHOLE=(half or columns) % block_n == 0, SUM=y is not None, ACT=act, HAS_BIAS=bias is not None,
-        PDL=pdl, num_warps=config.warps, **({'launch_pdl': True} if pdl else {}),
+        HAS_RESIDUAL=residual is not None, PDL=pdl, num_warps=config.warps, **launch_options(pdl, traced),
     )  # fmt: skip
     grid = (blocks * groups, config.splits)
     entries = grid[0] * grid[1] * (1 + meta["BT"]) * (meta["KB"] + meta["BM"])
@@ -211,8 +221,9 @@ def _launch(
     with contextlib.nullcontext() if traced else torch.cuda.device_of(v):
         # arguments that a variant never reads still need a pointer
         kernel[grid](
-            v, tau, weight, v if scale is None else scale, v if bias is None else bias, part, part if y is None else y, lists,
+            v, tau, weight, v if scale is None else scale, v if bias is None else bias,
+            v if residual is None else residual, part, part if y is None else y, lists,
             lists if counters is None else counters, tokens, ranks, weight.shape[1], half // per_word, *v.stride(),
             *tau.stride(), *weight.stride(), *strides[: 1 if bits >= 16 else 2], 0 if bias is None else bias.stride(0),
-            *part.stride()[:2], 0 if y is None else y.stride(0), **meta,
+            *((0, 0) if residual is None else residual.stride()), *part.stride()[:2], 0 if y is None else y.stride(0), **meta,
         )  # fmt: skip

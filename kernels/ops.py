@@ -1,4 +1,4 @@
-"""Declares ``rana::masked_gemv`` and ``rana::router``: schema, fake tensor rule, autograd, and who computes them in eager mode.
+"""Declares ``rana::masked_gemv``, ``rana::router`` and their fused forms: schema, fake tensor rule, autograd, who computes them.
 
 Weights are floating, int8 or packed 4-bit; scale and dtype tell which (quantize.py). The mask is a constant in the backward
 pass (the paper's rule): gradients reach v where it is kept, the kept rows of a floating weight, and the bias; thresholds and
@@ -32,6 +32,13 @@ _LIBRARY.define(
     "masked_gemv(Tensor v, Tensor tau, Tensor weight, Tensor? bias=None, Tensor? scale=None, float density=0.5) -> Tensor"
 )
 _LIBRARY.define("router(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor")
+# what passes/fuse.py makes of the two in a graph that is past autograd: they have no backward
+_LIBRARY.define(
+    "masked_gemv_add(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, float density, Tensor residual) -> Tensor"
+)
+_LIBRARY.define(
+    "normed_router(Tensor x, Tensor? gain, Tensor weight, Tensor? scale=None, float eps=0., float offset=0.) -> Tensor"
+)
 
 
 @contextlib.contextmanager
@@ -95,6 +102,34 @@ def _router(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     return z
 
 
+def _masked_gemv_add(
+    v: Tensor,
+    tau: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    density: float,
+    residual: Tensor,  # noqa: ARG001
+) -> Tensor:
+    launcher: Any = _kernel("masked_gemv", v, weight)
+    if launcher is None:
+        return reference.masked_gemv_add(v, tau, weight, bias, scale, residual)
+    y: Tensor = launcher.masked_gemv(v, tau, weight, bias, scale, residual=residual)
+    return y
+
+
+def _normed_router(
+    x: Tensor, gain: Tensor | None, weight: Tensor, scale: Tensor | None = None, eps: float = 0.0, offset: float = 0.0
+) -> Tensor:
+    launcher: Any = _kernel("router", x, weight)
+    if launcher is None:
+        return reference.normed_router(x, gain, weight, scale, eps, offset)
+    z: Tensor = launcher.router(x, weight, scale, gain=gain, eps=eps, offset=offset)
+    return z
+
+
+_LIBRARY.impl("masked_gemv_add", _masked_gemv_add, "CompositeExplicitAutograd")
+_LIBRARY.impl("normed_router", _normed_router, "CompositeExplicitAutograd")
 _LIBRARY.impl("masked_gemv", _masked_gemv, "CompositeExplicitAutograd")
 _LIBRARY.impl("router", _router, "CompositeExplicitAutograd")
 
@@ -120,6 +155,28 @@ def _fake_router(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tens
     ranks, columns = shape_of(weight, scale)
     torch._check(x.shape[-1] == columns, lambda: f"x {tuple(x.shape)}: expected (..., {columns})")
     return x.new_empty((*x.shape[:-1], ranks))
+
+
+@torch.library.register_fake("rana::masked_gemv_add", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_masked_gemv_add(
+    v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, density: float, residual: Tensor
+) -> Tensor:
+    y: Tensor = _fake_masked_gemv(v, tau, weight, bias, scale, density)
+    torch._check(residual.shape == y.shape, lambda: f"residual {tuple(residual.shape)}: expected {tuple(y.shape)}")
+    return y
+
+
+@torch.library.register_fake("rana::normed_router", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_normed_router(
+    x: Tensor,
+    gain: Tensor | None,  # noqa: ARG001
+    weight: Tensor,
+    scale: Tensor | None = None,
+    eps: float = 0.0,  # noqa: ARG001
+    offset: float = 0.0,  # noqa: ARG001
+) -> Tensor:
+    z: Tensor = _fake_router(x, weight, scale)
+    return z
 
 
 def _save_masked_gemv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -160,4 +217,6 @@ torch.library.register_autograd("rana::masked_gemv", _backward_masked_gemv, setu
 torch.library.register_autograd("rana::router", _backward_router, setup_context=_save_router, lib=_LIBRARY)
 
 masked_gemv = torch.ops.rana.masked_gemv.default
+masked_gemv_add = torch.ops.rana.masked_gemv_add.default
 router = torch.ops.rana.router.default
+normed_router = torch.ops.rana.normed_router.default

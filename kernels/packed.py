@@ -88,12 +88,12 @@ def add_packed_rows(
 
 @triton.jit
 def masked_gemv_packed_kernel(
-    v, tau, w, scale, bias, part, y, lists, counters,
-    T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_sg, s_bias, s_ps, s_pt, s_yt,
+    v, tau, w, scale, bias, residual, part, y, lists, counters,
+    T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_sg, s_bias, s_rt, s_rn, s_ps, s_pt, s_yt,
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
     BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr, BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
     LENGTH: tl.constexpr = KB + BM
@@ -148,8 +148,8 @@ def masked_gemv_packed_kernel(
         tl.store(p_part + (i_t0 + i_t).to(tl.int64) * s_pt, b_y, mask=m_t)
     if SUM:
         finish(
-            part, y, bias, counters, i_c * TG + i_p % TG, i_t0, T, half * PER, o_c, m_c, s_ps, s_pt, s_yt, s_bias,
-            S, SR, BT, HAS_BIAS, ACT,
+            part, y, bias, residual, counters, i_c * TG + i_p % TG, i_t0, T, half * PER, o_c, m_c, s_ps, s_pt, s_yt,
+            s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
         )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
     masked_gemv(v, tau, weight, bias, scale):  y = bias + sum over k with v_k^2 >= tau_k of v_k * w[k, :]
     router(x, weight, scale):                  z = x @ w^T
+    normed_router(h, gain, weight, scale, eps, offset):  the same of x = h / sqrt(mean h^2 + eps) * (gain + offset)
+    masked_gemv_add(..., residual):            masked_gemv(...) + residual
     w is weight, or what quantize.unpack makes of weight and scale
 
 Legend: T tokens (all leading dims), K ranks or inputs, N outputs, R ranks, D inputs.
@@ -33,3 +35,24 @@ def masked_gemv(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | No
 def router(x: Tensor, weight_RD: Tensor, scale: Tensor | None = None) -> Tensor:
     """(..., D), (R, D) -> (..., R) in x's dtype."""
     return torch.nn.functional.linear(x, unpack(weight_RD, scale, x.dtype))
+
+
+def normed_router(
+    h: Tensor, gain_D: Tensor | None, weight_RD: Tensor, scale: Tensor | None = None, eps: float = 0.0, offset: float = 0.0
+) -> Tensor:
+    """(..., D), (D,), (R, D) -> (..., R) in h's dtype. Norm, gain and product in fp32 (fp64 for fp64), rounded once."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    x = h.to(wide) * torch.rsqrt(h.to(wide).square().mean(-1, keepdim=True) + eps)
+    if gain_D is not None:
+        x = x * (gain_D.to(wide) + offset)
+    return torch.nn.functional.linear(x, unpack(weight_RD, scale, wide)).to(h.dtype)
+
+
+def masked_gemv_add(
+    v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None, residual: Tensor
+) -> Tensor:
+    """As masked_gemv, plus (..., N), added before the result is rounded to v's dtype."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    masked = torch.where(kept(v, tau_K), v, v.new_zeros(())).to(wide)
+    y = torch.nn.functional.linear(masked, unpack(weight_KN, scale, wide).t(), None if bias_N is None else bias_N.to(wide))
+    return (y + residual.to(wide)).to(v.dtype)

@@ -22,13 +22,37 @@ from rana_fx.kernels.packed import masked_gemv_packed_kernel
 from rana_fx.kernels.router import router_kernel
 
 POINTERS = {"v": "bf16", "x": "bf16", "z": "bf16", "y": "bf16", "bias": "bf16", "w": "bf16"}
-POINTERS |= {"tau": "fp32", "scale": "fp32", "part": "fp32", "lists": "i32", "counters": "i32"}
-UNIT = {"s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd"}
+POINTERS |= {
+    "residual": "bf16",
+    "gain": "bf16",
+    "tau": "fp32",
+    "scale": "fp32",
+    "part": "fp32",
+    "lists": "i32",
+    "counters": "i32",
+}
+UNIT = {"s_rn", "s_gain", "s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd"}
 GEMV = dict(S=32, KS=128, KB=128, GROUP=16, EARLY=0, BT=1, TG=1, BM=4, BN=512, RW=1, SR=8, STAGES=4, WHOLE=True)
-GEMV |= dict(SUM=True, ACT=0, HAS_BIAS=False, PDL=False, num_warps=2)
+GEMV |= dict(SUM=True, ACT=0, HAS_BIAS=False, HAS_RESIDUAL=False, PDL=False, num_warps=2)
 PACKED = dict(BN=1024, BM=8, num_warps=4)
 INT8, INT4 = PACKED | dict(BITS=8, QG=1024, PER=4, RW=2), PACKED | dict(BITS=4, QG=64, PER=8, RW=4)
-ROUTER = dict(BT=1, BR=8, BD=512, AHEAD=0, MORE=True, STAGES=4, PDL=False, BITS=16, QG=512, PER=1, num_warps=2)
+ROUTER = dict(
+    BT=1,
+    BR=8,
+    BD=512,
+    AHEAD=0,
+    MORE=True,
+    STAGES=4,
+    PDL=False,
+    BITS=16,
+    QG=512,
+    PER=1,
+    NORM=False,
+    HAS_GAIN=False,
+    EPS=1e-5,
+    OFFSET=0.0,
+    num_warps=2,
+)
 
 VARIANTS = {
     "default": (masked_gemv_kernel, "bf16", GEMV),
@@ -43,8 +67,8 @@ VARIANTS = {
     "int4 four tokens": (masked_gemv_packed_kernel, "i32", GEMV | INT4 | dict(BT=4, BM=4, ACT=1)),
     "int4 bytes": (masked_gemv_packed_kernel, "u8", GEMV | INT4 | dict(PER=2)),
     "router": (router_kernel, "bf16", ROUTER),
-    "behind the previous kernel": (masked_gemv_kernel, "bf16", GEMV | dict(EARLY=8, PDL=True)),
-    "router behind the previous kernel": (router_kernel, "bf16", ROUTER | dict(AHEAD=4, PDL=True)),
+    "behind the previous kernel": (masked_gemv_kernel, "bf16", GEMV | dict(EARLY=8, PDL=True, HAS_RESIDUAL=True)),
+    "router behind the previous kernel": (router_kernel, "bf16", ROUTER | dict(AHEAD=4, PDL=True, NORM=True, HAS_GAIN=True)),
     "router four tokens": (router_kernel, "bf16", ROUTER | dict(BT=4)),
     "router int8": (router_kernel, "i32", ROUTER | dict(BITS=8, BD=256, QG=1024, PER=4)),
     "router int4": (router_kernel, "i32", ROUTER | dict(BITS=4, BD=256, QG=64, PER=8)),

@@ -1,0 +1,174 @@
+"""Take what surrounds the two products into their launches: the norm in front of a router, the residual behind a product.
+
+In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GPU. Out: the same graph, rewritten in place.
+
+    x = g * (h * rsqrt(mean(h^2, -1) + eps)); z = rana.router(x, B)
+  becomes
+    z = rana.normed_router(h, g, B, None, eps, 0.0)
+
+    h2 = h + rana.masked_gemv(v, tau, At, c)
+  becomes
+    h2 = rana.masked_gemv_add(v, tau, At, c, None, density, h)
+
+Each is a launch less per layer where launches cost as much as megabytes, and the router can then read its weight while the
+product before it is still running. The norm is told by dataflow, whatever the model calls it: a product of one tensor, the
+reciprocal root of the mean of its own square, and vectors. The factors of a product commute, so how the model groups them does
+not matter; what is computed is rounded once instead of at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from rana_fx.graph import shape_of
+from rana_fx.kernels.config import TOKENS_AT_ONCE
+from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, normed_router, router
+
+_aten = torch.ops.aten
+_VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
+_CAST = torch.ops.prims.convert_element_type.default
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x = h / sqrt(mean h^2 + eps) * (gain + offset)."""
+
+    h: fx.Node
+    gain: fx.Node | None
+    eps: float
+    offset: float
+
+
+def fuse(graph: fx.Graph, *, devices: tuple[str, ...] = ("cuda",)) -> dict[str, int]:
+    """Returns how many of each were fused."""
+    counts = {"norm": 0, "residual": 0}
+    for node in list(graph.nodes):
+        if node.target is router and _few(node.args[0], devices):
+            counts["norm"] += _fuse_norm(graph, node)
+        elif node.target is masked_gemv and _few(node.args[0], devices):
+            counts["residual"] += _fuse_residual(graph, node)
+    if any(counts.values()):
+        graph.eliminate_dead_code()
+        graph.lint()
+    return counts
+
+
+def _few(node: object, devices: tuple[str, ...]) -> bool:
+    """Whether a node holds so few tokens, on such a device, that a kernel takes them together."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor) or value.device.type not in devices:
+        return False
+    tokens = math.prod(value.shape[:-1])
+    return isinstance(tokens, int) and 1 <= tokens <= TOKENS_AT_ONCE
+
+
+def _fuse_norm(graph: fx.Graph, node: fx.Node) -> int:
+    x, weight, scale = (*node.args, None)[:3]
+    assert isinstance(x, fx.Node)
+    # with another reader the norm would be computed all the same
+    norm = norm_of(x) if all(user.target is router for user in x.users) else None
+    if norm is None:
+        return 0
+    with graph.inserting_before(node):
+        fused = graph.call_function(normed_router, (norm.h, norm.gain, weight, scale, norm.eps, norm.offset))
+    fused.meta = dict(node.meta)
+    node.replace_all_uses_with(fused)
+    # x keeps its other routers as users, which are asked one by one
+    graph.erase_node(node)
+    return 1
+
+
+def _fuse_residual(graph: fx.Graph, node: fx.Node) -> int:
+    users = list(node.users)
+    if len(users) != 1 or users[0].target is not _aten.add.Tensor or users[0].kwargs.get("alpha", 1) != 1:
+        return 0
+    total = users[0]
+    others = [arg for arg in total.args if arg is not node]
+    value = node.meta.get("val")
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or not isinstance(value, Tensor):
+        return 0
+    residual = others[0].meta.get("val")
+    if not isinstance(residual, Tensor) or residual.shape != value.shape or residual.dtype != value.dtype:
+        return 0
+    v, tau, weight, bias, scale, density = (*node.args, None, None, 0.5)[:6] if len(node.args) < 6 else node.args
+    with graph.inserting_before(total):
+        fused = graph.call_function(masked_gemv_add, (v, tau, weight, bias, scale, density, others[0]))
+    fused.meta = dict(total.meta) | {key: node.meta[key] for key in ("rana_adapter",) if key in node.meta}
+    total.replace_all_uses_with(fused)
+    graph.erase_node(total)
+    graph.erase_node(node)
+    return 1
+
+
+def norm_of(x: fx.Node) -> Norm | None:
+    """x as the norm of a tensor of its own shape, or None."""
+    root = next((factor for factor in _factors(x) if factor.target is _aten.rsqrt.default), None)
+    found = None if root is None else _squared(root)
+    if root is None or found is None or shape_of(found[0]) != shape_of(x):
+        return None
+    h, eps = found
+    # h may be a product itself
+    gains = list(_factors(x, h))
+    if gains.count(h) != 1 or gains.count(root) != 1:
+        return None
+    gains = [factor for factor in gains if factor is not h and factor is not root]
+    if len(gains) > 1 or not all(shape_of(gain) == (_last(x),) for gain in gains):
+        return None
+    gain, offset = _offset_of(gains[0]) if gains else (None, 0.0)
+    return Norm(h, gain, eps, offset)
+
+
+def _bare(node: fx.Node) -> fx.Node:
+    """What a chain of casts, and of views that keep the last dimension, starts from."""
+    while node.target is _CAST or (node.target in _VIEWS and _last(node) == _last(node.args[0])):
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    return node
+
+
+def _last(node: object) -> int | None:
+    shape = shape_of(node) if isinstance(node, fx.Node) else None
+    return shape[-1] if shape else None
+
+
+def _factors(node: fx.Node, whole: fx.Node | None = None) -> Iterator[fx.Node]:
+    """The factors of a product, casts and views seen through; ``whole`` is not taken apart."""
+    node = _bare(node)
+    if node is not whole and node.target is _aten.mul.Tensor and all(isinstance(arg, fx.Node) for arg in node.args):
+        for arg in node.args:
+            assert isinstance(arg, fx.Node)
+            yield from _factors(arg, whole)
+    else:
+        yield node
+
+
+def _squared(root: fx.Node) -> tuple[fx.Node, float] | None:
+    """(h, eps), if root = rsqrt(mean(h^2, -1, keepdim) + eps)."""
+    total = root.args[0]
+    if not isinstance(total, fx.Node) or total.target is not _aten.add.Tensor or total.kwargs:
+        return None
+    mean, eps = total.args
+    if not isinstance(mean, fx.Node) or mean.target is not _aten.mean.dim or not isinstance(eps, (int, float)):
+        return None
+    square, dims, keep = (*mean.args, None, False)[:3]
+    shape = shape_of(square) if isinstance(square, fx.Node) else None
+    if not isinstance(square, fx.Node) or shape is None or dims not in ([-1], [len(shape) - 1]) or keep is not True:
+        return None
+    square = _bare(square)
+    parts = list(square.args) if square.target is _aten.mul.Tensor else [square.args[0]] * 2
+    if square.target is not _aten.mul.Tensor and (square.target is not _aten.pow.Tensor_Scalar or square.args[1] != 2):
+        return None
+    bare = [_bare(part) for part in parts if isinstance(part, fx.Node)]
+    return (bare[0], float(eps)) if len(bare) == 2 and bare[0] is bare[1] else None
+
+
+def _offset_of(gain: fx.Node) -> tuple[fx.Node, float]:
+    """(g, c) of a gain that is g + c with a number c (Gemma's 1 + g), or (gain, 0)."""
+    if gain.target is _aten.add.Tensor and isinstance(gain.args[0], fx.Node) and isinstance(gain.args[1], (int, float)):
+        return _bare(gain.args[0]), float(gain.args[1])
+    return gain, 0.0
