@@ -108,8 +108,8 @@ def _masked_gemv_add(
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
-    density: float,
-    residual: Tensor,  # noqa: ARG001
+    density: float,  # noqa: ARG001
+    residual: Tensor,
 ) -> Tensor:
     launcher: Any = _kernel("masked_gemv", v, weight)
     if launcher is None:

@@ -76,7 +76,7 @@ def _fuse_norm(graph: fx.Graph, node: fx.Node) -> int:
         return 0
     with graph.inserting_before(node):
         fused = graph.call_function(normed_router, (norm.h, norm.gain, weight, scale, norm.eps, norm.offset))
-    fused.meta = dict(node.meta)
+    fused.meta = _meta(node)
     node.replace_all_uses_with(fused)
     # x keeps its other routers as users, which are asked one by one
     graph.erase_node(node)
@@ -95,14 +95,20 @@ def _fuse_residual(graph: fx.Graph, node: fx.Node) -> int:
     residual = others[0].meta.get("val")
     if not isinstance(residual, Tensor) or residual.shape != value.shape or residual.dtype != value.dtype:
         return 0
-    v, tau, weight, bias, scale, density = (*node.args, None, None, 0.5)[:6] if len(node.args) < 6 else node.args
+    given = dict(zip(("v", "tau", "weight", "bias", "scale", "density"), node.args, strict=False)) | dict(node.kwargs)
+    args = (given["v"], given["tau"], given["weight"], given.get("bias"), given.get("scale"), given.get("density", 0.5))
     with graph.inserting_before(total):
-        fused = graph.call_function(masked_gemv_add, (v, tau, weight, bias, scale, density, others[0]))
-    fused.meta = dict(total.meta) | {key: node.meta[key] for key in ("rana_adapter",) if key in node.meta}
+        fused = graph.call_function(masked_gemv_add, (*args, others[0]))
+    fused.meta = _meta(total)
     total.replace_all_uses_with(fused)
     graph.erase_node(total)
     graph.erase_node(node)
     return 1
+
+
+def _meta(node: fx.Node) -> dict[str, object]:
+    """What holds for a node of the same value. Inductor takes the arguments that AOTAutograd recorded for this one's own."""
+    return {key: value for key, value in node.meta.items() if key != "eager_input_vals"}
 
 
 def norm_of(x: fx.Node) -> Norm | None:

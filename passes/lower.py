@@ -21,8 +21,8 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.virtualized import V
 
 from rana_fx.kernels import masked_gemv_cpp
-from rana_fx.kernels.ops import masked_gemv, router
-from rana_fx.passes import lower_triton
+from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, normed_router, router
+from rana_fx.passes import lower_fused, lower_triton
 
 _aten = torch.ops.aten
 
@@ -32,6 +32,8 @@ def register() -> None:
     if masked_gemv not in lowerings:
         register_lowering(masked_gemv, type_promotion_kind=None)(_masked_gemv)
         register_lowering(router, type_promotion_kind=None)(_router)
+        register_lowering(masked_gemv_add, type_promotion_kind=None)(lower_fused.masked_gemv_add)
+        register_lowering(normed_router, type_promotion_kind=None)(lower_fused.normed_router)
 
 
 def _router(x: Any, weight: Any, scale: Any = None) -> Any:
@@ -48,11 +50,12 @@ def _router(x: Any, weight: Any, scale: Any = None) -> Any:
 def _masked_gemv(v: Any, tau: Any, weight: Any, bias: Any = None, scale: Any = None, density: float = 0.5) -> Any:
     *lead, inner = v.get_size()
     v_TK = lowerings[_aten.view.default](v, [sympy.prod(lead), inner])
-    y_TN = lower_triton.masked_product(v_TK, tau, weight, scale, density)
-    if y_TN is None and scale is not None:  # quantised: what eager mode would run
+    y_TN = lower_triton.masked_product(v_TK, tau, weight, bias, scale, density)
+    if y_TN is not None:
+        return lowerings[_aten.view.default](y_TN, [*lead, y_TN.get_size()[1]])
+    if scale is not None:  # quantised: what eager mode would run
         return fallback_handler(masked_gemv, add_to_fallback_set=False)(v, tau, weight, bias, scale, density)
-    if y_TN is None:
-        y_TN = _sparse_cpu(v_TK, tau, weight)
+    y_TN = _sparse_cpu(v_TK, tau, weight)
     if y_TN is None:
         y_TN = _dense(v_TK, tau, to_dtype(weight, v.get_dtype()))
     if bias is not None:

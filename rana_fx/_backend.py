@@ -19,6 +19,7 @@ from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.guards import guard_weights
 from rana_fx.kernels.config import MAX_TOKENS
 from rana_fx.option import plan_of
+from rana_fx.passes.fuse import fuse
 from rana_fx.passes.runner import Result, run, sources_hash
 from rana_fx.plan import Plan
 
@@ -60,7 +61,7 @@ def backend(
         raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(PREFILL)}")
     patches = inductor_options(given, mode)
     result = rewrite(gm, example_inputs, plan=plan, dense_above=MAX_TOKENS if prefill == "dense" else None)
-    patches["post_grad_custom_pre_pass"] = _CacheKey(result, patches.get("post_grad_custom_pre_pass"))
+    patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
@@ -103,8 +104,10 @@ def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dic
     return patches
 
 
-class _CacheKey(CustomGraphPass):
-    """Changes no graph; makes the plan and our sources part of Inductor's cache key. Runs a pass the user had set."""
+class _PostGrad(CustomGraphPass):
+    """Fuses what surrounds our operations (passes/fuse.py), after a pass the user had set; makes the plan and our sources part
+    of Inductor's cache key.
+    """
 
     def __init__(self, result: Result, inner: Any = None) -> None:
         self._plans = "+".join(sorted(attachment.plan.digest() for attachment in result.matches.attachments))
@@ -114,6 +117,7 @@ class _CacheKey(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for step in self._inner:
             step(graph)
+        fuse(graph)
 
     def uuid(self) -> Any:
         inner = [step.uuid() if isinstance(step, CustomGraphPass) else None for step in self._inner]

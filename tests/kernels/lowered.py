@@ -1,7 +1,7 @@
 """Prints the code Inductor writes for a GPU that is not there. A program, not a test: it pretends there is an H200 and must
 import Triton without its interpreter, so test_lower_triton.py runs it in a process of its own.
 
-    out = r + (silu(g) * u) W2   with   [g, u] = mask(router(x)) W
+    out = r + (silu(g) * u) W2   with   [g, u] = mask(router(norm(r))) W
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from triton.backends.compiler import GPUTarget
 
 from rana_fx.kernels.ops import masked_gemv, router
 from rana_fx.passes import lower
+from rana_fx.passes.fuse import fuse
 
 RANKS, WIDTH, FFN = 2800, 4096, 11008
 
 
-def layer(x, b, tau, w, tau2, w2, r):
+def layer(gain, b, tau, w, tau2, w2, r):
+    wide = r.float()
+    x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(r.dtype)
     gate, up = masked_gemv(router(x, b), tau, w).chunk(2, -1)
     return (r + masked_gemv(torch.nn.functional.silu(gate) * up, tau2, w2),)
 
@@ -101,14 +104,16 @@ def main(tokens):
         def empty(*size, dtype=torch.bfloat16):
             return torch.empty(size, dtype=dtype, device="cuda")
 
-        x, r = empty(1, tokens, WIDTH), empty(1, tokens, WIDTH)
+        gain, r = empty(WIDTH), empty(1, tokens, WIDTH)
         first = empty(RANKS, WIDTH), empty(RANKS, dtype=torch.float32), empty(RANKS, 2 * FFN)
         second = empty(FFN, dtype=torch.float32), empty(FFN, WIDTH)
-        inputs = [x, *first, *second, r]
+        inputs = [gain, *first, *second, r]
         graph = make_fx(layer, decomposition_table=select_decomp_table())(*inputs)
+        fuse(graph.graph)
+        graph.recompile()
         try:
             with V.set_fake_mode(mode):
-                compile_fx_inner(graph, inputs)
+                compile_fx_inner(graph, inputs, is_inference=True)
         except Exception:  # Written, in whatever Inductor wraps it
             if not code:
                 raise

@@ -1,0 +1,110 @@
+"""A kernel launch as nodes that Inductor lowers, and launches that start before the previous kernel is done.
+
+In: a launcher of ``rana_fx.kernels`` and Inductor IR of its operands. Out: IR of its result. The launcher is traced on fake
+tensors with the operands' sizes and strides, which leaves its launch and the buffers around it in a small graph; Inductor lowers
+that graph, writes the kernel into its own module and tunes nothing else around it.
+
+Programmatic dependent launch is an option of Triton's compiler that Inductor passes on from ``triton_meta``, which it writes
+itself for a user's kernel without asking (torch 2.11, 2.13): it is added to what is written, for kernels whose PDL is set.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings, process_subgraph_nodes
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+
+# blocks of outputs of one finished launch, at most
+COUNTERS = 4096
+
+
+def traced(launch: Callable[..., Any], operands: Sequence[Any], fakes: Sequence[torch.Tensor | None]) -> Any:
+    """Lower what ``launch`` does to the operands (an operand may be None)."""
+    given = [i for i, node in enumerate(operands) if node is not None]
+
+    def run(*tensors: Any) -> Any:
+        values: list[Any] = [None] * len(operands)
+        for i, tensor in zip(given, tensors, strict=True):
+            values[i] = tensor
+        return launch(*values)
+
+    with V.fake_mode:  # the launcher's own buffers are fake, too
+        graph = make_fx(run)(*(fakes[i] for i in given))
+    before = len(V.graph.operations)
+    result = process_subgraph_nodes(graph, [operands[i] for i in given])
+    for operation in V.graph.operations[before:]:
+        if isinstance(operation, ir.UserDefinedTritonKernel) and operation.kwargs.get("PDL"):
+            operation.codegen = functools.partial(_write_dependent, operation)
+    return result
+
+
+def realized(*nodes: Any) -> list[Any]:
+    """Operands with memory and fixed strides (a weight may be any view; what is computed here is made contiguous)."""
+    made = []
+    for node in nodes:
+        if node is not None:
+            node = ir.ExternKernel.realize_input(node)
+            if not isinstance(node, ir.ReinterpretView):
+                node = ir.ExternKernel.require_contiguous(node)
+            if not isinstance(node, ir.TensorBox):
+                node = ir.TensorBox(node if isinstance(node, (ir.BaseView, ir.StorageBox)) else ir.StorageBox(node))
+        made.append(node)
+    return made
+
+
+def fake(node: Any) -> torch.Tensor | None:
+    """A fake tensor of a node's sizes and strides."""
+    if node is None:
+        return None
+    size, stride = ([int(n) for n in many] for many in (node.get_size(), node.get_stride()))
+    with V.fake_mode:
+        return torch.empty_strided(size, stride, dtype=node.get_dtype(), device=node.get_device())
+
+
+def counters(device: torch.device) -> Any:
+    """(COUNTERS,) int32 zeros, the same for all launches of a graph, which follow each other: one small fill per call."""
+    made = getattr(V.graph, "rana_counters", None)
+    if made is None:
+        made = lowerings[torch.ops.aten.full.default]([COUNTERS], 0, dtype=torch.int32, device=device, pin_memory=False)
+        made.realize()
+        V.graph.rana_counters = made  # type: ignore[attr-defined]
+    return made
+
+
+def starts_early(device: torch.device, constants: Sequence[Any]) -> bool:
+    """Whether a launch may begin while the kernel before it runs: it reads ``constants`` before it waits for that one.
+
+    So they must be inputs of the graph. Not while training, where an optimizer writes weights on the same stream, and not
+    the first launch of a graph: what ran before it is not known.
+    """
+    if not V.graph.is_inference or torch.cuda.get_device_capability(device)[0] < 9:
+        return False
+    first = not getattr(V.graph, "rana_launches", 0)
+    V.graph.rana_launches = 1  # type: ignore[attr-defined]
+    return not first and all(node is None or _is_input(node) for node in constants)
+
+
+def _is_input(node: Any) -> bool:
+    while isinstance(node, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
+        node = node.data
+    return isinstance(node, ir.InputBuffer)
+
+
+def _write_dependent(node: ir.UserDefinedTritonKernel, wrapper: Any) -> None:
+    define = wrapper.define_kernel
+
+    def with_option(name: str, body: str, *args: Any, **kwargs: Any) -> Any:
+        assert body.count("triton_meta={") == 1, name
+        return define(name, body.replace("triton_meta={", "triton_meta={'launch_pdl': True, "), *args, **kwargs)
+
+    wrapper.define_kernel = with_option
+    try:
+        type(node).codegen(node, wrapper)
+    finally:
+        del wrapper.define_kernel
