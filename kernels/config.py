@@ -54,8 +54,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def row_warps_of(warps: int, block_n: int, bits: int) -> int:
-    """Warps that lie along the rows, since one warp spans WARP_BYTES of a row."""
-    return min(warps, max(warps * WARP_BYTES * 8 // (block_n * bits), 1))
+    """Rows that the warps read at once, since one warp spans WARP_BYTES: parts of a row, a row, or several."""
+    return max(warps * WARP_BYTES * 8 // (block_n * bits), 1)
 
 
 def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> Config:

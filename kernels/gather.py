@@ -107,6 +107,7 @@ def list_ranks(
     m_k = (o_r >= EARLY) & (o_r < KS) & (b_k < K)
     b_tau, b_scale = constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED)
     wait_for_previous(PDL)
+    start_next(PDL == 3)
     m_any, b_vs = kept_values(v, b_tau, b_scale, b_k, m_k, T, s_vt, s_vk, BT, SCALED)
     b_one = m_any.to(tl.int32)
     n_active = tl.sum(b_one, 0)

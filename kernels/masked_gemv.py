@@ -52,7 +52,7 @@ def masked_gemv_kernel(
     STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    start_next(PDL)
+    start_next(PDL == 1)
     LENGTH: tl.constexpr = KB + BM
     i_p, i_s = tl.program_id(0), tl.program_id(1)
     i_n, i_t0 = i_p // TG, i_p % TG * BT
@@ -83,6 +83,7 @@ def masked_gemv_kernel(
         o_k = tl.load(p_list + o_p).to(tl.int64)
         b_w = load_rows(p_n[None, :] + o_k[:, None] * s_wk, m_c, WHOLE)
         b_sums = add_rows(b_sums, listed_values(p_list, o_p, LENGTH, BT), b_w.to(tl.float32), BT, RW, BM, BN)
+    start_next(PDL == 2)
     p_part = part + i_s.to(tl.int64) * s_ps + o_half + o_c
     for i_t in tl.static_range(BT):
         m_t = m_c & (o_c * 0 + i_t0 + i_t < T)

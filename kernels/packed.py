@@ -95,7 +95,7 @@ def masked_gemv_packed_kernel(
     STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
-    start_next(PDL)
+    start_next(PDL == 1)
     LENGTH: tl.constexpr = KB + BM
     BW: tl.constexpr = BN // PER
     CHUNK: tl.constexpr = 128 // BITS if BITS == 4 else 1
@@ -141,6 +141,7 @@ def masked_gemv_packed_kernel(
         b_sums = add_packed_rows(b_sums, b_vs, numbers(b_w, zero, BITS, PER), b_scale, BT, BITS, RW, BM, BN, CHUNK)
     o_c = i_c.to(tl.int64) * BN + tl.arange(0, BN)
     m_c = o_c < n_words * PER
+    start_next(PDL == 2)
     p_part = part + i_s.to(tl.int64) * s_ps + o_half * PER + o_c
     for i_t in tl.static_range(BT):
         b_y = tl.reshape(tl.reshape(tl.sum(b_sums[i_t], 0), (BW, PER)) * units(BITS, PER)[None, :], (BN,))

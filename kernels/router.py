@@ -130,7 +130,7 @@ def router_kernel(
     EPS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     # a row is D words long, of one number each or of PER packed ones; BD counts words
-    start_next(PDL)
+    start_next(PDL == 1)
     i_b, i_t0 = tl.program_id(0), tl.program_id(1) * BT
     o_r = i_b * BR + tl.arange(0, BR)
     m_r = o_r < R
@@ -140,6 +140,7 @@ def router_kernel(
     for i_d in tl.static_range(AHEAD):
         b_ahead = b_ahead + (read_rows(w, scale, o_row, i_d * BD, D, s_wr, s_wd, s_sk, s_sg, BD, BITS, QG, PER),)
     wait_for_previous(PDL)
+    start_next(PDL == 3)
     b_sums = no_sums(BT, BR, BD * PER // 8)
     b_squares = no_sums(BT, 1, BD * PER // 8)
     for i_d in tl.static_range(AHEAD):
@@ -154,6 +155,7 @@ def router_kernel(
                 b_sums, b_squares, b_w, b_scale, x, gain, i_t0, d, T, D, R >> 31,
                 s_xt, s_xd, s_gain, BT, BR, BD, BITS, QG, PER, NORM, HAS_GAIN, OFFSET,
             )  # fmt: skip
+    start_next(PDL == 2)
     for i_t in tl.static_range(BT):
         b_z = tl.sum(b_sums[i_t], 1)
         if NORM:

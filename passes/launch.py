@@ -10,11 +10,14 @@ itself for a user's kernel without asking (torch 2.11, 2.13): it is added to wha
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import ir
 from torch._inductor.lowering import lowerings, process_subgraph_nodes
 from torch._inductor.virtualized import V
@@ -37,7 +40,8 @@ def traced(launch: Callable[..., Any], operands: Sequence[Any], fakes: Sequence[
     with V.fake_mode:  # the launcher's own buffers are fake, too
         graph = make_fx(run)(*(fakes[i] for i in given))
     before = len(V.graph.operations)
-    result = process_subgraph_nodes(graph, [operands[i] for i in given])
+    with _writes_known():
+        result = process_subgraph_nodes(graph, [operands[i] for i in given])
     for operation in V.graph.operations[before:]:
         if isinstance(operation, ir.UserDefinedTritonKernel) and operation.kwargs.get("PDL"):
             operation.codegen = functools.partial(_write_dependent, operation)
@@ -94,6 +98,23 @@ def _is_input(node: Any) -> bool:
     while isinstance(node, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
         node = node.data
     return isinstance(node, ir.InputBuffer)
+
+
+@contextlib.contextmanager
+def _writes_known() -> Iterator[None]:
+    """Inductor reads from a kernel's code what it writes. It does not know the instructions of dependent launches and would take
+    every operand for written, weights too: it is shown the code without them.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("identify_mutated_tensors", "identify_accessed_tensors"):  # torch 2.11, 2.13
+            found = getattr(triton_kernel_wrap, name, None)
+            if found is not None:
+                stack.enter_context(patch.object(triton_kernel_wrap, name, functools.partial(_without_pdl, found)))
+        yield
+
+
+def _without_pdl(analyse: Callable[..., Any], kernel: Any, given: dict[str, Any], *rest: Any) -> Any:
+    return analyse(kernel, given | {"PDL": False} if "PDL" in given else given, *rest)
 
 
 def _write_dependent(node: ir.UserDefinedTritonKernel, wrapper: Any) -> None:
