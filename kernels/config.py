@@ -1,7 +1,4 @@
-"""How a kernel is launched: a config, the few worth trying, and the one to take without trying.
-
-``splits`` is no tuning knob: the partials' shape, and so what Inductor plans around the kernel, depends on it.
-"""
+"""How the masked product is launched: a config, the few worth trying, and the one to take without trying."""
 
 from __future__ import annotations
 
@@ -59,36 +56,56 @@ def row_warps_of(warps: int, block_n: int, bits: int) -> int:
 
 
 def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> Config:
-    """A config without measuring, by rules that the fastest 16-bit configs of a sweep on an H200 have in common.
+    """A config without measuring, by rules that the fastest 16-bit configs of sweeps on an H200 have in common.
 
-    16 bits: two warps, each 512 bytes of a row, twelve warps per SM, all at once. Hence slices of about 128 ranks (4096 x 12288),
-    of 256 (4096 x 22016), of 176 (11008 x 4096); never below 32, which would be all prologue. More slices than 64 cost more to
-    add up than they gain. Four rows per stage and four stages, or fewer rows where hardly any are active.
+    The last program to arrive adds the partials, and reads 16 or so at once: few slices, as many as it takes to give an SM four
+    programs (six of one warp). So wide results take blocks of 512 outputs with two warps (4096 x 12288, 4096 x 22016), narrow
+    ones 256 or 128 with one (11008 x 4096, 4096 x 4096), whose programs do not wait for each other inside. Reading 16 rows early
+    pays where a slice keeps more than a few of them.
 
-    8 and 4 bits, not swept yet: four warps, in part along the rows, since partials weigh more beside shorter rows. A block of
+    8 and 4 bits, not swept: four warps, in part along the rows, since partials weigh more beside shorter rows. A block of
     rows in 4 bits that several tokens share must stay small enough for registers.
     """
-    warps, per_sm, block_m = (2, 12, 4) if bits >= 16 else (4, 8, 8)
-    block_n = min(max(min(warps * WARP_BYTES * 8 // bits, 1024), 64), _power_above(N))
+    if bits >= 16:
+        # several tokens hold as many sums in registers
+        block_n, warps, per_sm = (512, 2, 4) if N >= 8192 else (256, 1, 6) if K >= 8192 else (128, 1, 4)
+        block_m = 8 if block_n == 128 else 4
+    else:
+        block_n, warps, per_sm, block_m = min(4 * WARP_BYTES * 8 // bits, 1024), 4, 2, 8
+    block_n = min(block_n, max(_power_above(N), 64))
     columns, groups = cdiv(N, block_n), cdiv(K, 16)
-    wanted = min(max(per_sm * sm_count // (warps * columns), 1), cdiv(groups, 2), 64)
+    wanted = min(max(per_sm * sm_count // columns, 1), cdiv(groups, 2), 64)
     splits = cdiv(groups, cdiv(groups, wanted))
-    active = max(int(density * K / splits), 1)
+    kept = density * K / splits
+    early = 16 if bits >= 16 and T == 1 and block_n >= 256 and kept >= 40 else 0
     if bits == 4 and T > 1:
         block_m //= 2
-    return Config(splits=splits, block_n=block_n, block_m=min(block_m, _power_above(active)), warps=warps, stages=4)
+    return Config(splits, block_n, min(block_m, _power_above(max(int(kept), 1))), warps, stages=4, early=early)
 
 
 def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> list[Config]:
-    """At most 16 configs that share the default's splits, hence its partials."""
+    """At most 16 that are worth trying, the default first."""
     base = default_config(K, N, T, density, sm_count, bits=bits)
+    groups = cdiv(K, 16)
+
+    def with_programs(block_n: int, warps: int, per_sm: int) -> Config:
+        wanted = min(max(per_sm * sm_count // cdiv(N, block_n), 1), cdiv(groups, 2), 96)
+        splits = cdiv(groups, cdiv(groups, wanted))
+        return dataclasses.replace(base, block_n=block_n, warps=warps, splits=splits)
+
+    shapes = [base]
+    if bits >= 16:
+        fitting = [(n, w, p) for n, w, p in ((512, 2, 3), (512, 2, 4), (256, 1, 4), (256, 1, 6), (128, 1, 4)) if n <= 2 * N]
+        shapes += [with_programs(*choice) for choice in fitting]
+    else:
+        shapes += [with_programs(base.block_n, base.warps, p) for p in (1, 3)]
     found = [
-        dataclasses.replace(base, block_n=n, block_m=m, warps=w, stages=s, early=e)
-        for n, w in ((base.block_n, base.warps), (max(base.block_n // 2, 16), max(base.warps // 2, 1)), (base.block_n, 4))
-        for m, s in ((base.block_m, 4), (base.block_m * 2, 1))
-        for e in (0, 8)
+        dataclasses.replace(shape, early=early, block_m=block_m, stages=stages)
+        for early in dict.fromkeys((base.early, 16 if T == 1 and bits >= 16 else 0))
+        for block_m, stages in ((base.block_m, 4), (8, 3))
+        for shape in shapes
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([base, *found]))[:16]
 
 
 def _power_above(n: int) -> int:

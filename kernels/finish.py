@@ -9,7 +9,6 @@ ring per device, made once and never freed, since captured graphs hold addresses
 in two graphs, meet only if the ring went round between them, after some thousand launches. Whoever cannot rule that out gives
 launches counters of their own.
 
-    SUM      0 leave partials to the caller     1 add them up
     ACT      0 none; else y_n = act(first_n) * second_n over the two halves of N columns: 1 silu, 2 tanh-GELU, 3 ReLU.
              Both halves of a place count on one counter, so its last program has all it needs.
 """
@@ -50,8 +49,8 @@ def counters_for(device: torch.device, blocks: int) -> Tensor:
 
 
 def partials_at_once(warps: int, block_n: int) -> int:
-    """SR: partials that are added in one step, in about 64 registers a thread: more would cost the main loop its occupancy."""
-    return min(max(64 * 32 * warps // block_n, 1), 16)
+    """SR: partials that are added in one step, in 128 registers a thread: each step waits for L2 once."""
+    return min(max(128 * 32 * warps // block_n, 1), 32)
 
 
 @triton.jit

@@ -43,17 +43,15 @@ def launch_options(pdl: bool, traced: bool) -> dict[str, bool]:
 
 
 @triton.jit
-def start_next(PDL: tl.constexpr):
-    """Let the next kernel of the stream start, as far as it does without what this one writes."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Wait until the kernel before this one is done. Before it only what no kernel writes may be read, and nothing written."""
+    """Wait until the kernel before this one is done, then let the next one start, as far as it does without what this one writes.
+
+    Before this only what no kernel writes may be read, and nothing written. In this order, and not the next one first: who sees
+    the next kernel start knows that all before this one are done, which Inductor's own early launches build on.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -107,7 +105,6 @@ def list_ranks(
     m_k = (o_r >= EARLY) & (o_r < KS) & (b_k < K)
     b_tau, b_scale = constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED)
     wait_for_previous(PDL)
-    start_next(PDL == 3)
     m_any, b_vs = kept_values(v, b_tau, b_scale, b_k, m_k, T, s_vt, s_vk, BT, SCALED)
     b_one = m_any.to(tl.int32)
     n_active = tl.sum(b_one, 0)

@@ -1,8 +1,8 @@
 """y_TN = c_N + sum over k with v_Tk^2 >= tau_k of v_Tk * w_kN, reading only the rows of w that some token keeps.
 
 One launch: program (i_n, i_s) lists the active ranks of its slice (gather.py) and adds their rows, BN outputs wide and BM rows at
-a time, in fp32. The S partials (S, T, N) are left to the caller, or added by the last program to arrive (finish.py), which
-also adds the bias and may apply act(gate) * up. No float atomics, nothing to zero, the same bits in every run.
+a time, in fp32. The S partials (S, T, N) are added by the last program to arrive (finish.py), which also adds the bias and
+the residual, and may apply act(gate) * up. No float atomics, nothing to zero, the same bits in every run.
 
 EARLY ranks of a slice are read before anything is known of v: the memory would be idle while the list is made.
 
@@ -36,7 +36,6 @@ from rana_fx.kernels.gather import (
     load_rows,
     no_sums,
     ranks_of,
-    start_next,
     trips,
 )
 from rana_fx.kernels.packed import masked_gemv_packed_kernel, words
@@ -49,10 +48,9 @@ def masked_gemv_kernel(
     T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_bias, s_rt, s_rn, s_ps, s_pt, s_yt,
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
     BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
-    STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    start_next(PDL == 1)
     LENGTH: tl.constexpr = KB + BM
     i_p, i_s = tl.program_id(0), tl.program_id(1)
     i_n, i_t0 = i_p // TG, i_p % TG * BT
@@ -83,44 +81,14 @@ def masked_gemv_kernel(
         o_k = tl.load(p_list + o_p).to(tl.int64)
         b_w = load_rows(p_n[None, :] + o_k[:, None] * s_wk, m_c, WHOLE)
         b_sums = add_rows(b_sums, listed_values(p_list, o_p, LENGTH, BT), b_w.to(tl.float32), BT, RW, BM, BN)
-    start_next(PDL == 2)
     p_part = part + i_s.to(tl.int64) * s_ps + o_half + o_c
     for i_t in tl.static_range(BT):
         m_t = m_c & (o_c * 0 + i_t0 + i_t < T)
         tl.store(p_part + (i_t0 + i_t).to(tl.int64) * s_pt, tl.sum(b_sums[i_t], 0), mask=m_t)
-    if SUM:
-        finish(
-            part, y, bias, residual, counters, i_c * TG + i_p % TG, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt,
-            s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
-        )  # fmt: skip
-
-
-def partials(
-    v: Tensor,
-    tau: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    *,
-    config: Config,
-    traced: bool = False,
-    pdl: bool = False,
-) -> Tensor:
-    """(S, T, N) fp32, whose sum over S is the product: for a caller that fuses the sum into what follows.
-
-    Args:
-        v: (..., K) floating, T <= 16 rows in all. tau: (K,). weight, scale: as quantize.py stores them, K rows.
-        config: every choice; S = config.splits.
-        traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
-        pdl: start before the previous kernel of the stream is done (programmatic dependent launch, compute capability 9.0):
-            thresholds, scales and early rows are then read before it ends, so no kernel just before may have written them.
-
-    Raises:
-        BadOperand.
-    """
-    rows, columns = _check(v, tau, weight, scale)
-    out = torch.empty((config.splits, rows, columns), dtype=torch.float32, device=v.device)
-    _launch(v.reshape(rows, -1), tau, weight, scale, None, None, out, None, None, config, 0, traced, pdl)
-    return out
+    finish(
+        part, y, bias, residual, counters, i_c * TG + i_p % TG, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt,
+        s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
+    )  # fmt: skip
 
 
 def masked_gemv(
@@ -128,9 +96,10 @@ def masked_gemv(
     residual: Tensor | None = None, activation: str | None = None, config: Config | None = None,
     counters: Tensor | None = None, traced: bool = False, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The product in v's dtype, finished in the one launch. Arguments and errors as for ``partials``, and
+    """The product in v's dtype, in one launch.
 
     Args:
+        v: (..., K) floating, T <= 16 rows in all. tau: (K,). weight, scale: as quantize.py stores them, K rows.
         bias: (N,).
         residual: (..., N) floating, added in fp32, last; not together with an activation.
         activation: "silu", "gelu_tanh" or "relu": the result is act(first half) * second half of the N columns, in fp32 until it
@@ -138,6 +107,9 @@ def masked_gemv(
         config: the default one if None.
         counters: zeros, int32, one for each block of outputs and each 4 tokens, that no other launch uses at the same time; the
             device's next ones if None (finish.py). A traced launch needs its own.
+        traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
+        pdl: start before the previous kernel of the stream is done (programmatic dependent launch, compute capability 9.0):
+            thresholds, scales and early rows are then read before it ends, so no kernel just before may have written them.
 
     Returns:
         (..., N), or (..., N / 2) with an activation.
@@ -189,7 +161,7 @@ def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tupl
 
 def _launch(
     v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    part: Tensor, y: Tensor | None, counters: Tensor | None, config: Config, act: int, traced: bool, pdl: bool,
+    part: Tensor, y: Tensor, counters: Tensor | None, config: Config, act: int, traced: bool, pdl: bool,
 ) -> None:  # fmt: skip
     (tokens, ranks), columns = v.shape, part.shape[-1]
     groups = cdiv(tokens, TOKENS_AT_ONCE)
@@ -204,14 +176,14 @@ def _launch(
         block_n = max(block_n, group, per_word)
         kernel, meta = masked_gemv_packed_kernel, dict(BITS=bits, QG=group or block_n, PER=per_word)
     blocks = 2 * cdiv(half, block_n) if act else cdiv(columns, block_n)
-    if y is not None and counters is None:
+    if counters is None:
         counters = counters_for(v.device, blocks * groups)
     slice_size, row_warps = config.slice_ranks(ranks), row_warps_of(config.warps, block_n, bits)
     meta.update(
         S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=config.group,
         EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
         BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
-        STAGES=config.stages, WHOLE=(half or columns) % block_n == 0, SUM=y is not None, ACT=act, HAS_BIAS=bias is not None,
+        STAGES=config.stages, WHOLE=(half or columns) % block_n == 0, ACT=act, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, PDL=pdl, num_warps=config.warps, **launch_options(pdl, traced),
     )  # fmt: skip
     grid = (blocks * groups, config.splits)
@@ -223,8 +195,8 @@ def _launch(
         # arguments that a variant never reads still need a pointer
         kernel[grid](
             v, tau, weight, v if scale is None else scale, v if bias is None else bias,
-            v if residual is None else residual, part, part if y is None else y, lists,
-            lists if counters is None else counters, tokens, ranks, weight.shape[1], half // per_word, *v.stride(),
+            v if residual is None else residual, part, y, lists, counters,
+            tokens, ranks, weight.shape[1], half // per_word, *v.stride(),
             *tau.stride(), *weight.stride(), *strides[: 1 if bits >= 16 else 2], 0 if bias is None else bias.stride(0),
-            *((0, 0) if residual is None else residual.stride()), *part.stride()[:2], 0 if y is None else y.stride(0), **meta,
+            *((0, 0) if residual is None else residual.stride()), *part.stride()[:2], y.stride(0), **meta,
         )  # fmt: skip

@@ -26,7 +26,6 @@ from rana_fx.kernels.gather import (
     load_rows,
     no_sums,
     ranks_of,
-    start_next,
     summed,
     trips,
 )
@@ -92,10 +91,9 @@ def masked_gemv_packed_kernel(
     T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_sg, s_bias, s_rt, s_rn, s_ps, s_pt, s_yt,
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
     BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
-    STAGES: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
-    start_next(PDL == 1)
     LENGTH: tl.constexpr = KB + BM
     BW: tl.constexpr = BN // PER
     CHUNK: tl.constexpr = 128 // BITS if BITS == 4 else 1
@@ -141,17 +139,15 @@ def masked_gemv_packed_kernel(
         b_sums = add_packed_rows(b_sums, b_vs, numbers(b_w, zero, BITS, PER), b_scale, BT, BITS, RW, BM, BN, CHUNK)
     o_c = i_c.to(tl.int64) * BN + tl.arange(0, BN)
     m_c = o_c < n_words * PER
-    start_next(PDL == 2)
     p_part = part + i_s.to(tl.int64) * s_ps + o_half * PER + o_c
     for i_t in tl.static_range(BT):
         b_y = tl.reshape(tl.reshape(tl.sum(b_sums[i_t], 0), (BW, PER)) * units(BITS, PER)[None, :], (BN,))
         m_t = m_c & (o_c * 0 + i_t0 + i_t < T)
         tl.store(p_part + (i_t0 + i_t).to(tl.int64) * s_pt, b_y, mask=m_t)
-    if SUM:
-        finish(
-            part, y, bias, residual, counters, i_c * TG + i_p % TG, i_t0, T, half * PER, o_c, m_c, s_ps, s_pt, s_yt,
-            s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
-        )  # fmt: skip
+    finish(
+        part, y, bias, residual, counters, i_c * TG + i_p % TG, i_t0, T, half * PER, o_c, m_c, s_ps, s_pt, s_yt,
+        s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
+    )  # fmt: skip
 
 
 def words(weight: Tensor) -> tuple[Tensor, int]:

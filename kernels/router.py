@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rana_fx.errors import BadOperand
 from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, WARP_BYTES, cdiv
-from rana_fx.kernels.gather import launch_options, no_sums, start_next, trips, wait_for_previous
+from rana_fx.kernels.gather import launch_options, no_sums, trips, wait_for_previous
 from rana_fx.kernels.packed import numbers, scales_of, units, words
 from rana_fx.kernels.quantize import bits_of, group_of, shape_of
 
@@ -130,7 +130,6 @@ def router_kernel(
     EPS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     # a row is D words long, of one number each or of PER packed ones; BD counts words
-    start_next(PDL == 1)
     i_b, i_t0 = tl.program_id(0), tl.program_id(1) * BT
     o_r = i_b * BR + tl.arange(0, BR)
     m_r = o_r < R
@@ -140,7 +139,6 @@ def router_kernel(
     for i_d in tl.static_range(AHEAD):
         b_ahead = b_ahead + (read_rows(w, scale, o_row, i_d * BD, D, s_wr, s_wd, s_sk, s_sg, BD, BITS, QG, PER),)
     wait_for_previous(PDL)
-    start_next(PDL == 3)
     b_sums = no_sums(BT, BR, BD * PER // 8)
     b_squares = no_sums(BT, 1, BD * PER // 8)
     for i_d in tl.static_range(AHEAD):
@@ -155,7 +153,6 @@ def router_kernel(
                 b_sums, b_squares, b_w, b_scale, x, gain, i_t0, d, T, D, R >> 31,
                 s_xt, s_xd, s_gain, BT, BR, BD, BITS, QG, PER, NORM, HAS_GAIN, OFFSET,
             )  # fmt: skip
-    start_next(PDL == 2)
     for i_t in tl.static_range(BT):
         b_z = tl.sum(b_sums[i_t], 1)
         if NORM:

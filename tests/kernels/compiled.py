@@ -33,7 +33,7 @@ POINTERS |= {
 }
 UNIT = {"s_rn", "s_gain", "s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd"}
 GEMV = dict(S=32, KS=128, KB=128, GROUP=16, EARLY=0, BT=1, TG=1, BM=4, BN=512, RW=1, SR=8, STAGES=4, WHOLE=True)
-GEMV |= dict(SUM=True, ACT=0, HAS_BIAS=False, HAS_RESIDUAL=False, PDL=False, num_warps=2)
+GEMV |= dict(ACT=0, HAS_BIAS=False, HAS_RESIDUAL=False, PDL=False, num_warps=2)
 PACKED = dict(BN=1024, BM=8, num_warps=4)
 INT8, INT4 = PACKED | dict(BITS=8, QG=1024, PER=4, RW=2), PACKED | dict(BITS=4, QG=64, PER=8, RW=4)
 ROUTER = dict(
@@ -56,7 +56,6 @@ ROUTER = dict(
 
 VARIANTS = {
     "default": (masked_gemv_kernel, "bf16", GEMV),
-    "partials": (masked_gemv_kernel, "bf16", GEMV | dict(SUM=False, WHOLE=False)),
     "in registers": (masked_gemv_kernel, "bf16", GEMV | dict(BM=8, STAGES=1, EARLY=8)),
     "warps along rows": (masked_gemv_kernel, "bf16", GEMV | dict(BM=16, BN=256, RW=4, num_warps=4)),
     "gated": (masked_gemv_kernel, "bf16", GEMV | dict(ACT=1, HAS_BIAS=True)),

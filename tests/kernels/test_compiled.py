@@ -19,13 +19,12 @@ TRACE = """
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from rana_fx.kernels.config import Config
-from rana_fx.kernels.masked_gemv import masked_gemv, partials
+from rana_fx.kernels.masked_gemv import masked_gemv
 from rana_fx.kernels.router import router
 
 def f(x, b, tau, w, counters):
     z, config = router(x, b, traced=True), Config(4, 64)
-    finished = masked_gemv(z, tau, w, config=config, counters=counters, traced=True)
-    return finished, partials(z, tau, w, config=config, traced=True).sum(0)
+    return masked_gemv(z, tau, w, config=config, counters=counters, traced=True)
 
 shapes = ((1, 64), (32, 64), (32,), (32, 130))
 graph = make_fx(f, tracing_mode="fake")(*map(torch.ones, shapes), torch.zeros(3, dtype=torch.int32)).graph
@@ -49,11 +48,10 @@ def variants(tmp_path_factory):
 
 
 def test_every_variant_reads_weights_by_sixteen_bytes(variants):
-    assert len(variants) == 17
+    assert len(variants) == 16
     assert [name for name, row in variants.items() if not row["wide_loads"]] == []
 
 
-def test_a_traced_launch_stays_in_the_graph_and_its_sum_is_inductors():
+def test_a_traced_launch_stays_in_the_graph():
     targets = run("-c", TRACE)
-    assert targets.count("triton_kernel_wrapper_mutation") == 3
-    assert "aten.sum" in targets
+    assert targets.count("triton_kernel_wrapper_mutation") == 2

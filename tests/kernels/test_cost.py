@@ -12,28 +12,31 @@ from rana_fx.errors import InvalidOption
 from rana_fx.kernels.config import Config, cdiv, configs, default_config, row_warps_of
 from rana_fx.kernels.cost import H100, H200, dense_us, masked_us, prefers_masked, rows_read
 
-# K, N, then medians in us on an H200: dense; a launch that leaves partials at 0, 50 and 70 % masked, the best of a sweep
+# K, N, then medians in us on an H200 (bf16, one token): a dense product with the rank-major weight; the best masked launch of a
+# sweep at 0, 50 and 70 % masked
 MEASURED = [
-    (4096, 12288, 28.8, 28.4, 17.8, 13.0),
-    (4096, 22016, 48.8, 47.8, 29.3, 20.7),
-    (11008, 4096, 27.6, 27.7, 16.1, 13.1),
+    (4096, 12288, 28.6, 28.8, 18.3, 13.4),
+    (4096, 22016, 46.7, 47.6, 28.7, 20.4),
+    (11008, 4096, 26.0, 28.4, 17.9, 14.4),
+    (4096, 4096, 12.6, 14.0, 9.8, 8.5),
+    (2448, 12288, 18.4, 18.4, 12.5, 10.0),
+    (2976, 22016, 35.7, 35.2, 21.3, 15.9),
 ]
 SHAPES = {"K": st.integers(1, 65536), "N": st.integers(1, 65536), "T": st.integers(1, 16), "density": st.floats(0, 1)}
 
 
 @pytest.mark.parametrize(("k", "n", "dense", "full", "half", "third"), MEASURED)
-def test_within_ten_percent_of_measurements(k, n, dense, full, half, third):
-    assert dense_us(k, n) == pytest.approx(dense, rel=0.1)
+def test_within_fifteen_percent_of_measurements(k, n, dense, full, half, third):
+    assert dense_us(k, n) == pytest.approx(dense, rel=0.15)
     for density, us in ((1.0, full), (0.5, half), (0.3, third)):
-        assert masked_us(k, n, 1, density, finished=False) == pytest.approx(us, rel=0.1)
-        assert masked_us(k, n, 1, density) > masked_us(k, n, 1, density, finished=False)
+        assert masked_us(k, n, 1, density) == pytest.approx(us, rel=0.15)
 
 
 @pytest.mark.parametrize(("k", "n"), [row[:2] for row in MEASURED])
 def test_masks_pay_at_half_and_not_at_nothing(k, n):
     for device in (H100, H200):
         assert prefers_masked(k, n, 1, 0.5, device)
-        assert not prefers_masked(k, n, 1, 1.0, device)
+        assert masked_us(k, n, 1, 1.0, device) > dense_us(k, n, device)
         for tokens in (4, 8, 16):
             assert not prefers_masked(k, n, tokens, 0.5, device)
 
@@ -55,24 +58,26 @@ def test_fewer_bits_cost_less():
 def test_default_config_is_one_wave_of_whole_slices(K, N, T, density, bits):
     config = default_config(K, N, T, density, 132, bits=bits)
     columns = cdiv(N, config.block_n)
-    assert config.warps == (2 if bits >= 16 else 4)
     assert config.splits <= 64
-    assert config.splits == 1 or config.splits * columns * config.warps <= 12 * 132
+    assert config.splits == 1 or config.splits * columns * config.warps <= 8 * 132
     assert config.splits == 1 or config.slice_ranks(K) >= 32
     # no slice is empty
     assert (config.splits - 1) * config.slice_ranks(K) < cdiv(K, 16) * 16
+    assert config.early == 0 or T == 1
 
 
-@pytest.mark.parametrize(("warps", "block_n", "bits", "rows"), [(2, 512, 16, 1), (4, 256, 16, 4), (2, 1024, 4, 2), (4, 32, 8, 4)])
+@pytest.mark.parametrize(
+    ("warps", "block_n", "bits", "rows"), [(2, 512, 16, 1), (4, 256, 16, 4), (2, 1024, 4, 2), (4, 32, 8, 64)]
+)
 def test_warps_along_rows(warps, block_n, bits, rows):
     assert row_warps_of(warps, block_n, bits) == rows
 
 
-@given(**SHAPES)
-def test_at_most_sixteen_configs_share_their_splits(K, N, T, density):
-    found = configs(K, N, T, density)
+@given(**SHAPES, bits=st.sampled_from([4, 8, 16]))
+def test_at_most_sixteen_configs_and_the_default_first(K, N, T, density, bits):
+    found = configs(K, N, T, density, bits=bits)
     assert 1 <= len(set(found)) == len(found) <= 16
-    assert {config.splits for config in found} == {default_config(K, N, T, density).splits}
+    assert found[0] == default_config(K, N, T, density, bits=bits)
 
 
 @given(ranks=st.integers(1, 3000), splits=st.integers(1, 40), group=st.sampled_from([1, 4, 16, 64]))
