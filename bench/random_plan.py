@@ -27,18 +27,14 @@ from torch import Tensor, nn
 
 from rana_fx.adaptation import versions
 from rana_fx.adapters import Adapter
-
-# attach() would hash every weight: the marks are made by the step behind it
-from rana_fx.attachment import MODULE, Attachment, Factors, _mark, detach
+from rana_fx.attachment import Factors, place
 from rana_fx.calibrate import calibrate
 from rana_fx.errors import InvalidOption
 from rana_fx.layout import Layout
 from rana_fx.measure import Meter
 from rana_fx.plan import Plan, SiteRecord
 from rana_fx.recipes.problem import Problem, stack_name
-from rana_fx.relayout import by_columns_
-from rana_fx.running import device_of, weights_of
-from rana_fx.weights import base_name
+from rana_fx.running import device_of
 
 _ALIGNED = 16  # ranks come in whole tiles where there are many
 RECIPE = "random"
@@ -116,19 +112,9 @@ def ranks_for(out: int, width: int, fraction: float, density: float) -> tuple[in
 
 
 def attach_unchecked(model: nn.Module, plan: Plan) -> Plan:
-    """Attach without hashing weights. Returns the plan on the model, whose tensors are the live factors: there is one copy."""
-    parameters = weights_of(model)
-    names = {id(parameters[base_name(record.name)]): base_name(record.name) for record in plan.sites}
-    detach(model)
-    factors = Factors(plan, device_of(model), parameters)
-    live = live_plan(plan, factors)
-    attachment = Attachment(live, factors, names)
-    own = (site for adapter in plan.adapters if adapter.router is None for site in adapter.sites)
-    relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
-    attachment.relaid = tuple(map(id, relaid))
-    _mark(attachment, list(model.parameters()))
-    model.add_module(MODULE, factors)
-    return live
+    """Attach without hashing weights. Returns the plan, whose tensors are the live factors: there is one copy."""
+    place(model, plan, copy=False)
+    return plan
 
 
 def live_plan(plan: Plan, factors: Factors) -> Plan:
@@ -151,10 +137,11 @@ class Watch(Meter):
         """Forget what was counted."""
         self._kept, self._rows = {}, {}
 
-    def _count(self, name: str, v: Tensor, tau: Tensor) -> None:
-        if self.rows is not None:
+    def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor) -> None:
+        name, part = key
+        if self.rows is not None and part == "tau":
             self.rows.setdefault(name, []).append(v.detach().float().square().flatten())
-        super()._count(name, v, tau)
+        super()._count(key, v, tau)
 
 
 def set_thresholds(watch: Watch, plan: Plan, decode: Callable[[], object], *, rounds: int = 3) -> None:

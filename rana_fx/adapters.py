@@ -94,6 +94,8 @@ class Adapter:
             _check(self, "weight", str((rows, columns)), rows == self.ranks, f"{self.ranks} rows, one per rank")
             _check_vector(self, "bias", columns)
         else:
+            if self.bias is not None:
+                _check_vector(self, "bias", self.bias.numel())
             _check(self, "weight_scale", "a scale", self.weight_scale is None, "None: there is no weight")
         if self.router is not None:
             shape = _stored_shape(self, "router")
@@ -117,6 +119,13 @@ class Adapter:
         if self.router is None:
             return self.ranks
         return shape_of(self.router, self.router_scale)[1 if self.router_tau is None else 0]
+
+    @property
+    def out(self) -> int | None:
+        """Outputs of the linears it replaces, stacked; None where neither a weight nor a bias of its own tells."""
+        if self.weight is not None:
+            return shape_of(self.weight, self.weight_scale)[1]
+        return None if self.bias is None else len(self.bias)
 
     @property
     def router_density(self) -> float:
