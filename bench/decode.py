@@ -41,7 +41,8 @@ def main(
     mode: Annotated[str, typer.Option(help="Mode of torch.compile for rana.")] = "reduce-overhead",
     density: Annotated[float, typer.Option(help="Kept fraction of a router's ranks in random plans.")] = 0.5,
     stacked: Annotated[bool, typer.Option(help="One rank adapter for gate and up in random plans.")] = True,
-    router_bits: Annotated[int, typer.Option(help="Bits of the routers of random plans.")] = 16,
+    router_bits: Annotated[int, typer.Option(help="Bits of the routers of random plans: 16, 8 or 4.")] = 16,
+    factor_bits: Annotated[int, typer.Option(help="Bits of the factors and neuron weights of random plans: 16, 8 or 4.")] = 16,
     batches: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1",
     sequences: Annotated[int, typer.Option(help="Contexts to decode after.")] = 100,
     longest: Annotated[int, typer.Option(help="Longest context, in tokens.")] = 1000,
@@ -57,7 +58,7 @@ def main(
     began = time.perf_counter()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
-    menu = Menu(density=density, stacked=stacked, router_bits=router_bits)
+    menu = Menu(density=density, stacked=stacked, router_bits=router_bits, factor_bits=factor_bits)
     chosen = variants(names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, menu=menu)
     sizes = [int(value) for value in batches.split(",")]
     protocol = Protocol(contexts(sequences, longest, seed), new_tokens, prefill, sizes, seed, seconds, profile)

@@ -103,16 +103,19 @@ def judge(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, l
 @contextmanager
 def fixed_masks(plan: Plan, *, seed: int) -> Iterator[None]:
     """Thresholds of the attached plan, in place: 0 with the probability of the density, else infinity."""
-    saved = [adapter.tau.clone() for adapter in plan.adapters]
+    masks = [(adapter.tau, adapter.density) for adapter in plan.adapters]
+    # in front of routers
+    masks += [(adapter.router_tau, adapter.router_density) for adapter in plan.adapters if adapter.router_tau is not None]
+    saved = [tau.clone() for tau, _ in masks]
     try:
-        for index, adapter in enumerate(plan.adapters):
-            generator = torch.Generator(adapter.tau.device).manual_seed(seed + index)
-            draw = torch.rand(adapter.tau.shape, generator=generator, device=adapter.tau.device)
-            adapter.tau.copy_(torch.where(draw < adapter.density, 0.0, float("inf")))
+        for index, (tau, density) in enumerate(masks):
+            generator = torch.Generator(tau.device).manual_seed(seed + index)
+            draw = torch.rand(tau.shape, generator=generator, device=tau.device)
+            tau.copy_(torch.where(draw < density, 0.0, float("inf")))
         yield
     finally:
-        for adapter, tau in zip(plan.adapters, saved, strict=True):
-            adapter.tau.copy_(tau)
+        for (tau, _), old in zip(masks, saved, strict=True):
+            tau.copy_(old)
 
 
 @contextmanager

@@ -194,7 +194,8 @@ def _plan_facts(prepared: Prepared) -> dict[str, Any]:
         "measured_budget": {"flops": measured.budget_flops, "bytes": measured.budget_bytes},
         "measured_tokens": measured.tokens,
         "adapters": adapters,
-        "router_bits": _router_bits(plan),
+        "router_bits": _bits(plan, "router"),
+        "factor_bits": _bits(plan, "weight"),
     }
 
 
@@ -202,8 +203,9 @@ def _mean(index: int, found: list[tuple[float, float, int]]) -> float:
     return sum(entry[index] for entry in found) / len(found)
 
 
-def _router_bits(plan: Plan) -> int | None:
-    return next((8 * adapter.router.element_size() for adapter in plan.adapters if adapter.router is not None), None)
+def _bits(plan: Plan, key: str) -> list[int]:
+    """Of all matrices of that name that the plan stores."""
+    return sorted({adapter.bits()[key] for adapter in plan.adapters if key in adapter.bits()})
 
 
 def dense_ratio(rows: list[dict[str, Any]], batch: int, ms: float) -> float | None:

@@ -4,12 +4,14 @@ In: a model, its layout and a budget in bytes. Out: a ``Plan`` like any other, o
 bench depends on ranks, densities and dtypes, not on what the factors mean. Every adapter costs one fraction p of its layers:
 
     rank    attention inputs over one tensor, stacked; up and gate, stacked (or each alone)
-            r = min(p i / (density + i / o), o i / (o + i)),  k = p i - r i / o          router r i + product k o = p o i
-    neuron  attention output, down                                                         k = p i
+            r = min(p D / (R + density F), D / (R + F), o, i),  k = (p D - r R) / F      router r R + product k F = p D
+    neuron  attention output, down                                                         k = p D / F
 
-The second bound on r is the cap above which a batch, which needs every row, costs more than dense. The router has the scale of
-U^T W, and the rows of A^T have length one, so activations stay what they were. Thresholds are the quantile of v^2 that keeps k
-of r, seen while the rewritten model decodes: what a layer reads depends on what the layers before it kept.
+D are the bytes of the dense layers, R those of a router's row and F those of a row of the factors (or of W^T), scales included;
+in 16 bits all round R = 2 i, F = 2 o, D = 2 o i. The second bound on r is the cap above which a batch, which needs every row,
+costs more than dense. The router has the scale of U^T W, and the rows of A^T have length one, so activations stay what they were;
+a W^T in 8 or 4 bits is the model's, rounded. Thresholds are the quantile of v^2 that keeps k of r, seen while the rewritten model
+decodes: what a layer reads depends on what the layers before it kept.
 
 Hashing the weights of a 7 B model and again its factors takes a minute a plan, and nobody will load this plan: sites have no
 digest of their weight, the plan's digest is over its facts and seed, and it is attached without the check ``attach`` makes.
@@ -27,18 +29,16 @@ from torch import Tensor, nn
 
 from rana_fx.adaptation import versions
 from rana_fx.adapters import Adapter
-
-# attach() would hash every weight: the marks are made by the step behind it
-from rana_fx.attachment import MODULE, Attachment, Factors, _mark, detach
+from rana_fx.attachment import Factors, place
 from rana_fx.calibrate import calibrate
 from rana_fx.errors import InvalidOption
+from rana_fx.kernels.cost import weight_bytes
+from rana_fx.kernels.quantize import pack
 from rana_fx.layout import Layout
 from rana_fx.measure import Meter
 from rana_fx.plan import Plan, SiteRecord
 from rana_fx.recipes.problem import Problem, stack_name
-from rana_fx.relayout import by_columns_
-from rana_fx.running import device_of, weights_of
-from rana_fx.weights import base_name
+from rana_fx.running import device_of
 
 _ALIGNED = 16  # ranks come in whole tiles where there are many
 RECIPE = "random"
@@ -49,19 +49,21 @@ class Menu:
     """How a budget is spent.
 
     density: fraction of a router's ranks that is kept, where the cap on ranks allows it. stacked: one rank adapter for all
-    up projections of a block. router_bits: what routers are stored in; 16 until the rewrite passes a scale to rana::router.
+    up projections of a block. router_bits, factor_bits: 8 or 4, or 16 for the model's dtype, of routers and of what is behind the
+    masks: the factors of rank adapters and the weights of neuron adapters.
     """
 
     density: float = 0.5
     stacked: bool = True
     router_bits: int = 16
+    factor_bits: int = 16
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise InvalidOption(name="density", got=self.density, expected="a number in (0, 1]")
-        if self.router_bits != 16:
-            expected = "16: the rewrite multiplies by a floating router and hands no scale to rana::router yet"
-            raise InvalidOption(name="router_bits", got=self.router_bits, expected=expected)
+        for name in ("router_bits", "factor_bits"):
+            if getattr(self, name) not in (16, 8, 4):
+                raise InvalidOption(name=name, got=getattr(self, name), expected="16, 8 or 4")
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -89,7 +91,7 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with torch.no_grad():
         adapters = [_rank(problem, names, fraction, menu, generator) for names in ranked]
-        adapters += [_neuron(problem, name, fraction) for name in masked]
+        adapters += [_neuron(problem, name, fraction, menu) for name in masked]
     order = {name: index for index, name in enumerate(layout.sites)}
     plan = Plan(
         recipe=RECIPE,
@@ -106,29 +108,34 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
     return _with_cheap_digest(plan)
 
 
-def ranks_for(out: int, width: int, fraction: float, density: float) -> tuple[int, float]:
-    """(ranks r, expected kept k) of a rank adapter that costs ``fraction`` of out * width."""
-    cap = out * width / (out + width)
-    ranks = min(fraction * width / (density + width / out), cap)
+def ranks_for(
+    out: int, width: int, fraction: float, density: float, *, router_bits: int = 16, factor_bits: int = 16, dense_bits: int = 16
+) -> tuple[int, float]:
+    """(ranks r, expected kept k) of a rank adapter that costs ``fraction`` of the bytes of (out, width) in ``dense_bits``.
+
+    Raises:
+        InvalidOption: full ranks, all kept, cost less.
+    """
+    dense = weight_bytes(width, out, dense_bits)
+    router, factor = weight_bytes(1, width, router_bits), weight_bytes(1, out, factor_bits)
+    ranks = min(fraction * dense / (router + density * factor), dense / (router + factor), out, width)
+    _check_affordable(fraction, min(out, width) * (router + factor) / dense)
     whole = _ALIGNED if ranks >= 4 * _ALIGNED else 1
     count = max(1, int(ranks) // whole * whole)
-    return count, min(float(count), fraction * width - count * width / out)
+    return count, min(float(count), (fraction * dense - count * router) / factor)
+
+
+def _check_affordable(fraction: float, most: float) -> None:
+    """Raises InvalidOption where a layer cannot cost what it shall: all of it, in few bits, costs less."""
+    if fraction > most * (1 + 1e-9):
+        expected = f"at most {most:.3f} of a layer, which is what all of it costs in so few bits"
+        raise InvalidOption(name="budget", got=f"{fraction:.3f} of each layer", expected=expected)
 
 
 def attach_unchecked(model: nn.Module, plan: Plan) -> Plan:
-    """Attach without hashing weights. Returns the plan on the model, whose tensors are the live factors: there is one copy."""
-    parameters = weights_of(model)
-    names = {id(parameters[base_name(record.name)]): base_name(record.name) for record in plan.sites}
-    detach(model)
-    factors = Factors(plan, device_of(model), parameters)
-    live = live_plan(plan, factors)
-    attachment = Attachment(live, factors, names)
-    own = (site for adapter in plan.adapters if adapter.router is None for site in adapter.sites)
-    relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
-    attachment.relaid = tuple(map(id, relaid))
-    _mark(attachment, list(model.parameters()))
-    model.add_module(MODULE, factors)
-    return live
+    """Attach without hashing weights. Returns the plan, whose tensors are the live factors: there is one copy."""
+    place(model, plan, copy=False)
+    return plan
 
 
 def live_plan(plan: Plan, factors: Factors) -> Plan:
@@ -151,10 +158,11 @@ class Watch(Meter):
         """Forget what was counted."""
         self._kept, self._rows = {}, {}
 
-    def _count(self, name: str, v: Tensor, tau: Tensor) -> None:
-        if self.rows is not None:
+    def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor) -> None:
+        name, part = key
+        if self.rows is not None and part == "tau":
             self.rows.setdefault(name, []).append(v.detach().float().square().flatten())
-        super()._count(name, v, tau)
+        super()._count(key, v, tau)
 
 
 def set_thresholds(watch: Watch, plan: Plan, decode: Callable[[], object], *, rounds: int = 3) -> None:
@@ -177,38 +185,63 @@ def _rank(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu,
     sites = [problem.layout.sites[name] for name in names]
     weight = sites[0].weight
     out, width = sum(site.out_features for site in sites), sites[0].in_features
-    ranks, kept = ranks_for(out, width, fraction, menu.density)
+    bits = {"router_bits": _floating(menu.router_bits, weight), "factor_bits": _floating(menu.factor_bits, weight)}
+    ranks, kept = ranks_for(out, width, fraction, menu.density, **bits, dense_bits=8 * weight.element_size())
 
-    def normal(rows: int, columns: int, scale: float) -> Tensor:
+    def normal(rows: int, columns: int, scale: float, bits: int) -> tuple[Tensor, Tensor | None]:
         made = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
-        return made.normal_(0, scale, generator=generator)
+        return _stored(made.normal_(0, scale, generator=generator), bits)
 
     # rows of U^T W share the energy of W, out * width * std^2, over min(out, width) components
     std = float(torch.stack([site.view.float().std() for site in sites]).mean())
     bias = problem.bias(names)
-    flops = sites[0].uses * (ranks * width + kept * out)
-    return Adapter(
+    router, router_scale = normal(ranks, width, std * (out / min(out, width)) ** 0.5, menu.router_bits)
+    factor, factor_scale = normal(ranks, out, out**-0.5, menu.factor_bits)
+    adapter = Adapter(
         name=stack_name(names),
         kind="rank",
         sites=names,
         ranks=ranks,
         kept=kept,
         tau=torch.zeros(ranks, device=weight.device),
-        router=normal(ranks, width, std * (out / min(out, width)) ** 0.5),
-        weight=normal(ranks, out, out**-0.5),
+        router=router,
+        router_scale=router_scale,
+        weight=factor,
+        weight_scale=factor_scale,
         bias=None if bias is None else bias.to(weight.dtype),
-        flops=flops,
         dense_flops=problem.flops(names),
-        bytes=flops * weight.element_size(),
         dense_bytes=problem.bytes(names),
     )
+    return adapter.costed()
 
 
-def _neuron(problem: Problem, name: str, fraction: float) -> Adapter:
+def _neuron(problem: Problem, name: str, fraction: float, menu: Menu) -> Adapter:
     site = problem.layout.sites[name]
     zeros = torch.zeros(site.in_features, device=site.weight.device)
-    made = problem.neuron_adapter(name, 0.0, torch.ones_like(zeros), fraction)
-    return replace(made, tau=zeros)
+    made = replace(problem.neuron_adapter(name, 0.0, torch.ones_like(zeros), fraction), tau=zeros)
+    if menu.factor_bits == 16:
+        return made
+    row, bias = weight_bytes(1, site.out_features, menu.factor_bits), problem.bias((name,))
+    kept = fraction * site.out_features * site.in_features * site.weight.element_size() / row
+    _check_affordable(fraction, fraction * site.in_features / kept)
+    factor, scale = _stored(site.view.t(), menu.factor_bits)
+    own = replace(
+        made,
+        weight=factor,
+        weight_scale=scale,
+        bias=None if bias is None else bias.to(site.weight.dtype),
+        kept=min(kept, float(site.in_features)),
+    )
+    return own.costed()
+
+
+def _stored(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    return (matrix, None) if bits == 16 else pack(matrix.contiguous(), bits)
+
+
+def _floating(bits: int, weight: Tensor) -> int:
+    """16 means as the model's weights are."""
+    return 8 * weight.element_size() if bits == 16 else bits
 
 
 def _record(layout: Layout, name: str) -> SiteRecord:

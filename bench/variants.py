@@ -105,7 +105,6 @@ def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: 
         assert found is not None
         prepared.plan = live_plan(found.plan, found.factors)
     elif variant.budget is not None:
-        # no name for the first copy of the factors: it shall not outlive this line
         prepared.plan = attach_unchecked(model, random_plan(model, layout, variant.budget, menu=variant.menu, seed=seed))
     try:
         yield prepared

@@ -1,10 +1,12 @@
-"""Replace linears that have a neuron adapter: skip inputs too small to matter.
+"""Replace linears that have a neuron adapter: skip inputs too small to matter. Or a stored one, which skips none.
 
     y = linear(h, w, b)
-  becomes
+  becomes, with the model's own weight,
     y = rana.masked_gemv(h, tau, w.t(), b)        # keep j where h_j^2 >= tau_j = t^2 / |w_:,j|^2
+  or, with a weight of the adapter's (in fewer bits, or of several linears over one input)
+    y = rana.masked_gemv(h - shift, tau, Wt, c, scale); q, k, v = y[..., :a], ...
 
-The weight stays the model's own, so there is no copy of it and gradients reach it (RaNA section 4, down projection).
+In the first case there is no copy of the weight and gradients reach it (RaNA section 4, down projection).
 """
 
 from __future__ import annotations
@@ -12,27 +14,43 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rana_fx.kernels.ops import masked_gemv
 from rana_fx.passes.emit import Emitter, dtype_of
 from rana_fx.passes.match import Match
+from rana_fx.passes.stacked import Factors, cast, masked, products, shifted, spans_of
 
 
 def rewrite_neuron(graph_module: fx.GraphModule, match: Match) -> int:
     """Rewrite one match; returns how many linears it replaced."""
-    if match.adapter.kind != "neuron":
+    if match.adapter.kind not in ("neuron", "stored"):
         return 0
-    value = match.attachment.tensor(match.index, "tau")
-    assert value is not None
+    outs = _by_own_weight(graph_module, match) if match.adapter.weight is not None else _by_the_models(graph_module, match)
+    for node, out in outs.items():
+        node.replace_all_uses_with(out)
+        graph_module.graph.erase_node(node)
+    return len(outs)
+
+
+def _by_own_weight(graph_module: fx.GraphModule, match: Match) -> dict[fx.Node, fx.Node]:
+    first = match.linears[0]
+    emit = Emitter(graph_module, first.node)
+    factors = Factors(emit, match)
+    v = shifted(emit, factors, cast(emit, match.x, dtype_of(first.node)))
+    return {linear.node: out for linear, out in products(emit, match, factors, v).items()}
+
+
+def _by_the_models(graph_module: fx.GraphModule, match: Match) -> dict[fx.Node, fx.Node]:
+    outs = {}
     for linear in match.linears:
         emit = Emitter(graph_module, linear.node)
-        tau = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_tau", value)
-        x, wanted = linear.x, dtype_of(linear.node)
-        if wanted is not None and dtype_of(x) not in (wanted, None):
-            x = emit.method("to", x, wanted)  # autocast: the dense layer would have cast its input, too
-        factor, transposed = linear.factor
-        weight = factor if transposed else emit.call(torch.t, factor)
-        y = emit.call(masked_gemv, x, tau, weight, linear.bias_node, None, match.adapter.density)
-        y.meta["rana_adapter"] = match.adapter.name
-        linear.node.replace_all_uses_with(y)
-        graph_module.graph.erase_node(linear.node)
-    return len(match.linears)
+        factors = Factors(emit, match)
+        x = shifted(emit, factors, cast(emit, linear.x, dtype_of(linear.node)))
+        matrix, transposed = linear.factor
+        weight = matrix if transposed else emit.call(torch.t, matrix)
+        bias = factors["bias"]
+        if bias is None:
+            bias = linear.bias_node
+        elif len(match.adapter.sites) > 1:
+            start, stop = spans_of(match)[linear]
+            bias = emit.call(torch.narrow, bias, 0, start, stop - start)
+        outs[linear.node] = masked(emit, match, x, factors["tau"], weight, bias, None)
+    return outs

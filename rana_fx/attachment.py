@@ -23,21 +23,31 @@ from rana_fx.running import bare, device_of, weights_of
 from rana_fx.weights import base_name
 
 MODULE = "rana_fx"
+FIXED = ("tau", "router_tau", "router_scale", "weight_scale")  # floating, and yet neither trained nor cast
 
 
 class Factors(nn.Module):
-    """Factors of all adapters: Parameters ``<index>_router`` ..., buffers ``<index>_tau`` (fp32 whatever the model's dtype)."""
+    """Factors of all adapters.
 
-    def __init__(self, plan: Plan, device: torch.device, weights: Mapping[str, nn.Parameter] | None = None) -> None:
-        """``weights``: by site; factors follow their weight's device (else ``device``) and whether it is trained."""
+    Floating factors are Parameters ``a<index>_router`` ...; thresholds (fp32 whatever the model's dtype), quantised matrices
+    and their scales are buffers, which are not trained and follow the model's device alone.
+    """
+
+    def __init__(
+        self, plan: Plan, device: torch.device, weights: Mapping[str, nn.Parameter] | None = None, *, copy: bool = True
+    ) -> None:
+        """``weights``: by site; factors follow their weight's device (else ``device``) and whether it is trained.
+
+        ``copy``: False to hold the plan's own tensors, where they are on that device.
+        """
         super().__init__()
         for index, adapter in enumerate(plan.adapters):
             owners = [] if weights is None else [weights[base_name(site)] for site in adapter.sites]
             place = owners[0].device if owners else device
             trained = any(owner.requires_grad for owner in owners) or not owners
             for key, value in adapter.tensors().items():
-                moved = value.detach().clone().to(place)
-                if key == "tau":
+                moved = value.data.to(place, copy=copy)
+                if key in FIXED or not value.is_floating_point():
                     self.register_buffer(f"a{index}_{key}", moved)
                 else:
                     self.register_parameter(f"a{index}_{key}", nn.Parameter(moved, requires_grad=trained))
@@ -61,11 +71,11 @@ class Factors(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "_owner"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
-        taus = dict(self.named_buffers(recurse=False))
+        fixed = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tau in taus.items():
-            # half precision would move thresholds: only follow the device
-            self._buffers[name] = tau.to(getattr(self, name).device)
+        for name, buffer in fixed.items():
+            # half precision would move thresholds and what quantised numbers mean: only follow the device
+            self._buffers[name] = buffer.to(getattr(self, name).device)
         return self
 
 
@@ -107,9 +117,9 @@ def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
 def attach(model: nn.Module, plan: Plan) -> None:
     """Attach ``plan`` to ``model``; replaces a plan that is attached. Functions compiled before recompile by themselves.
 
-    Weights that the plan skips columns of (neuron adapters) are stored by columns from then on: values, shapes and memory stay,
-    strides change, and ``detach`` changes them back. (Libraries that save tensors as they lie, such as safetensors, want
-    ``.contiguous()`` ones; ``save_pretrained`` sees to that.)
+    Weights of the model that the plan skips columns of (neuron adapters without a weight of their own) are stored by columns
+    from then on: values, shapes and memory stay, strides change, and ``detach`` changes them back. (Libraries that save tensors
+    as they lie, such as safetensors, want ``.contiguous()`` ones; ``save_pretrained`` sees to that.)
 
     A ``copy.deepcopy`` of the model is adapted, too; a pickled and loaded one (or one whose Parameters were replaced) is
     not: attach the plan again. ``state_dict`` includes the factors, as ``rana_fx.*``: ``detach`` first for one without.
@@ -121,14 +131,24 @@ def attach(model: nn.Module, plan: Plan) -> None:
     parameters = weights_of(model)
     for record in plan.sites:
         _check(model, record, parameters.get(base_name(record.name)))
+    place(model, plan)
+
+
+def place(model: nn.Module, plan: Plan, *, copy: bool = True) -> None:
+    """What ``attach`` does once it knows that the plan is for these weights.
+
+    ``copy``: False where the plan's tensors shall be the model's factors, and nobody needs them as they were.
+    """
+    model = bare(model)
+    parameters = weights_of(model)
     detach(model)
     names: dict[int, str] = {}
     for record in plan.sites:
         weight = base_name(record.name)
         names[id(parameters[weight])] = weight
-    own = (site for adapter in plan.adapters if adapter.router is None for site in adapter.sites)
+    own = (site for adapter in plan.adapters if adapter.weight is None for site in adapter.sites)
     with torch.inference_mode(False):  # what is made inside it could never be trained
-        attachment = Attachment(plan, Factors(plan, device_of(model), parameters), names)
+        attachment = Attachment(plan, Factors(plan, device_of(model), parameters, copy=copy), names)
         relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
     attachment.relaid = tuple(map(id, relaid))
     _mark(attachment, list(model.parameters()))

@@ -25,12 +25,16 @@ from rana_fx.running import bare, call, device_of, evaluating, observing, paddin
 
 @dataclass(frozen=True)
 class Measurement:
-    """Over ``tokens`` real tokens: kept fraction per adapter, and cost per token over the dense model's."""
+    """Over ``tokens`` real tokens: kept fraction per adapter, and cost per token over the dense model's.
+
+    ``router_density``: the fraction of its inputs that a masked router reads, for adapters that have one.
+    """
 
     tokens: int
     density: dict[str, float]
     budget_flops: float
     budget_bytes: float
+    router_density: dict[str, float]
 
 
 class Meter:
@@ -40,8 +44,9 @@ class Meter:
         self._model = model
         self._plan = plan
         self._compiled = torch.compile(model, backend=self._backend)
-        self._kept: dict[str, float] = {}
-        self._rows: dict[str, int] = {}
+        # by name and part of the adapter: "tau" masks its ranks, "router_tau" what its router reads
+        self._kept: dict[tuple[str, str], float] = {}
+        self._rows: dict[tuple[str, str], int] = {}
         self._masks: dict[str, Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,32 +62,37 @@ class Meter:
 
     def result(self) -> Measurement:
         """What was counted so far."""
-        mean = {name: self._kept[name] / self._rows[name] for name in self._kept if self._rows[name]}
-        ranks = {adapter.name: adapter.ranks for adapter in self._plan.adapters}
+        mean = {key: self._kept[key] / self._rows[key] for key in self._kept if self._rows[key]}
+        kept = {name: value for (name, part), value in mean.items() if part == "tau"}
+        inputs = {name: value for (name, part), value in mean.items() if part == "router_tau"}
+        adapters = {adapter.name: adapter for adapter in self._plan.adapters}
         return Measurement(
             tokens=max(self._rows.values(), default=0),
-            density={name: value / ranks[name] for name, value in mean.items()},
-            budget_flops=self._plan.expected_budget("flops", kept=mean),
-            budget_bytes=self._plan.expected_budget("bytes", kept=mean),
+            density={name: value / adapters[name].ranks for name, value in kept.items()},
+            budget_flops=self._plan.expected_budget("flops", kept=kept, router_kept=inputs),
+            budget_bytes=self._plan.expected_budget("bytes", kept=kept, router_kept=inputs),
+            router_density={name: value / adapters[name].width for name, value in inputs.items()},
         )
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         rewrite(gm, example_inputs)
-        counted: set[tuple[fx.Node, str]] = set()
+        counted: set[tuple[fx.Node, str, str]] = set()
         for node in list(gm.graph.nodes):
-            name = node.meta.get("rana_adapter")
-            if node.target is masked_gemv and (node.args[0], name) not in counted:
-                counted.add((node.args[0], name))
+            if node.target is not masked_gemv:
+                continue
+            name, part = node.meta["rana_adapter"], node.meta.get("rana_part", "tau")
+            if (node.args[0], name, part) not in counted:
+                counted.add((node.args[0], name, part))
                 with gm.graph.inserting_before(node):
-                    gm.graph.call_function(self._count, (name, node.args[0], node.args[1]))
+                    gm.graph.call_function(self._count, ((name, part), node.args[0], node.args[1]))
         gm.recompile()
         return gm.forward
 
-    def _count(self, name: str, v: Tensor, tau: Tensor) -> None:
+    def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor) -> None:
         tokens = v.numel() // v.shape[-1]
         rows = real_rows(v, next((mask for mask in self._masks.values() if mask.numel() == tokens), None))
-        self._kept[name] = self._kept.get(name, 0.0) + float(kept(rows, tau).sum())
-        self._rows[name] = self._rows.get(name, 0) + len(rows)
+        self._kept[key] = self._kept.get(key, 0.0) + float(kept(rows, tau).sum())
+        self._rows[key] = self._rows.get(key, 0) + len(rows)
 
 
 @contextmanager

@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rana_fx.adapters import Adapter
+from rana_fx.adapters import TENSORS, Adapter
 from rana_fx.sites import Skip
 
 METRICS = ("flops", "bytes")
@@ -69,12 +70,22 @@ class Plan:
     adapters: tuple[Adapter, ...]
     skips: tuple[Skip, ...]
 
-    def expected_budget(self, metric: str | None = None, *, kept: dict[str, float] | None = None) -> float:
-        """Cost per token over the dense cost. ``kept``: mean kept ranks by adapter name; default as calibrated."""
+    def expected_budget(
+        self,
+        metric: str | None = None,
+        *,
+        kept: Mapping[str, float] | None = None,
+        router_kept: Mapping[str, float] | None = None,
+    ) -> float:
+        """Cost per token over the dense cost.
+
+        Args:
+            kept: mean kept ranks by adapter name; default as calibrated. router_kept: mean inputs that masked routers keep.
+        """
         metric = metric or self.metric
         dense = sum(site.cost(metric) for site in self.sites if site.counted)
         change = sum(
-            adapter.cost(metric, None if kept is None else kept.get(adapter.name))
+            adapter.cost(metric, (kept or {}).get(adapter.name), (router_kept or {}).get(adapter.name))
             - (adapter.dense_flops if metric == "flops" else adapter.dense_bytes)
             for adapter in self.adapters
         )
@@ -89,7 +100,8 @@ class Plan:
         state = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
         for adapter in self.adapters:
             for name, value in sorted(adapter.tensors().items()):
-                state.update(f"{adapter.name}/{name}".encode())
+                # the same bytes are other numbers in another dtype
+                state.update(f"{adapter.name}/{name}/{value.dtype}/{tuple(value.shape)}".encode())
                 state.update(tensor_bytes(value))
         return state.hexdigest()
 
@@ -120,7 +132,7 @@ class Plan:
         ]
         for adapter in self.adapters:
             error = "" if adapter.error is None else f", error {adapter.error:.4f}"
-            lines.append(f"  {adapter.name}: {adapter.kind}, {adapter.kept:.1f} of {adapter.ranks} kept{error}")
+            lines.append(f"  {adapter.name}: {adapter.kind}, {adapter.kept:.1f} of {adapter.ranks} kept{storage(adapter)}{error}")
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
@@ -147,9 +159,17 @@ def load_plan(path: str | Path) -> Plan:
 
 def adapter_facts(adapter: Adapter) -> dict[str, Any]:
     """An adapter's facts without tensors."""
-    names = ("name", "kind", "sites", "ranks", "kept", "flops", "dense_flops", "bytes", "dense_bytes", "error", "gate", "also")
-    facts = {key: getattr(adapter, key) for key in names}
+    facts = {field.name: getattr(adapter, field.name) for field in fields(adapter) if field.name not in TENSORS}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+
+
+def storage(adapter: Adapter) -> str:
+    """How its matrices are stored and what masks its router, for people: ", router 8 bit, factors 16 bit"."""
+    names = {"router": "router", "weight": "factors" if adapter.router is not None else "weights"}
+    parts = [f"{names[key]} {bits} bit" for key, bits in adapter.bits().items()]
+    if adapter.router_kept is not None:
+        parts.insert(1, f"which reads {adapter.router_kept:.1f} of {adapter.width} inputs")
+    return "".join(f", {part}" for part in parts)
 
 
 def tensor_bytes(value: Tensor) -> memoryview:

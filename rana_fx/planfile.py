@@ -19,12 +19,12 @@ import pydantic
 import safetensors
 import safetensors.torch
 
-from rana_fx.adapters import Adapter, Kind
-from rana_fx.errors import PlanFileError, PlanVersion, PlanWriteError
+from rana_fx.adapters import TENSORS, Adapter, Kind
+from rana_fx.errors import BadOperand, PlanFileError, PlanVersion, PlanWriteError
 from rana_fx.plan import Plan, SiteRecord
 from rana_fx.sites import Skip
 
-FORMAT = 1
+FORMAT = 2  # 2: factors in 8 and 4 bits, weights of neuron adapters, masked routers, shifts
 HEADER = "plan.json"
 
 
@@ -42,6 +42,7 @@ class _AdapterFacts:
     error: float | None
     gate: str | None
     also: tuple[str, ...]
+    router_kept: float | None
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,12 @@ def _parse(folder: Path, content: bytes) -> Plan:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise PlanFileError(path=folder / HEADER, reason=f"{where or 'plan'}: {first['msg']}") from error
-    except (KeyError, AssertionError) as error:
+    except (KeyError, AssertionError, BadOperand) as error:
         raise PlanFileError(path=folder, reason=f"facts and tensors do not belong together ({error})") from error
     rest = {key: getattr(facts, key) for key in facts.__dataclass_fields__ if key != "adapters"}
     plan = Plan(**rest, adapters=adapters)
+    for adapter in adapters:
+        _check_sites(folder, plan, adapter)
     if plan.digest() != header.get("digest"):
         raise PlanFileError(path=folder, reason="its content does not match its digest: it was changed after it was saved")
     return plan
@@ -183,6 +186,21 @@ def _tensors(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _adapter(index: int, facts: _AdapterFacts, tensors: dict[str, Any]) -> Adapter:
-    own: dict[str, Any] = {key: tensors.get(f"{index}.{key}") for key in ("router", "weight", "bias")}
+    own: dict[str, Any] = {key: tensors.get(f"{index}.{key}") for key in TENSORS if key != "tau"}
     fields: dict[str, Any] = {key: getattr(facts, key) for key in facts.__dataclass_fields__}
     return Adapter(**fields, tau=tensors[f"{index}.tau"], **own)
+
+
+def _check_sites(folder: Path, plan: Plan, adapter: Adapter) -> None:
+    """An adapter has the sizes of the linears it replaces. Raises PlanFileError."""
+    records = {record.name: record for record in plan.sites}
+    unknown = [site for site in (*adapter.sites, *adapter.also) if site not in records]
+    if unknown:
+        raise PlanFileError(path=folder, reason=f"adapter {adapter.name} replaces {unknown[0]}, which is not among its linears")
+    sites = [records[site] for site in adapter.sites]
+    out, widths = sum(site.out_features for site in sites), {site.in_features for site in sites}
+    if widths != {adapter.width}:
+        reason = f"adapter {adapter.name} reads {adapter.width} inputs, its linears {' and '.join(map(str, sorted(widths)))}"
+        raise PlanFileError(path=folder, reason=reason)
+    if adapter.out not in (None, out):
+        raise PlanFileError(path=folder, reason=f"adapter {adapter.name} makes {adapter.out} outputs, its linears {out}")

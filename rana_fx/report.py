@@ -13,13 +13,13 @@ from torch import nn
 from rana_fx.attachment import attached
 from rana_fx.calibrate import calibrate
 from rana_fx.layout import Site
-from rana_fx.plan import Plan
+from rana_fx.plan import Plan, storage
 from rana_fx.running import bare
 
 
 @dataclass(frozen=True)
 class Row:
-    """One weight. ``action``: "rank", "static", "neuron", "gated", "dense" or "skipped"; costs over the dense layer's."""
+    """One weight. ``action``: an adapter's kind ("rank", ...), "dense" or "skipped"; costs over the dense layer's."""
 
     site: str
     role: str
@@ -101,8 +101,9 @@ def _row(site: Site, plan: Plan | None) -> Row:
         reason = _reason(site, plan)
         return Row(site.name, site.role, site.op, shape, "dense", reason, 1.0, 1.0, None)
     detail = f"{adapter.kept:.1f} of {adapter.ranks} kept"
+    detail += storage(adapter)
     if len(adapter.sites) > 1:
-        detail += f", router shared by {len(adapter.sites)}"
+        detail += f", {'input' if adapter.router is None else 'router'} shared by {len(adapter.sites)}"
     if adapter.error is not None:
         detail += f", error {adapter.error:.4f}"
     flops, read = adapter.flops / adapter.dense_flops, adapter.bytes / adapter.dense_bytes

@@ -59,6 +59,8 @@ def quantised_modules(model: nn.Module) -> dict[str, str]:
         ]
         if hasattr(module, "_packed_params") and not isinstance(module._packed_params, nn.Module):
             continue  # the holder of the packed weight; its owner is the layer
+        if type(module).__module__.partition(".")[0] == "rana_fx":
+            continue  # factors of a plan on the model
         if matrices or hasattr(module, "_packed_params"):
             found[name.replace(f"{_WRAPPED}.", "")] = f"quantised layer {type(module).__name__}" + "".join(
                 f" ({m})" for m in matrices[:1]

@@ -13,9 +13,9 @@ from bench.decoding import Decoder
 from bench.gate import bound, expect, fixed_masks, judge, relative
 from bench.latency import Variant
 from bench.models import build, layers_of
-from bench.random_plan import Menu, layout_of, random_plan, ranks_for
+from bench.random_plan import Menu, attach_unchecked, layout_of, random_plan, ranks_for
 from bench.variants import on_model, reference, variants
-from rana_fx.attachment import attached
+from rana_fx.attachment import attached, detach
 from rana_fx.errors import InvalidOption
 from rana_fx.plan import load_plan
 from tests.architectures import build as build_architecture
@@ -66,9 +66,54 @@ def test_ranks_stay_below_the_cap_and_cost_the_fraction(out, width, fraction):
     assert ranks * width + kept * out == pytest.approx(fraction * out * width, rel=0.02)
 
 
-def test_routers_in_fewer_bits_are_refused():
-    with pytest.raises(InvalidOption, match="router_bits=8"):
-        Menu(router_bits=8)
+@pytest.mark.parametrize(("router", "factor", "budget"), [(8, 16, 0.5), (4, 8, 0.2), (8, 4, 0.12), (4, 4, 0.1), (16, 8, 0.24)])
+def test_a_random_plan_in_few_bits_costs_what_was_asked(tiny, router, factor, budget):
+    model, layout = tiny
+    variant = Variant("rana", "rana", "default", budget, menu=Menu(router_bits=router, factor_bits=factor))
+    decoder = Decoder(model, batch=1, room=128)
+    limit = bound(model.dtype, layers_of(model), 160)
+    with on_model(variant, model, layout, seed=1) as prepared, torch.no_grad():
+        script, expected = reference(variant, prepared, decoder, seed=0)
+        plan = prepared.plan
+        assert plan.expected_budget("bytes") == pytest.approx(budget, abs=1e-6)
+        assert prepared.measured.budget_bytes == pytest.approx(budget, abs=0.02)
+        bits = {key: {a.bits().get(key) for a in plan.adapters if a.kind == "rank"} for key in ("router", "weight")}
+        assert bits == {"router": {32 if router == 16 else router}, "weight": {32 if factor == 16 else factor}}
+        forward = variant.compiled(model)
+        verdict = judge(lambda: decoder.logits(forward, script), plan, expected, limit=limit)
+        assert verdict.passed, verdict
+    assert attached(model) is None
+
+
+def test_the_factors_of_a_random_plan_exist_once(tiny):
+    model, layout = tiny
+    plan = attach_unchecked(model, random_plan(model, layout, 0.12, menu=Menu(router_bits=8, factor_bits=4)))
+    live = dict(model.rana_fx.state_dict())
+    for index, adapter in enumerate(plan.adapters):
+        for key, value in adapter.tensors().items():
+            assert live[f"a{index}_{key}"].data_ptr() == value.data_ptr()
+    detach(model)
+
+
+def test_bits_that_are_none_and_budgets_above_them_are_refused(tiny):
+    for name in ("router_bits", "factor_bits"):
+        with pytest.raises(InvalidOption, match=f"{name}=3"):
+            Menu(**{name: 3})
+    model, layout = tiny
+    with pytest.raises(InvalidOption, match="in so few bits"):
+        random_plan(model, layout, 0.5, menu=Menu(router_bits=4, factor_bits=4))
+
+
+@pytest.mark.parametrize("router", [16, 8, 4])
+@pytest.mark.parametrize("factor", [16, 8, 4])
+def test_ranks_in_few_bits_cost_the_fraction(router, factor):
+    out, width, fraction = 12288, 4096, 0.25
+    ranks, kept = ranks_for(out, width, fraction, 0.5, router_bits=router, factor_bits=factor)
+    assert 0 < kept <= ranks <= width
+    # bytes counted by hand: scales are fp32, one per row in 8 bits, one per 64 columns in 4
+    router_row = {16: 2 * width, 8: width + 4, 4: width // 2 + width // 64 * 4}[router]
+    factor_row = {16: 2 * out, 8: out + 4, 4: out // 2 + out // 64 * 4}[factor]
+    assert ranks * router_row + kept * factor_row == pytest.approx(fraction * 2 * out * width, rel=1e-9)
 
 
 OPTIONS = {"sequences": 2, "longest": 12, "new_tokens": 5, "dtype": "float32", "device": "cpu"}
