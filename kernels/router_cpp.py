@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch._inductor import ir
-from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
 from rana_fx.kernels.quantize import GROUPS
 from rana_fx.kernels.template_cpp import RowsTemplate, index_of

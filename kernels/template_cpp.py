@@ -1,8 +1,9 @@
-"""What every C++ template here shares: reading weights as fp32 whatever they are stored in, and a tail that others are fused into.
+"""What every C++ template here shares: reading weights as fp32 whatever they are stored in, and an end that users are fused into.
 
 In: inputs by name, and C++ text that writes ``result``, a contiguous (T, N) array of floats. Out: an Inductor template whose
-text sees each input as a typed pointer to its first element, ``load`` (a vector of floats from a row of weights, of at most as
-many elements as asked) and ``load_pair`` (the even and the odd columns of a packed 4-bit row). The scheduler fuses pointwise users into any template; they run over ``result`` at the end.
+text sees each input as a typed pointer to its first element, ``load`` (a vector of floats from a row of weights, at most as many
+as asked and anything finite behind them) and ``load_pair`` (even and odd columns of a packed 4-bit row). The scheduler fuses pointwise users
+into any template; they run over ``result`` at the end.
 """
 
 from __future__ import annotations
@@ -44,8 +45,15 @@ extern "C" {{export_declaration}}
   };
   [[maybe_unused]] auto load_pair = [](const uint8_t* p, int64_t count) {
     const Int both = at::vec::convert<int32_t>(at::vec::Vectorized<uint8_t>::loadu(p, count));
+#if defined(CPU_CAPABILITY_AVX512)
+    // a look-up takes the low four bits of an index and leaves the rest
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const Vec low = _mm512_permutexvar_ps(both, values), high = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), values);
+    return std::make_pair(low, high);
+#else
     const Int low = (both & Int(15)) - Int(8), high = (both >> Int(4)) - Int(8);
     return std::make_pair(at::vec::convert<float>(low), at::vec::convert<float>(high));
+#endif
   };
   [[maybe_unused]] auto floats = [](int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
   constexpr int64_t N = {{N}};

@@ -1,7 +1,8 @@
 """``rana::masked_gemv`` and ``rana::router`` on a CPU: the C++ templates of rana_fx.kernels, where they apply.
 
 In: Inductor IR of the operands. Out: IR of the result in fp32, without a bias, that what follows is fused into; or None for
-more than a few tokens, for dtypes the templates do not know, and for a floating weight whose rows are not contiguous.
+more than a few tokens, for dtypes the templates do not know, for a weight of symbolic size, and for a floating weight whose rows
+are not contiguous.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def router_product(x_TD: Any, weight: Any, scale: Any) -> Any:
 
 
 def _known(x: Any, weight: Any) -> bool:
-    dtypes = DTYPES + _QUANTISED
-    return x.get_device().type == "cpu" and x.get_dtype() in DTYPES and weight.get_dtype() in dtypes
+    fixed = all(isinstance(size, (int, sympy.Integer)) for size in weight.get_size())
+    dtypes = x.get_dtype() in DTYPES and weight.get_dtype() in DTYPES + _QUANTISED
+    return x.get_device().type == "cpu" and fixed and dtypes
 
 
 def _columns(weight: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The C++ template of the masked product through Inductor: numerics, everything that may be fused into it, where it steps aside."""
+"""The C++ template of the masked product through Inductor: numerics, all that may be fused into it, where it steps aside."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def test_parts_of_a_weight_in_the_graph(bits):
     v, tau, weight, bias, scale = operands(1, 61, 256, torch.float32, bits=bits)
 
     def rows(v, tau, weight, bias, scale):
-        part = None if scale is None else scale[10:41]
-        return masked_gemv(v[:, 10:41], tau[10:41], weight[10:41], bias, part), masked_gemv(v[:, :31], tau[:31], weight[:31], bias,
-                                                                                            None if scale is None else scale[:31])  # fmt: skip
+        first, second = (None, None) if scale is None else (scale[10:41], scale[:31])
+        y = masked_gemv(v[:, 10:41], tau[10:41], weight[10:41], bias, first)
+        return y, masked_gemv(v[:, :31], tau[:31], weight[:31], bias, second)
 
     got, code = compiled(rows, v, tau, weight, bias, scale)
     assert code.count(GEMV) == 2
