@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
@@ -142,20 +143,20 @@ class MaskedGemvTemplate(RowsTemplate):
     body: ClassVar[str] = _COMPACT + "{% if packed %}" + _PACKED + "{% else %}" + _FLOATS + "{% endif %}" + _STORE
 
     def __init__(self, v: Any, tau: Any, weight: Any, scale: Any, layout: ir.Layout) -> None:
-        tokens, columns = layout.size
+        tokens, columns = layout.size[0], int(layout.size[1])
         ranks = int(weight.get_size()[0])
         packed = weight.get_dtype() == torch.uint8
-        most = int(tokens) if tokens.is_Integer else MAX_TOKENS
+        most = int(tokens) if isinstance(tokens, (int, sympy.Integer)) else MAX_TOKENS
         grain = 64  # columns: whole cache lines of the result, and a whole group of a packed weight
         if packed:
-            grain = next(g for g in GROUPS if -(-int(columns) // g) == int(scale.get_size()[1]))
-        share = -(-int(columns) // grain) * grain
+            grain = next(g for g in GROUPS if -(-columns // g) == int(scale.get_size()[1]))
+        share = -(-columns // grain) * grain
         inputs = {"V": v, "Tau": tau, "W": weight} | ({} if scale is None else {"Scale": scale})
         super().__init__(
             "rana_masked_gemv",
             inputs,
             layout,
-            products=ranks * int(columns),
+            products=ranks * columns,
             K=ranks,
             grain=grain,
             block=min(share, _ACCUMULATORS // most // grain * grain),

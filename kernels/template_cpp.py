@@ -2,8 +2,8 @@
 
 In: inputs by name, and C++ text that writes ``result``, a contiguous (T, N) array of floats. Out: an Inductor template whose
 text sees each input as a typed pointer to its first element, ``load`` (a vector of floats from a row of weights, at most as many
-as asked and anything finite behind them) and ``load_pair`` (even and odd columns of a packed 4-bit row). The scheduler fuses pointwise users
-into any template; they run over ``result`` at the end.
+as asked and anything finite behind them) and ``load_pair`` (even and odd columns of a packed 4-bit row). The scheduler fuses
+pointwise users into any template; they run over ``result`` at the end.
 """
 
 from __future__ import annotations

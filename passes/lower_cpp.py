@@ -29,8 +29,9 @@ def masked_product(v_TK: Any, tau: Any, weight: Any, scale: Any) -> Any:
     rows = _rows(weight)
     if rows is None:
         return None
-    operands = [_realized(v_TK), _realized(tau), rows, None if scale is None else _realized(scale)]
-    return MaskedGemvTemplate(*operands, _layout(weight, tokens, _columns(weight))).generate().output_node()
+    layout = _layout(weight, tokens, _columns(weight))
+    template: Any = MaskedGemvTemplate(_realized(v_TK), _realized(tau), rows, _realized(scale), layout)
+    return template.generate().output_node()
 
 
 def router_product(x_TD: Any, weight: Any, scale: Any) -> Any:
@@ -41,8 +42,8 @@ def router_product(x_TD: Any, weight: Any, scale: Any) -> Any:
     rows = _rows(weight)
     if rows is None:
         return None
-    operands = [_realized(x_TD), rows, None if scale is None else _realized(scale)]
-    return RouterTemplate(*operands, _layout(weight, tokens, weight.get_size()[0])).generate().output_node()
+    template: Any = RouterTemplate(_realized(x_TD), rows, _realized(scale), _layout(weight, tokens, weight.get_size()[0]))
+    return template.generate().output_node()
 
 
 def _known(x: Any, weight: Any) -> bool:
@@ -64,6 +65,8 @@ def _rows(weight: Any) -> Any:
 
 
 def _realized(node: Any) -> Any:
+    if node is None:
+        return None
     return _unboxed(ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node)))
 
 
