@@ -44,7 +44,7 @@ def traced(launch: Callable[..., Any], operands: Sequence[Any], fakes: Sequence[
         result = process_subgraph_nodes(graph, [operands[i] for i in given])
     for operation in V.graph.operations[before:]:
         if isinstance(operation, ir.UserDefinedTritonKernel) and operation.kwargs.get("PDL"):
-            operation.codegen = functools.partial(_write_dependent, operation)
+            vars(operation)["codegen"] = functools.partial(_write_dependent, operation)
     return result
 
 

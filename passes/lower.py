@@ -3,7 +3,7 @@
 In: the operations as AOTAutograd left them in the graph. Out: Inductor IR, one of
 
     a Triton kernel (GPU, few tokens, where the cost model expects it to win): lower_triton.py
-    a C++ template (CPU, few tokens, rows of the weight contiguous): reads only the rows that are kept
+    a C++ template (CPU, few tokens): reads only the rows that are kept; lower_cpp.py
     a matrix product on the masked input (everything else): the mask fuses into what precedes it
 
 A lowering and not a decomposition: decompositions handed to ``compile_fx`` become part of the FX cache's key, operators
@@ -16,13 +16,10 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
-from torch._inductor.virtualized import V
 
-from rana_fx.kernels import masked_gemv_cpp
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, normed_router, router
-from rana_fx.passes import lower_fused, lower_triton
+from rana_fx.passes import lower_cpp, lower_fused, lower_triton
 
 _aten = torch.ops.aten
 
@@ -40,11 +37,13 @@ def _router(x: Any, weight: Any, scale: Any = None) -> Any:
     *lead, inner = x.get_size()
     x_TI = lowerings[_aten.view.default](x, [sympy.prod(lead), inner])
     z_TR = lower_triton.router_product(x_TI, weight, scale)
+    if z_TR is None:
+        z_TR = lower_cpp.router_product(x_TI, weight, scale)
     if z_TR is None and scale is not None:  # quantised: what eager mode would run
         return fallback_handler(router, add_to_fallback_set=False)(x, weight, scale)
     if z_TR is None:
         z_TR = lowerings[_aten.mm.default](x_TI, lowerings[_aten.permute.default](weight, [1, 0]))
-    return lowerings[_aten.view.default](z_TR, [*lead, z_TR.get_size()[1]])
+    return lowerings[_aten.view.default](to_dtype(z_TR, x.get_dtype()), [*lead, z_TR.get_size()[1]])
 
 
 def _masked_gemv(v: Any, tau: Any, weight: Any, bias: Any = None, scale: Any = None, density: float = 0.5) -> Any:
@@ -53,9 +52,9 @@ def _masked_gemv(v: Any, tau: Any, weight: Any, bias: Any = None, scale: Any = N
     y_TN = lower_triton.masked_product(v_TK, tau, weight, bias, scale, density)
     if y_TN is not None:
         return lowerings[_aten.view.default](y_TN, [*lead, y_TN.get_size()[1]])
-    if scale is not None:  # quantised: what eager mode would run
+    y_TN = lower_cpp.masked_product(v_TK, tau, weight, scale)
+    if y_TN is None and scale is not None:  # quantised: what eager mode would run
         return fallback_handler(masked_gemv, add_to_fallback_set=False)(v, tau, weight, bias, scale, density)
-    y_TN = _sparse_cpu(v_TK, tau, weight)
     if y_TN is None:
         y_TN = _dense(v_TK, tau, to_dtype(weight, v.get_dtype()))
     if bias is not None:
@@ -67,26 +66,3 @@ def _dense(v_TK: Any, tau: Any, weight: Any) -> Any:
     wide = to_dtype(v_TK, torch.float32)
     kept = lowerings[_aten.ge.Tensor](lowerings[_aten.mul.Tensor](wide, wide), tau)
     return lowerings[_aten.mm.default](lowerings[_aten.where.self](kept, v_TK, 0), weight)
-
-
-def _sparse_cpu(v_TK: Any, tau: Any, weight: Any) -> Any:
-    """The product in fp32 by the C++ template, or None where that does not apply."""
-    tokens = v_TK.get_size()[0]
-    few = V.graph.sizevars.statically_known_leq(tokens, masked_gemv_cpp.MAX_TOKENS)
-    dtypes = {v_TK.get_dtype(), weight.get_dtype()} <= set(masked_gemv_cpp.DTYPES)
-    if v_TK.get_device().type != "cpu" or not few or not dtypes:
-        return None
-    weight = ir.ExternKernel.realize_input(weight)
-    if weight.get_stride()[1] != 1:
-        return None
-    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x)) for x in (v_TK, tau)]
-    size = [tokens, weight.get_size()[1]]
-    layout = ir.FixedLayout(weight.get_device(), torch.float32, size, [size[1], sympy.S.One])
-    template: Any = masked_gemv_cpp.MaskedGemvTemplate([_unboxed(x) for x in (*inputs, weight)], layout)
-    return template.generate().output_node()
-
-
-def _unboxed(node: Any) -> Any:
-    while isinstance(node, (ir.TensorBox, ir.StorageBox)):
-        node = node.data
-    return node

@@ -27,7 +27,7 @@ def masked_product(v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, dens
     from rana_fx.kernels.masked_gemv import masked_gemv
 
     operands = realized(v_TK, tau, weight, scale)
-    config = _config(*operands, density)
+    config = _config(operands[0], operands[2], operands[3], density)
     if config is None:
         return None
     operands += [*realized(bias, residual_TN), counters(v_TK.get_device())]
@@ -63,7 +63,7 @@ def tokens_of(x_TK: Any) -> int | None:
     return int(tokens) if few and x_TK.get_device().type == "cuda" and x_TK.get_dtype() in _DTYPES else None
 
 
-def _config(v_TK: Any, tau: Any, weight: Any, scale: Any, density: float) -> Config | None:  # noqa: ARG001
+def _config(v_TK: Any, weight: Any, scale: Any, density: float) -> Config | None:  # noqa: ARG001
     """How to launch, or None: not applicable, or the dense product is expected to be faster."""
     tokens, stored = tokens_of(v_TK), fake(weight)
     if tokens is None or stored is None:

@@ -16,8 +16,10 @@ from torch import fx
 from rana_fx.adapters import Adapter
 from rana_fx.attachment import Attachment, attachment_of
 from rana_fx.graph import row_source, shape_of
+from rana_fx.kernels.config import MAX_TOKENS
 from rana_fx.option import attachment_for
 from rana_fx.plan import Plan
+from rana_fx.prefill import costs_more
 from rana_fx.sites import Linear, Scan, find_linears, parameters_of
 
 
@@ -53,14 +55,14 @@ class Matches:
 
 
 def match_plan(
-    graph_module: fx.GraphModule, example_inputs: Sequence[object], plan: Plan | None = None, dense_above: int | None = None
+    graph_module: fx.GraphModule, example_inputs: Sequence[object], plan: Plan | None = None, prefill: str = "masked"
 ) -> Matches:
     """Find what to replace. Linears without an adapter stay as they are.
 
     Args:
         plan: to use instead of what is attached to the weights.
-        dense_above: linears that read more tokens than this stay as they are, too. A graph for a varying number of tokens is
-            then guarded on which side of it the number lies.
+        prefill: "dense": linears that read more than MAX_TOKENS tokens stay as they are, too; "cheapest": where their factors
+            cost more. A graph for a varying number of tokens is then guarded on which side of that its number lies.
     """
     parameters = parameters_of(graph_module, example_inputs)
     given = None if plan is None else attachment_for(plan, parameters)
@@ -76,9 +78,10 @@ def match_plan(
         planned = attachment.adapter(linear.name) if attachment is not None else None
         if row_source(linear.x) in scan.constant:
             continue  # positions, say, computed by a weight that also reads tokens: nothing was calibrated on it
-        if dense_above is not None and not _at_most(linear.x, dense_above):
-            continue
         if attachment is not None and planned is not None:
+            original = prefill == "dense" or (prefill == "cheapest" and costs_more(attachment.plan, planned[1]))
+            if original and not _at_most(linear.x, MAX_TOKENS):
+                continue
             gathered.setdefault((attachment, planned[0], linear.x), []).append(linear)
     named = {linear.node: linear.name for linear in scan.linears}
     found = tuple(

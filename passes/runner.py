@@ -41,18 +41,18 @@ def run(
     example_inputs: Sequence[object] = (),
     *,
     plan: Plan | None = None,
-    dense_above: int | None = None,
+    prefill: str = "masked",
 ) -> Result:
     """Rewrite in place. Without any adapter for the graph's weights nothing changes.
 
     Args:
         example_inputs: values of the placeholders; exported modules keep their weights as attributes and need none.
         plan: to use instead of the plan attached to the weights.
-        dense_above: leave linears that read more tokens as they are.
+        prefill: one of rana_fx.prefill.MODES.
     """
     redirect(graph_module)
     unfuse(graph_module, parameters_of(graph_module, example_inputs))
-    matches = match_plan(graph_module, example_inputs, plan, dense_above)
+    matches = match_plan(graph_module, example_inputs, plan, prefill)
     replaced = dict.fromkeys((step.__name__ for step in PIPELINE), 0)
     if not matches.found:
         return Result(replaced, matches)

@@ -11,19 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from rana_fx.attachment import attachment_of
 from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.guards import guard_weights
-from rana_fx.kernels.config import MAX_TOKENS
 from rana_fx.option import plan_of
+from rana_fx.passes.freed import check_present, superfluous
 from rana_fx.passes.fuse import fuse
 from rana_fx.passes.runner import Result, run, sources_hash
 from rana_fx.plan import Plan
+from rana_fx.prefill import MODES
+from rana_fx.release import free_
 
-PREFILL = ("masked", "dense")
 _KNOWN_OPTIONS = "'plan', 'prefill', 'mode' or an option of Inductor (torch._inductor.list_options())"
 
 
@@ -38,15 +39,19 @@ def backend(
 
     Args:
         options: ``{"plan": ...}``, a plan or the folder of one, to use instead of the attached one (the model is not touched);
-            ``{"prefill": ...}``: "masked" (default) adapts every token alike, "dense" leaves calls with more than 16 tokens,
-            such as a prompt, dense; ``{"mode": ...}``; and any option of Inductor, as torch.compile takes them for
-            ``backend="inductor"``.
+            ``{"prefill": ...}``: "masked" (default) adapts every token alike. In calls with more than 16 tokens, such as a
+            prompt, "dense" leaves all linears as they are and "cheapest" those whose factors cost more. These keep dense
+            weights and factors in memory. "factors" is as "masked" and frees the weights that factors replace when the model
+            first runs, for good: it then runs only compiled and only by this plan; in eager mode and in ``state_dict`` they
+            are NaN. It needs an attached plan and ``torch.no_grad()``, and compiles each graph that frees some once more.
+            ``{"mode": ...}``, and any option of Inductor, as torch.compile takes them for ``backend="inductor"``.
         mode: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
 
     Raises:
         NoPlan: the graph has linears, and no plan is attached to its model. (torch.compile wraps errors of a backend
             in BackendCompilerFailed; its ``inner_exception`` is ours.)
         PlanMismatch: the plan given as an option is for other weights.
+        WeightsFreed: the graph reads a weight that ``{"prefill": "factors"}`` freed.
         InvalidOption, PlanFileError, PlanVersion.
     """
     from torch._inductor.compile_fx import compile_fx
@@ -57,20 +62,40 @@ def backend(
     given = dict(options or {})
     plan = plan_of(given.pop("plan")) if "plan" in given else None
     prefill = given.pop("prefill", "masked")
-    if prefill not in PREFILL:
-        raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(PREFILL)}")
+    if prefill not in MODES:
+        raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(MODES)}")
+    if prefill == "factors" and (plan is not None or torch.is_grad_enabled()):
+        expected = "a plan that is attached to the model" if plan is not None else "torch.no_grad() around the call"
+        raise InvalidOption(name="prefill", got=prefill, expected=f"{expected}, since it frees weights for good")
     patches = inductor_options(given, mode)
-    result = rewrite(gm, example_inputs, plan=plan, dense_above=MAX_TOKENS if prefill == "dense" else None)
+    result = rewrite(gm, example_inputs, plan=plan, prefill=prefill)
+    weights = superfluous(result.matches) if prefill == "factors" else []
     patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
-    return compiled  # type: ignore[no-any-return]
+    return _freeing(compiled, weights) if weights else compiled
 
 
-def rewrite(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | None = None, dense_above: int | None = None
-) -> Result:
-    """Rewrite by the attached plan, or by ``plan``, and guard on what it depends on. Raises NoPlan, PlanMismatch."""
-    result = run(gm, example_inputs, plan=plan, dense_above=dense_above)
+def _freeing(compiled: Callable[..., Any], weights: list[nn.Parameter]) -> Callable[..., Any]:
+    """Free weights once the compiled function has run: guards on them, made between here and there, would not hold otherwise."""
+
+    def run_and_free(*args: Any) -> Any:
+        output = compiled(*args)
+        with torch.inference_mode(False):
+            while weights:
+                free_(weights.pop())
+        return output
+
+    return run_and_free
+
+
+def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | None = None, prefill: str = "masked") -> Result:
+    """Rewrite by the attached plan, or by ``plan``, and guard on what it depends on.
+
+    Raises:
+        NoPlan, PlanMismatch, WeightsFreed.
+    """
+    result = run(gm, example_inputs, plan=plan, prefill=prefill)
+    check_present(result.matches)
     if result.matches.missing is not None:
         raise NoPlan(site=result.matches.missing)
     weights = result.matches.scan.weights

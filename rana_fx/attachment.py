@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from rana_fx.adapters import Adapter
-from rana_fx.errors import PlanMismatch
+from rana_fx.errors import PlanMismatch, WeightsFreed
 from rana_fx.guards import ATTRIBUTE
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.relayout import by_columns_, by_rows_
+from rana_fx.release import is_freed, unshared
 from rana_fx.running import bare, device_of, weights_of
 from rana_fx.weights import base_name
 
@@ -64,6 +65,7 @@ class Factors(nn.Module):
             names = {id(parameter): old.names[key] for key, parameter in copied if key in old.names}
             twin = Attachment(old.plan, fresh, names)
             twin.relaid = tuple(id(parameter) for key, parameter in copied if key in old.relaid)
+            twin.unshared = frozenset(id(parameter) for key, parameter in copied if key in old.unshared)
             _mark(twin, [parameter for _, parameter in copied])
         return fresh
 
@@ -88,6 +90,7 @@ class Attachment:
         self.names = names  # id of a Parameter -> site name
         self.marked: tuple[int, ...] = ()  # ids of the Parameters that carry it
         self.relaid: tuple[int, ...] = ()  # ids of those that are stored by columns because of it
+        self.unshared: frozenset[int] = frozenset()  # ids of weights that may be freed: nothing else of the model is tied to them
         self._by_site = {site: (index, adapter) for index, adapter in enumerate(plan.adapters) for site in adapter.sites}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -126,6 +129,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
 
     Raises:
         PlanMismatch: other architecture, shapes, dtype or weights than the plan was made for.
+        WeightsFreed: the model was compiled with ``prefill="factors"``.
     """
     model = bare(model)
     parameters = weights_of(model)
@@ -151,14 +155,22 @@ def place(model: nn.Module, plan: Plan, *, copy: bool = True) -> None:
         attachment = Attachment(plan, Factors(plan, device_of(model), parameters, copy=copy), names)
         relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
     attachment.relaid = tuple(map(id, relaid))
+    attachment.unshared = unshared(model)
     _mark(attachment, list(model.parameters()))
     model.add_module(MODULE, attachment.factors)
 
 
 def detach(model: nn.Module) -> Plan | None:
-    """Take the plan off and return it (None when there was none). The model is then as it was before ``attach``."""
+    """Take the plan off and return it (None when there was none). The model is then as it was before ``attach``.
+
+    Raises:
+        WeightsFreed: the model was compiled with ``prefill="factors"``, and runs only by this plan.
+    """
     model = bare(model)
     found = attached(model)
+    freed = next((name for name, weight in weights_of(model).items() if is_freed(weight)), None)
+    if freed is not None:
+        raise WeightsFreed(site=freed, what="detach the plan")
     if found is not None:
         with torch.inference_mode(False):
             by_rows_(parameter for parameter in model.parameters() if id(parameter) in found.relaid)
@@ -192,5 +204,7 @@ def _check(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) ->
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype != record.dtype:
         raise PlanMismatch(model=name, site=record.name, got=f"dtype {dtype}", expected=f"dtype {record.dtype}")
+    if is_freed(weight):
+        raise WeightsFreed(site=record.name, what="attach a plan")
     if weight_digest(weight) != record.digest:
         raise PlanMismatch(model=name, site=record.name, got="other weights", expected=f"weights with digest {record.digest}")

@@ -17,10 +17,11 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from rana_fx.aliases import redirect
-from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed
+from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
 from rana_fx.groups import Fact, Reading, read_graph
 from rana_fx.guards import guard_weights
 from rana_fx.layout import Group, Layout, merge, observed_together
+from rana_fx.release import is_freed
 from rana_fx.running import (
     bare,
     call,
@@ -133,7 +134,7 @@ def calibrate(
         capacity: rows kept per group.
 
     Raises:
-        NoBatches, NoLinears, NonFinite, TraceFailed, InvalidOption: ``batches`` is one batch.
+        NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, InvalidOption: ``batches`` is one batch.
     """
     model = bare(model)
     observer = Observer(names_of(model), capacity=capacity, seed=seed)
@@ -148,7 +149,7 @@ def calibrate(
             try:
                 call(compiled, batch)
             except Exception as error:
-                ours = _cause(error, NonFinite)
+                ours = _cause(error, (NonFinite, WeightsFreed))
                 if ours is not None:
                     raise ours from None
                 part, reason = failing_part(model, error)
@@ -180,6 +181,8 @@ def _settle(model: nn.Module, observer: Observer) -> Layout:
 def _check_weights(scan: Scan) -> None:
     """Before anything runs: a NaN in a weight would show up in later activations, far from where it is."""
     for linear in scan.linears:
+        if is_freed(linear.weight):
+            raise WeightsFreed(site=linear.name, what="run the dense model")
         for what, parameter in (("weight", linear.weight), ("bias", linear.bias)):
             if parameter is None:
                 continue
@@ -188,7 +191,7 @@ def _check_weights(scan: Scan) -> None:
                 raise NonFinite(site=linear.name, count=int(bad.sum()), what=what, shape=tuple(parameter.shape))
 
 
-def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+def _cause(error: BaseException | None, kind: tuple[type[BaseException], ...]) -> BaseException | None:
     while error is not None:
         if isinstance(error, kind):
             return error

@@ -121,6 +121,13 @@ class PlanMismatch(RanaError, ValueError):
     )
 
 
+class WeightsFreed(RanaError, RuntimeError):
+    message = (
+        "{site}: its dense weight is gone. The model was compiled with prefill='factors', which frees the weights that factors "
+        "replace; expected a model with all of its weights: load its checkpoint again to {what}."
+    )
+
+
 class PlanVersion(RanaError, ValueError):
     message = "{path}: plan format {got} was written by another rana_fx; this one reads format {expected}. {todo}"
 

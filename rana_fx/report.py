@@ -14,6 +14,7 @@ from rana_fx.attachment import attached
 from rana_fx.calibrate import calibrate
 from rana_fx.layout import Site
 from rana_fx.plan import Plan, storage
+from rana_fx.prefill import MODES, costs_more, memory_of
 from rana_fx.running import bare
 
 
@@ -34,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in order of execution, and totals."""
+    """Rows in order of execution, and totals. ``memory``: bytes of linears and factors for each mode of the option "prefill"."""
 
     model: str
     plan: str | None
@@ -46,6 +47,7 @@ class Report:
     blocks: int
     graphs: int
     rows: tuple[Row, ...]
+    memory: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able facts."""
@@ -56,6 +58,9 @@ class Report:
             f"{self.model}: {self.sites} linears in {self.groups} groups, {self.blocks} MLP blocks, {self.graphs} graph(s); "
             + (f"plan {self.plan}, expected flops {self.expected_flops:.3f}" if self.plan else "no plan attached")
         ]
+        if self.memory:
+            sizes = ", ".join(f"{name} {count / 1e6:.1f} MB" for name, count in self.memory.items())
+            lines.append(f"  linears in memory: {sizes}")
         width = max((len(row.site) for row in self.rows), default=0)
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
@@ -91,13 +96,23 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         blocks=len(layout.blocks),
         graphs=layout.graphs,
         rows=tuple(rows),
+        memory=_memory(plan),
     )
+
+
+def _memory(plan: Plan | None) -> dict[str, int]:
+    if plan is None:
+        return {}
+    found = memory_of(plan)
+    return {"without a plan": found.dense, "factors alone": found.factors} | {
+        f"prefill={mode}": found.total(mode) for mode in MODES
+    }
 
 
 def _row(site: Site, plan: Plan | None) -> Row:
     shape = (site.out_features, site.in_features)
     adapter = None if plan is None else plan.adapter_of(site.name)
-    if adapter is None:
+    if plan is None or adapter is None:
         reason = _reason(site, plan)
         return Row(site.name, site.role, site.op, shape, "dense", reason, 1.0, 1.0, None)
     detail = f"{adapter.kept:.1f} of {adapter.ranks} kept"
@@ -106,6 +121,8 @@ def _row(site: Site, plan: Plan | None) -> Row:
         detail += f", {'input' if adapter.router is None else 'router'} shared by {len(adapter.sites)}"
     if adapter.error is not None:
         detail += f", error {adapter.error:.4f}"
+    if costs_more(plan, adapter):
+        detail += ", dearer than dense in a prompt"
     flops, read = adapter.flops / adapter.dense_flops, adapter.bytes / adapter.dense_bytes
     return Row(site.name, site.role, site.op, shape, adapter.kind, detail, flops, read, adapter.error)
 

@@ -23,7 +23,7 @@ INDEXING = {"getitem", "index", "index_select", "select"}
 _TRANSPARENT = {"contiguous", "detach", "alias", "clone"}
 _PARTS = {"getitem", "select", "narrow", "slice", "chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
 _SHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "unsafe_split"}
-_MOVEMENT = TRANSPOSES | _TRANSPARENT | _PARTS | _SHAPES
+MOVEMENT = TRANSPOSES | _TRANSPARENT | _PARTS | _SHAPES
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ def operand(node: object, weights: Mapping[fx.Node, nn.Parameter]) -> Operand | 
         name = op_name(current)
         if name in CASTS:
             cast |= _dtype(current.args[0]) != _dtype(current)
-        elif name not in _MOVEMENT or len(current.all_input_nodes) > 1:
+        elif name not in MOVEMENT or len(current.all_input_nodes) > 1:
             return None  # an index that is an activation selects an expert
         chain.append(current)
         current = current.args[0]
@@ -67,7 +67,7 @@ def operand(node: object, weights: Mapping[fx.Node, nn.Parameter]) -> Operand | 
         return None  # one matrix of a stack: experts, which see some of the tokens
     if part is None:
         return "its weight is an irregular part of a larger one"
-    flipped = parameter.dim() == 2 == value.dim() and value.stride() == parameter.stride()[::-1] != parameter.stride()
+    flipped = parameter.dim() == 2 == value.dim() and _flips(chain[::-1], parameter)
     if parameter.dim() == 2 and 1 in parameter.shape:
         flipped = value.shape == parameter.shape[::-1] != parameter.shape
     return Operand(parameter, current, value, part, flipped)
@@ -93,6 +93,13 @@ def _run(chain: list[fx.Node], value: Tensor) -> Tensor | None:
 
 def _flat(items: Any) -> list[Any]:
     return [leaf for item in items for leaf in (_flat(item) if isinstance(item, (tuple, list)) else (item,))]
+
+
+def _flips(chain: list[fx.Node], parameter: nn.Parameter) -> bool:
+    """Whether a chain transposes. The Parameter's own strides do not tell: it may be stored by columns, or freed."""
+    whole = torch.empty(parameter.shape, device="meta")
+    view = _run(chain, whole)
+    return view is not None and view.stride() == whole.stride()[::-1] != whole.stride()
 
 
 def _part(chain: list[fx.Node], parameter: nn.Parameter) -> str | None:

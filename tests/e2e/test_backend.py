@@ -242,7 +242,9 @@ def test_prefill_dense(dynamic):
             got = output(compiled(**batch))
             assert relative(got, right) < 1e-5, tokens
             assert relative(got, wrong) > 1e-3, tokens
-    with pytest.raises(BackendCompilerFailed, match="option prefill='thin' is not valid: expected one of masked, dense"):
+    with pytest.raises(
+        BackendCompilerFailed, match="option prefill='thin' is not valid: expected one of masked, dense, cheapest, factors"
+    ):
         torch.compile(model, backend=rana_fx.backend, options={"prefill": "thin"})(**ids())
 
 

@@ -43,6 +43,7 @@ EXAMPLES = {
     "AlreadyAdapted": {"model": "Tower", "recipe": "paper", "budget": 0.58, "digest": "0a1b2c3d"},
     "NoPlan": {"site": SITE},
     "PlanMismatch": {"model": "Tower", "site": SITE, "got": "shape (4, 4)", "expected": "shape (8, 4)"},
+    "WeightsFreed": {"site": SITE, "what": "detach the plan"},
     "PlanVersion": {"path": "plans/p", "got": 9, "expected": 1, "todo": "Upgrade rana_fx."},
     "PlanFileError": {"path": "plans/p", "reason": "plan.json is missing"},
     "PlanWriteError": {"path": "plans/p", "reason": "No space left on device"},

@@ -1,0 +1,41 @@
+"""Give the memory of dense weights back where factors have replaced them (``options={"prefill": "factors"}``).
+
+    weight (out, in), out * in numbers      becomes      weight (out, in), one NaN seen out * in times
+
+In: Parameters that nobody reads any more. Out: the same Parameters, name, shape, dtype and device kept, so that modules print,
+graphs are traced and guards hold as before; what reads one by accident gets NaN, not garbage. There is no way back but loading
+the checkpoint again. A deep copy, or ``.to(...)``, of such a Parameter is a full tensor of NaN.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+
+def free_(weight: nn.Parameter) -> None:
+    """Free its memory, for good."""
+    # .data: whoever holds the Parameter holds what is left of it, too
+    weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+
+
+def is_freed(weight: Tensor) -> bool:
+    """Whether ``free_`` was here, and nobody has put other data in its place."""
+    if weight.device.type == "meta" or weight.numel() < 2 or any(weight.stride()):
+        return False
+    return weight.untyped_storage().nbytes() == weight.element_size()
+
+
+def unshared(model: nn.Module) -> frozenset[int]:
+    """Ids of the Parameters that have one name in the model and share their memory with no other tensor of it."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [tensor for _, tensor in named if tensor.numel() and tensor.device.type != "meta"]
+    names = Counter(map(id, tensors))
+    owners = Counter(map(_memory, {id(tensor): tensor for tensor in tensors}.values()))
+    return frozenset(id(tensor) for tensor in tensors if names[id(tensor)] == 1 and owners[_memory(tensor)] == 1)
+
+
+def _memory(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
