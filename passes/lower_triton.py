@@ -13,9 +13,10 @@ from typing import Any
 
 import sympy
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from rana_fx.kernels import cost
-from rana_fx.kernels.config import MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, default_config
+from rana_fx.kernels import cost, tune
+from rana_fx.kernels.config import MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, configs, default_config
 from rana_fx.kernels.quantize import bits_of, shape_of
 from rana_fx.passes.launch import COUNTERS, counters, fake, realized, starts_early, traced
 
@@ -63,7 +64,7 @@ def tokens_of(x_TK: Any) -> int | None:
     return int(tokens) if few and x_TK.get_device().type == "cuda" and x_TK.get_dtype() in _DTYPES else None
 
 
-def _config(v_TK: Any, weight: Any, scale: Any, density: float) -> Config | None:  # noqa: ARG001
+def _config(v_TK: Any, weight: Any, scale: Any, density: float) -> Config | None:
     """How to launch, or None: not applicable, or the dense product is expected to be faster."""
     tokens, stored = tokens_of(v_TK), fake(weight)
     if tokens is None or stored is None:
@@ -75,10 +76,33 @@ def _config(v_TK: Any, weight: Any, scale: Any, density: float) -> Config | None
     device = _device(v_TK)
     if not cost.prefers_masked(ranks, columns, tokens, density, device, bits=bits):
         return None
-    config = default_config(ranks, columns, tokens, density, device.sm_count, bits=bits)
+    config = _chosen(ranks, columns, tokens, density, device.sm_count, bits, v_TK, stored, fake(scale))
     if cdiv(columns, min(config.block_n, 64)) * cdiv(tokens, TOKENS_AT_ONCE) > COUNTERS:
         return None
     return config
+
+
+def _chosen(
+    ranks: int, columns: int, tokens: int, density: float, sm_count: int, bits: int, v_TK: Any, stored: Any, scale: Any
+) -> Config:
+    """The default config; with Inductor's ``max_autotune`` the fastest of a few, measured once for all shapes nearly alike."""
+    if not torch._inductor.config.max_autotune:
+        return default_config(ranks, columns, tokens, density, sm_count, bits=bits)
+    from rana_fx.kernels.masked_gemv import masked_gemv
+
+    def measure(config: Config) -> float:
+        return tune.microseconds(lambda: masked_gemv(v, tau, weight, None, scales, config=config))
+
+    key = tune.bucket(ranks, columns, tokens, density, bits, v_TK.get_dtype())
+    choices = configs(ranks, columns, tokens, density, sm_count, bits=bits)
+    with unset_fake_temporarily():
+        device = v_TK.get_device()
+        v = torch.randn(tokens, ranks, device=device).to(v_TK.get_dtype())
+        level = v.float().square().flatten().quantile(1 - min(max(density, 0.0), 1.0))
+        tau = level.expand(ranks).contiguous()
+        weight = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=device).fill_(1)
+        scales = None if scale is None else torch.ones(scale.shape, dtype=scale.dtype, device=device)
+        return tune.fastest(f"masked_gemv {key}", choices, measure)
 
 
 def _device(node: Any) -> cost.Device:

@@ -1,0 +1,87 @@
+"""Measured choices, remembered: which config of a few is the fastest for a bucket of shapes, across processes.
+
+In: a key that names the bucket, the configs worth trying and a function that times one. Out: the fastest. What was measured is kept
+in a JSON file beside Inductor's own caches, one per device, torch, Triton and version of these kernels; it is replaced in one
+step, so a process that is killed loses its own measurements and nothing else. Shapes are in one bucket where their sizes lie in the
+same quarter of an octave and their densities in the same tenth: layers of one model differ by a few ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+C = TypeVar("C")
+_SECONDS = 0.02
+
+
+def bucket(K: int, N: int, T: int, density: float, bits: int, dtype: torch.dtype) -> str:
+    """The name of a bucket of masked products (density 1 for a router)."""
+    sizes = "x".join(str(round(4 * math.log2(max(size, 1)))) for size in (K, N))
+    return f"{sizes} T{T} d{round(10 * density)} b{bits} {str(dtype).removeprefix('torch.')}"
+
+
+def fastest(key: str, choices: Sequence[C], measure: Callable[[C], float], *, file: Path | None = None) -> C:
+    """The choice with the least time; measured once per key and file.
+
+    Args:
+        choices: the first is taken where nothing can be measured. A choice that raises (too much shared memory, say) is left out.
+        measure: microseconds of one choice.
+        file: where to remember it; default: beside Inductor's caches, by device and versions.
+    """
+    path, name = file or _file(), f"{key} of {len(choices)}"
+    known = _read(path).get(name)
+    if isinstance(known, int) and 0 <= known < len(choices):
+        return choices[known]
+    times = []
+    for index, choice in enumerate(choices):
+        with contextlib.suppress(Exception):  # whatever a compiler or a driver raises: the others are left
+            times.append((measure(choice), index))
+    if not times:
+        return choices[0]
+    best = min(times)[1]
+    _write(path, _read(path) | {name: best})
+    return choices[best]
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Median time of a call on the current CUDA device, with L2 cold."""
+    from triton.testing import do_bench
+
+    call()  # compiles
+    return 1e3 * float(do_bench(call, warmup=5, rep=int(1e3 * _SECONDS), return_mode="median"))
+
+
+@functools.cache
+def _file() -> Path:
+    import triton
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    sources = [path.read_bytes() for path in sorted(Path(__file__).resolve().parent.glob("*.py"))]
+    facts = [torch.__version__, triton.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "none"]
+    digest = hashlib.sha256(b"".join([*sources, *(fact.encode() for fact in facts)])).hexdigest()[:16]
+    return Path(cache_dir()) / "rana_fx" / f"tuned-{digest}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or not ours: measure again
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+    Path(file.name).replace(path)
