@@ -77,7 +77,8 @@ class Case:
         tokens = self.xs[0].shape[0]
         if self.shape.op == "router":
             exact, magnitude = self._exact(self.xs[0], unpack(*self.stored[0], torch.float64).t())
-            some: list[Any] = [router.default_config(self.shape.N, self.shape.K, bits=self.bits)]
+            early = _early(self.xs[0])
+            some: list[Any] = [router.default_config(self.shape.N, self.shape.K, tokens, bits=self.bits, pdl=early)]
             some += router.configs(self.shape.N, self.shape.K, bits=self.bits) if tune else []
             return {"router": [self._router(config, exact, magnitude) for config in some]}
         tau, density = self.tau(share), 1 - share / 100
@@ -112,14 +113,15 @@ class Case:
 
     def _masked(self, config: Any, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor) -> Trial:
         def call(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-            return product.masked_gemv(x, tau, weight, None, scale, activation=activation, config=config)
+            return product.masked_gemv(x, tau, weight, None, scale, activation=activation, config=config, pdl=_early(x))
 
         calls = [functools.partial(call, x, *stored) for x, stored in zip(self.xs, self.stored, strict=True)]
         return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
 
     def _router(self, config: Any, exact: Tensor, magnitude: Tensor) -> Trial:
         calls = [
-            functools.partial(router.router, x, *stored, config=config) for x, stored in zip(self.xs, self.stored, strict=True)
+            functools.partial(router.router, x, *stored, config=config, pdl=_early(x))
+            for x, stored in zip(self.xs, self.stored, strict=True)
         ]
         return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
 
@@ -134,6 +136,11 @@ class Case:
         (gate, up), (a, b) = y.chunk(2, -1), magnitude.chunk(2, -1)
         # silu has a slope below 1.1 and |silu(x)| <= |x|
         return torch.nn.functional.silu(gate) * up, 1.1 * (a * up.abs() + b * gate.abs())
+
+
+def _early(x: Tensor) -> bool:
+    """Whether launches start before the previous one is done, as they do in compiled graphs."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def make(shape: Shape, tokens: int, bits: int, buffers: int, device: torch.device) -> Case:

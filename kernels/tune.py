@@ -1,9 +1,9 @@
 """Measured choices, remembered: which config of a few is the fastest for a bucket of shapes, across processes.
 
-In: a key that names the bucket, the configs worth trying and a function that times one. Out: the fastest. What was measured is kept
-in a JSON file beside Inductor's own caches, one per device, torch, Triton and version of these kernels; it is replaced in one
-step, so a process that is killed loses its own measurements and nothing else. Shapes are in one bucket where their sizes lie in the
-same quarter of an octave and their densities in the same tenth: layers of one model differ by a few ranks.
+In: a key that names the bucket, the configs worth trying and a function that times one. Out: the fastest. What was measured is
+kept in a JSON file beside Inductor's own caches, one per device, torch, Triton and version of these kernels; it is replaced in
+one step, so a process that is killed loses its own measurements and nothing else. Shapes are in one bucket where their sizes lie
+in the same quarter of an octave and their densities in the same tenth: layers of one model differ by a few ranks.
 """
 
 from __future__ import annotations
