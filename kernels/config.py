@@ -7,6 +7,8 @@ import dataclasses
 from rana_fx.errors import InvalidOption
 
 MAX_TOKENS = 16
+# on a CPU: beyond, masks of several tokens cover most rows and a matrix product is faster
+CPU_TOKENS = 8
 TOKENS_AT_ONCE = 4
 H200_SM_COUNT = 132
 # what one warp reads of a row with 16 bytes per thread

@@ -20,7 +20,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from rana_fx.kernels.config import TOKENS_AT_ONCE, cdiv, default_config
+import torch
+
+from rana_fx.kernels.config import CPU_TOKENS, MAX_TOKENS, TOKENS_AT_ONCE, cdiv, default_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,3 +76,19 @@ def dense_us(K: int, N: int, device: Device = H200, *, bits: int = 16, launches:
 def prefers_masked(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> bool:
     """Whether skipping rows is expected to be faster than a dense product of a weight stored alike."""
     return masked_us(K, N, T, density, device, bits=bits) < dense_us(K, N, device, bits=bits, launches=2)
+
+
+def tokens_that_pay(K: int, N: int, density: float, device: torch.device, *, bits: int = 16) -> int:
+    """Up to how many tokens at once are expected to be faster masked than dense, at most MAX_TOKENS; 0 where one is not."""
+    if device.type == "cpu":
+        return CPU_TOKENS
+    if device.type != "cuda":
+        return 0
+    found = nearest(device)
+    return next((T - 1 for T in range(1, MAX_TOKENS + 1) if not prefers_masked(K, N, T, density, found, bits=bits)), MAX_TOKENS)
+
+
+def nearest(device: torch.device) -> Device:
+    """The measured device most like a CUDA device, with its number of multiprocessors."""
+    properties = torch.cuda.get_device_properties(device)
+    return dataclasses.replace(H100 if "H100" in properties.name else H200, sm_count=properties.multi_processor_count)

@@ -20,8 +20,10 @@ from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.utils import parallel_num_threads
 
+from rana_fx.kernels.config import CPU_TOKENS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_TOKENS = 8  # beyond, masks of several tokens cover most rows and a matrix product is faster
+MAX_TOKENS = CPU_TOKENS
 SERIAL = 1 << 16  # products: below, starting threads costs more than they save
 
 _SOURCE = r"""

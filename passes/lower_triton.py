@@ -8,7 +8,6 @@ two slices of the result were read (q, k and v; gate and up: 1.8 us), and read b
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import sympy
@@ -73,7 +72,7 @@ def _config(v_TK: Any, weight: Any, scale: Any, density: float) -> Config | None
     bits = bits_of(stored)
     if bits >= 16 and stored.stride(1) != 1:
         return None  # a skipped row would not be a skipped stretch of memory
-    device = _device(v_TK)
+    device = cost.nearest(v_TK.get_device())
     if not cost.prefers_masked(ranks, columns, tokens, density, device, bits=bits):
         return None
     config = _chosen(ranks, columns, tokens, density, device.sm_count, bits, v_TK, stored, fake(scale))
@@ -103,10 +102,3 @@ def _chosen(
         weight = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=device).fill_(1)
         scales = None if scale is None else torch.ones(scale.shape, dtype=scale.dtype, device=device)
         return tune.fastest(f"masked_gemv {key}", choices, measure)
-
-
-def _device(node: Any) -> cost.Device:
-    """The measured device nearest to the one compiled for."""
-    properties = torch.cuda.get_device_properties(node.get_device())
-    nearest = cost.H100 if "H100" in properties.name else cost.H200
-    return dataclasses.replace(nearest, sm_count=properties.multi_processor_count)

@@ -39,12 +39,13 @@ def backend(
 
     Args:
         options: ``{"plan": ...}``, a plan or the folder of one, to use instead of the attached one (the model is not touched);
-            ``{"prefill": ...}``: "masked" (default) adapts every token alike. In calls with more than 16 tokens, such as a
-            prompt, "dense" leaves all linears as they are and "cheapest" those whose factors cost more. These keep dense
-            weights and factors in memory. "factors" is as "masked" and frees the weights that factors replace when the model
-            first runs, for good: it then runs only compiled and only by this plan; in eager mode and in ``state_dict`` they
-            are NaN. It needs an attached plan and ``torch.no_grad()``, and compiles each graph that frees some once more.
-            ``{"mode": ...}``, and any option of Inductor, as torch.compile takes them for ``backend="inductor"``.
+            ``{"prefill": ...}``: "masked" (default) adapts every token alike. In calls with more tokens than masks pay for, such
+            as a prompt, "dense" leaves linears as they are; "cheapest" does so above 16 tokens where factors cost more. These
+            keep dense weights and factors in memory. "factors" is as "masked" and frees the weights that factors replace when
+            the model first runs, for good: it then runs only compiled and only by this plan; in eager mode and in
+            ``state_dict`` they are NaN. It needs an attached plan and ``torch.no_grad()``, and compiles each graph that frees
+            some once more. ``{"mode": ...}``, and any option of Inductor, as torch.compile takes them for
+            ``backend="inductor"``.
         mode: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
 
     Raises:

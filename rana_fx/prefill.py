@@ -2,7 +2,8 @@
 
     mode         more than 16 tokens at once                        memory of a linear (out, in) at rank r
     "masked"     adapted like any other, as matrix products         in * out + r * (in + out) numbers
-    "dense"      the original linears                               the same
+    "dense"      the original linears, from as many tokens on as    the same
+                 masks stop paying (9 on a CPU; kernels/cost.py)
     "cheapest"   the original linears where r * (in + out) is       the same
                  more than in * out, adapted elsewhere
     "factors"    as "masked"                                        r * (in + out); the dense weight is freed, for good
