@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -27,25 +27,38 @@ from torch.fx.experimental.proxy_tensor import make_fx
 COUNTERS = 4096
 
 
-def traced(launch: Callable[..., Any], operands: Sequence[Any], fakes: Sequence[torch.Tensor | None]) -> Any:
-    """Lower what ``launch`` does to the operands (an operand may be None)."""
+def traced(launch: Callable[..., Any], operands: Sequence[Any], *, key: Hashable) -> Any:
+    """Lower what ``launch`` does to the operands (an operand may be None).
+
+    key: with the operands' sizes, strides and dtypes, all that the launch depends on. Layers that are alike are traced once.
+    """
+    fakes = [fake(node) for node in operands]
     given = [i for i, node in enumerate(operands) if node is not None]
+    known = _of_this_graph("traced")
+    full_key = (key, *(None if one is None else (one.shape, one.stride(), one.dtype) for one in fakes))
+    if full_key not in known:
+        known[full_key] = _graph_of(launch, given, fakes)
+    before = len(V.graph.operations)
+    with _writes_known():
+        result = process_subgraph_nodes(known[full_key], [operands[i] for i in given])
+    for operation in V.graph.operations[before:]:
+        if isinstance(operation, ir.UserDefinedTritonKernel) and operation.kwargs.get("PDL"):
+            vars(operation)["codegen"] = functools.partial(_write_dependent, operation)
+    return result
+
+
+def _graph_of(launch: Callable[..., Any], given: list[int], fakes: list[torch.Tensor | None]) -> torch.fx.GraphModule:
+    """The small graph that a launch leaves when it is traced."""
 
     def run(*tensors: Any) -> Any:
-        values: list[Any] = [None] * len(operands)
+        values: list[Any] = [None] * len(fakes)
         for i, tensor in zip(given, tensors, strict=True):
             values[i] = tensor
         return launch(*values)
 
     with V.fake_mode:  # the launcher's own buffers are fake, too
-        graph = make_fx(run)(*(fakes[i] for i in given))
-    before = len(V.graph.operations)
-    with _writes_known():
-        result = process_subgraph_nodes(graph, [operands[i] for i in given])
-    for operation in V.graph.operations[before:]:
-        if isinstance(operation, ir.UserDefinedTritonKernel) and operation.kwargs.get("PDL"):
-            vars(operation)["codegen"] = functools.partial(_write_dependent, operation)
-    return result
+        graph: torch.fx.GraphModule = make_fx(run)(*(fakes[i] for i in given))
+    return graph
 
 
 def realized(*nodes: Any) -> list[Any]:
@@ -73,12 +86,12 @@ def fake(node: Any) -> torch.Tensor | None:
 
 def counters(device: torch.device) -> Any:
     """(COUNTERS,) int32 zeros, the same for all launches of a graph, which follow each other: one small fill per call."""
-    made = getattr(V.graph, "rana_counters", None)
-    if made is None:
+    known = _of_this_graph("counters")
+    if device not in known:
         made = lowerings[torch.ops.aten.full.default]([COUNTERS], 0, dtype=torch.int32, device=device, pin_memory=False)
         made.realize()
-        V.graph.rana_counters = made  # type: ignore[attr-defined]
-    return made
+        known[device] = made
+    return known[device]
 
 
 def starts_early(device: torch.device, constants: Sequence[Any]) -> bool:
@@ -89,9 +102,16 @@ def starts_early(device: torch.device, constants: Sequence[Any]) -> bool:
     """
     if not V.graph.is_inference or torch.cuda.get_device_capability(device)[0] < 9:
         return False
-    first = not getattr(V.graph, "rana_launches", 0)
-    V.graph.rana_launches = 1  # type: ignore[attr-defined]
+    known = _of_this_graph("launched")
+    first = device not in known
+    known[device] = True
     return not first and all(node is None or _is_input(node) for node in constants)
+
+
+def _of_this_graph(name: str) -> dict[Any, Any]:
+    """What was made for the graph that is being lowered."""
+    kept: dict[str, dict[Any, Any]] = vars(V.graph).setdefault("rana_fx", {})
+    return kept.setdefault(name, {})
 
 
 def _is_input(node: Any) -> bool:
@@ -114,7 +134,12 @@ def _writes_known() -> Iterator[None]:
 
 
 def _without_pdl(analyse: Callable[..., Any], kernel: Any, given: dict[str, Any], *rest: Any) -> Any:
-    return analyse(kernel, given | {"PDL": False} if "PDL" in given else given, *rest)
+    # it compiles the kernel: once for launches that differ by their buffers
+    known = _of_this_graph("writes")
+    key = (id(kernel), *((name, value.get_dtype() if isinstance(value, ir.IRNode) else value) for name, value in given.items()))
+    if key not in known:
+        known[key] = analyse(kernel, given | {"PDL": False} if "PDL" in given else given, *rest)
+    return known[key]
 
 
 def _write_dependent(node: ir.UserDefinedTritonKernel, wrapper: Any) -> None:

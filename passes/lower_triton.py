@@ -36,7 +36,7 @@ def masked_product(v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, dens
     def launch(v: Any, tau: Any, weight: Any, scale: Any, bias: Any, residual: Any, zeros: Any) -> Any:
         return masked_gemv(v, tau, weight, bias, scale, residual=residual, config=config, counters=zeros, traced=True, pdl=early)
 
-    return traced(launch, operands, [fake(node) for node in operands])
+    return traced(launch, operands, key=("masked_gemv", config, early))
 
 
 def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: float | None = None, offset: float = 0.0) -> Any:
@@ -53,7 +53,7 @@ def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: fl
     def launch(x: Any, weight: Any, scale: Any, gain: Any) -> Any:
         return router(x, weight, scale, gain=gain, eps=eps, offset=offset, traced=True, pdl=early)
 
-    return traced(launch, operands, [fake(node) for node in operands])
+    return traced(launch, operands, key=("router", eps, offset, early))
 
 
 def tokens_of(x_TK: Any) -> int | None:
