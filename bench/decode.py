@@ -39,6 +39,9 @@ def main(
     budgets: Annotated[str, typer.Option(help="Budgets of random plans, in bytes, by commas.")] = "0.8,0.6,0.5,0.4",
     plan: Annotated[list[Path] | None, typer.Option(help="Saved plan of the checkpoint; may be given several times.")] = None,
     mode: Annotated[str, typer.Option(help="Mode of torch.compile for rana.")] = "reduce-overhead",
+    prefill_mode: Annotated[
+        str, typer.Option(help="Option prefill of the backend: masked, dense, cheapest, factors.")
+    ] = "masked",
     density: Annotated[float, typer.Option(help="Kept fraction of a router's ranks in random plans.")] = 0.5,
     stacked: Annotated[bool, typer.Option(help="One rank adapter for gate and up in random plans.")] = True,
     router_bits: Annotated[int, typer.Option(help="Bits of the routers of random plans: 16, 8 or 4.")] = 16,
@@ -59,11 +62,19 @@ def main(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
     menu = Menu(density=density, stacked=stacked, router_bits=router_bits, factor_bits=factor_bits)
-    chosen = variants(names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, menu=menu)
+    chosen = variants(
+        names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, menu=menu, prefill=prefill_mode
+    )
     sizes = [int(value) for value in batches.split(",")]
     protocol = Protocol(contexts(sequences, longest, seed), new_tokens, prefill, sizes, seed, seconds, profile)
     network = build(model, device=place, dtype=dtype, seed=seed)
-    common = head("decode") | {"model": Path(model).name, "dtype": dtype, "seed": seed, "new_tokens": new_tokens}
+    common = head("decode") | {
+        "model": Path(model).name,
+        "dtype": dtype,
+        "seed": seed,
+        "new_tokens": new_tokens,
+        "prefill_mode": prefill_mode,
+    }
     start(out)
     with torch.no_grad():
         run = Run(network, layout_of(network), protocol, common, out, copy_bandwidth(place), began)

@@ -52,6 +52,7 @@ class Variant:
     budget: float | None = None
     saved: Path | None = None
     menu: Menu = field(default_factory=Menu)
+    prefill: str = "masked"
 
     @property
     def label(self) -> str:
@@ -62,11 +63,13 @@ class Variant:
         forward: Callable[..., Any] = model.forward
         if self.mode is None:
             return forward
-        backend: Any = rana_fx.backend if self.kind == "rana" else "inductor"
-        return torch.compile(forward, backend=backend, mode=self.mode, dynamic=False, fullgraph=True)
+        if self.kind == "rana":
+            options: Any = {"mode": self.mode, "prefill": self.prefill}
+            return torch.compile(forward, backend=rana_fx.backend, options=options, dynamic=False, fullgraph=True)
+        return torch.compile(forward, mode=self.mode, dynamic=False, fullgraph=True)
 
 
-def variants(names: str, budgets: list[float], plans: list[Path], *, mode: str, menu: Menu) -> list[Variant]:
+def variants(names: str, budgets: list[float], plans: list[Path], *, mode: str, menu: Menu, prefill: str) -> list[Variant]:
     """Dense ones first, so that the others have something to be compared with; int8 last. Raises InvalidOption."""
     given = [name.strip() for name in names.split(",")]
     for name in given:
@@ -74,8 +77,8 @@ def variants(names: str, budgets: list[float], plans: list[Path], *, mode: str, 
             raise InvalidOption(name="--variants", got=name, expected="some of " + ", ".join(NAMES))
     found = [Variant(name, "dense", None if name == "eager" else name) for name in NAMES[:3] if name in given]
     if "rana" in given:
-        found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path) for path in plans]
-        found += [Variant("rana", "rana", mode, budget, menu=menu) for budget in budgets]
+        found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
+        found += [Variant("rana", "rana", mode, budget, menu=menu, prefill=prefill) for budget in budgets]
     return found + [Variant("int8", "int8", "reduce-overhead") for name in given if name == "int8"]
 
 

@@ -210,7 +210,7 @@ def test_a_saved_plan_is_compared_as_it_is(tmp_path):
     model = build("tiny", device=CPU, dtype="float32")
     rana_fx.adapt(model, [{"input_ids": torch.randint(128, (2, 64))}], budget=0.6, recipe="teal", progress=False).save(tmp_path)
     rana_fx.detach(model)
-    (variant,) = variants("rana", [], [tmp_path], mode="default", menu=Menu())
+    (variant,) = variants("rana", [], [tmp_path], mode="default", menu=Menu(), prefill="masked")
     assert variant.label == "rana 0.6"
     decoder, limit = Decoder(model, batch=1, room=128), bound(model.dtype, layers_of(model), 160)
     with on_model(variant, model, layout_of(model), seed=0) as prepared, torch.no_grad():
@@ -223,7 +223,7 @@ def test_a_saved_plan_is_compared_as_it_is(tmp_path):
 
 def test_unknown_variants_are_named():
     with pytest.raises(InvalidOption, match="'fastest'"):
-        variants("eager,fastest", [0.5], [], mode="default", menu=Menu())
+        variants("eager,fastest", [0.5], [], mode="default", menu=Menu(), prefill="masked")
 
 
 def test_the_gate_sees_a_wrong_mask(tiny):
