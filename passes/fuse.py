@@ -1,4 +1,4 @@
-"""Take what surrounds the two products into their launches: the norm in front of a router, the residual behind a product.
+"""Take what surrounds the two products into their launches: the norm in front of a router, the residual or gate behind a product.
 
 In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GPU. Out: the same graph, rewritten in place.
 
@@ -9,6 +9,10 @@ In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GP
     h2 = h + rana.masked_gemv(v, tau, At, c)
   becomes
     h2 = rana.masked_gemv_add(v, tau, At, c, None, density, h)
+
+    g, u = split(rana.masked_gemv(v, tau, At, c), n, -1); p = silu(g) * u
+  becomes
+    p = rana.masked_gemv_gated(v, tau, At, c, None, density, "silu")             fuse_gated.py
 
 Each is a launch less per layer where launches cost as much as megabytes, and the router can then read its weight while the
 product before it is still running. The norm is told by dataflow, whatever the model calls it: a product of one tensor, the
@@ -21,13 +25,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rana_fx.graph import shape_of
 from rana_fx.kernels.config import TOKENS_AT_ONCE
-from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, normed_router, router
+from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
+from rana_fx.passes.fuse_gated import gated_of
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
@@ -46,12 +52,15 @@ class Norm:
 
 def fuse(graph: fx.Graph, *, devices: tuple[str, ...] = ("cuda",)) -> dict[str, int]:
     """Returns how many of each were fused."""
-    counts = {"norm": 0, "residual": 0}
+    counts = {"norm": 0, "residual": 0, "gated": 0}
     for node in list(graph.nodes):
         if node.target is router and _few(node.args[0], devices):
             counts["norm"] += _fuse_norm(graph, node)
         elif node.target is masked_gemv and _few(node.args[0], devices):
-            counts["residual"] += _fuse_residual(graph, node)
+            if _fuse_residual(graph, node):
+                counts["residual"] += 1
+            else:
+                counts["gated"] += _fuse_gated(graph, node)
     if any(counts.values()):
         graph.eliminate_dead_code()
         graph.lint()
@@ -95,15 +104,39 @@ def _fuse_residual(graph: fx.Graph, node: fx.Node) -> int:
     residual = others[0].meta.get("val")
     if not isinstance(residual, Tensor) or residual.shape != value.shape or residual.dtype != value.dtype:
         return 0
-    given = dict(zip(("v", "tau", "weight", "bias", "scale", "density"), node.args, strict=False)) | dict(node.kwargs)
-    args = (given["v"], given["tau"], given["weight"], given.get("bias"), given.get("scale"), given.get("density", 0.5))
     with graph.inserting_before(total):
-        fused = graph.call_function(masked_gemv_add, (*args, others[0]))
+        fused = graph.call_function(masked_gemv_add, (*_operands(node), others[0]))
     fused.meta = _meta(total)
     total.replace_all_uses_with(fused)
     graph.erase_node(total)
     graph.erase_node(node)
     return 1
+
+
+def _fuse_gated(graph: fx.Graph, node: fx.Node) -> int:
+    found = gated_of(node)
+    if found is None:
+        return 0
+    product, activation = found
+    value, wanted = node.meta["val"], product.meta["val"]
+    shape = (*value.shape[:-1], value.shape[-1] // 2)
+    with graph.inserting_before(product):
+        fused = graph.call_function(masked_gemv_gated, (*_operands(node), activation))
+        made = value.new_empty(shape)
+        fused.meta = _meta(product) | {"val": made}
+        result = fused
+        if wanted.shape != shape:
+            result = graph.call_function(_aten.reshape.default, (fused, list(wanted.shape)))
+            result.meta = _meta(product) | {"val": made.reshape(wanted.shape)}
+    # what it was computed from has no other reader: fuse() removes it
+    product.replace_all_uses_with(result)
+    return 1
+
+
+def _operands(node: fx.Node) -> tuple[Any, ...]:
+    """v, tau, weight, bias, scale, density of a masked product."""
+    given = dict(zip(("v", "tau", "weight", "bias", "scale", "density"), node.args, strict=False)) | dict(node.kwargs)
+    return given["v"], given["tau"], given["weight"], given.get("bias"), given.get("scale"), given.get("density", 0.5)
 
 
 def _meta(node: fx.Node) -> dict[str, object]:

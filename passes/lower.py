@@ -21,7 +21,7 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.virtualized import V
 
 from rana_fx.kernels import masked_gemv_cpp
-from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, normed_router, router
+from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
 from rana_fx.passes import lower_fused, lower_triton
 
 _aten = torch.ops.aten
@@ -33,6 +33,7 @@ def register() -> None:
         register_lowering(masked_gemv, type_promotion_kind=None)(_masked_gemv)
         register_lowering(router, type_promotion_kind=None)(_router)
         register_lowering(masked_gemv_add, type_promotion_kind=None)(lower_fused.masked_gemv_add)
+        register_lowering(masked_gemv_gated, type_promotion_kind=None)(lower_fused.masked_gemv_gated)
         register_lowering(normed_router, type_promotion_kind=None)(lower_fused.normed_router)
 
 
