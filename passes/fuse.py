@@ -37,6 +37,7 @@ from rana_fx.passes.fuse_gated import gated_of
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
+_SUMS = {_aten.add.Tensor, _aten.add.Scalar}
 _CAST = torch.ops.prims.convert_element_type.default
 
 
@@ -146,8 +147,8 @@ def _meta(node: fx.Node) -> dict[str, object]:
 
 def norm_of(x: fx.Node) -> Norm | None:
     """x as the norm of a tensor of its own shape, or None."""
-    root = next((factor for factor in _factors(x) if factor.target is _aten.rsqrt.default), None)
-    found = None if root is None else _squared(root)
+    root = next((factor for factor in _factors(x) if _under_root(factor) is not None), None)
+    found = None if root is None else _squared(_under_root(root))
     if root is None or found is None or shape_of(found[0]) != shape_of(x):
         return None
     h, eps = found
@@ -186,10 +187,19 @@ def _factors(node: fx.Node, whole: fx.Node | None = None) -> Iterator[fx.Node]:
         yield node
 
 
-def _squared(root: fx.Node) -> tuple[fx.Node, float] | None:
-    """(h, eps), if root = rsqrt(mean(h^2, -1, keepdim) + eps)."""
-    total = root.args[0]
-    if not isinstance(total, fx.Node) or total.target is not _aten.add.Tensor or total.kwargs:
+def _under_root(node: fx.Node) -> object:
+    """t, if node = 1 / sqrt(t)."""
+    if node.target is _aten.rsqrt.default or (node.target is _aten.pow.Tensor_Scalar and node.args[1] == -0.5):
+        return node.args[0]
+    if node.target is _aten.reciprocal.default:
+        root = node.args[0]
+        return root.args[0] if isinstance(root, fx.Node) and root.target is _aten.sqrt.default else None
+    return None
+
+
+def _squared(total: object) -> tuple[fx.Node, float] | None:
+    """(h, eps), if total = mean(h^2, -1, keepdim) + eps."""
+    if not isinstance(total, fx.Node) or total.target not in _SUMS or total.kwargs:
         return None
     mean, eps = total.args
     if not isinstance(mean, fx.Node) or mean.target is not _aten.mean.dim or not isinstance(eps, (int, float)):
@@ -208,6 +218,6 @@ def _squared(root: fx.Node) -> tuple[fx.Node, float] | None:
 
 def _offset_of(gain: fx.Node) -> tuple[fx.Node, float]:
     """(g, c) of a gain that is g + c with a number c (Gemma's 1 + g), or (gain, 0)."""
-    if gain.target is _aten.add.Tensor and isinstance(gain.args[0], fx.Node) and isinstance(gain.args[1], (int, float)):
+    if gain.target in _SUMS and isinstance(gain.args[0], fx.Node) and isinstance(gain.args[1], (int, float)) and not gain.kwargs:
         return _bare(gain.args[0]), float(gain.args[1])
     return gain, 0.0

@@ -155,13 +155,14 @@ def _arguments() -> Tensor:
 
 
 def _samples(count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All arguments, ``count`` at a time, and as many factors; neighbours differ."""
+    """All arguments, ``count`` at a time, and as many factors of all magnitudes; neighbours differ."""
     everything = _arguments()
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(everything), count):
         index = (start + torch.arange(count)) % len(everything)
-        factors = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)
-        yield everything[index], factors
+        uniform = 2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1
+        # 1e-3 ... 65000 of either sign
+        yield everything[index], uniform.sign() * 10 ** (7.8 * uniform.abs() - 3)
 
 
 def _exact(x: Tensor) -> Tensor:
