@@ -25,12 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def head(bench: str) -> dict[str, Any]:
     """Facts shared by all rows of one run."""
+    # a copy without its history, on a machine of its own, is told which commit it is of
+    told = os.environ.get("RANA_FX_COMMIT")
     return {
         "bench": bench,
         "command_line": command_line(bench),
-        # a copy without .git, on a machine of its own, is told where it came from
-        "commit": os.environ.get("RANA_FX_COMMIT") or _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": told or _git("rev-parse", "HEAD"),
+        "dirty": False if told else bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),

@@ -9,7 +9,7 @@ ring per device, made once and never freed, since captured graphs hold addresses
 in two graphs, meet only if the ring went round between them, after some thousand launches. Whoever cannot rule that out gives
 launches counters of their own.
 
-    ACT      0 none; else y_n = act(first_n) * second_n over the two halves of N columns: 1 silu, 2 tanh-GELU, 3 ReLU.
+    ACT      0 none; else y_n = act(first_n) * second_n over the two halves of N columns: 1 silu, 2 tanh-GELU, 3 ReLU, 4 GELU.
              Both halves of a place count on one counter, so its last program has all it needs.
 """
 
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ACTIVATIONS = {"silu": 1, "gelu_tanh": 2, "relu": 3}
+ACTIVATIONS = {"silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4}
 RING = 1 << 16
 # whole lines of L2, so that launches at the same time do not wait for each other's
 STEP = 32
@@ -91,6 +91,8 @@ def activated(b_y, ACT: tl.constexpr):
         b_y = b_y * sigmoid(1.5957691216057308 * (b_y + 0.044715 * b_y * b_y * b_y))
     elif ACT == 3:
         b_y = tl.maximum(b_y, 0.0)
+    elif ACT == 4:
+        b_y = 0.5 * b_y * (1.0 + tl.erf(0.7071067811865476 * b_y))
     return b_y
 
 

@@ -39,7 +39,7 @@ from rana_fx.kernels.gather import (
     trips,
 )
 from rana_fx.kernels.packed import masked_gemv_packed_kernel, words
-from rana_fx.kernels.quantize import bits_of, group_of, shape_of
+from rana_fx.kernels.quantize import bits_of, gated_unit, group_of, shape_of
 
 
 @triton.jit
@@ -102,8 +102,8 @@ def masked_gemv(
         v: (..., K) floating, T <= 16 rows in all. tau: (K,). weight, scale: as quantize.py stores them, K rows.
         bias: (N,).
         residual: (..., N) floating, added in fp32, last; not together with an activation.
-        activation: "silu", "gelu_tanh" or "relu": the result is act(first half) * second half of the N columns, in fp32 until it
-            is rounded once. N is even then; in 8 and 4 bits a half is whole words and groups.
+        activation: "silu", "gelu_tanh", "gelu" or "relu": the result is act(first half) * second half of the N columns, in fp32
+            until it is rounded once. N is even then; in 8 and 4 bits a half is whole words and groups.
         config: the default one if None.
         counters: zeros, int32, one for each block of outputs and each 4 tokens, that no other launch uses at the same time; the
             device's next ones if None (finish.py). A traced launch needs its own.
@@ -130,7 +130,7 @@ def masked_gemv(
         # a tensor that is made while a graph is traced does not outlive the tracing
         raise BadOperand(name="counters", got="None", expected="int32 zeros", todo="Make them before tracing.")
     act = ACTIVATIONS[activation] if activation else 0
-    unit = 2 if scale is None else 2 * (group_of(weight, scale) if weight.dtype == torch.uint8 else 4)
+    unit = gated_unit(weight, scale)
     if act and columns % unit:
         raise BadOperand(
             name="weight", got=f"{columns} columns", expected=f"a multiple of {unit}", todo="Apply the activation apart."

@@ -21,7 +21,7 @@ from torch import Tensor
 from rana_fx.errors import UnknownChoice
 from rana_fx.kernels import reference
 from rana_fx.kernels.config import MAX_TOKENS, TOKENS_AT_ONCE
-from rana_fx.kernels.quantize import shape_of, unpack
+from rana_fx.kernels.quantize import gated_unit, shape_of, unpack
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 _chosen = ["auto"]
@@ -35,6 +35,9 @@ _LIBRARY.define("router(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor")
 # what passes/fuse.py makes of the two in a graph that is past autograd: they have no backward
 _LIBRARY.define(
     "masked_gemv_add(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, float density, Tensor residual) -> Tensor"
+)
+_LIBRARY.define(
+    "masked_gemv_gated(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, float density, str activation) -> Tensor"
 )
 _LIBRARY.define(
     "normed_router(Tensor x, Tensor? gain, Tensor weight, Tensor? scale=None, float eps=0., float offset=0.) -> Tensor"
@@ -118,6 +121,22 @@ def _masked_gemv_add(
     return y
 
 
+def _masked_gemv_gated(
+    v: Tensor,
+    tau: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    density: float,  # noqa: ARG001
+    activation: str,
+) -> Tensor:
+    launcher: Any = _kernel("masked_gemv", v, weight)
+    if launcher is None:
+        return reference.masked_gemv_gated(v, tau, weight, bias, scale, activation)
+    y: Tensor = launcher.masked_gemv(v, tau, weight, bias, scale, activation=activation)
+    return y
+
+
 def _normed_router(
     x: Tensor, gain: Tensor | None, weight: Tensor, scale: Tensor | None = None, eps: float = 0.0, offset: float = 0.0
 ) -> Tensor:
@@ -129,6 +148,7 @@ def _normed_router(
 
 
 _LIBRARY.impl("masked_gemv_add", _masked_gemv_add, "CompositeExplicitAutograd")
+_LIBRARY.impl("masked_gemv_gated", _masked_gemv_gated, "CompositeExplicitAutograd")
 _LIBRARY.impl("normed_router", _normed_router, "CompositeExplicitAutograd")
 _LIBRARY.impl("masked_gemv", _masked_gemv, "CompositeExplicitAutograd")
 _LIBRARY.impl("router", _router, "CompositeExplicitAutograd")
@@ -164,6 +184,22 @@ def _fake_masked_gemv_add(
     y: Tensor = _fake_masked_gemv(v, tau, weight, bias, scale, density)
     torch._check(residual.shape == y.shape, lambda: f"residual {tuple(residual.shape)}: expected {tuple(y.shape)}")
     return y
+
+
+@torch.library.register_fake("rana::masked_gemv_gated", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_masked_gemv_gated(
+    v: Tensor,
+    tau: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    density: float,
+    activation: str,  # noqa: ARG001
+) -> Tensor:
+    y: Tensor = _fake_masked_gemv(v, tau, weight, bias, scale, density)
+    columns, unit = y.shape[-1], gated_unit(weight, scale)
+    torch._check(columns % unit == 0, lambda: f"{columns} columns: expected a multiple of {unit}")
+    return y.new_empty((*y.shape[:-1], columns // 2))
 
 
 @torch.library.register_fake("rana::normed_router", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -218,5 +254,6 @@ torch.library.register_autograd("rana::router", _backward_router, setup_context=
 
 masked_gemv = torch.ops.rana.masked_gemv.default
 masked_gemv_add = torch.ops.rana.masked_gemv_add.default
+masked_gemv_gated = torch.ops.rana.masked_gemv_gated.default
 router = torch.ops.rana.router.default
 normed_router = torch.ops.rana.normed_router.default

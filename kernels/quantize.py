@@ -55,6 +55,11 @@ def group_of(weight: Tensor, scale: Tensor) -> int:
     return _fitting(weight.shape[1] * 2, scale.shape[1])[0]
 
 
+def gated_unit(weight: Tensor, scale: Tensor | None) -> int:
+    """What columns must be a multiple of, for each half of them to be whole words and groups."""
+    return 2 if scale is None else 2 * (group_of(weight, scale) if weight.dtype == torch.uint8 else 4)
+
+
 def pack(weight: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Round a floating matrix to 8 bits per row or 4 bits per group.
 

@@ -4,6 +4,7 @@
     router(x, weight, scale):                  z = x @ w^T
     normed_router(h, gain, weight, scale, eps, offset):  the same of x = h / sqrt(mean h^2 + eps) * (gain + offset)
     masked_gemv_add(..., residual):            masked_gemv(...) + residual
+    masked_gemv_gated(..., activation):        act(first half) * second half of the N columns of masked_gemv(...)
     w is weight, or what quantize.unpack makes of weight and scale
 
 Legend: T tokens (all leading dims), K ranks or inputs, N outputs, R ranks, D inputs.
@@ -11,10 +12,21 @@ Legend: T tokens (all leading dims), K ranks or inputs, N outputs, R ranks, D in
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from rana_fx.errors import UnknownChoice
 from rana_fx.kernels.quantize import unpack
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+}
 
 
 def kept(v: Tensor, tau_K: Tensor) -> Tensor:
@@ -52,7 +64,22 @@ def masked_gemv_add(
     v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None, residual: Tensor
 ) -> Tensor:
     """As masked_gemv, plus (..., N), added before the result is rounded to v's dtype."""
+    y = _wide(v, tau_K, weight_KN, bias_N, scale)
+    return (y + residual.to(y.dtype)).to(v.dtype)
+
+
+def masked_gemv_gated(
+    v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None, activation: str
+) -> Tensor:
+    """As masked_gemv, then act(first half) * second half, (..., N / 2), before the result is rounded to v's dtype."""
+    if activation not in ACTIVATIONS:
+        raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
+    first, second = _wide(v, tau_K, weight_KN, bias_N, scale).chunk(2, -1)
+    return (ACTIVATIONS[activation](first) * second).to(v.dtype)
+
+
+def _wide(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None) -> Tensor:
+    """masked_gemv in fp32 (fp64 for fp64)."""
     wide = torch.promote_types(v.dtype, torch.float32)
     masked = torch.where(kept(v, tau_K), v, v.new_zeros(())).to(wide)
-    y = torch.nn.functional.linear(masked, unpack(weight_KN, scale, wide).t(), None if bias_N is None else bias_N.to(wide))
-    return (y + residual.to(wide)).to(v.dtype)
+    return torch.nn.functional.linear(masked, unpack(weight_KN, scale, wide).t(), None if bias_N is None else bias_N.to(wide))

@@ -1,4 +1,4 @@
-"""Take what surrounds the two products into their launches: the norm in front of a router, the residual behind a product.
+"""Take what surrounds the two products into their launches: the norm in front of a router, the residual or gate behind a product.
 
 In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GPU. Out: the same graph, rewritten in place.
 
@@ -9,6 +9,10 @@ In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GP
     h2 = h + rana.masked_gemv(v, tau, At, c)
   becomes
     h2 = rana.masked_gemv_add(v, tau, At, c, None, density, h)
+
+    g, u = split(rana.masked_gemv(v, tau, At, c), n, -1); p = silu(g) * u
+  becomes
+    p = rana.masked_gemv_gated(v, tau, At, c, None, density, "silu")             fuse_gated.py
 
 Each is a launch less per layer where launches cost as much as megabytes, and the router can then read its weight while the
 product before it is still running. The norm is told by dataflow, whatever the model calls it: a product of one tensor, the
@@ -21,16 +25,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rana_fx.graph import shape_of
 from rana_fx.kernels.config import TOKENS_AT_ONCE
-from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, normed_router, router
+from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
+from rana_fx.passes.fuse_gated import gated_of
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
+_SUMS = {_aten.add.Tensor, _aten.add.Scalar}
 _CAST = torch.ops.prims.convert_element_type.default
 
 
@@ -46,12 +53,15 @@ class Norm:
 
 def fuse(graph: fx.Graph, *, devices: tuple[str, ...] = ("cuda",)) -> dict[str, int]:
     """Returns how many of each were fused."""
-    counts = {"norm": 0, "residual": 0}
+    counts = {"norm": 0, "residual": 0, "gated": 0}
     for node in list(graph.nodes):
         if node.target is router and _few(node.args[0], devices):
             counts["norm"] += _fuse_norm(graph, node)
         elif node.target is masked_gemv and _few(node.args[0], devices):
-            counts["residual"] += _fuse_residual(graph, node)
+            if _fuse_residual(graph, node):
+                counts["residual"] += 1
+            else:
+                counts["gated"] += _fuse_gated(graph, node)
     if any(counts.values()):
         graph.eliminate_dead_code()
         graph.lint()
@@ -95,15 +105,39 @@ def _fuse_residual(graph: fx.Graph, node: fx.Node) -> int:
     residual = others[0].meta.get("val")
     if not isinstance(residual, Tensor) or residual.shape != value.shape or residual.dtype != value.dtype:
         return 0
-    given = dict(zip(("v", "tau", "weight", "bias", "scale", "density"), node.args, strict=False)) | dict(node.kwargs)
-    args = (given["v"], given["tau"], given["weight"], given.get("bias"), given.get("scale"), given.get("density", 0.5))
     with graph.inserting_before(total):
-        fused = graph.call_function(masked_gemv_add, (*args, others[0]))
+        fused = graph.call_function(masked_gemv_add, (*_operands(node), others[0]))
     fused.meta = _meta(total)
     total.replace_all_uses_with(fused)
     graph.erase_node(total)
     graph.erase_node(node)
     return 1
+
+
+def _fuse_gated(graph: fx.Graph, node: fx.Node) -> int:
+    found = gated_of(node)
+    if found is None:
+        return 0
+    product, activation = found
+    value, wanted = node.meta["val"], product.meta["val"]
+    shape = (*value.shape[:-1], value.shape[-1] // 2)
+    with graph.inserting_before(product):
+        fused = graph.call_function(masked_gemv_gated, (*_operands(node), activation))
+        made = value.new_empty(shape)
+        fused.meta = _meta(product) | {"val": made}
+        result = fused
+        if wanted.shape != shape:
+            result = graph.call_function(_aten.reshape.default, (fused, list(wanted.shape)))
+            result.meta = _meta(product) | {"val": made.reshape(wanted.shape)}
+    # what it was computed from has no other reader: fuse() removes it
+    product.replace_all_uses_with(result)
+    return 1
+
+
+def _operands(node: fx.Node) -> tuple[Any, ...]:
+    """v, tau, weight, bias, scale, density of a masked product."""
+    given = dict(zip(("v", "tau", "weight", "bias", "scale", "density"), node.args, strict=False)) | dict(node.kwargs)
+    return given["v"], given["tau"], given["weight"], given.get("bias"), given.get("scale"), given.get("density", 0.5)
 
 
 def _meta(node: fx.Node) -> dict[str, object]:
@@ -113,8 +147,8 @@ def _meta(node: fx.Node) -> dict[str, object]:
 
 def norm_of(x: fx.Node) -> Norm | None:
     """x as the norm of a tensor of its own shape, or None."""
-    root = next((factor for factor in _factors(x) if factor.target is _aten.rsqrt.default), None)
-    found = None if root is None else _squared(root)
+    root = next((factor for factor in _factors(x) if _under_root(factor) is not None), None)
+    found = None if root is None else _squared(_under_root(root))
     if root is None or found is None or shape_of(found[0]) != shape_of(x):
         return None
     h, eps = found
@@ -153,10 +187,19 @@ def _factors(node: fx.Node, whole: fx.Node | None = None) -> Iterator[fx.Node]:
         yield node
 
 
-def _squared(root: fx.Node) -> tuple[fx.Node, float] | None:
-    """(h, eps), if root = rsqrt(mean(h^2, -1, keepdim) + eps)."""
-    total = root.args[0]
-    if not isinstance(total, fx.Node) or total.target is not _aten.add.Tensor or total.kwargs:
+def _under_root(node: fx.Node) -> object:
+    """t, if node = 1 / sqrt(t)."""
+    if node.target is _aten.rsqrt.default or (node.target is _aten.pow.Tensor_Scalar and node.args[1] == -0.5):
+        return node.args[0]
+    if node.target is _aten.reciprocal.default:
+        root = node.args[0]
+        return root.args[0] if isinstance(root, fx.Node) and root.target is _aten.sqrt.default else None
+    return None
+
+
+def _squared(total: object) -> tuple[fx.Node, float] | None:
+    """(h, eps), if total = mean(h^2, -1, keepdim) + eps."""
+    if not isinstance(total, fx.Node) or total.target not in _SUMS or total.kwargs:
         return None
     mean, eps = total.args
     if not isinstance(mean, fx.Node) or mean.target is not _aten.mean.dim or not isinstance(eps, (int, float)):
@@ -175,6 +218,6 @@ def _squared(root: fx.Node) -> tuple[fx.Node, float] | None:
 
 def _offset_of(gain: fx.Node) -> tuple[fx.Node, float]:
     """(g, c) of a gain that is g + c with a number c (Gemma's 1 + g), or (gain, 0)."""
-    if gain.target is _aten.add.Tensor and isinstance(gain.args[0], fx.Node) and isinstance(gain.args[1], (int, float)):
+    if gain.target in _SUMS and isinstance(gain.args[0], fx.Node) and isinstance(gain.args[1], (int, float)) and not gain.kwargs:
         return _bare(gain.args[0]), float(gain.args[1])
     return gain, 0.0

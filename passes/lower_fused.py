@@ -1,4 +1,4 @@
-"""Lowers what passes/fuse.py made: ``rana::masked_gemv_add`` and ``rana::normed_router``.
+"""Lowers what passes/fuse.py made: ``rana::masked_gemv_add``, ``rana::masked_gemv_gated`` and ``rana::normed_router``.
 
 In: the fused operations. Out: one launch each; where no kernel applies or it is not expected to win, the parts they were
 made of, for Inductor to fuse as it can.
@@ -12,7 +12,9 @@ import sympy
 import torch
 from torch._inductor.lowering import lowerings, to_dtype
 
+from rana_fx.errors import UnknownChoice
 from rana_fx.kernels.ops import masked_gemv, router
+from rana_fx.kernels.reference import ACTIVATIONS
 from rana_fx.passes import lower_triton
 
 _aten = torch.ops.aten
@@ -24,10 +26,39 @@ def masked_gemv_add(v: Any, tau: Any, weight: Any, bias: Any, scale: Any, densit
     tokens = sympy.prod(lead)
     view = lowerings[_aten.view.default]
     residual_TN = view(residual, [tokens, residual.get_size()[-1]])
-    y_TN = lower_triton.masked_product(view(v, [tokens, inner]), tau, weight, bias, scale, density, residual_TN)
+    y_TN = lower_triton.masked_product(view(v, [tokens, inner]), tau, weight, bias, scale, density, residual_TN=residual_TN)
     if y_TN is not None:
         return view(y_TN, [*lead, y_TN.get_size()[1]])
     return lowerings[_aten.add.Tensor](lowerings[masked_gemv](v, tau, weight, bias, scale, density), residual)
+
+
+def masked_gemv_gated(v: Any, tau: Any, weight: Any, bias: Any, scale: Any, density: float, activation: str) -> Any:
+    """The masked product and act(first half) * second half of its columns, in one launch."""
+    *lead, inner = v.get_size()
+    view = lowerings[_aten.view.default]
+    y_TN = lower_triton.masked_product(
+        view(v, [sympy.prod(lead), inner]), tau, weight, bias, scale, density, activation=activation
+    )
+    if y_TN is not None:
+        return view(y_TN, [*lead, y_TN.get_size()[1]])
+    y = lowerings[masked_gemv](v, tau, weight, bias, scale, density)
+    half, wide = y.get_size()[-1] // 2, torch.promote_types(v.get_dtype(), torch.float32)
+    first, second = (to_dtype(lowerings[_aten.slice.Tensor](y, -1, i * half, (i + 1) * half), wide) for i in (0, 1))
+    return to_dtype(lowerings[_aten.mul.Tensor](_activated(first, activation), second), v.get_dtype())
+
+
+def _activated(x: Any, activation: str) -> Any:
+    """As the kernel does it (kernels/finish.py)."""
+    mul, add, sigmoid = (lowerings[op] for op in (_aten.mul.Tensor, _aten.add.Tensor, _aten.sigmoid.default))
+    if activation == "silu":
+        return mul(x, sigmoid(x))
+    if activation == "gelu_tanh":
+        return mul(x, sigmoid(mul(1.5957691216057308, add(x, mul(0.044715, mul(x, mul(x, x)))))))
+    if activation == "gelu":
+        return mul(mul(0.5, x), add(lowerings[_aten.erf.default](mul(0.7071067811865476, x)), 1))
+    if activation == "relu":
+        return lowerings[_aten.relu.default](x)
+    raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
 
 
 def normed_router(x: Any, gain: Any, weight: Any, scale: Any = None, eps: float = 0.0, offset: float = 0.0) -> Any:

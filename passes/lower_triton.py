@@ -22,8 +22,20 @@ from rana_fx.passes.launch import COUNTERS, counters, fake, realized, starts_ear
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def masked_product(v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, density: float, residual_TN: Any = None) -> Any:
-    """(T, N) in v's dtype, or None where the dense product is expected to be faster or the kernel does not apply."""
+def masked_product(
+    v_TK: Any,
+    tau: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    density: float,
+    *,
+    residual_TN: Any = None,
+    activation: str | None = None,
+) -> Any:
+    """(T, N) in v's dtype, (T, N / 2) with an activation; None where the dense product is expected to be faster or the kernel
+    does not apply.
+    """
     from rana_fx.kernels.masked_gemv import masked_gemv
 
     operands = realized(v_TK, tau, weight, scale)
@@ -34,9 +46,10 @@ def masked_product(v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, dens
     early = starts_early(v_TK.get_device(), operands[1:4])
 
     def launch(v: Any, tau: Any, weight: Any, scale: Any, bias: Any, residual: Any, zeros: Any) -> Any:
-        return masked_gemv(v, tau, weight, bias, scale, residual=residual, config=config, counters=zeros, traced=True, pdl=early)
+        finish: dict[str, Any] = dict(residual=residual, activation=activation, counters=zeros)
+        return masked_gemv(v, tau, weight, bias, scale, config=config, traced=True, pdl=early, **finish)
 
-    return traced(launch, operands, key=("masked_gemv", config, early))
+    return traced(launch, operands, key=("masked_gemv", config, activation, early))
 
 
 def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: float | None = None, offset: float = 0.0) -> Any:

@@ -35,14 +35,31 @@ class Product:
         tensors = {name: value if value is None else _moved(value, device) for name, value in vars(self).items()}
         return dataclasses.replace(self, **tensors)
 
-    def check(self, y):
-        """y is the masked product in v's dtype, within the bound."""
+    def sums(self):
+        """The masked product and the sum of its magnitudes, fp64."""
         kept = self.v.float().square() >= self.tau
         v = torch.where(kept, self.v, self.v.new_zeros(())).double()
         w = unpack(self.weight, self.scale, torch.float64)
         bias = torch.zeros((), dtype=torch.float64, device=v.device) if self.bias is None else self.bias.double()
+        return v @ w + bias, v.abs() @ w.abs() + bias.abs()
+
+    def check(self, y, residual=0.0):
+        """y is the masked product (and a residual) in v's dtype, within the bound."""
+        exact, magnitude = self.sums()
+        more = torch.as_tensor(residual, dtype=torch.float64)
         assert y.dtype == self.v.dtype
-        assert_close("y", y, v @ w + bias, v.abs() @ w.abs() + bias.abs(), terms=v.shape[-1])
+        assert_close("y", y, exact + more, magnitude + more.abs(), terms=self.v.shape[-1])
+
+    def check_gated(self, y, activation):
+        """y is activation(first half) * second half of the masked product.
+
+        Slopes of the known activations are at most 1.13; their own arithmetic errs in proportion to their argument.
+        """
+        (first, second), magnitudes = (sums.chunk(2, -1) for sums in self.sums())
+        acted = activation(first)
+        assert y.dtype == self.v.dtype
+        magnitude = 1.13 * magnitudes[0] * second.abs() + acted.abs() * magnitudes[1] + (first * second).abs()
+        assert_close("y", y, acted * second, magnitude, terms=self.v.shape[-1])
 
 
 def assert_close(name, got, exact, magnitude, *, terms):
@@ -71,10 +88,13 @@ STRIDES = st.sampled_from(["contiguous", "transposed", "sliced", "offset"])
 
 
 @st.composite
-def products(draw, *, bits=16, tokens=(1, 2, 3, 4, 5, 16)):
+def products(draw, *, bits=16, tokens=(1, 2, 3, 4, 5, 16), halves=False):
+    """With halves, N is two times whole words and groups."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     t, k = draw(st.sampled_from(tokens)), draw(st.sampled_from(SIZES))
     n = draw(st.sampled_from([size for size in SIZES if bits != 4 or size % 2 == 0]))
+    if halves:
+        n = {16: 2 * n, 8: 8 * n, 4: 512}[bits]
     dtype = draw(st.sampled_from(DTYPES))
     v = strided(torch.randn(t, k, generator=generator).to(dtype), draw(STRIDES))
     weight, scale = torch.randn(k, n, generator=generator).to(dtype), None

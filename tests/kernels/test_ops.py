@@ -7,7 +7,7 @@ import torch
 
 from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.kernels import reference
-from rana_fx.kernels.ops import implementation, masked_gemv, router
+from rana_fx.kernels.ops import implementation, masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
 from rana_fx.kernels.quantize import pack, unpack
 from tests.kernels.products import Product, kernels_run_on
 
@@ -43,6 +43,42 @@ def test_opcheck_router(bits, kind):
     if bits == 16:
         weight.requires_grad_()
     torch.library.opcheck(router, (x[kind].requires_grad_(), weight, scale))
+
+
+@BITS
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5)])
+def test_opcheck_masked_gemv_add(bits, lead):
+    weight, scale = stored(6, 8, bits)
+    residual = torch.randn(*lead[::-1], 8).permute(*reversed(range(len(lead))), -1)
+    operands = torch.randn(*lead, 6), torch.full((6,), 0.3), weight, torch.randn(8), scale, 0.5
+    torch.library.opcheck(masked_gemv_add, (*operands, residual))
+    torch.testing.assert_close(masked_gemv_add(*operands, residual), masked_gemv(*operands) + residual)
+
+
+@BITS
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5)])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_opcheck_masked_gemv_gated(bits, lead, activation):
+    weight, scale = stored(6, 256, bits)
+    operands = torch.randn(*lead, 6), torch.full((6,), 0.3), weight, torch.randn(256), scale, 0.5
+    torch.library.opcheck(masked_gemv_gated, (*operands, activation))
+    first, second = masked_gemv(*operands).chunk(2, -1)
+    torch.testing.assert_close(masked_gemv_gated(*operands, activation), reference.ACTIVATIONS[activation](first) * second)
+
+
+@BITS
+@pytest.mark.parametrize("gain", [None, torch.linspace(-1, 1, 6)])
+@pytest.mark.parametrize("kind", ["plain", "transposed", "sliced"])
+def test_opcheck_normed_router(bits, gain, kind):
+    weight, scale = stored(7, 6, bits)
+    x = {
+        "plain": torch.randn(2, 3, 6),
+        "transposed": torch.randn(6, 3, 2).mT.mT.permute(2, 1, 0),
+        "sliced": torch.randn(2, 3, 9)[..., 3:],
+    }
+    torch.library.opcheck(normed_router, (x[kind], gain, weight, scale, 1e-5, 1.0))
+    normed = torch.nn.functional.rms_norm(x[kind], (6,), None if gain is None else gain + 1, 1e-5)
+    torch.testing.assert_close(normed_router(x[kind], gain, weight, scale, 1e-5, 1.0), router(normed, weight, scale))
 
 
 def test_gradcheck_router():
@@ -88,6 +124,24 @@ def test_kernels_compute_the_same(device, bits):
     torch.testing.assert_close(z, reference.router(x, weight, scale), rtol=1e-5, atol=1e-5)
 
 
+@BITS
+def test_kernels_compute_the_fused_forms(device, bits):
+    kernels_run_on(device)
+    weight, scale = stored(31, 256, bits)
+    case = Product(torch.randn(2, 31), torch.full((31,), 0.3), weight, scale, torch.randn(256)).to(device)
+    operands = case.v, case.tau, case.weight, case.bias, case.scale, 0.5
+    residual = torch.randn(2, 256).to(device)
+    with implementation("triton"):
+        case.check(masked_gemv_add(*operands, residual), residual)
+        for name, activation in reference.ACTIVATIONS.items():
+            case.check_gated(masked_gemv_gated(*operands, name), activation)
+    weight, scale = stored(34, 62, bits)
+    x, gain, weight, scale = (None if t is None else t.to(device) for t in (torch.randn(2, 62), torch.randn(62), weight, scale))
+    with implementation("triton"):
+        z = normed_router(x, gain, weight, scale, 1e-5, 1.0)
+    torch.testing.assert_close(z, reference.normed_router(x, gain, weight, scale, 1e-5, 1.0), rtol=1e-5, atol=1e-5)
+
+
 def test_who_computes(device, monkeypatch):
     kernels_run_on(device)
     from rana_fx.kernels import masked_gemv as launcher
@@ -119,6 +173,21 @@ def test_who_computes(device, monkeypatch):
 def test_unknown_implementation_lists_the_known():
     with pytest.raises(UnknownChoice, match="auto, reference, triton"), implementation("fast"):
         pass
+
+
+def test_unknown_activation_lists_the_known():
+    operands = torch.ones(1, 3), torch.ones(3), torch.ones(3, 4), None, None, 0.5
+    with pytest.raises(UnknownChoice, match="silu, gelu_tanh, relu, gelu"):
+        masked_gemv_gated(*operands, "tanh")
+
+
+def test_shapes_of_fused_forms_are_checked_while_tracing():
+    with torch._subclasses.FakeTensorMode():
+        operands = torch.empty(1, 3), torch.empty(3), torch.empty(3, 5), None, None, 0.5
+        with pytest.raises(RuntimeError, match="a multiple of 2"):
+            masked_gemv_gated(*operands, "silu")
+        with pytest.raises(RuntimeError, match="residual"):
+            masked_gemv_add(*operands, torch.empty(5))
 
 
 def test_a_missing_scale_is_refused():

@@ -13,10 +13,12 @@ pytest.importorskip("triton")
 
 from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.kernels.config import Config
+from rana_fx.kernels.finish import ACTIVATIONS as KERNELS
 from rana_fx.kernels.finish import RING, counters_for
 from rana_fx.kernels.masked_gemv import masked_gemv
 from rana_fx.kernels.quantize import pack, unpack
-from tests.kernels.products import Product, kernels_run_on, products
+from rana_fx.kernels.reference import ACTIVATIONS
+from tests.kernels.products import STRIDES, Product, kernels_run_on, products, strided
 
 CONFIGS = st.builds(
     Config,
@@ -80,11 +82,40 @@ def test_overlapping_launches_get_different_counters(device):
     assert counters_for(device, RING + 1).shape == (RING + 1,)
 
 
-ACTIVATIONS = {
-    "silu": torch.nn.functional.silu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.relu,
-}
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@settings(max_examples=8)
+@given(data=st.data())
+def test_residual(device, bits, data):
+    case, config = data.draw(products(bits=bits)).to(device), data.draw(CONFIGS)
+    shape, dtype = (case.v.shape[0], case.sums()[0].shape[1]), data.draw(st.sampled_from([case.v.dtype, torch.float32]))
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    residual = strided(values, data.draw(STRIDES))
+    y = masked_gemv(case.v, case.tau, case.weight, case.bias, case.scale, residual=residual, config=config)
+    case.check(y, residual)
+
+
+def test_every_activation_has_a_kernel():
+    assert set(KERNELS) == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_activation(device, name, data):
+    bits = data.draw(st.sampled_from([16, 16, 8, 4]))
+    case, config = data.draw(products(bits=bits, halves=True)).to(device), data.draw(CONFIGS)
+    y = masked_gemv(case.v, case.tau, case.weight, case.bias, case.scale, activation=name, config=config)
+    case.check_gated(y, ACTIVATIONS[name])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_of_large_arguments(device, name):
+    """Nothing overflows on the way."""
+    v = torch.tensor([[1.0]], device=device)
+    gate = torch.tensor([-3e4, -200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0, 3e4], device=device)
+    weight = torch.cat([gate, torch.ones_like(gate)])[None]
+    y = masked_gemv(v, torch.zeros(1, device=device), weight, activation=name)
+    torch.testing.assert_close(y[0].double(), ACTIVATIONS[name](gate.double()), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -153,8 +184,12 @@ def test_wrong_bias_and_activation_are_refused(device):
     with pytest.raises(BadOperand, match="bias"):
         masked_gemv(v, tau, weight, torch.ones(4, device=device))
     with pytest.raises(UnknownChoice, match="gelu_tanh"):
-        masked_gemv(v, tau, weight, activation="gelu")
+        masked_gemv(v, tau, weight, activation="tanh")
     with pytest.raises(BadOperand, match="a multiple of 2"):
         masked_gemv(v, tau, weight, activation="silu")
+    with pytest.raises(BadOperand, match="residual"):
+        masked_gemv(v, tau, weight, residual=torch.ones(5, device=device))
+    with pytest.raises(BadOperand, match="no activation"):
+        masked_gemv(v, tau, weight, residual=torch.ones(1, 5, device=device), activation="silu")
     with pytest.raises(BadOperand, match="counters"):
         masked_gemv(v, tau, weight, traced=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,6 +59,39 @@ def test_matches_fp64(device, bits, data):
     assert z.dtype == x.dtype
     assert_close("z", z, x.double() @ w.t(), x.double().abs() @ w.t().abs(), terms=x.shape[1])
     assert torch.equal(z, router(x, weight, scale, config=config))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_norm_in_front(device, bits, data):
+    x, weight, scale = moved(data.draw(cases(bits)), device)
+    eps, offset = data.draw(st.sampled_from([1e-6, 1e-5, 0.5])), data.draw(st.sampled_from([0.0, 1.0]))
+    size, step = x.shape[1], data.draw(st.sampled_from([1, 2]))
+    gain = torch.randn(size * step, generator=torch.Generator().manual_seed(1)).to(device, x.dtype)[::step]
+    gain = data.draw(st.sampled_from([gain, gain.float(), None]))
+    config = dataclasses.replace(data.draw(CONFIGS), ahead=data.draw(st.sampled_from([0, 1, 4])))
+    z = router(x, weight, scale, gain=gain, eps=eps, offset=offset, config=config)
+    normed = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+    normed = normed if gain is None else normed * (gain.double() + offset)
+    w = unpack(weight, scale, torch.float64)
+    assert z.dtype == x.dtype
+    # the sum of squares errs as the product does
+    assert_close("z", z, normed @ w.t(), 2 * normed.abs() @ w.t().abs(), terms=size)
+    assert torch.equal(z, router(x, weight, scale, gain=gain, eps=eps, offset=offset, config=config))
+
+
+def test_norm_of_zeros_is_zero(device):
+    z = router(torch.zeros(2, 8, device=device), torch.ones(3, 8, device=device), eps=1e-6)
+    assert torch.equal(z, torch.zeros(2, 3, device=device))
+
+
+def test_wrong_gain_is_refused(device):
+    x, weight = torch.ones(1, 5, device=device), torch.ones(3, 5, device=device)
+    with pytest.raises(BadOperand, match="gain"):
+        router(x, weight, gain=torch.ones(4, device=device), eps=1e-6)
+    with pytest.raises(BadOperand, match="an eps"):
+        router(x, weight, gain=torch.ones(5, device=device))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])

@@ -1,0 +1,191 @@
+"""Recognise act(first half) * second half of the columns of a masked product, however a graph spells it.
+
+In: a ``rana.masked_gemv`` node y of an aten graph past autograd. Out: the node that computes the gated value and the name of its
+activation, or None.
+
+    g, u = split(y, n, -1); e = exp(neg(to_fp32(g))); p = to_bf16(to_fp32(g) / (e + 1)) * u
+  gives
+    p, "silu"
+
+What hangs on y by views, pointwise operations and numbers alone computes each element from single elements of y. So it is run,
+in fp64 and without its casts, and compared with every activation the kernel knows: silu has four spellings in use and tanh-GELU
+has six, and each release decomposes them differently. The values have y's shape, so the run also tells which columns are read
+where: halves that are swapped, shifted or interleaved do not fit. Casts are left out since the fused value is rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from rana_fx.graph import shape_of, value_of
+from rana_fx.kernels.quantize import gated_unit
+from rana_fx.kernels.reference import ACTIVATIONS
+
+_aten = torch.ops.aten
+_MOVES = {
+    _aten.alias.default,
+    _aten.clone.default,
+    _aten.expand.default,
+    _aten.permute.default,
+    _aten.reshape.default,
+    _aten.select.int,
+    _aten.slice.Tensor,
+    _aten.split.Tensor,
+    _aten.split_with_sizes.default,
+    _aten.squeeze.dim,
+    _aten.squeeze.dims,
+    _aten.transpose.int,
+    _aten.unbind.int,
+    _aten.unsqueeze.default,
+    _aten._unsafe_view.default,
+    _aten.view.default,
+    operator.getitem,
+}
+_CASTS = {torch.ops.prims.convert_element_type.default, _aten._to_copy.default}
+# rounding to fewer bits (fp8) is part of what a model computes
+_ROUNDINGS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# what the kernel's own fp32 arithmetic may differ by, relative to the activation's argument
+_BOUND = 8 * torch.finfo(torch.float32).eps
+
+
+def gated_of(y: fx.Node) -> tuple[fx.Node, str] | None:
+    """(the node that is act(first half) * second half of y, the activation's name), or None."""
+    value, (weight, scale) = value_of(y), _weight_of(y)
+    if not isinstance(value, Tensor) or weight is None or not all(isinstance(size, int) for size in value.shape):
+        return None
+    if value.shape[-1] % gated_unit(weight, scale):
+        return None
+    region = _elementwise_after(y)
+    for node in region:
+        found = value_of(node)
+        if not isinstance(found, Tensor) or (found.dtype, 2 * found.numel()) != (value.dtype, value.numel()):
+            continue
+        behind = _behind(node, y)
+        steps = [step for step in region if step in behind]
+        # what somebody else reads is needed all the same
+        if all(user in steps for step in (y, *steps) if step is not node for user in step.users):
+            name = _activation(y, steps)
+            if name is not None:
+                return node, name
+    return None
+
+
+def _weight_of(y: fx.Node) -> tuple[Tensor | None, Tensor | None]:
+    """Fake values of the weight and its scale."""
+    given = dict(zip(("v", "tau", "weight", "bias", "scale"), y.args, strict=False)) | y.kwargs
+    nodes = (given.get("weight"), given.get("scale"))
+    values = [value_of(node) if isinstance(node, fx.Node) else None for node in nodes]
+    weight, scale = (value if isinstance(value, Tensor) else None for value in values)
+    return weight, scale
+
+
+def _elementwise_after(y: fx.Node) -> list[fx.Node]:
+    """What is computed from y alone, by views and pointwise operations, in the graph's order."""
+    found, todo = {y}, list(y.users)
+    while todo:
+        node = todo.pop()
+        # met again once its last input is found
+        if node not in found and _is_elementwise(node, found):
+            found.add(node)
+            todo.extend(node.users)
+    return sorted(found - {y})
+
+
+def _is_elementwise(node: fx.Node, inputs: set[fx.Node]) -> bool:
+    """A view or a pointwise operation of these nodes and of numbers."""
+    if node.op != "call_function" or not node.all_input_nodes or not inputs.issuperset(node.all_input_nodes):
+        return False
+    if node.target in _MOVES or node.target in _CASTS:
+        return True
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _behind(node: fx.Node, y: fx.Node) -> set[fx.Node]:
+    """What node is computed from, node included, y excluded."""
+    found, todo = {node}, [node]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source is not y and source not in found:
+                found.add(source)
+                todo.append(source)
+    return found
+
+
+def _activation(y: fx.Node, steps: list[fx.Node]) -> str | None:
+    """The activation that makes the last of ``steps`` the gated value of y, told by its values."""
+    shape = shape_of(y)
+    assert shape is not None
+    # the compiler runs passes under a mode in which new tensors hold no values
+    with unset_fake_temporarily():
+        return _fitting(y, steps, shape)
+
+
+def _fitting(y: fx.Node, steps: list[fx.Node], shape: torch.Size) -> str | None:
+    tokens, half = math.prod(shape[:-1]), shape[-1] // 2
+    names = set(ACTIVATIONS)
+    for first, second in _samples(tokens * half):
+        value = torch.cat([first.view(tokens, half), second.view(tokens, half)], -1).view(shape)
+        got = _run(y, value, steps)
+        if got is None or got.numel() != first.numel():
+            return None
+        error = (got.reshape(-1) - second * _exact(first)).abs()
+        fits = (error <= _BOUND * (first * second).abs()).all(1)
+        names &= {name for name, fit in zip(ACTIVATIONS, fits.tolist(), strict=True) if fit}
+        if not names:
+            return None
+    return names.pop() if len(names) == 1 else None
+
+
+@functools.cache
+def _arguments() -> Tensor:
+    """Where activations are compared: densely where they bend, and as far as fp16 reaches, where a model may clamp them."""
+    far = torch.logspace(math.log10(12), math.log10(65_000), 200, dtype=torch.float64)
+    return torch.cat([torch.linspace(-12, 12, 1000, dtype=torch.float64), far, -far])
+
+
+def _samples(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All arguments, ``count`` at a time, and as many factors of all magnitudes; neighbours differ."""
+    everything = _arguments()
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(everything), count):
+        index = (start + torch.arange(count)) % len(everything)
+        uniform = 2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1
+        # 1e-3 ... 65000 of either sign
+        yield everything[index], uniform.sign() * 10 ** (7.8 * uniform.abs() - 3)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """(activations, ...) fp64."""
+    return torch.stack([activation(x) for activation in ACTIVATIONS.values()])
+
+
+def _run(y: fx.Node, value: Tensor, steps: list[fx.Node]) -> Tensor | None:
+    """The last of ``steps`` for a value of y, in fp64 where it is floating."""
+    known: dict[fx.Node, Any] = {y: value}
+    try:
+        for node in steps:
+            target: Any = _cast if node.target in _CASTS else node.target
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = target(*args, **kwargs)
+    except (RuntimeError, TypeError, NotImplementedError):
+        # nothing that is known to be act(first half) * second half
+        return None
+    result = known[steps[-1]]
+    return result if isinstance(result, Tensor) and result.dtype == torch.float64 else None
+
+
+def _cast(value: Tensor, dtype: torch.dtype | None = None, **_: object) -> Tensor:
+    if dtype is not None and dtype not in _ROUNDINGS:
+        raise TypeError(dtype)
+    return value.double()
