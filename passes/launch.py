@@ -41,6 +41,8 @@ def traced(launch: Callable[..., Any], operands: Sequence[Any], *, key: Hashable
     before = len(V.graph.operations)
     with _writes_known():
         result = process_subgraph_nodes(known[full_key], [operands[i] for i in given])
+    for node in known[full_key].graph.nodes:
+        V.graph.env.pop(node, None)  # the next layer is lowered by the same nodes
     for operation in V.graph.operations[before:]:
         if isinstance(operation, ir.UserDefinedTritonKernel) and operation.kwargs.get("PDL"):
             vars(operation)["codegen"] = functools.partial(_write_dependent, operation)
