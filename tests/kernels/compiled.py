@@ -59,6 +59,7 @@ VARIANTS = {
     "in registers": (masked_gemv_kernel, "bf16", GEMV | dict(BM=8, STAGES=1, EARLY=8)),
     "warps along rows": (masked_gemv_kernel, "bf16", GEMV | dict(BM=16, BN=256, RW=4, num_warps=4)),
     "gated": (masked_gemv_kernel, "bf16", GEMV | dict(ACT=1, HAS_BIAS=True)),
+    "gated by erf": (masked_gemv_kernel, "bf16", GEMV | dict(ACT=4, BT=4)),
     "four tokens": (masked_gemv_kernel, "bf16", GEMV | dict(BT=4)),
     "sixteen tokens": (masked_gemv_kernel, "bf16", GEMV | dict(BT=4, TG=4)),
     "int8": (masked_gemv_packed_kernel, "i32", GEMV | INT8),

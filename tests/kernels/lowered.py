@@ -34,7 +34,13 @@ def layer(gain, b, tau, w, tau2, w2, r):
     wide = r.float()
     x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(r.dtype)
     gate, up = masked_gemv(router(x, b), tau, w).chunk(2, -1)
-    return (r + masked_gemv(torch.nn.functional.silu(gate) * up, tau2, w2),)
+    return r + masked_gemv(torch.nn.functional.silu(gate) * up, tau2, w2)
+
+
+def layers(r, *weights):
+    for first in range(0, len(weights), 6):
+        r = layer(*weights[first : first + 6], r)
+    return (r,)
 
 
 class Driver:
@@ -88,7 +94,7 @@ def pretend(stack):
     stack.enter_context(patch.object(hints.DeviceProperties, "create", lambda *_, **__: device))
 
 
-def main(tokens):
+def main(tokens, count):
     lower.register()
     code = []
 
@@ -104,11 +110,11 @@ def main(tokens):
         def empty(*size, dtype=torch.bfloat16):
             return torch.empty(size, dtype=dtype, device="cuda")
 
-        gain, r = empty(WIDTH), empty(1, tokens, WIDTH)
-        first = empty(RANKS, WIDTH), empty(RANKS, dtype=torch.float32), empty(RANKS, 2 * FFN)
-        second = empty(FFN, dtype=torch.float32), empty(FFN, WIDTH)
-        inputs = [gain, *first, *second, r]
-        graph = make_fx(layer, decomposition_table=select_decomp_table())(*inputs)
+        inputs = [empty(1, tokens, WIDTH)]
+        for _ in range(count):
+            first = empty(RANKS, WIDTH), empty(RANKS, dtype=torch.float32), empty(RANKS, 2 * FFN)
+            inputs += [empty(WIDTH), *first, empty(FFN, dtype=torch.float32), empty(FFN, WIDTH)]
+        graph = make_fx(layers, decomposition_table=select_decomp_table())(*inputs)
         fuse(graph.graph)
         graph.recompile()
         try:
@@ -123,4 +129,4 @@ def main(tokens):
 if __name__ == "__main__":
     import sys
 
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)

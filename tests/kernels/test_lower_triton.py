@@ -24,14 +24,38 @@ def launches(code):
     return re.findall(r"^\s+(\w+?)(?:_\d+)?\.run\(|^\s+(extern_kernels\.\w+)\(", code[code.index("def call") :], re.M)
 
 
-def test_a_decoded_token_launches_one_kernel_per_product():
+def options(code):
+    """What each of our launches was compiled with, in order: constants of the kernel and options of the compiler."""
+    body = code[code.index("def call") :]
+    order = [name for name in re.findall(r"^\s+(\w+)\.run\(", body, re.M) if not name.startswith("triton")]
+    sources = re.split(r"^(\w+) = async_compile\.triton\(", code, flags=re.M)
+    metas = {name: re.search(r"triton_meta=(\{.*)", source)[1] for name, source in zip(sources[1::2], sources[2::2], strict=True)}
+    return [dict(re.findall(r"'(\w+)': (True|False|\d+)\b", metas[name])) for name in order]
+
+
+def test_a_decoded_token_launches_one_kernel_per_product_and_nothing_else():
     code = run("tests/kernels/lowered.py", "1")
     names = [first or second for first, second in launches(code)]
-    ours = [name for name in names if name.startswith(("router", "masked_gemv"))]
-    assert ours == ["router_kernel", "masked_gemv_kernel", "masked_gemv_kernel"]
-    assert not any("extern" in name for name in names)  # no dense product is left
-    # what else there is: zeros for the counters
-    assert len(names) - len(ours) == 1
+    assert [name for name in names if not name.startswith("triton")] == ["router_kernel", *["masked_gemv_kernel"] * 2]
+    # the one other kernel zeroes the counters
+    (fill,) = (name for name in names if name.startswith("triton"))
+    assert re.search(rf"def {fill}\w*\(out_ptr0, xnumel", code)
+    router, first, second = options(code)
+    assert (router["NORM"], router["HAS_GAIN"]) == ("True", "True")
+    assert (first["ACT"], first["HAS_RESIDUAL"]) == ("1", "False")
+    assert (second["ACT"], second["HAS_RESIDUAL"]) == ("0", "True")
+    # what ran before the first launch of a graph is not known
+    assert [launch["PDL"] for launch in (router, first, second)] == ["False", "True", "True"]
+    assert [launch.get("launch_pdl", "False") for launch in (router, first, second)] == ["False", "True", "True"]
+
+
+def test_layers_that_are_alike_share_what_is_traced_and_not_what_is_launched():
+    code = run("tests/kernels/lowered.py", "1", "3")
+    ours = [first for first, _ in launches(code) if first.startswith(("router", "masked_gemv"))]
+    assert ours == ["router_kernel", "masked_gemv_kernel", "masked_gemv_kernel"] * 3
+    # one fill of counters for all, and two kernels of each kind at most: the first launch of the graph does not start early
+    assert len(launches(code)) - len(ours) == 1
+    assert len(re.findall(r"^router_kernel\w* = async_compile", code, re.M)) <= 2
 
 
 def test_many_tokens_are_dense_products():
