@@ -88,10 +88,17 @@ class Rehearsal:
 
     @contextmanager
     def opened(self, layout: Layout) -> Iterator[Stage]:
-        """A ``Stage``, the model in evaluation mode inside; compiled code is dropped before and after."""
+        """A ``Stage``. Inside, the model is in evaluation mode and its weights ask for no gradients; compiled code is dropped."""
         model = bare(self.model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with evaluating(model), observing(model):
-            yield Stage(model, layout)
+            try:
+                for parameter in trained:
+                    parameter.requires_grad_(False)
+                yield Stage(model, layout)
+            finally:
+                for parameter in trained:
+                    parameter.requires_grad_(True)
 
 
 class Keeper:

@@ -10,6 +10,7 @@ budget      the price is set where the adapted model, not the dense one, keeps w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ class _Search:
             # what the menus have to be asked for, so that the model spends what is asked
             planned = sum(point.cost for point in points.values())
             aim = planned * asked / spent
-        return adapters, outcome
+        return {unit: [_as_found(adapter, outcome) for adapter in found] for unit, found in adapters.items()}, outcome
 
     def _spent(self, adapters: dict[Unit, list[Adapter]], outcome: Outcome) -> float:
         spent = 0.0
@@ -182,3 +183,12 @@ class _Search:
                 kept, router = outcome.kept.get(adapter.name), outcome.router_kept.get(adapter.name)
                 spent += adapter.cost(self._problem.metric, kept, router)
         return spent
+
+
+def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
+    """With the ranks and inputs that it kept in the adapted model."""
+    if adapter.name not in outcome.kept:
+        return adapter  # a layer that no held-out batch reached
+    kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
+    costs = {metric: adapter.cost(metric, kept, router) for metric in ("flops", "bytes")}
+    return replace(adapter, kept=kept, router_kept=router, **costs)
