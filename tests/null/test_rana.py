@@ -76,7 +76,7 @@ def test_points_cost_and_lose_what_they_say(kind):
     point = menu.point(kind, price)
     exact = x @ found.read_DI.t()
     if kind == "dense":
-        kept, cost, made = x, out * width, exact
+        cost, made = out * width, exact
     elif kind == "neuron":
         mask = x.square() >= point.sites[0].tau_I
         cost, made = out * float(mask.sum(1).float().mean()), (x * mask) @ found.read_DI.t()
