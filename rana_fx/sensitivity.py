@@ -39,7 +39,7 @@ def sensitivities(stage: Stage, layout: Layout, units: Sequence[Unit], batches: 
     collector = _Collector(stage, layout, units)
     generator: torch.Generator | None = None
     for batch in batches:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             output = stage.run(batch, collector.step)
             generator = generator or torch.Generator(_device(output)).manual_seed(seed)
             loss = _projected(output, stage, generator)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _SHRINK = 0.1  # towards equal weights: moments over thousands of tokens are noisy in hundreds of dimensions
-_ISOTROPIC = 0.5  # of the inputs' mean energy, in every direction: principal directions of some documents are not those of others
+_ISOTROPIC = 0.1  # of the inputs' mean energy, in every direction: principal directions of some documents are not those of others
 _RELATIVE = 1e-9  # directions below this share of the largest carry nothing
 
 

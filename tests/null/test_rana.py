@@ -206,6 +206,17 @@ def test_a_model_whose_gradients_cannot_be_taken_is_adapted_with_equal_weights()
     assert plan.recipe == "rana" and plan.adapters
 
 
+def test_gradients_are_taken_inside_inference_mode():
+    torch.manual_seed(0)
+    model = Classifier()
+    batches = [(torch.randn(4, 128, 4),) for _ in range(9)]
+    with torch.inference_mode():
+        inside = rana_fx.adapt(model, batches, budget=0.5, progress=False)
+    rana_fx.detach(model)
+    outside = rana_fx.adapt(model, batches, budget=0.5, progress=False)
+    assert inside.digest() == outside.digest()
+
+
 def test_constant_and_single_token_inputs_are_left_dense_or_narrow():
     torch.manual_seed(0)
     model = Classifier()
