@@ -18,6 +18,7 @@ from rana_fx.calibrate import calibrate
 from rana_fx.layout import Layout
 from rana_fx.plan import Plan, SiteRecord
 from rana_fx.recipes import RECIPES, Problem
+from rana_fx.rehearse import Keeper, Rehearsal
 from rana_fx.stats import Reservoir
 from rana_fx.text import load_texts, token_batches
 
@@ -32,9 +33,10 @@ class Calibrated:
     tokens: int
     seed: int
     sites: tuple[SiteRecord, ...]
+    rehearsal: Rehearsal | None = None
 
     def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
-        return Problem(self.layout, self.samples, budget, metric, recipe, progress)
+        return Problem(self.layout, self.samples, budget, metric, recipe, progress, rehearsal=self.rehearsal)
 
     def plan(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Plan:
         """Raises BudgetUnreachable, TooFewTokens."""
@@ -57,8 +59,9 @@ class Calibrated:
 
 def calibrate_once(model: nn.Module, batches: Iterable[Any], *, seed: int = 0, progress: bool = False) -> Calibrated:
     """Sample the inputs of all groups that the budget counts."""
-    layout, samples, tokens = calibrate(model, batches, wanted=counted_groups, seed=seed, progress=progress)
-    return Calibrated(type(model).__name__, layout, samples, tokens, seed, records(layout))
+    keeper = Keeper(batches)
+    layout, samples, tokens = calibrate(model, keeper, wanted=counted_groups, seed=seed, progress=progress)
+    return Calibrated(type(model).__name__, layout, samples, tokens, seed, records(layout), keeper.rehearsal(model))
 
 
 def counted_groups(layout: Layout) -> set[tuple[str, ...]]:

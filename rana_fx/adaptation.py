@@ -17,7 +17,8 @@ from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, UnknownMetric, Unkn
 from rana_fx.layout import Layout
 from rana_fx.plan import METRICS, Plan, SiteRecord, weight_digest
 from rana_fx.recipes import RECIPES, Problem
-from rana_fx.running import bare
+from rana_fx.rehearse import Keeper
+from rana_fx.running import bare, check_batches
 from rana_fx.sites import Skip
 
 
@@ -27,7 +28,7 @@ def adapt(
     *,
     budget: float = 0.58,
     metric: str = "flops",
-    recipe: str = "paper",
+    recipe: str = "rana",
     progress: bool = True,
     seed: int = 0,
 ) -> Plan:
@@ -42,7 +43,8 @@ def adapt(
             uniformly from all that pass.
         budget: expected cost per token of all linears inside the blocks, router included, over their dense cost, in (0, 1].
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
-        recipe: "paper" (RaNA), or a baseline: "dense", "static", "cats", "teal", "wina".
+        recipe: "rana", the best of the menu allocated over the whole model; "paper" (RaNA as published), or a baseline: "dense",
+            "static", "cats", "teal", "wina".
         seed: of the token sample.
 
     Returns:
@@ -69,8 +71,10 @@ def adapt(
         old = present.plan
         raise AlreadyAdapted(model=type(model).__name__, recipe=old.recipe, budget=old.budget, digest=old.digest()[:12])
     chosen = RECIPES[recipe]
-    layout, samples, tokens = calibrate(model, batches, wanted=chosen.wants, seed=seed, progress=progress)
-    problem = Problem(layout, samples, float(budget), metric, recipe, progress)
+    keeper = Keeper(check_batches(batches)) if chosen.rehearses else None
+    layout, samples, tokens = calibrate(model, keeper or batches, wanted=chosen.wants, seed=seed, progress=progress)
+    rehearsal = None if keeper is None else keeper.rehearsal(model)
+    problem = Problem(layout, samples, float(budget), metric, recipe, progress, rehearsal=rehearsal)
     with torch.no_grad():
         adapters = tuple(chosen.solve(problem))
     plan = Plan(

@@ -18,7 +18,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder to write the plan to.")],
     budget: o.Budget = 0.58,
     metric: o.Metric = "flops",
-    recipe: o.Recipe = "paper",
+    recipe: o.Recipe = "rana",
     tokens: o.Tokens = 32_000,
     context: o.Context = 512,
     batch_size: o.BatchSize = 8,

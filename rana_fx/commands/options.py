@@ -15,7 +15,7 @@ PlanDir = Annotated[Path | None, typer.Option("--plan", help="Folder that `rana-
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file.")]
 Budget = Annotated[float, typer.Option(help="Expected cost per token of the linear layers, over dense, in (0, 1].")]
 Metric = Annotated[str, typer.Option(help="What the budget counts: flops or bytes.")]
-Recipe = Annotated[str, typer.Option(help="paper, or a baseline: dense, static, cats, teal, wina.")]
+Recipe = Annotated[str, typer.Option(help="rana, paper, or a baseline: dense, static, cats, teal, wina.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Use at most so many tokens of the text.")]
 Context = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]

@@ -9,6 +9,7 @@ from rana_fx.layout import Layout
 from rana_fx.recipes.baselines import Cats, Dense, Static, Thresholds
 from rana_fx.recipes.paper import Paper
 from rana_fx.recipes.problem import Problem
+from rana_fx.recipes.rana import Rana
 
 
 class Recipe(Protocol):
@@ -16,6 +17,11 @@ class Recipe(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether ``solve`` runs the model on some of the batches (``problem.rehearsal``)."""
+        ...
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:
         """Groups (by their site names) whose inputs must be sampled."""
@@ -28,7 +34,15 @@ class Recipe(Protocol):
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
-    for recipe in (Dense(), Static(), Cats(), Thresholds("teal", weighted=False), Thresholds("wina", weighted=True), Paper())
+    for recipe in (
+        Dense(),
+        Static(),
+        Cats(),
+        Thresholds("teal", weighted=False),
+        Thresholds("wina", weighted=True),
+        Paper(),
+        Rana(),
+    )
 }
 
 __all__ = ["RECIPES", "Problem", "Recipe"]

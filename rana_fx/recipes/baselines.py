@@ -28,6 +28,7 @@ class Dense:
     """No adapter at all: the reference row of every table."""
 
     name = "dense"
+    rehearses = False
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:  # noqa: ARG002
         return set()
@@ -41,6 +42,7 @@ class Static:
     """Fixed rank r = fraction * out * in / (out + in) in the output basis."""
 
     name = "static"
+    rehearses = False
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:
         return _groups(layout, [site.name for site in layout.sites.values() if site.counted])
@@ -75,6 +77,8 @@ class Static:
 class Thresholds:
     """Input thresholds on every linear, at one density: ``teal`` by |x|, ``wina`` by |x| times the column's norm."""
 
+    rehearses = False
+
     def __init__(self, name: str, *, weighted: bool) -> None:
         self.name = name
         self._weighted = weighted
@@ -107,6 +111,7 @@ class Cats:
     """Contextual thresholds on the activated gate; attention and the gate itself stay dense."""
 
     name = "cats"
+    rehearses = False
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:
         return _groups(layout, [block.ups[0] for block in layout.blocks])

@@ -49,6 +49,7 @@ class Paper:
     """The published recipe."""
 
     name = "paper"
+    rehearses = False
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:
         """Inputs of attention stacks and of MLP blocks."""

@@ -16,6 +16,7 @@ from rana_fx.adapters import Adapter
 from rana_fx.decompose import Basis, Choice
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
 from rana_fx.layout import Layout, MlpBlock
+from rana_fx.rehearse import Rehearsal
 from rana_fx.sites import Skip
 from rana_fx.stats import Reservoir
 
@@ -33,6 +34,7 @@ class Problem:
     recipe: str
     progress: bool = True
     skips: list[Skip] = field(default_factory=list)
+    rehearsal: Rehearsal | None = None  # the model and some batches, for recipes that try what they choose
 
     # ---- sizes
 

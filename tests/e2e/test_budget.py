@@ -31,6 +31,8 @@ def material():
         ("static", "flops", 0.4),
         ("teal", "flops", 0.58),
         ("cats", "bytes", 0.8),
+        ("rana", "flops", 0.58),
+        ("rana", "bytes", 0.4),
     ],
 )
 def test_budget_on_held_out_text(material, recipe, metric, budget):

@@ -32,7 +32,7 @@ def test_budget_outside(model, budget):
 
 def test_budget_unreachable_says_the_lowest(model):
     with pytest.raises(errors.BudgetUnreachable, match="lowest reachable budget is") as caught:
-        rana_fx.adapt(model, batches(), budget=0.05, progress=False)
+        rana_fx.adapt(model, batches(), budget=0.05, recipe="paper", progress=False)
     lowest = caught.value.facts["lowest"]
     assert 0.05 < lowest < 0.5
     with pytest.raises(errors.BudgetUnreachable, match="CATS leaves"):
@@ -40,7 +40,7 @@ def test_budget_unreachable_says_the_lowest(model):
 
 
 def test_unknown_choices_name_the_valid_ones(model):
-    with pytest.raises(errors.UnknownRecipe, match="dense, static, cats, teal, wina, paper"):
+    with pytest.raises(errors.UnknownRecipe, match="dense, static, cats, teal, wina, paper, rana"):
         rana_fx.adapt(model, batches(), recipe="papper", progress=False)
     with pytest.raises(errors.UnknownRecipe, match="Pick one of"):
         rana_fx.adapt(model, batches(), recipe=["paper"], progress=False)
@@ -55,7 +55,7 @@ def test_no_batch(model):
 
 def test_too_few_tokens_says_how_many(model):
     with pytest.raises(errors.TooFewTokens, match=r"q_proj: 24 calibration tokens.*At least 32 tokens"):
-        rana_fx.adapt(model, batches(1), progress=False)
+        rana_fx.adapt(model, batches(1), recipe="paper", progress=False)
 
 
 def test_layers_quantised_out_of_sight_are_reported():
@@ -217,7 +217,7 @@ def test_infeasible_group_stays_dense_and_says_so():
             return x + self.down(torch.relu(self.up(x)))
 
     model = Narrow()
-    plan = rana_fx.adapt(model, [torch.randn(4, 50, 6)], budget=0.9, progress=False)
+    plan = rana_fx.adapt(model, [torch.randn(4, 50, 6)], budget=0.9, recipe="paper", progress=False)
     reasons = {skip.site: skip.reason for skip in plan.skips}
     adapted = {site for adapter in plan.adapters for site in adapter.sites}
     assert ("q" in adapted) != ("no feasible rank" in reasons.get("q", ""))

@@ -22,7 +22,9 @@ SITE = "model.layers.0.self_attn.q_proj"
 
 
 def adapt(model, batches=None):
-    return rana_fx.adapt(model, [ids() for _ in range(4)] if batches is None else batches, budget=0.7, progress=False)
+    return rana_fx.adapt(
+        model, [ids() for _ in range(4)] if batches is None else batches, budget=0.7, recipe="paper", progress=False
+    )
 
 
 def compiled_in_place(model):

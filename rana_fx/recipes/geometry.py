@@ -1,0 +1,72 @@
+"""One unit (linears stacked over one input) in coordinates where the size of an error is what it does to the loss.
+
+In: the stacked weight W, the second moment of its inputs and, where known, of the gradients at its output (sensitivity.py).
+Out: W = lift read, such that half of |read (x - x^)|^2 is the expected increase of the loss when x^ is multiplied in place of
+x; and the basis whose components, ordered by energy there, a rank adapter keeps: router B = U^T read, factor A = lift U. They
+are orthonormal in these coordinates, so z_k^2 is what dropping component k costs, and one threshold serves all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SHRINK = 0.1  # towards equal weights: moments over thousands of tokens are noisy in hundreds of dimensions
+_ISOTROPIC = 0.1  # of the inputs' mean energy, in every direction: principal directions of some documents are not those of others
+_RELATIVE = 1e-9  # directions below this share of the largest carry nothing
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """lift_OD, read_DI: W = lift read. norms_I: |read_:,j|^2, what dropping a unit of input j costs."""
+
+    lift_OD: Tensor
+    read_DI: Tensor
+
+    @property
+    def norms_I(self) -> Tensor:
+        return self.read_DI.square().sum(0)
+
+    def site_norms(self, rows: slice, given_I: Tensor) -> Tensor:
+        """As ``norms_I`` for some of the outputs, from the mean square of W^T g there."""
+        columns_I = (self.lift_OD[rows] @ self.read_DI).square().sum(0)
+        even = given_I.sum() / columns_I.sum().clamp_min(1e-30)
+        return (1 - _SHRINK) * given_I + _SHRINK * even * columns_I
+
+
+@dataclass(frozen=True, eq=False)
+class LossBasis:
+    """a_OD, b_DI: W = A B up to directions that carry nothing, components by energy."""
+
+    a_OD: Tensor
+    b_DI: Tensor
+
+
+def geometry(weight_OI: Tensor, moment: Tensor | None) -> Geometry:
+    """``moment``: of gradients at the output, (out, out); with more outputs than inputs of W^T g, (in, in). None: all equal."""
+    weight = weight_OI.double()
+    out, width = weight.shape
+    wide = out > width
+    gram = weight.t() @ weight if wide else torch.eye(out, dtype=torch.float64, device=weight.device)
+    size = gram.diagonal().sum()
+    if moment is None:
+        metric = gram / max(1e-30, float(weight.square().sum()))
+    else:
+        given = moment.double()
+        metric = (1 - _SHRINK) * given + _SHRINK * gram * (given.diagonal().sum() / size.clamp_min(1e-30))
+    values, vectors = torch.linalg.eigh(metric)
+    sound = values > _RELATIVE * values[-1].clamp_min(1e-30)
+    root, vectors = values[sound].sqrt(), vectors[:, sound]
+    if wide:
+        return Geometry((weight @ vectors / root).float(), (root[:, None] * vectors.t()).float())
+    return Geometry((vectors / root).float(), (root[:, None] * (vectors.t() @ weight)).float())
+
+
+def loss_basis(found: Geometry, moment_II: Tensor) -> LossBasis:
+    """``moment_II``: sum or mean of x x^T over the sample."""
+    read, moment = found.read_DI.double(), moment_II.to(found.read_DI.device, torch.float64)
+    even = _ISOTROPIC * moment.diagonal().mean()
+    vectors = torch.linalg.eigh(read @ moment @ read.t() + even * (read @ read.t())).eigenvectors.flip(1)
+    return LossBasis((found.lift_OD.double() @ vectors).float().contiguous(), (vectors.t() @ read).float().contiguous())

@@ -1,0 +1,96 @@
+"""Rounding to 8 and 4 bits with the least error on given inputs.
+
+In: a matrix whose rows are multiplied by the components of an input, and the second moment of that input. Out: the matrix as
+``kernels/quantize.py`` stores it. In 4 bits, rows are rounded one after the other and what rounding one does to the output is made up
+for by the rows not rounded yet (optimal brain quantisation in a fixed order, GPTQ, arXiv 2210.17323); each group's step is the best of
+a few that clip its largest numbers. In 8 bits rounding to nearest is as good.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rana_fx.kernels.quantize import pack, unpack
+
+GROUP = 64
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
+_DAMP = 0.01  # of the mean energy of an input
+_BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """``matrix`` and ``scale`` as stored, rows by components of the input."""
+
+    matrix: Tensor
+    scale: Tensor
+
+    def wide(self) -> Tensor:
+        return unpack(self.matrix, self.scale)
+
+    def rows(self, count: int) -> Packed:
+        """The first rows."""
+        return Packed(self.matrix[:count].contiguous(), self.scale[:count].contiguous())
+
+    def columns(self, count: int) -> Packed:
+        """The first columns; an even number in 4 bits, and more than a group, so that the group's length can be told."""
+        if self.matrix.dtype == torch.int8:
+            return Packed(self.matrix[:, :count].contiguous(), self.scale)
+        return Packed(self.matrix[:, : count // 2].contiguous(), self.scale[:, : -(-count // GROUP)].contiguous())
+
+
+def rounded(matrix_KN: Tensor, bits: int, moment_KK: Tensor | None = None) -> Packed:
+    """``moment_KK``: of the input; None: components do not depend on each other. N is even for 4 bits."""
+    if bits == 8:
+        return Packed(*pack(matrix_KN, 8, scale_dtype=torch.bfloat16))
+    if moment_KK is None:
+        return _packed(*_to_grid(matrix_KN.float()), matrix_KN.shape[1])
+    work_KN = matrix_KN.float().clone()
+    inverse_KK = _inverse_factor(moment_KK).float()
+    numbers, scales = [], []
+    rows = len(work_KN)
+    for start in range(0, rows, _BLOCK):
+        stop = min(start + _BLOCK, rows)
+        errors = []
+        for row in range(start, stop):
+            number, scale = _to_grid(work_KN[row : row + 1])
+            numbers.append(number)
+            scales.append(scale)
+            error = (work_KN[row] - _from_grid(number, scale, work_KN.shape[1])[0]) / inverse_KK[row, row]
+            work_KN[row + 1 : stop] -= inverse_KK[row, row + 1 : stop, None] * error
+            errors.append(error)
+        work_KN[stop:] -= inverse_KK[start:stop, stop:].t() @ torch.stack(errors)
+    return _packed(torch.cat(numbers), torch.cat(scales), work_KN.shape[1])
+
+
+def _inverse_factor(moment_KK: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped moment's inverse, fp64."""
+    moment = moment_KK.double()
+    size = moment.diagonal().mean().clamp_min(1e-30)
+    damped = moment + _DAMP * size * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def _to_grid(rows_RN: Tensor) -> tuple[Tensor, Tensor]:
+    """(integers (R, G, GROUP), steps (R, G) in bfloat16): of a few steps per group, the one with the least squared error."""
+    padded = torch.nn.functional.pad(rows_RN, (0, -rows_RN.shape[1] % GROUP)).reshape(len(rows_RN), -1, GROUP)
+    largest = padded.abs().amax(-1)
+    clips = torch.tensor(_CLIPS, device=rows_RN.device).view(-1, 1, 1)
+    steps = (largest * clips / 7).to(torch.bfloat16)
+    safe = torch.where(steps > 0, steps, 1).float().unsqueeze(-1)
+    numbers = (padded / safe).round_().clamp_(-7, 7)
+    best = (numbers * safe - padded).square_().sum(-1).argmin(0)
+    chosen = numbers.gather(0, best[None, :, :, None].expand(1, *padded.shape))[0]
+    return chosen, steps.gather(0, best[None])[0]
+
+
+def _from_grid(numbers: Tensor, steps: Tensor, columns: int) -> Tensor:
+    return (numbers * steps.float().unsqueeze(-1)).reshape(len(numbers), -1)[:, :columns]
+
+
+def _packed(numbers: Tensor, steps: Tensor, columns: int) -> Packed:
+    nibbles = (numbers.reshape(len(numbers), -1)[:, :columns] + 8).to(torch.uint8)
+    return Packed(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), steps.contiguous())

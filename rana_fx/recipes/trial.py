@@ -1,0 +1,118 @@
+"""Try adapters on a model before there is a plan: what they really keep, and how far the model's output moves.
+
+In: a stage, batches and adapters. Out: an ``Outcome``. Adapters act in place of linears as their definition says, in plain
+PyTorch; each reads what the adapted linears before it produce, so kept ranks are those of the adapted model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rana_fx.adapters import Adapter
+from rana_fx.kernels.quantize import unpack
+from rana_fx.layout import Layout
+from rana_fx.rehearse import Stage
+from rana_fx.sensitivity import divergence
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Means over tokens: kept ranks and router inputs by adapter, and the divergence of the outputs from the dense model's."""
+
+    kept: dict[str, float]
+    router_kept: dict[str, float]
+    divergence: float
+
+
+class Troupe:
+    """Adapters ready to act in place of the linears they are for."""
+
+    def __init__(self, stage: Stage, layout: Layout, adapters: Sequence[Adapter]) -> None:
+        self._stage = stage
+        self._of = {name: adapter for adapter in adapters for name in adapter.sites}
+        self._parts: dict[str, dict[str, Tensor | None]] = {}
+        self._columns: dict[str, tuple[int, int]] = {}
+        for adapter in adapters:
+            self._prepare(layout, adapter)
+        self._last: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sums: dict[tuple[str, str], float] = {}
+        self.tokens: dict[str, int] = {}
+
+    def _prepare(self, layout: Layout, adapter: Adapter) -> None:
+        sites = [layout.sites[name] for name in adapter.sites]
+        first, start = sites[0].weight, 0
+        for site in sites:
+            self._columns[site.name] = (start, start + site.out_features)
+            start += site.out_features
+        weight = torch.cat([site.view for site in sites]).t() if adapter.weight is None else None
+        if adapter.weight is not None:
+            weight = unpack(adapter.weight.to(first.device), _on(adapter.weight_scale, first), first.dtype)
+        router = None
+        if adapter.router is not None:
+            router = unpack(adapter.router.to(first.device), _on(adapter.router_scale, first), first.dtype)
+            router = router if adapter.router_tau is None else router.t()
+        bias = adapter.bias
+        if bias is None and adapter.weight is None and any(site.bias is not None for site in sites):
+            bias = torch.cat([first.new_zeros(s.out_features) if s.bias is None else s.bias.detach() for s in sites])
+        vectors = {"tau": adapter.tau, "router_tau": adapter.router_tau, "bias": bias, "shift": adapter.shift}
+        self._parts[adapter.name] = {"weight": weight, "router": router} | {k: _on(v, first) for k, v in vectors.items()}
+
+    def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """For ``Stage.run``."""
+        adapter = self._of.get(name)
+        if adapter is None:
+            return y
+        held = self._last.get(adapter.name)
+        if held is None or held[0].data_ptr() != x.data_ptr() or held[0].shape != x.shape:
+            held = self._last[adapter.name] = (x, self._act(adapter, x))
+        start, stop = self._columns[name]
+        return held[1][..., start:stop].reshape(y.shape).to(y.dtype)
+
+    def forget(self) -> None:
+        """Before another batch: its tensors may lie where those of the last one lay."""
+        self._last.clear()
+
+    def _act(self, adapter: Adapter, x: Tensor) -> Tensor:
+        parts = self._parts[adapter.name]
+        v, weight, tau = x, parts["weight"], parts["tau"]
+        assert weight is not None and tau is not None
+        v = v.to(weight.dtype)
+        self.tokens[adapter.name] = self.tokens.get(adapter.name, 0) + len(self._stage.real(v))
+        if parts["router"] is not None:
+            if parts["router_tau"] is not None:
+                v = self._masked(adapter.name, "router_kept", v, parts["router_tau"])
+            v = v @ parts["router"].t()
+        if parts["shift"] is not None:
+            v = v - parts["shift"]
+        out = self._masked(adapter.name, "kept", v, tau) @ weight
+        return out if parts["bias"] is None else out + parts["bias"].to(out.dtype)
+
+    def _masked(self, name: str, part: str, v: Tensor, tau: Tensor) -> Tensor:
+        mask = v.float().square() >= tau
+        self.sums[name, part] = self.sums.get((name, part), 0.0) + float(self._stage.real(mask).sum())
+        return torch.where(mask, v, v.new_zeros(()))
+
+    def means(self, part: str) -> dict[str, float]:
+        return {name: total / max(1, self.tokens[name]) for (name, which), total in self.sums.items() if which == part}
+
+
+def attempt(stage: Stage, layout: Layout, adapters: Sequence[Adapter], batches: Iterable[Any], dense: Sequence[Any]) -> Outcome:
+    """Run adapters over ``batches``; ``dense``: the dense model's outputs for the first of these, to compare with."""
+    troupe = Troupe(stage, layout, adapters)
+    moved, rows = 0.0, 0
+    for index, batch in enumerate(batches):
+        output = stage.run(batch, troupe.step)
+        troupe.forget()
+        if index < len(dense):
+            found, count = divergence(output, dense[index], stage)
+            moved, rows = moved + found, rows + count
+    return Outcome(troupe.means("kept"), troupe.means("router_kept"), moved / max(1, rows))
+
+
+def _on(value: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if value is None else value.to(like.device)

@@ -1,0 +1,123 @@
+"""Run a model with something done at its linears: gradients taken there, or adapters tried, before any plan is made.
+
+In: a model, its layout, and a step: (site, x, y) -> what takes y's place. Out: the model's output. The model runs under
+``torch.compile`` with a backend that hands every linear of the budget to the step and otherwise runs eagerly, so any model
+that can be calibrated can be rehearsed, and gradients flow where eager operations let them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rana_fx.aliases import redirect
+from rana_fx.layout import Layout
+from rana_fx.running import bare, call, device_of, evaluating, names_of, observing, padding_masks, real_rows, to_device
+from rana_fx.sites import find_linears, parameters_of
+from rana_fx.unfuse import unfuse
+
+_EVERY = 8
+_MOST_HELD = 2
+_MOST_KEPT = 4
+
+Step = Callable[[str, Tensor, Tensor], Tensor]
+
+
+class Stage:
+    """A model ready to run with any step; traced once."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self._model = model
+        self._layout = layout
+        self._names = names_of(model)
+        self._masks: dict[str, Tensor] = {}
+        self._step: Step | None = None
+        self._compiled = torch.compile(model, backend=self._backend)
+
+    def run(self, batch: Any, step: Step | None = None) -> Any:
+        """The model's output for a batch as ``adapt`` takes them."""
+        batch = to_device(batch, device_of(self._model))
+        self._masks = padding_masks(batch)
+        self._step = step
+        try:
+            return call(self._compiled, batch)
+        finally:
+            self._step = None
+
+    def real(self, x: Tensor) -> Tensor:
+        """Rows of an activation of the batch that runs, (tokens, features), padding left out."""
+        tokens = x.numel() // x.shape[-1]
+        return real_rows(x, self.mask(tokens))
+
+    def mask(self, tokens: int) -> Tensor | None:
+        """The mask of real tokens among so many, if the batch has one."""
+        return next((mask for mask in self._masks.values() if mask.numel() == tokens), None)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        redirect(gm)
+        unfuse(gm, parameters_of(gm, example_inputs))
+        for linear in find_linears(gm, example_inputs, self._names).linears:
+            site = self._layout.sites.get(linear.name)
+            if site is None or not site.counted:
+                continue
+            with gm.graph.inserting_after(linear.node):
+                through = gm.graph.call_function(self._through, (linear.name, linear.x, linear.node))
+            linear.node.replace_all_uses_with(through, delete_user_cb=lambda user, keep=through: user is not keep)
+        gm.recompile()
+        return gm.forward
+
+    def _through(self, site: str, x: Tensor, y: Tensor) -> Tensor:
+        return y if self._step is None else self._step(site, x, y)
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """A model and the batches that a recipe may run it on.
+
+    ``held``: kept out of the sample, for judging choices; where there are too few batches, one that was sampled.
+    """
+
+    model: nn.Module
+    batches: tuple[Any, ...]
+    held: tuple[Any, ...]
+
+    @contextmanager
+    def opened(self, layout: Layout) -> Iterator[Stage]:
+        """A ``Stage``. Inside, the model is in evaluation mode and its weights ask for no gradients; compiled code is dropped."""
+        model = bare(self.model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with evaluating(model), observing(model):
+            try:
+                for parameter in trained:
+                    parameter.requires_grad_(False)
+                yield Stage(model, layout)
+            finally:
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+
+
+class Keeper:
+    """Passes batches on to calibration, keeps some for rehearsal, and holds every eighth back from the sample."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._kept: list[Any] = []
+        self._held: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(self._batches):
+            if index % _EVERY == _EVERY - 1 and len(self._held) < _MOST_HELD:
+                self._held.append(batch)
+                continue
+            if len(self._kept) < _MOST_KEPT:
+                self._kept.append(batch)
+            yield batch
+
+    def rehearsal(self, model: nn.Module) -> Rehearsal:
+        held = tuple(self._held) or tuple(self._kept[-1:])
+        return Rehearsal(model, tuple(self._kept), held)

@@ -1,0 +1,180 @@
+"""What an error at the output of a linear does to the model's output: second moments of gradients there.
+
+In: a stage and some batches. Out: for every unit (sites stacked over one input) the mean of g g^T over tokens, g the gradient
+of a random projection of the model's output. For logits that is the log-likelihood of a label drawn from the model's own
+distribution, so that half of e^T (E g g^T) e is, to second order, the KL divergence that an error e causes: no labels are
+needed. Any other output is projected on normal noise, scaled by the output's own size. A unit with more outputs than inputs
+has its moment in the coordinates of its input, where errors of anything made of W lie: (W^T g)(W^T g)^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from rana_fx.layout import Layout
+from rana_fx.rehearse import Stage
+
+Unit = tuple[str, ...]
+
+_ROWS = 2048  # rows of logits turned to probabilities at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """``moments``: per unit. ``columns``: per site the mean square of W^T g, (in,): what dropping a unit of each input costs."""
+
+    moments: Mapping[Unit, Tensor]
+    columns: Mapping[str, Tensor]
+
+
+def sensitivities(stage: Stage, layout: Layout, units: Sequence[Unit], batches: Iterable[Any], *, seed: int = 0) -> Sensitivity:
+    """Mean gradient moments over the real tokens of ``batches``; empty where no gradient flows."""
+    collector = _Collector(stage, layout, units)
+    generator: torch.Generator | None = None
+    for batch in batches:
+        with torch.inference_mode(False), torch.enable_grad():
+            output = stage.run(batch, collector.step)
+            generator = generator or torch.Generator(_device(output)).manual_seed(seed)
+            loss = _projected(output, stage, generator)
+            if loss is None or not loss.requires_grad or not collector.leaves:
+                return Sensitivity({}, {})
+            torch.autograd.grad(loss, collector.leaves, allow_unused=True)
+        collector.settle()
+    return collector.result()
+
+
+class _Collector:
+    """Takes gradients of one batch after the other at the linears' outputs."""
+
+    def __init__(self, stage: Stage, layout: Layout, units: Sequence[Unit]) -> None:
+        self._stage, self._layout = stage, layout
+        self._unit_of = {name: unit for unit in units for name in unit}
+        self._outs = {unit: [layout.sites[name].out_features for name in unit] for unit in units}
+        self._moments: dict[Unit, Tensor] = {}
+        self._columns: dict[str, Tensor] = {}
+        self._tokens: dict[Unit, int] = {}
+        self.leaves: list[Tensor] = []
+        self._uses: dict[str, int] = {}
+        self._rows: dict[tuple[Unit, int], Tensor] = {}
+
+    def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        """For ``Stage.run``."""
+        if not y.requires_grad:
+            self.leaves.append(y.detach().requires_grad_())
+            y = self.leaves[-1] * 1  # what follows may write into it
+        if name in self._unit_of:
+            use = self._uses[name] = self._uses.get(name, -1) + 1
+            y.register_hook(partial(self._take, name, use))
+        return y
+
+    def _take(self, name: str, use: int, gradient: Tensor) -> None:
+        unit = self._unit_of[name]
+        site = self._layout.sites[name]
+        rows = self._stage.real(gradient)
+        inner = rows @ site.view.to(rows.dtype)
+        squares = inner.float().square().sum(0)
+        self._columns[name] = self._columns[name] + squares if name in self._columns else squares
+        if sum(self._outs[unit]) > site.in_features:
+            held = self._rows.get((unit, use))
+            self._rows[unit, use] = inner if held is None else held + inner
+            return
+        held = self._rows.setdefault((unit, use), rows.new_zeros(len(rows), sum(self._outs[unit])))
+        start = sum(self._outs[unit][: unit.index(name)])
+        held[:, start : start + rows.shape[1]] += rows
+
+    def settle(self) -> None:
+        """After the backward pass of a batch."""
+        for (unit, _), rows in self._rows.items():
+            moment = rows.float().t() @ rows.float()
+            self._moments[unit] = self._moments[unit] + moment if unit in self._moments else moment
+            self._tokens[unit] = self._tokens.get(unit, 0) + len(rows)
+        self._rows, self._uses, self.leaves = {}, {}, []
+
+    def result(self) -> Sensitivity:
+        sound = {
+            unit for unit, moment in self._moments.items() if torch.isfinite(moment).all() and float(moment.diagonal().sum()) > 0
+        }
+        moments = {unit: self._moments[unit] / self._tokens[unit] for unit in sound}
+        columns = {name: self._columns[name] / self._tokens[unit] for unit in sound for name in unit if name in self._columns}
+        return Sensitivity(moments, columns)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Scores over classes in the last dimension, (..., C), where the output has such."""
+    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) and found.dim() <= 3 and found.shape[-1] > 1 else None
+
+
+def floating(output: Any) -> list[Tensor]:
+    """Floating tensors of an output, its caches left out."""
+    if isinstance(output, dict):
+        output = {key: value for key, value in output.items() if "past" not in str(key) and "cache" not in str(key)}
+    elif hasattr(output, "__dict__") and not isinstance(output, (Tensor, tuple, list)):
+        output = {key: value for key, value in vars(output).items() if "past" not in key and "cache" not in key}
+    leaves = optree.tree_leaves(dict(output) if isinstance(output, dict) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 1]
+
+
+def real_outputs(values: Tensor, stage: Stage) -> Tensor:
+    """Rows of an output, (rows, features), padding left out where it has a row per token."""
+    return values.reshape(1, -1) if values.dim() == 1 else stage.real(values)
+
+
+def _projected(output: Any, stage: Stage, generator: torch.Generator) -> Tensor | None:
+    logits = logits_of(output)
+    if logits is not None:
+        rows = _rows(logits, stage)
+        total = rows.new_zeros((), dtype=torch.float32)
+        for chunk in rows.split(_ROWS):
+            wide = chunk.float()
+            with torch.no_grad():
+                drawn = torch.multinomial(wide.softmax(-1), 1, generator=generator).squeeze(-1)
+            total = total + torch.nn.functional.cross_entropy(wide, drawn, reduction="sum")
+        return total
+    total = None
+    for tensor in floating(output):
+        if tensor.requires_grad:
+            noise = torch.empty_like(tensor, requires_grad=False).normal_(generator=generator)
+            scale = tensor.detach().float().square().mean().sqrt().clamp_min(1e-12) * tensor.shape[-1] ** 0.5
+            part = (tensor * noise).float().sum() / scale
+            total = part if total is None else total + part
+    return total
+
+
+def _rows(values: Tensor, stage: Stage) -> Tensor:
+    """As ``real_outputs``, with gradients."""
+    mask = stage.mask(values.numel() // values.shape[-1])
+    rows = values.reshape(-1, values.shape[-1])
+    return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
+
+
+def _device(output: Any) -> torch.device:
+    found = floating(output)
+    return found[0].device if found else torch.device("cpu")
+
+
+def divergence(output: Any, dense: Any, stage: Stage) -> tuple[float, int]:
+    """(sum, rows): KL divergence from the dense model's logits, or relative squared error of its other outputs."""
+    logits, expected = logits_of(output), logits_of(dense)
+    if logits is not None and expected is not None:
+        total, count = 0.0, 0
+        pairs = zip(real_outputs(logits, stage).split(_ROWS), real_outputs(expected, stage).split(_ROWS), strict=True)
+        for rows, reference in pairs:
+            log_q, log_p = rows.float().log_softmax(-1), reference.float().log_softmax(-1)
+            total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            count += len(rows)
+        return total, count
+    total, count = 0.0, 0
+    for tensor, reference in zip(floating(output), floating(dense), strict=True):
+        rows, wanted = real_outputs(tensor, stage).double(), real_outputs(reference, stage).double()
+        size = float(wanted.square().mean(0).sum()) or 1.0
+        total += float((rows - wanted).square().sum()) / size
+        count += len(rows)
+    return total, max(1, count)

@@ -1,0 +1,228 @@
+"""Recipe rana, piece by piece, against direct computation in fp64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rana_fx
+from rana_fx.calibrate import calibrate
+from rana_fx.measure import measuring
+from rana_fx.recipes import RECIPES, Problem
+from rana_fx.recipes.allocate import allocate, points_at
+from rana_fx.recipes.geometry import geometry, loss_basis
+from rana_fx.recipes.menu import KINDS, Menu, Part, Rates
+from rana_fx.recipes.rana import units_of
+from rana_fx.recipes.trial import attempt
+from rana_fx.rehearse import Keeper
+from rana_fx.sensitivity import sensitivities
+
+SHAPES = [(24, 10), (10, 24), (12, 12)]
+
+
+def draw(out, width, *, rows=400, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, width, generator=generator)
+    x = torch.randn(rows, width, generator=generator) * torch.linspace(0.2, 2, width)
+    gradients = torch.randn(rows, out, generator=generator) * torch.linspace(0.1, 1, out)
+    return weight, x, gradients
+
+
+def moment_of(weight, gradients):
+    out, width = weight.shape
+    rows = gradients @ weight if out > width else gradients
+    return rows.t() @ rows / len(rows)
+
+
+@pytest.mark.parametrize(("out", "width"), SHAPES)
+def test_geometry_measures_errors_by_their_gradients(out, width):
+    weight, x, gradients = draw(out, width)
+    found = geometry(weight, moment_of(weight, gradients))
+    torch.testing.assert_close(found.lift_OD @ found.read_DI, weight, rtol=0, atol=1e-4)
+    output_moment = (gradients.t() @ gradients / len(gradients)).double()
+    error = (x[:50] @ weight.t()).double()
+    given = torch.einsum("to,op,tp->t", error, output_moment, error)
+    # a tenth of the weight is spread evenly over the outputs, or over what W makes of the inputs
+    trace = output_moment.diagonal().sum() / out
+    if out > width:
+        wide = weight.double()
+        trace = (wide.t() @ output_moment @ wide).diagonal().sum() / wide.square().sum()
+    expected = 0.9 * given + 0.1 * trace * error.square().sum(1)
+    torch.testing.assert_close((x[:50] @ found.read_DI.t()).square().sum(1).double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("out", "width"), SHAPES)
+def test_basis_is_complete_and_ordered_by_energy(out, width):
+    weight, x, gradients = draw(out, width)
+    found = geometry(weight, moment_of(weight, gradients))
+    basis = loss_basis(found, x.double().t() @ x.double() / len(x))
+    torch.testing.assert_close(basis.a_OD @ basis.b_DI, weight, rtol=0, atol=1e-4)
+    # components are orthonormal in the loss's coordinates: their squares add up to the whole
+    z = x @ basis.b_DI.t()
+    torch.testing.assert_close(z.square().sum(1), (x @ found.read_DI.t()).square().sum(1), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_points_cost_and_lose_what_they_say(kind):
+    out, width = 24, 10
+    weight, x, gradients = draw(out, width)
+    found = geometry(weight, moment_of(weight, gradients))
+    basis = loss_basis(found, x.double().t() @ x.double() / len(x))
+    menu = Menu(found, basis, x, Rates(1.0, 1.0, 1.0))
+    price = 0.02 * float((x @ found.read_DI.t()).square().sum(1).mean()) / (out * width)
+    point = menu.point(kind, price)
+    exact = x @ found.read_DI.t()
+    if kind == "dense":
+        cost, made = out * width, exact
+    elif kind == "neuron":
+        mask = x.square() >= point.sites[0].tau_I
+        cost, made = out * float(mask.sum(1).float().mean()), (x * mask) @ found.read_DI.t()
+    else:
+        rows = x
+        router = width * point.ranks
+        if kind == "hybrid":
+            inputs = x.square() >= point.router_tau_I
+            rows, router = x * inputs, point.ranks * float(inputs.sum(1).float().mean())
+        z = rows @ basis.b_DI[: point.ranks].t()
+        mask = z.square() >= point.tau
+        cost = router + out * float(mask.sum(1).float().mean())
+        made = (z * mask) @ (torch.linalg.pinv(found.lift_OD) @ basis.a_OD[:, : point.ranks]).t()
+    assert point.cost == pytest.approx(cost, rel=1e-5)
+    assert point.loss == pytest.approx(float((exact - made).square().sum(1).mean()) / 2, rel=1e-3, abs=1e-6)
+
+
+def menus_of_three():
+    menus = {}
+    for seed, (out, width) in enumerate(SHAPES):
+        weight, x, gradients = draw(out, width, seed=seed)
+        found = geometry(weight, moment_of(weight, gradients))
+        basis = loss_basis(found, x.double().t() @ x.double() / len(x))
+        menus[(f"unit{seed}",)] = Menu(found, basis, x, Rates(1.0, 1.0, 1.0))
+    return menus
+
+
+@pytest.mark.parametrize("fraction", [0.8, 0.5, 0.25])
+def test_one_price_spends_the_budget_and_no_unit_would_rather_be_another(fraction):
+    menus = menus_of_three()
+    asked = fraction * sum(menu.dense_cost for menu in menus.values())
+    price, chosen = allocate(menus, asked)
+    points = points_at(menus, chosen, price)
+    # components are whole rows of a router
+    assert sum(point.cost for point in points.values()) == pytest.approx(asked, rel=0.05)
+    uniform = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in menus.items()}
+    even = sum(points_at({u: menus[u]}, choice, price)[u].loss for u, (price, choice) in uniform.items())
+    assert sum(point.loss for point in points.values()) <= even * 1.05
+
+
+def test_each_linear_of_a_unit_has_thresholds_of_its_own():
+    weight, x, gradients = draw(24, 10)
+    gradients[:, :12] *= 0.01  # nothing depends on the first linear
+    found = geometry(weight, moment_of(weight, gradients))
+    parts = [Part(12, (gradients[:, part] @ weight[part]).square().mean(0)) for part in (slice(0, 12), slice(12, 24))]
+    menu = Menu(found, None, x, Rates(1.0, 1.0, 1.0), parts)
+    assert menu.kinds == ("dense", "neuron")
+    first, second = menu.point("neuron", 1e-3).sites
+    assert first.kept < second.kept
+
+
+class Classifier(nn.Module):
+    """Two blocks of a residual stream and a head, as small as a model can be that has all roles."""
+
+    def __init__(self, width=16, classes=6):
+        super().__init__()
+        self.stem = nn.Linear(4, width)
+        self.ups = nn.ModuleList(nn.Linear(width, 40) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(40, width) for _ in range(2))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        h = self.stem(x)
+        for up, down in zip(self.ups, self.downs, strict=True):
+            h = h + down(torch.nn.functional.gelu(up(h)))
+        return {"logits": self.head(h)}
+
+
+def rehearsed(model, batches):
+    keeper = Keeper(batches)
+    wanted = RECIPES["rana"].wants
+    layout, samples, _ = calibrate(model, keeper, wanted=wanted, progress=False)
+    return layout, samples, keeper.rehearsal(model)
+
+
+def test_gradients_are_those_of_the_divergence():
+    torch.manual_seed(0)
+    model = Classifier()
+    batches = [(torch.randn(4, 512, 4),) for _ in range(9)]
+    layout, _, rehearsal = rehearsed(model, batches)
+    assert len(rehearsal.held) == 1 and len(rehearsal.batches) == 4
+    with rehearsal.opened(layout) as stage:
+        found = sensitivities(stage, layout, units_of(layout), rehearsal.batches)
+    # at the last down projection the Fisher information is known: W^T (diag p - p p^T) W
+    x = torch.cat([batch[0] for batch in rehearsal.batches]).reshape(-1, 4)
+    p = model(x)["logits"].softmax(-1).double()
+    fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    head = model.head.weight.double()
+    expected = (head.t() @ fisher @ head).float().detach()
+    moment = found.moments[("downs.1",)]
+    # one label per token: 8192 of them
+    assert float((moment - expected).norm() / expected.norm()) < 0.1
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_trial_keeps_and_loses_what_the_attached_plan_does():
+    torch.manual_seed(0)
+    model = Classifier()
+    batches = [(torch.randn(4, 128, 4),) for _ in range(9)]
+    layout, samples, rehearsal = rehearsed(model, batches)
+    problem = Problem(layout, samples, 0.5, "flops", "rana", False, rehearsal=rehearsal)
+    with torch.no_grad():
+        adapters = RECIPES["rana"].solve(problem)
+        with rehearsal.opened(layout) as stage:
+            dense = [stage.run(batch) for batch in rehearsal.held]
+            outcome = attempt(stage, layout, adapters, rehearsal.held, dense)
+    plan = rana_fx.adapt(model, batches, budget=0.5, recipe="rana", progress=False)
+    with measuring(model) as meter:
+        output = meter.run(rehearsal.held[0])["logits"]
+        measured = meter.result()
+    ranks = {adapter.name: adapter.ranks for adapter in plan.adapters}
+    assert {name: kept / ranks[name] for name, kept in outcome.kept.items()} == pytest.approx(measured.density, rel=1e-3)
+    assert measured.budget_flops == pytest.approx(0.5, abs=0.02)
+    log_p, log_q = dense[0]["logits"].log_softmax(-1), output.log_softmax(-1)
+    expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert outcome.divergence == pytest.approx(expected, rel=1e-2, abs=1e-6)
+
+
+def test_a_model_whose_gradients_cannot_be_taken_is_adapted_with_equal_weights():
+    class Integer(Classifier):
+        def forward(self, x):
+            return super().forward(x)["logits"].argmax(-1)
+
+    torch.manual_seed(0)
+    model = Integer()
+    plan = rana_fx.adapt(model, [(torch.randn(4, 128, 4),) for _ in range(9)], budget=0.5, progress=False)
+    assert plan.recipe == "rana" and plan.adapters
+
+
+def test_gradients_are_taken_inside_inference_mode():
+    torch.manual_seed(0)
+    model = Classifier()
+    batches = [(torch.randn(4, 128, 4),) for _ in range(9)]
+    with torch.inference_mode():
+        inside = rana_fx.adapt(model, batches, budget=0.5, progress=False)
+    rana_fx.detach(model)
+    outside = rana_fx.adapt(model, batches, budget=0.5, progress=False)
+    assert inside.digest() == outside.digest()
+
+
+def test_constant_and_single_token_inputs_are_left_dense_or_narrow():
+    torch.manual_seed(0)
+    model = Classifier()
+    constant = [(torch.ones(1, 64, 4),) for _ in range(9)]
+    plan = rana_fx.adapt(copy.deepcopy(model), constant, budget=0.6, progress=False)
+    assert plan.expected_budget() <= 0.62
+    single = [(torch.randn(1, 1, 4),)]
+    plan = rana_fx.adapt(model, single, budget=0.6, progress=False)
+    assert all(torch.isfinite(adapter.tau).any() for adapter in plan.adapters)
