@@ -41,8 +41,8 @@ def wide(batch):
     return torch.utils._pytree.tree_map(lambda x: x.double() if x.is_floating_point() else x, batch)
 
 
-# every storage on gpt2 (whose weights lie transposed), and the others in turn: how a model is traced and how an adapter stores meet
-# in a few lines only
+# every storage on gpt2 (whose weights lie transposed), and the others in turn: how a model is traced and how an adapter stores
+# meet in a few lines only
 OTHERS = [
     (name, storage) for name, storage in zip(itertools.cycle(["llama", "gpt_neox", "bert", "phi3"]), STORAGES, strict=False)
 ]
