@@ -38,6 +38,8 @@ from rana_fx.passes.fuse_gated import gated_of
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
 _SUMS = {_aten.add.Tensor, _aten.add.Scalar}
+# casts to these round as the computation itself does; to others they are part of what is computed
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CAST = torch.ops.prims.convert_element_type.default
 
 
@@ -82,7 +84,8 @@ def _fuse_norm(graph: fx.Graph, node: fx.Node) -> int:
     assert isinstance(x, fx.Node)
     # with another reader the norm would be computed all the same
     norm = norm_of(x) if all(user.target is router for user in x.users) else None
-    if norm is None:
+    # the result has the dtype of what is normalised
+    if norm is None or norm.h.meta["val"].dtype != x.meta["val"].dtype:
         return 0
     with graph.inserting_before(node):
         fused = graph.call_function(normed_router, (norm.h, norm.gain, weight, scale, norm.eps, norm.offset))
@@ -165,7 +168,7 @@ def norm_of(x: fx.Node) -> Norm | None:
 
 def _bare(node: fx.Node) -> fx.Node:
     """What a chain of casts, and of views that keep the last dimension, starts from."""
-    while node.target is _CAST or (node.target in _VIEWS and _last(node) == _last(node.args[0])):
+    while (node.target is _CAST and node.args[1] in _FLOATS) or (node.target in _VIEWS and _last(node) == _last(node.args[0])):
         assert isinstance(node.args[0], fx.Node)
         node = node.args[0]
     return node

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
+import sympy
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import ir
@@ -35,7 +36,7 @@ def traced(launch: Callable[..., Any], operands: Sequence[Any], *, key: Hashable
     fakes = [fake(node) for node in operands]
     given = [i for i, node in enumerate(operands) if node is not None]
     known = _of_this_graph("traced")
-    full_key = (key, *(None if one is None else (one.shape, one.stride(), one.dtype) for one in fakes))
+    full_key = (key, *(None if one is None else _layout_of(one) for one in fakes))
     if full_key not in known:
         known[full_key] = _graph_of(launch, given, fakes)
     before = len(V.graph.operations)
@@ -78,12 +79,20 @@ def realized(*nodes: Any) -> list[Any]:
 
 
 def fake(node: Any) -> torch.Tensor | None:
-    """A fake tensor of a node's sizes and strides."""
+    """A fake tensor of a node's sizes and strides, whose memory begins as far from an aligned address."""
     if node is None:
         return None
     size, stride = ([int(n) for n in many] for many in (node.get_size(), node.get_stride()))
+    offset = int(node.get_layout().offset) % 16
+    length = 1 + offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     with V.fake_mode:
-        return torch.empty_strided(size, stride, dtype=node.get_dtype(), device=node.get_device())
+        memory = torch.empty(max(length, 0), dtype=node.get_dtype(), device=node.get_device())
+        return memory.as_strided(size, stride, offset)
+
+
+def static(*nodes: Any) -> bool:
+    """Whether all sizes are numbers (operands may be None)."""
+    return all(isinstance(size, (int, sympy.Integer)) for node in nodes if node is not None for size in node.get_size())
 
 
 def counters(device: torch.device) -> Any:
@@ -96,18 +105,19 @@ def counters(device: torch.device) -> Any:
     return known[device]
 
 
-def starts_early(device: torch.device, constants: Sequence[Any]) -> bool:
+def starts_early(x: Any, constants: Sequence[Any]) -> bool:
     """Whether a launch may begin while the kernel before it runs: it reads ``constants`` before it waits for that one.
 
-    So they must be inputs of the graph. Not while training, where an optimizer writes weights on the same stream, and not
-    the first launch of a graph: what ran before it is not known.
+    So they must be inputs of the graph that nothing writes or copies. x, which it reads afterwards, must not be one: a kernel of
+    this graph then ran before, and what ran before the graph is done. Not while training, where an optimizer writes weights.
     """
-    if not V.graph.is_inference or torch.cuda.get_device_capability(device)[0] < 9:
+    if not V.graph.is_inference or torch.cuda.get_device_capability(x.get_device())[0] < 9 or _input(x) is not None:
         return False
-    known = _of_this_graph("launched")
-    first = device not in known
-    known[device] = True
-    return not first and all(node is None or _is_input(node) for node in constants)
+    # Inductor copies inputs that are not static when they turn out misaligned, just before they are read
+    names = V.graph.graph_input_names
+    moved = V.graph.mutated_inputs | {names[index] for index in V.graph.inputs_to_check or ()}
+    found = [_input(node) for node in constants if node is not None]
+    return all(name is not None and name not in moved for name in found)
 
 
 def _of_this_graph(name: str) -> dict[Any, Any]:
@@ -116,10 +126,15 @@ def _of_this_graph(name: str) -> dict[Any, Any]:
     return kept.setdefault(name, {})
 
 
-def _is_input(node: Any) -> bool:
+def _input(node: Any) -> str | None:
+    """The name of the graph's input that a node is a view of."""
     while isinstance(node, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
         node = node.data
-    return isinstance(node, ir.InputBuffer)
+    return node.get_name() if isinstance(node, ir.InputBuffer) else None
+
+
+def _layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
 
 
 @contextlib.contextmanager

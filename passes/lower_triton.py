@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from rana_fx.kernels import cost, tune
 from rana_fx.kernels.config import MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, configs, default_config
 from rana_fx.kernels.quantize import bits_of, shape_of
-from rana_fx.passes.launch import COUNTERS, counters, fake, realized, starts_early, traced
+from rana_fx.passes.launch import COUNTERS, counters, fake, realized, starts_early, static, traced
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,12 +38,14 @@ def masked_product(
     """
     from rana_fx.kernels.masked_gemv import masked_gemv
 
+    if tokens_of(v_TK) is None or not static(v_TK, tau, weight, scale):
+        return None
     operands = realized(v_TK, tau, weight, scale)
     config = _config(operands[0], operands[2], operands[3], density)
     if config is None:
         return None
     operands += [*realized(bias, residual_TN), counters(v_TK.get_device())]
-    early = starts_early(v_TK.get_device(), operands[1:4])
+    early = starts_early(operands[0], operands[1:4])
 
     def launch(v: Any, tau: Any, weight: Any, scale: Any, bias: Any, residual: Any, zeros: Any) -> Any:
         finish: dict[str, Any] = dict(residual=residual, activation=activation, counters=zeros)
@@ -58,10 +60,10 @@ def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: fl
 
     tokens = tokens_of(x_TI)
     # above a few tokens a floating weight is read by a matrix product as fast, and multiplied faster
-    if tokens is None or (scale is None and tokens > TOKENS_AT_ONCE):
+    if tokens is None or (scale is None and tokens > TOKENS_AT_ONCE) or not static(x_TI, weight, scale):
         return None
     operands = realized(x_TI, weight, scale, gain)
-    early = starts_early(x_TI.get_device(), operands[1:])
+    early = starts_early(operands[0], operands[1:])
 
     def launch(x: Any, weight: Any, scale: Any, gain: Any) -> Any:
         return router(x, weight, scale, gain=gain, eps=eps, offset=offset, traced=True, pdl=early)

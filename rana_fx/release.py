@@ -3,8 +3,9 @@
     weight (out, in), out * in numbers      becomes      weight (out, in), one NaN seen out * in times
 
 In: Parameters that nobody reads any more. Out: the same Parameters, name, shape, dtype and device kept, so that modules print,
-graphs are traced and guards hold as before; what reads one by accident gets NaN, not garbage. There is no way back but loading
-the checkpoint again. A deep copy, or ``.to(...)``, of such a Parameter is a full tensor of NaN.
+graphs are traced and guards hold as before; what reads one by accident gets NaN, not garbage. There is no way back but the
+checkpoint: a fresh model, or ``load_state_dict(..., assign=True)``, since nothing can be copied into what is left. A deep copy,
+or ``.to(...)``, of such a Parameter is a full tensor of NaN.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def main(tokens, count):
         graph.recompile()
         try:
             with V.set_fake_mode(mode):
-                compile_fx_inner(graph, inputs, is_inference=True)
+                compile_fx_inner(graph, inputs, is_inference=True, static_input_idxs=range(1, len(inputs)))
         except Exception:  # Written, in whatever Inductor wraps it
             if not code:
                 raise

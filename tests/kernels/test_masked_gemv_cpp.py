@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import gelu, silu
 
+from rana_fx.kernels import reference
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.kernels.quantize import pack, unpack
 from rana_fx.kernels.template_cpp import MAX_TOKENS
+from rana_fx.passes import lower
 from tests.kernels.inductor import GEMV, compiled, poisoned
 from tests.kernels.products import Product, assert_close, products
 
@@ -177,3 +179,12 @@ def test_gradients_through_the_template():
     ((right[0] * kept) @ right[1] + right[2]).square().sum().backward()
     for a, b in zip(leaves, right, strict=True):
         assert_close("grad", a.grad, b.grad, b.grad.abs() + 1, terms=31 * 64)
+
+
+def test_weights_of_symbolic_size_are_left_to_a_matrix_product():
+    lower.register()
+    v, tau, weight = torch.randn(2, 12), torch.full((12,), 0.3), torch.randn(12, 7)
+    compiled = torch.compile(lambda v, tau, weight: masked_gemv(v, tau, weight), dynamic=True)
+    expected = reference.masked_gemv(v.double(), tau, weight.double())
+    # fp32 sums of 12 terms
+    torch.testing.assert_close(compiled(v, tau, weight).double(), expected, rtol=1e-5, atol=1e-5)

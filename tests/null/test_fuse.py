@@ -101,7 +101,17 @@ def test_every_router_of_a_norm_takes_it():
     assert fused(two, h, g, b)[1] == NONE
 
 
+def test_a_norm_that_changes_the_dtype_is_left():
+    """The fused router gives what it reads, so its result would be wider than the router's."""
+    h, g, b = norm_operands(torch.bfloat16)
+    module, counts = fused(lambda h, g, b: router(llama(h, g).to(b.dtype), b), h.float(), g.float(), b)
+    assert counts == NONE
+    assert module(h.float(), g.float(), b).dtype == torch.bfloat16
+
+
 LEFT = {
+    # a rounding that was asked for
+    "fp8 in between": lambda h, g, b: router(llama(h, g).to(torch.float8_e4m3fn).to(b.dtype), b),
     "layer norm": lambda h, g, b: router(layer_norm(h, (WIDTH,), g, g, EPS), b),
     "another reader": lambda h, g, b: (router(x := llama(h, g), b), x + 1),
     "another tensor": lambda h, g, b: router(h * torch.rsqrt((h + 1).square().mean(-1, keepdim=True) + EPS), b),
