@@ -1,9 +1,9 @@
 """Rounding to 8 and 4 bits with the least error on given inputs.
 
 In: a matrix whose rows are multiplied by the components of an input, and the second moment of that input. Out: the matrix as
-``kernels/quantize.py`` stores it. In 4 bits, rows are rounded one after the other and what rounding one does to the output is made up
-for by the rows not rounded yet (optimal brain quantisation in a fixed order, GPTQ, arXiv 2210.17323); each group's step is the best of
-a few that clip its largest numbers. In 8 bits rounding to nearest is as good.
+``kernels/quantize.py`` stores it. In 4 bits, rows are rounded one after the other, and what rounding one does to the output is
+made up for by the rows not rounded yet (optimal brain quantisation in a fixed order: GPTQ, arXiv 2210.17323). Each group's step
+is the best of a few that clip its largest numbers. In 8 bits rounding to nearest is as good.
 """
 
 from __future__ import annotations
