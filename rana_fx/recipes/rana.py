@@ -204,5 +204,5 @@ def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
     if adapter.name not in outcome.kept:
         return adapter  # a layer that no held-out batch reached
     kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
-    costs = {metric: adapter.cost(metric, kept, router) for metric in ("flops", "bytes")}
-    return replace(adapter, kept=kept, router_kept=router, **costs)
+    flops, weight_bytes = (adapter.cost(metric, kept, router) for metric in ("flops", "bytes"))
+    return replace(adapter, kept=kept, router_kept=router, flops=flops, bytes=weight_bytes)

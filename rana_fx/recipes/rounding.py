@@ -71,7 +71,8 @@ def _inverse_factor(moment_KK: Tensor) -> Tensor:
     moment = moment_KK.double()
     size = moment.diagonal().mean().clamp_min(1e-30)
     damped = moment + _DAMP * size * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor
 
 
 def _to_grid(rows_RN: Tensor) -> tuple[Tensor, Tensor]:

@@ -271,3 +271,23 @@ def test_storages_fill_the_budget_and_lose_less_than_one_storage_for_all(fractio
         else:
             bar = price_for(menus, alone, asked)
         assert lost <= 1.02 * sum(point.loss for point in points_at(menus, alone, bar).values())
+
+
+def test_a_linear_that_reads_another_one_directly_reads_what_the_step_made_of_it():
+    class Chain(Classifier):
+        def forward(self, x):
+            h = self.stem(x)
+            return {"logits": self.head(h + self.downs[0](self.ups[0](h)))}
+
+    model = Chain()
+    layout, _, rehearsal = rehearsed(model, [(torch.randn(2, 16, 4),) for _ in range(2)])
+    seen = {}
+
+    def step(name, x, y):
+        seen[name] = x
+        return torch.zeros_like(y) if name == "ups.0" else y
+
+    with rehearsal.opened(layout) as stage:
+        stage.run(rehearsal.held[0], step)
+    assert float(seen["ups.0"].abs().sum()) > 0
+    assert float(seen["downs.0"].abs().sum()) == 0
