@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bench.compare import compare
 from bench.once import batches_of, calibrate_once
 from bench.record import append, head, start
 from bench.table import plot, table
 from rana_fx.attachment import attach, detach
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
-from rana_fx.evaluate import evaluate, evaluate_adapted, load_model
+from rana_fx.evaluate import evaluate, load_model
 from rana_fx.recipes import RECIPES
 
 
@@ -30,12 +32,15 @@ def main(
     calib: Annotated[str, typer.Option(help="Calibration text.")],
     text: Annotated[list[str], typer.Option(help="Evaluation text; may be given several times.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
-    recipes: Annotated[str, typer.Option(help="Recipes, by commas.")] = "dense,static,cats,teal,wina,paper",
+    recipes: Annotated[str, typer.Option(help="Recipes, by commas.")] = "dense,static,cats,teal,wina,paper,rana",
     budgets: Annotated[str, typer.Option(help="Budgets, by commas.")] = "0.8,0.7,0.58,0.5,0.4",
     metric: Annotated[str, typer.Option(help="What the budgets count: flops or bytes.")] = "flops",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_000,
     eval_tokens: Annotated[int, typer.Option(help="Tokens of each evaluation text.")] = 65_536,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16: with --metric bytes, of what the budget is a part.")
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the token sample.")] = 0,
     png: Annotated[Path | None, typer.Option(help="Plot of perplexity against measured budget.")] = None,
 ) -> None:
@@ -45,7 +50,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"unknown recipes {unknown}: pick of {', '.join(RECIPES)}")
     progress = sys.stderr.isatty()
-    network, tokenizer = load_model(model, dtype="float32")
+    network, tokenizer = load_model(model, dtype=dtype)
     texts = {Path(source).name: batches_of(source, tokenizer, tokens=eval_tokens, context=context) for source in text}
     calibrated = calibrate_once(
         network, batches_of(calib, tokenizer, tokens=tokens, context=context), seed=seed, progress=progress
@@ -55,7 +60,7 @@ def main(
         "calibration": Path(calib).name,
         "calibration_tokens": calibrated.tokens,
         "context": context,
-        "dtype": "float32",
+        "dtype": dtype,
         "metric": metric,
         "seed": seed,
     }
@@ -90,7 +95,7 @@ def main(
             expected = {unit: plan.expected_budget(unit) for unit in ("flops", "bytes")}
             for name, batches in texts.items():
                 began = time.perf_counter()
-                quality, measured = evaluate_adapted(network, batches, progress=progress)
+                quality, measured, compared = compare(network, batches, progress=progress)
                 add(
                     text=name,
                     recipe=recipe,
@@ -98,6 +103,7 @@ def main(
                     expected=expected,
                     measured={"flops": measured.budget_flops, "bytes": measured.budget_bytes},
                     **_quality(quality, dense[name]),
+                    **asdict(compared),
                     digest=plan.digest()[:12],
                     solve_seconds=solved,
                     eval_seconds=time.perf_counter() - began,

@@ -15,7 +15,14 @@ import typer
 
 from rana_fx.commands.record import show
 
-_COLORS = {"static": "tab:gray", "cats": "tab:green", "teal": "tab:orange", "wina": "tab:red", "paper": "tab:blue"}
+_COLORS = {
+    "static": "tab:gray",
+    "cats": "tab:green",
+    "teal": "tab:orange",
+    "wina": "tab:red",
+    "paper": "tab:blue",
+    "rana": "black",
+}
 
 
 def main(
@@ -33,7 +40,7 @@ def main(
 
 def table(rows: list[dict[str, Any]], metric: str) -> None:
     """One line per text, budget and recipe."""
-    columns = ("text", "recipe", "budget", "measured", "mean loss", "perplexity", "delta")
+    columns = ("text", "recipe", "budget", "measured", "mean loss", "perplexity", "delta", "KL", "same token")
     found = [
         (
             row["text"],
@@ -43,6 +50,8 @@ def table(rows: list[dict[str, Any]], metric: str) -> None:
             row.get("mean_loss"),
             row.get("perplexity"),
             row.get("delta"),
+            row.get("kl"),
+            row.get("agreement"),
         )
         for row in sorted(rows, key=lambda row: (row["text"], -row["budget"], row["recipe"]))
     ]

@@ -61,13 +61,17 @@ class Stage:
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         redirect(gm)
         unfuse(gm, parameters_of(gm, example_inputs))
+        through: dict[fx.Node, fx.Node] = {}
         for linear in find_linears(gm, example_inputs, self._names).linears:
             site = self._layout.sites.get(linear.name)
             if site is None or not site.counted:
                 continue
+            x = through.get(linear.x, linear.x)  # a linear may read another one directly
             with gm.graph.inserting_after(linear.node):
-                through = gm.graph.call_function(self._through, (linear.name, linear.x, linear.node))
-            linear.node.replace_all_uses_with(through, delete_user_cb=lambda user, keep=through: user is not keep)
+                taken = gm.graph.call_function(self._through, (linear.name, x, linear.node))
+            linear.node.replace_all_uses_with(taken)
+            taken.args = (linear.name, x, linear.node)  # all uses but this one
+            through[linear.node] = taken
         gm.recompile()
         return gm.forward
 

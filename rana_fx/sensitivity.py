@@ -118,7 +118,8 @@ def floating(output: Any) -> list[Tensor]:
         output = {key: value for key, value in output.items() if "past" not in str(key) and "cache" not in str(key)}
     elif hasattr(output, "__dict__") and not isinstance(output, (Tensor, tuple, list)):
         output = {key: value for key, value in vars(output).items() if "past" not in key and "cache" not in key}
-    leaves = optree.tree_leaves(dict(output) if isinstance(output, dict) else output)
+    tree: Any = dict(output) if isinstance(output, dict) else output
+    leaves = optree.tree_leaves(tree)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 1]
 
 
@@ -138,14 +139,14 @@ def _projected(output: Any, stage: Stage, generator: torch.Generator) -> Tensor 
                 drawn = torch.multinomial(wide.softmax(-1), 1, generator=generator).squeeze(-1)
             total = total + torch.nn.functional.cross_entropy(wide, drawn, reduction="sum")
         return total
-    total = None
+    projected: Tensor | None = None
     for tensor in floating(output):
         if tensor.requires_grad:
             noise = torch.empty_like(tensor, requires_grad=False).normal_(generator=generator)
             scale = tensor.detach().float().square().mean().sqrt().clamp_min(1e-12) * tensor.shape[-1] ** 0.5
             part = (tensor * noise).float().sum() / scale
-            total = part if total is None else total + part
-    return total
+            projected = part if projected is None else projected + part
+    return projected
 
 
 def _rows(values: Tensor, stage: Stage) -> Tensor:

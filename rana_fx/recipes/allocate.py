@@ -2,7 +2,7 @@
 
 In: a menu per unit and a budget. Out: a point per unit, at the one price of a unit of cost (a Lagrange multiplier) at which all
 points together cost the budget; each unit is of the kind that is cheapest at that price, loss and cost taken together. Cost falls
-as the price rises, so bisection finds it. Kinds are chosen at the price found so far, and the price anew, until both agree.
+as the price rises, so bisection finds it. Where kinds jump, as between storages, the last step is taken unit by unit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rana_fx.recipes.menu import Menu, Point
 
-_ROUNDS = 3
+_STEP = 0.1  # of the logarithm, between the prices that kinds are chosen at
 _LOWEST, _HIGHEST = -60.0, 10.0  # logarithms of the price
 _PRECISION = 5e-3
 
@@ -22,42 +22,90 @@ Unit = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Choice:
-    """What a unit is to be: its kind, and the rows of its router where it has one."""
+    """What a unit is to be: its kind, how it is stored, and the rows of its router where it has one."""
 
     kind: str
+    storage: int = 0
     ranks: int | None = None
+
+    def point(self, menu: Menu, price: float, *, loss: bool = True) -> Point:
+        return menu.point(self.kind, price, storage=self.storage, ranks=self.ranks, loss=loss)
 
 
 def allocate(
     menus: Mapping[Unit, Menu], cost: float, *, scale: Mapping[Unit, float] | None = None
 ) -> tuple[float, dict[Unit, Choice]]:
     """The price at which all points cost ``cost``, and what every unit is there. ``scale``: a unit's price over the common."""
-    chosen: dict[Unit, Choice] = dict.fromkeys(menus, Choice("neuron"))
-    price = price_for(menus, chosen, cost, scale=scale)
-    for _ in range(_ROUNDS):
-        kinds = {unit: _best(menu, price * scale_of(scale, unit)) for unit, menu in menus.items()}
-        if all(kinds[unit] == chosen[unit].kind for unit in menus):
-            break
-        chosen = {unit: Choice(kind) for unit, kind in kinds.items()}
-        price = price_for(menus, chosen, cost, scale=scale, near=price)
-    ranks = {unit: menu.point(chosen[unit].kind, price * scale_of(scale, unit), loss=False).ranks for unit, menu in menus.items()}
-    return price, {unit: Choice(choice.kind, ranks[unit] or None) for unit, choice in chosen.items()}
+
+    def best(logarithm: float) -> dict[Unit, Point]:
+        return {unit: _best(menu, math.exp(logarithm) * scale_of(scale, unit)) for unit, menu in menus.items()}
+
+    start = math.log(price_for(menus, dict.fromkeys(menus, Choice("neuron")), cost, scale=scale))
+    low, high = start - 1.0, start + 1.0
+    rich, poor = best(low), best(high)
+    while _cost(rich) < cost and low > _LOWEST:
+        low, high, poor = low - 4.0, low, rich
+        rich = best(low)
+    while _cost(poor) > cost and high < _HIGHEST:
+        low, high, rich = high, high + 4.0, poor
+        poor = best(high)
+    while high - low > _STEP:
+        middle = (low + high) / 2
+        found = best(middle)
+        if _cost(found) > cost:
+            low, rich = middle, found
+        else:
+            high, poor = middle, found
+    # with few units the corners are coarse: masks alone may bridge them better than kinds
+    made = [{unit: _choice(point) for unit, point in points.items()} for points in (rich, poor)]
+    return _cheapest(menus, [_between(rich, poor, cost), *made], cost, scale, math.exp(high))
 
 
-def _best(menu: Menu, price: float) -> str:
-    """The kind with the least loss plus price times cost."""
-    points = [menu.point(kind, price) for kind in menu.kinds]
-    return min(points, key=lambda point: point.loss + price * point.cost).kind
+def _cheapest(
+    menus: Mapping[Unit, Menu], made: list[dict[Unit, Choice]], cost: float, scale: Mapping[Unit, float] | None, near: float
+) -> tuple[float, dict[Unit, Choice]]:
+    """Of some choices, each at the price at which it costs ``cost``, those that lose least: (price, choices)."""
+    best, least = (near, made[0]), (True, math.inf)
+    for chosen in made:
+        price = price_for(menus, chosen, cost, scale=scale, near=near)
+        points = points_at(menus, chosen, price, scale=scale)
+        found = (_cost(points) > 1.01 * cost, sum(point.loss for point in points.values()))
+        if found < least:
+            best, least = (price, chosen), found
+    return best
+
+
+def _between(rich: Mapping[Unit, Point], poor: Mapping[Unit, Point], cost: float) -> dict[Unit, Choice]:
+    """Kinds jump where a unit's hull has a corner: those of the lower price, the most worthwhile first, while there is room."""
+    spent, chosen = _cost(poor), {unit: _choice(point) for unit, point in poor.items()}
+    jumps = [unit for unit in poor if chosen[unit] != _choice(rich[unit]) and rich[unit].cost > poor[unit].cost]
+    jumps.sort(key=lambda unit: (rich[unit].loss - poor[unit].loss) / (rich[unit].cost - poor[unit].cost))
+    for unit in jumps:
+        more = rich[unit].cost - poor[unit].cost
+        if spent + more <= cost:
+            spent, chosen[unit] = spent + more, _choice(rich[unit])
+    return chosen
+
+
+def _cost(points: Mapping[Unit, Point]) -> float:
+    return sum(point.cost for point in points.values())
+
+
+def _choice(point: Point) -> Choice:
+    return Choice(point.kind, point.storage, point.ranks or None)
+
+
+def _best(menu: Menu, price: float) -> Point:
+    """The entry with the least loss plus price times cost."""
+    points = [menu.point(kind, price, storage=storage) for kind, storage in menu.entries]
+    return min(points, key=lambda point: point.loss + price * point.cost)
 
 
 def points_at(
     menus: Mapping[Unit, Menu], chosen: Mapping[Unit, Choice], price: float, *, scale: Mapping[Unit, float] | None = None
 ) -> dict[Unit, Point]:
     """A point per unit, of the kinds chosen."""
-    return {
-        unit: menu.point(chosen[unit].kind, price * scale_of(scale, unit), ranks=chosen[unit].ranks)
-        for unit, menu in menus.items()
-    }
+    return {unit: chosen[unit].point(menu, price * scale_of(scale, unit)) for unit, menu in menus.items()}
 
 
 def price_for(
@@ -72,10 +120,7 @@ def price_for(
 
     def total(logarithm: float) -> float:
         price = math.exp(logarithm)
-        return sum(
-            menu.point(chosen[unit].kind, price * scale_of(scale, unit), ranks=chosen[unit].ranks, loss=False).cost
-            for unit, menu in menus.items()
-        )
+        return sum(chosen[unit].point(menu, price * scale_of(scale, unit), loss=False).cost for unit, menu in menus.items())
 
     low, high = (_LOWEST, _HIGHEST) if near is None else (math.log(near) - 2, math.log(near) + 2)
     if near is not None and (total(low) < cost or total(high) > cost):

@@ -20,10 +20,14 @@ _RELATIVE = 1e-9  # directions below this share of the largest carry nothing
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """lift_OD, read_DI: W = lift read. norms_I: |read_:,j|^2, what dropping a unit of input j costs."""
+    """lift_OD, read_DI: W = lift read. norms_I: |read_:,j|^2, what dropping a unit of input j costs.
+
+    ``even``: what a unit of error of an output costs, outputs alike: for errors that W could not have made, such as rounding.
+    """
 
     lift_OD: Tensor
     read_DI: Tensor
+    even: float
 
     @property
     def norms_I(self) -> Tensor:
@@ -50,18 +54,20 @@ def geometry(weight_OI: Tensor, moment: Tensor | None) -> Geometry:
     out, width = weight.shape
     wide = out > width
     gram = weight.t() @ weight if wide else torch.eye(out, dtype=torch.float64, device=weight.device)
-    size = gram.diagonal().sum()
+    size = float(gram.diagonal().sum())
     if moment is None:
-        metric = gram / max(1e-30, float(weight.square().sum()))
+        even = 1 / max(1e-30, float(weight.square().sum()))
+        metric = gram * even
     else:
         given = moment.double()
-        metric = (1 - _SHRINK) * given + _SHRINK * gram * (given.diagonal().sum() / size.clamp_min(1e-30))
+        even = float(given.diagonal().sum()) / max(1e-30, size)
+        metric = (1 - _SHRINK) * given + _SHRINK * gram * even
     values, vectors = torch.linalg.eigh(metric)
     sound = values > _RELATIVE * values[-1].clamp_min(1e-30)
     root, vectors = values[sound].sqrt(), vectors[:, sound]
     if wide:
-        return Geometry((weight @ vectors / root).float(), (root[:, None] * vectors.t()).float())
-    return Geometry((vectors / root).float(), (root[:, None] * (vectors.t() @ weight)).float())
+        return Geometry((weight @ vectors / root).float(), (root[:, None] * vectors.t()).float(), even)
+    return Geometry((vectors / root).float(), (root[:, None] * (vectors.t() @ weight)).float(), even)
 
 
 def loss_basis(found: Geometry, moment_II: Tensor) -> LossBasis:

@@ -10,6 +10,7 @@ budget      the price is set where the adapted model, not the dense one, keeps w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +22,12 @@ from rana_fx.adapters import Adapter
 from rana_fx.decompose import second_moment
 from rana_fx.errors import BudgetUnreachable
 from rana_fx.layout import Layout
-from rana_fx.recipes.allocate import Unit, allocate, points_at, price_for
+from rana_fx.recipes.allocate import Choice, Unit, allocate, points_at, price_for
 from rana_fx.recipes.build import build
 from rana_fx.recipes.geometry import geometry, loss_basis
-from rana_fx.recipes.menu import Menu, Part, Rates
+from rana_fx.recipes.menu import Menu, Part
 from rana_fx.recipes.problem import Problem
+from rana_fx.recipes.storage import in_fewer_bits, own
 from rana_fx.recipes.trial import Outcome, attempt
 from rana_fx.rehearse import Stage
 from rana_fx.sensitivity import Sensitivity, sensitivities
@@ -34,7 +36,8 @@ from rana_fx.sites import Skip
 _ROWS = 2048  # rows a menu is priced on
 _BASIS_ROWS = 8192  # rows, or eight for every input, a basis is made from
 _MOST_ROUNDS = 4
-_CLOSE = 0.002  # of the budget
+_CLOSE = 0.002  # of the dense cost: near enough to what was asked
+_TOLERATED = 0.01  # of it: more than asked by so much is not taken
 
 
 class Rana:
@@ -79,7 +82,6 @@ def _menus(problem: Problem, unit: Unit, found: Sensitivity) -> tuple[Menu, Menu
     shape = geometry(weight, found.moments.get(unit))
     site = problem.layout.sites[unit[0]]
     one = float(site.uses * (1 if problem.metric == "flops" else site.weight.element_size()))
-    rates = Rates(one, one, one)
     parts, start = [], 0
     for name in unit:
         outs = problem.layout.sites[name].out_features
@@ -92,17 +94,18 @@ def _menus(problem: Problem, unit: Unit, found: Sensitivity) -> tuple[Menu, Menu
         parts = []
     split = len(rows) * 3 // 4
     priced = _spread(rows[split:], _ROWS)
+    trial_basis = basis = None
     # a router as tall as the layer is wide saves nothing
-    if out <= width // 2 or split < min(out, width):
-        plain = Menu(shape, None, priced, rates, parts)
-        return plain, plain
-    most = max(_BASIS_ROWS, 8 * width)
-    moment = second_moment(_spread(rows[:split], most))
-    whole = moment + second_moment(_spread(rows[split:], most // 3))
-    return (
-        Menu(shape, loss_basis(shape, moment / split), priced, rates, parts),
-        Menu(shape, loss_basis(shape, whole / len(rows)), priced, rates, parts),
-    )
+    if out > width // 2 and split >= min(out, width):
+        most = max(_BASIS_ROWS, 8 * width)
+        moment = second_moment(_spread(rows[:split], most))
+        whole = moment + second_moment(_spread(rows[split:], most // 3))
+        trial_basis, basis = loss_basis(shape, moment / split), loss_basis(shape, whole / len(rows))
+    storages = [own(one)]
+    if problem.metric == "bytes":
+        weights = {name: problem.matrix((name,)) for name in unit}
+        storages += in_fewer_bits(shape, basis, weights, _spread(rows, max(_BASIS_ROWS, 4 * width)), one=one, uses=site.uses)
+    return Menu(shape, trial_basis, priced, storages, parts), Menu(shape, basis, priced, storages, parts)
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:
@@ -135,20 +138,31 @@ class _Search:
                 why=f"{dense / total:.1%} of the cost is in layers that stay dense", recipes="teal and wina adapt every layer",
             )  # fmt: skip
         fraction = asked / (total - dense)
-        uniform = {unit: allocate({unit: menu}, fraction * menu.dense_cost)[0] for unit, menu in self._scouts.items()}
-        tried = [self._settle(name, asked, total, scale) for name, scale in (("global", None), ("uniform", uniform))]
-        best, _ = min(tried, key=lambda item: item[1].divergence)
+        price, chosen = allocate(self._scouts, asked)
+        even = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._scouts.items()}
+        prices = {unit: price for unit, (price, _) in even.items()}
+        tried = [
+            self._settle("global", asked, total, price, chosen, None),
+            self._settle("uniform", asked, total, 1.0, {unit: found[unit] for unit, (_, found) in even.items()}, prices),
+        ]
+        # what costs more than asked is no answer
+        best, _, _ = min(tried, key=lambda item: (item[2] > asked + _TOLERATED * total, item[1].divergence))
         for unit, adapters in best.items():
             if not adapters:
                 self._problem.skips += [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
         return [adapter for adapters in best.values() for adapter in adapters]
 
     def _settle(
-        self, name: str, asked: float, total: float, scale: dict[Unit, float] | None
-    ) -> tuple[dict[Unit, list[Adapter]], Outcome]:
-        """Choices, and the price at which the adapted model spends ``asked``."""
+        self,
+        name: str,
+        asked: float,
+        total: float,
+        price: float,
+        chosen: Mapping[Unit, Choice],
+        scale: Mapping[Unit, float] | None,
+    ) -> tuple[dict[Unit, list[Adapter]], Outcome, float]:
+        """The choices at the price at which the adapted model spends ``asked``, what they do, and what they spend."""
         aim = asked
-        price, chosen = allocate(self._scouts, aim, scale=scale)
         for attempts in range(_MOST_ROUNDS):
             if attempts:
                 price = price_for(self._menus, chosen, aim, scale=scale, near=price)
@@ -172,7 +186,7 @@ class _Search:
             # what the menus have to be asked for, so that the model spends what is asked
             planned = sum(point.cost for point in points.values())
             aim = planned * asked / spent
-        return {unit: [_as_found(adapter, outcome) for adapter in found] for unit, found in adapters.items()}, outcome
+        return {unit: [_as_found(adapter, outcome) for adapter in found] for unit, found in adapters.items()}, outcome, spent
 
     def _spent(self, adapters: dict[Unit, list[Adapter]], outcome: Outcome) -> float:
         spent = 0.0
@@ -190,5 +204,5 @@ def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
     if adapter.name not in outcome.kept:
         return adapter  # a layer that no held-out batch reached
     kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
-    costs = {metric: adapter.cost(metric, kept, router) for metric in ("flops", "bytes")}
-    return replace(adapter, kept=kept, router_kept=router, **costs)
+    flops, weight_bytes = (adapter.cost(metric, kept, router) for metric in ("flops", "bytes"))
+    return replace(adapter, kept=kept, router_kept=router, flops=flops, bytes=weight_bytes)

@@ -1,9 +1,9 @@
 """Rounding to 8 and 4 bits with the least error on given inputs.
 
 In: a matrix whose rows are multiplied by the components of an input, and the second moment of that input. Out: the matrix as
-``kernels/quantize.py`` stores it. In 4 bits, rows are rounded one after the other and what rounding one does to the output is made up
-for by the rows not rounded yet (optimal brain quantisation in a fixed order, GPTQ, arXiv 2210.17323); each group's step is the best of
-a few that clip its largest numbers. In 8 bits rounding to nearest is as good.
+``kernels/quantize.py`` stores it. In 4 bits, rows are rounded one after the other, and what rounding one does to the output is
+made up for by the rows not rounded yet (optimal brain quantisation in a fixed order: GPTQ, arXiv 2210.17323). Each group's step
+is the best of a few that clip its largest numbers. In 8 bits rounding to nearest is as good.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def _inverse_factor(moment_KK: Tensor) -> Tensor:
     moment = moment_KK.double()
     size = moment.diagonal().mean().clamp_min(1e-30)
     damped = moment + _DAMP * size * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor
 
 
 def _to_grid(rows_RN: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,11 @@ import rana_fx
 from rana_fx.calibrate import calibrate
 from rana_fx.measure import measuring
 from rana_fx.recipes import RECIPES, Problem
-from rana_fx.recipes.allocate import allocate, points_at
+from rana_fx.recipes.allocate import Choice, allocate, points_at, price_for
 from rana_fx.recipes.geometry import geometry, loss_basis
-from rana_fx.recipes.menu import KINDS, Menu, Part, Rates
+from rana_fx.recipes.menu import Menu, Part
 from rana_fx.recipes.rana import units_of
+from rana_fx.recipes.storage import in_fewer_bits, own
 from rana_fx.recipes.trial import attempt
 from rana_fx.rehearse import Keeper
 from rana_fx.sensitivity import sensitivities
@@ -65,13 +66,13 @@ def test_basis_is_complete_and_ordered_by_energy(out, width):
     torch.testing.assert_close(z.square().sum(1), (x @ found.read_DI.t()).square().sum(1), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "neuron", "rank", "hybrid", "static"])
 def test_points_cost_and_lose_what_they_say(kind):
     out, width = 24, 10
     weight, x, gradients = draw(out, width)
     found = geometry(weight, moment_of(weight, gradients))
     basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-    menu = Menu(found, basis, x, Rates(1.0, 1.0, 1.0))
+    menu = Menu(found, basis, x, [own(1.0)])
     price = 0.02 * float((x @ found.read_DI.t()).square().sum(1).mean()) / (out * width)
     point = menu.point(kind, price)
     exact = x @ found.read_DI.t()
@@ -100,7 +101,7 @@ def menus_of_three():
         weight, x, gradients = draw(out, width, seed=seed)
         found = geometry(weight, moment_of(weight, gradients))
         basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-        menus[(f"unit{seed}",)] = Menu(found, basis, x, Rates(1.0, 1.0, 1.0))
+        menus[(f"unit{seed}",)] = Menu(found, basis, x, [own(1.0)])
     return menus
 
 
@@ -122,8 +123,8 @@ def test_each_linear_of_a_unit_has_thresholds_of_its_own():
     gradients[:, :12] *= 0.01  # nothing depends on the first linear
     found = geometry(weight, moment_of(weight, gradients))
     parts = [Part(12, (gradients[:, part] @ weight[part]).square().mean(0)) for part in (slice(0, 12), slice(12, 24))]
-    menu = Menu(found, None, x, Rates(1.0, 1.0, 1.0), parts)
-    assert menu.kinds == ("dense", "neuron")
+    menu = Menu(found, None, x, [own(1.0)], parts)
+    assert menu.entries == [("dense", 0), ("neuron", 0)]
     first, second = menu.point("neuron", 1e-3).sites
     assert first.kept < second.kept
 
@@ -226,3 +227,67 @@ def test_constant_and_single_token_inputs_are_left_dense_or_narrow():
     single = [(torch.randn(1, 1, 4),)]
     plan = rana_fx.adapt(model, single, budget=0.6, progress=False)
     assert all(torch.isfinite(adapter.tau).any() for adapter in plan.adapters)
+
+
+def test_storages_say_what_rounding_costs_and_loses():
+    weight, x, gradients = draw(64, 32)
+    found = geometry(weight, moment_of(weight, gradients))
+    basis = loss_basis(found, x.double().t() @ x.double() / len(x))
+    storages = [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, x, one=4.0, uses=1)]
+    menu = Menu(found, basis, x, storages)
+    assert [kind for kind, storage in menu.entries if storage == 0] == ["dense", "neuron", "rank", "hybrid", "static"]
+    stored = [menu.point("stored", 1e-6, storage=index) for index in (1, 2)]
+    # a byte or half of one for each number, and two bytes of scale for each row or group
+    assert [point.cost for point in stored] == pytest.approx([32 * (64 + 2), 32 * (32 + 2)])
+    assert 0 < stored[0].loss < stored[1].loss / 50
+    mean = float((gradients.t() @ gradients / len(gradients)).diagonal().mean())
+    wide = storages[2].weights["site"].wide()
+    expected = float((x @ (wide - weight.t())).square().sum(1).mean()) / 2
+    assert stored[1].loss == pytest.approx(expected * found.even, rel=1e-4)
+    assert found.even == pytest.approx(mean, rel=0.3)
+    hybrids = [menu.point("hybrid", 1e-4, storage=index) for kind, index in menu.entries if kind == "hybrid"]
+    assert all(point.ranks % 2 == 0 for point in hybrids if storages[point.storage].even)
+    assert min(hybrids, key=lambda point: point.cost).storage > 0
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.3, 0.2, 0.1])
+def test_storages_fill_the_budget_and_lose_less_than_one_storage_for_all(fraction):
+    menus = {}
+    for seed, (out, width) in enumerate([(64, 32), (32, 64), (96, 32)]):
+        weight, x, gradients = draw(out, width, seed=seed)
+        found = geometry(weight, moment_of(weight, gradients))
+        basis = loss_basis(found, x.double().t() @ x.double() / len(x))
+        storages = [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, x, one=4.0, uses=1)]
+        menus[(f"unit{seed}",)] = Menu(found, basis, x, storages)
+    asked = fraction * sum(menu.dense_cost for menu in menus.values())
+    price, chosen = allocate(menus, asked)
+    points = points_at(menus, chosen, price)
+    spent, lost = (sum(getattr(point, what) for point in points.values()) for what in ("cost", "loss"))
+    assert spent <= asked * 1.03
+    for index in (0, 1, 2):
+        alone = dict.fromkeys(menus, Choice("neuron", index))
+        if sum(menu.point("neuron", 1e-20, storage=index, loss=False).cost for menu in menus.values()) < asked:
+            bar = 1e-20
+        else:
+            bar = price_for(menus, alone, asked)
+        assert lost <= 1.02 * sum(point.loss for point in points_at(menus, alone, bar).values())
+
+
+def test_a_linear_that_reads_another_one_directly_reads_what_the_step_made_of_it():
+    class Chain(Classifier):
+        def forward(self, x):
+            h = self.stem(x)
+            return {"logits": self.head(h + self.downs[0](self.ups[0](h)))}
+
+    model = Chain()
+    layout, _, rehearsal = rehearsed(model, [(torch.randn(2, 16, 4),) for _ in range(2)])
+    seen = {}
+
+    def step(name, x, y):
+        seen[name] = x
+        return torch.zeros_like(y) if name == "ups.0" else y
+
+    with rehearsal.opened(layout) as stage:
+        stage.run(rehearsal.held[0], step)
+    assert float(seen["ups.0"].abs().sum()) > 0
+    assert float(seen["downs.0"].abs().sum()) == 0
