@@ -9,6 +9,7 @@ has its moment in the coordinates of its input, where errors of anything made of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,9 @@ def sensitivities(stage: Stage, layout: Layout, units: Sequence[Unit], batches: 
     collector = _Collector(stage, layout, units)
     generator: torch.Generator | None = None
     for batch in batches:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+            # Dynamo looks whether tensors that cross a graph break have gradients
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             output = stage.run(batch, collector.step)
             generator = generator or torch.Generator(_device(output)).manual_seed(seed)
             loss = _projected(output, stage, generator)

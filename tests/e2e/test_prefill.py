@@ -102,7 +102,7 @@ def test_factors_by_pieces_of_a_model():
 def test_factors_in_other_architectures(name):
     """Weights stored (in, out), fused ones, one weight for all layers, biases: by the graph alone."""
     model, batch = make(EVERY[name], 2)
-    rana_fx.adapt(model, [batch, *(EVERY[name].inputs() for _ in range(4))], budget=0.8, progress=False)
+    rana_fx.adapt(model, [batch, *(EVERY[name].inputs() for _ in range(4))], budget=0.8, recipe="paper", progress=False)
     (expected,) = masked(model, [batch])
     compiled = torch.compile(model, backend=rana_fx.backend, options={"prefill": "factors"})
     with torch.no_grad():
