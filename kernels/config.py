@@ -75,9 +75,7 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
     else:
         block_n, warps, per_sm, block_m = min(4 * WARP_BYTES * 8 // bits, 1024), 4, 2, 8
     block_n = min(block_n, max(_power_above(N), 64))
-    columns, groups = cdiv(N, block_n), cdiv(K, 16)
-    wanted = min(max(per_sm * sm_count // columns, 1), cdiv(groups, 2), 64)
-    splits = cdiv(groups, cdiv(groups, wanted))
+    splits = _splits(K, N, block_n, per_sm * sm_count, most=64)
     kept = density * K / splits
     early = 16 if bits >= 16 and T == 1 and block_n >= 256 and kept >= 40 else 0
     if bits == 4 and T > 1:
@@ -88,11 +86,9 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
 def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> list[Config]:
     """At most 16 that are worth trying, the default first."""
     base = default_config(K, N, T, density, sm_count, bits=bits)
-    groups = cdiv(K, 16)
 
     def with_programs(block_n: int, warps: int, per_sm: int) -> Config:
-        wanted = min(max(per_sm * sm_count // cdiv(N, block_n), 1), cdiv(groups, 2), 96)
-        splits = cdiv(groups, cdiv(groups, wanted))
+        splits = _splits(K, N, block_n, per_sm * sm_count, most=96)
         return dataclasses.replace(base, block_n=block_n, warps=warps, splits=splits)
 
     shapes = [base]
@@ -108,6 +104,13 @@ def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H2
         for shape in shapes
     ]
     return list(dict.fromkeys([base, *found]))[:16]
+
+
+def _splits(K: int, N: int, block_n: int, programs: int, *, most: int) -> int:
+    """Slices of whole groups of ranks, none empty and none below two groups, that make about so many programs."""
+    groups = cdiv(K, 16)
+    wanted = min(max(programs // cdiv(N, block_n), 1), cdiv(groups, 2), most)
+    return cdiv(groups, cdiv(groups, wanted))
 
 
 def _power_above(n: int) -> int:

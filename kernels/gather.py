@@ -38,7 +38,7 @@ else:
 
 
 def launch_options(pdl: bool, traced: bool) -> dict[str, bool]:
-    """What a launch with ``PDL`` is launched with. In a traced one Inductor says it (passes/lower_triton.py)."""
+    """What a launch with ``PDL`` is launched with. In a traced one Inductor says it (passes/launch.py)."""
     return {"launch_pdl": True} if pdl and not traced else {}
 
 

@@ -33,13 +33,11 @@ from torch import Tensor, fx
 from rana_fx.graph import shape_of
 from rana_fx.kernels.config import TOKENS_AT_ONCE
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
-from rana_fx.passes.fuse_gated import gated_of
+from rana_fx.passes.fuse_gated import ROUNDINGS, gated_of
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
 _SUMS = {_aten.add.Tensor, _aten.add.Scalar}
-# casts to these round as the computation itself does; to others they are part of what is computed
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CAST = torch.ops.prims.convert_element_type.default
 
 
@@ -168,7 +166,7 @@ def norm_of(x: fx.Node) -> Norm | None:
 
 def _bare(node: fx.Node) -> fx.Node:
     """What a chain of casts, and of views that keep the last dimension, starts from."""
-    while (node.target is _CAST and node.args[1] in _FLOATS) or (node.target in _VIEWS and _last(node) == _last(node.args[0])):
+    while (node.target is _CAST and node.args[1] in ROUNDINGS) or (node.target in _VIEWS and _last(node) == _last(node.args[0])):
         assert isinstance(node.args[0], fx.Node)
         node = node.args[0]
     return node

@@ -50,8 +50,8 @@ _MOVES = {
     operator.getitem,
 }
 _CASTS = {torch.ops.prims.convert_element_type.default, _aten._to_copy.default}
-# rounding to fewer bits (fp8) is part of what a model computes
-_ROUNDINGS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# casts to these round as the computation itself does; rounding to fewer bits (fp8) is part of what a model computes
+ROUNDINGS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # what the kernel's own fp32 arithmetic may differ by, relative to the activation's argument
 _BOUND = 8 * torch.finfo(torch.float32).eps
 
@@ -186,6 +186,6 @@ def _run(y: fx.Node, value: Tensor, steps: list[fx.Node]) -> Tensor | None:
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None = None, **_: object) -> Tensor:
-    if dtype is not None and dtype not in _ROUNDINGS:
+    if dtype is not None and dtype not in ROUNDINGS:
         raise TypeError(dtype)
     return value.double()

@@ -11,17 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
 from rana_fx.adapters import Adapter
 from rana_fx.attachment import Attachment, attachment_of
 from rana_fx.graph import row_source, shape_of
 from rana_fx.kernels.config import MAX_TOKENS
-from rana_fx.kernels.cost import tokens_that_pay
-from rana_fx.kernels.quantize import bits_of
 from rana_fx.option import attachment_for
 from rana_fx.plan import Plan
-from rana_fx.prefill import costs_more
+from rana_fx.prefill import costs_more, tokens_masked
 from rana_fx.sites import Linear, Scan, find_linears, parameters_of
 
 
@@ -82,7 +80,7 @@ def match_plan(
         if row_source(linear.x) in scan.constant:
             continue  # positions, say, computed by a weight that also reads tokens: nothing was calibrated on it
         if attachment is not None and planned is not None:
-            if prefill == "dense" and not _at_most(linear.x, _tokens_that_pay(attachment.plan, planned[1], linear.weight)):
+            if prefill == "dense" and not _at_most(linear.x, tokens_masked(attachment.plan, planned[1], linear.weight)):
                 continue
             if prefill == "cheapest" and costs_more(attachment.plan, planned[1]) and not _at_most(linear.x, MAX_TOKENS):
                 continue
@@ -100,9 +98,3 @@ def _at_most(x: fx.Node, tokens: int) -> bool:
     """Whether x has at most so many rows. Deciding it for a symbolic number installs a guard."""
     shape = shape_of(x)
     return shape is not None and bool(math.prod(shape[:-1]) <= tokens)
-
-
-def _tokens_that_pay(plan: Plan, adapter: Adapter, weight: nn.Parameter) -> int:
-    outputs = sum(record.out_features for record in plan.sites if record.name in adapter.sites)
-    stored = weight if adapter.weight is None else adapter.weight
-    return tokens_that_pay(adapter.ranks, outputs, adapter.density, weight.device, bits=bits_of(stored))

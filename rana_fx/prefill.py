@@ -17,8 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from rana_fx.adapters import Adapter
+from rana_fx.kernels.cost import tokens_that_pay
+from rana_fx.kernels.quantize import bits_of
 from rana_fx.plan import Plan
 
 MODES = ("masked", "dense", "cheapest", "factors")
@@ -54,3 +57,10 @@ def costs_more(plan: Plan, adapter: Adapter) -> bool:
     sites = [record for record in plan.sites if record.name in adapter.sites]
     inputs, outputs = sites[0].in_features, sum(record.out_features for record in sites)
     return adapter.ranks * (inputs + outputs) > inputs * outputs
+
+
+def tokens_masked(plan: Plan, adapter: Adapter, weight: nn.Parameter) -> int:
+    """Up to how many tokens at once masks of an adapter pay; ``weight``: of one of its linears."""
+    outputs = sum(record.out_features for record in plan.sites if record.name in adapter.sites)
+    stored = weight if adapter.weight is None else adapter.weight
+    return tokens_that_pay(adapter.ranks, outputs, adapter.density, weight.device, bits=bits_of(stored))

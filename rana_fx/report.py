@@ -10,14 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from rana_fx.adapters import Adapter
 from rana_fx.attachment import attached
 from rana_fx.calibrate import calibrate
-from rana_fx.kernels.cost import tokens_that_pay
-from rana_fx.kernels.quantize import bits_of
 from rana_fx.layout import Site
 from rana_fx.plan import Plan, storage
-from rana_fx.prefill import MODES, costs_more, memory_of
+from rana_fx.prefill import MODES, costs_more, memory_of, tokens_masked
 from rana_fx.running import bare
 
 
@@ -124,18 +121,12 @@ def _row(site: Site, plan: Plan | None) -> Row:
         detail += f", {'input' if adapter.router is None else 'router'} shared by {len(adapter.sites)}"
     if adapter.error is not None:
         detail += f", error {adapter.error:.4f}"
-    most = _tokens_masked(site, plan, adapter)
+    most = tokens_masked(plan, adapter, site.weight)
     detail += f", masked kernel up to {most} tokens" if most else ", masks do not pay on this device: dense product"
     if costs_more(plan, adapter):
         detail += ", dearer than dense in a prompt"
     flops, read = adapter.flops / adapter.dense_flops, adapter.bytes / adapter.dense_bytes
     return Row(site.name, site.role, site.op, shape, adapter.kind, detail, flops, read, adapter.error)
-
-
-def _tokens_masked(site: Site, plan: Plan, adapter: Adapter) -> int:
-    outputs = sum(record.out_features for record in plan.sites if record.name in adapter.sites)
-    stored = site.weight if adapter.weight is None else adapter.weight
-    return tokens_that_pay(adapter.ranks, outputs, adapter.density, site.weight.device, bits=bits_of(stored))
 
 
 def _reason(site: Site, plan: Plan | None) -> str:
