@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +122,6 @@ class _Search:
         self._dense = [stage.run(batch) for batch in self._held]
         self._scouts: dict[Unit, Menu] = {}
         self._menus: dict[Unit, Menu] = {}
-        self.trace: list[dict[str, Any]] = []
 
     def add(self, unit: Unit, scout: Menu, menu: Menu) -> None:
         self._scouts[unit], self._menus[unit] = scout, menu
@@ -142,8 +140,8 @@ class _Search:
         even = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._scouts.items()}
         prices = {unit: price for unit, (price, _) in even.items()}
         tried = [
-            self._settle("global", asked, total, price, chosen, None),
-            self._settle("uniform", asked, total, 1.0, {unit: found[unit] for unit, (_, found) in even.items()}, prices),
+            self._settle(asked, price, chosen, None, total=total),
+            self._settle(asked, 1.0, {unit: found[unit] for unit, (_, found) in even.items()}, prices, total=total),
         ]
         # what costs more than asked is no answer
         best, _, _ = min(tried, key=lambda item: (item[2] > asked + _TOLERATED * total, item[1].divergence))
@@ -153,13 +151,7 @@ class _Search:
         return [adapter for adapters in best.values() for adapter in adapters]
 
     def _settle(
-        self,
-        name: str,
-        asked: float,
-        total: float,
-        price: float,
-        chosen: Mapping[Unit, Choice],
-        scale: Mapping[Unit, float] | None,
+        self, asked: float, price: float, chosen: Mapping[Unit, Choice], scale: Mapping[Unit, float] | None, *, total: float
     ) -> tuple[dict[Unit, list[Adapter]], Outcome, float]:
         """The choices at the price at which the adapted model spends ``asked``, what they do, and what they spend."""
         aim = asked
@@ -171,16 +163,6 @@ class _Search:
             flat = [adapter for found in adapters.values() for adapter in found]
             outcome = attempt(self._stage, self._problem.layout, flat, self._held, self._dense)
             spent = self._spent(adapters, outcome)
-            self.trace.append(
-                {
-                    "allocation": name,
-                    "price": price,
-                    "over": (spent - asked) / total,
-                    "divergence": outcome.divergence,
-                    "predicted": sum(point.loss for point in points.values()),
-                    "choices": chosen,
-                }  # fmt: skip
-            )
             if abs(spent - asked) < _CLOSE * total:
                 break
             # what the menus have to be asked for, so that the model spends what is asked
