@@ -58,28 +58,33 @@ def row_warps_of(warps: int, block_n: int, bits: int) -> int:
 
 
 def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> Config:
-    """A config without measuring, by rules that the fastest 16-bit configs of sweeps on an H200 have in common.
+    """A config without measuring, by rules that the fastest configs of sweeps on an H200 have in common.
 
-    The last program to arrive adds the partials, and reads 16 or so at once: few slices, as many as it takes to give an SM four
-    programs (six of one warp). So wide results take blocks of 512 outputs with two warps (4096 x 12288, 4096 x 22016), narrow
-    ones 256 or 128 with one (11008 x 4096, 4096 x 4096), whose programs do not wait for each other inside. Reading 16 rows early
-    pays where a slice keeps more than a few of them.
+    The last program to arrive adds the partials, and reads 16 or so at once: few slices, as many as it takes to give an SM four to
+    six warps. A program reads rows in stretches of 1 KiB a token block or more: wide results take blocks of 1024 (4096 x 22016)
+    or 512 outputs (4096 x 12288), narrow ones 256 or 128 with one warp (11008 x 4096, 4096 x 4096), whose programs do not wait
+    for each other inside; rows of 8 bits are half as long, so their blocks are twice as wide or their programs fewer. Programs
+    that share no output at all, with one slice each, take half as long again. Reading 16 rows early pays where a slice keeps more
+    than a few of them and has few outputs.
 
-    8 and 4 bits, not swept: four warps, in part along the rows, since partials weigh more beside shorter rows. A block of
-    rows in 4 bits that several tokens share must stay small enough for registers.
+    4 bits, not swept: four warps, in part along the rows, since partials weigh more beside shorter rows. A block of rows in 4 bits
+    that several tokens share must stay small enough for registers.
     """
     if bits >= 16:
         # several tokens hold as many sums in registers
-        block_n, warps, per_sm = (512, 2, 4) if N >= 8192 else (256, 1, 6) if K >= 8192 else (128, 1, 4)
-        block_m = 8 if block_n == 128 else 4
+        wide = (1024, 4, 1.35) if N >= 16384 and T == 1 else (512, 2, 3)
+        block_n, warps, per_sm = wide if N >= 8192 else (256, 1, 6) if K >= 8192 else (128, 1, 6)
+        block_m = 8 if block_n != 256 and T == 1 else 4
+    elif bits == 8:
+        block_n, warps, per_sm, block_m = (1024, 2, 4, 4) if N >= 8192 else (128, 1, 6, 16)
     else:
-        block_n, warps, per_sm, block_m = min(4 * WARP_BYTES * 8 // bits, 1024), 4, 2, 8
+        block_n, warps, per_sm, block_m = 1024, 4, 2, 8
     block_n = min(block_n, max(_power_above(N), 64))
-    splits = _splits(K, N, block_n, per_sm * sm_count, most=64)
+    splits = _splits(K, N, block_n, int(per_sm * sm_count), most=64)
     kept = density * K / splits
-    early = 16 if bits >= 16 and T == 1 and block_n >= 256 and kept >= 40 else 0
-    if bits == 4 and T > 1:
-        block_m //= 2
+    early = 16 if bits >= 16 and T == 1 and block_n == 256 and kept >= 40 else 0
+    if bits < 16 and T > 1:
+        block_m = max(block_m // 2, 4)
     return Config(splits, block_n, min(block_m, _power_above(max(int(kept), 1))), warps, stages=4, early=early)
 
 
@@ -87,16 +92,18 @@ def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H2
     """At most 16 that are worth trying, the default first."""
     base = default_config(K, N, T, density, sm_count, bits=bits)
 
-    def with_programs(block_n: int, warps: int, per_sm: int) -> Config:
-        splits = _splits(K, N, block_n, per_sm * sm_count, most=96)
+    def with_programs(block_n: int, warps: int, per_sm: float) -> Config:
+        splits = _splits(K, N, block_n, int(per_sm * sm_count), most=96)
         return dataclasses.replace(base, block_n=block_n, warps=warps, splits=splits)
 
     shapes = [base]
     if bits >= 16:
-        fitting = [(n, w, p) for n, w, p in ((512, 2, 3), (512, 2, 4), (256, 1, 4), (256, 1, 6), (128, 1, 4)) if n <= 2 * N]
+        known = ((1024, 4, 1.35), (512, 2, 2), (512, 2, 3), (256, 1, 6), (128, 1, 4), (128, 1, 6))
+        fitting = [choice for choice in known if choice[0] <= 2 * N]
         shapes += [with_programs(*choice) for choice in fitting]
     else:
-        shapes += [with_programs(base.block_n, base.warps, p) for p in (1, 3)]
+        known = ((1024, 2, 4), (2048, 4, 4), (256, 2, 3), (256, 2, 6), (128, 1, 6))
+        shapes += [with_programs(*choice) for choice in known if choice[0] <= 2 * N]
     found = [
         dataclasses.replace(shape, early=early, block_m=block_m, stages=stages)
         for early in dict.fromkeys((base.early, 16 if T == 1 and bits >= 16 else 0))
