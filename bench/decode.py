@@ -24,7 +24,7 @@ import typer
 from bench.decoding import contexts, copy_bandwidth
 from bench.latency import Protocol, Run, compare, dense_ratio
 from bench.models import build
-from bench.random_plan import Menu, layout_of
+from bench.random_plan import layout_of, menus
 from bench.record import head, start
 from bench.variants import variants
 from rana_fx.commands.record import show
@@ -44,8 +44,12 @@ def main(
     ] = "masked",
     density: Annotated[float, typer.Option(help="Kept fraction of a router's ranks in random plans.")] = 0.5,
     stacked: Annotated[bool, typer.Option(help="One rank adapter for gate and up in random plans.")] = True,
-    router_bits: Annotated[int, typer.Option(help="Bits of the routers of random plans: 16, 8 or 4.")] = 16,
-    factor_bits: Annotated[int, typer.Option(help="Bits of the factors and neuron weights of random plans: 16, 8 or 4.")] = 16,
+    menu: Annotated[
+        str,
+        typer.Option(
+            "--menus", help="Random plans: rank (the paper's), neuron (masks of inputs alone), :router/factor bits; by commas."
+        ),
+    ] = "rank",
     batches: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1",
     sequences: Annotated[int, typer.Option(help="Contexts to decode after.")] = 100,
     longest: Annotated[int, typer.Option(help="Longest context, in tokens.")] = 1000,
@@ -61,9 +65,9 @@ def main(
     began = time.perf_counter()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
-    menu = Menu(density=density, stacked=stacked, router_bits=router_bits, factor_bits=factor_bits)
+    made = menus(menu, density=density, stacked=stacked)
     chosen = variants(
-        names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, menu=menu, prefill=prefill_mode
+        names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, menus=made, prefill=prefill_mode
     )
     sizes = [int(value) for value in batches.split(",")]
     protocol = Protocol(contexts(sequences, longest, seed), new_tokens, prefill, sizes, seed, seconds, profile)

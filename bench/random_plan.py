@@ -5,7 +5,7 @@ bench depends on ranks, densities and dtypes, not on what the factors mean. Ever
 
     rank    attention inputs over one tensor, stacked; up and gate, stacked (or each alone)
             r = min(p D / (R + density F), D / (R + F), o, i),  k = (p D - r R) / F      router r R + product k F = p D
-    neuron  attention output, down                                                         k = p D / F
+    neuron  attention output, down; of a menu of masks alone all of these, stacked too      k = p D / F
 
 D are the bytes of the dense layers, R those of a router's row and F those of a row of the factors (or of W^T), scales included;
 in 16 bits all round R = 2 i, F = 2 o, D = 2 o i. The second bound on r is the cap above which a batch, which needs every row,
@@ -48,11 +48,13 @@ RECIPE = "random"
 class Menu:
     """How a budget is spent.
 
-    density: fraction of a router's ranks that is kept, where the cap on ranks allows it. stacked: one rank adapter for all
-    up projections of a block. router_bits, factor_bits: 8 or 4, or 16 for the model's dtype, of routers and of what is behind the
-    masks: the factors of rank adapters and the weights of neuron adapters.
+    kind: "rank", or "neuron" for masks of the input alone, one for all linears that are stacked. density: fraction of a router's
+    ranks that is kept, where the cap on ranks allows it. stacked: one adapter for all up projections of a block. router_bits,
+    factor_bits: 8 or 4, or 16 for the model's dtype, of routers and of what is behind the masks: the factors of rank adapters and
+    the weights of neuron adapters.
     """
 
+    kind: str = "rank"
     density: float = 0.5
     stacked: bool = True
     router_bits: int = 16
@@ -61,9 +63,28 @@ class Menu:
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise InvalidOption(name="density", got=self.density, expected="a number in (0, 1]")
+        if self.kind not in ("rank", "neuron"):
+            raise InvalidOption(name="kind", got=self.kind, expected="rank or neuron")
         for name in ("router_bits", "factor_bits"):
             if getattr(self, name) not in (16, 8, 4):
                 raise InvalidOption(name=name, got=getattr(self, name), expected="16, 8 or 4")
+
+    @property
+    def label(self) -> str:
+        """Short, for tables: "rank", "neuron", "rank:8/16"."""
+        return self.kind if self.router_bits == self.factor_bits == 16 else f"{self.kind}:{self.router_bits}/{self.factor_bits}"
+
+
+def menus(text: str, *, density: float, stacked: bool) -> list[Menu]:
+    """Of labels by commas. Raises InvalidOption."""
+    found = []
+    for label in text.split(","):
+        kind, _, widths = label.strip().partition(":")
+        router, _, factor = (widths or "16/16").partition("/")
+        if not (router.isdigit() and factor.isdigit()):
+            raise InvalidOption(name="menus", got=label, expected="a kind, or kind:router bits/factor bits, such as rank:8/16")
+        found.append(Menu(kind=kind, density=density, stacked=stacked, router_bits=int(router), factor_bits=int(factor)))
+    return found
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -90,8 +111,12 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
     fraction = min(1.0, problem.fraction(adapted, why="some linears are neither of attention nor of an MLP block"))
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with torch.no_grad():
+        if menu.kind == "neuron":
+            ranked, masks = [], [*ranked, *((name,) for name in masked)]
+        else:
+            masks = [(name,) for name in masked]
         adapters = [_rank(problem, names, fraction, menu, generator) for names in ranked]
-        adapters += [_neuron(problem, name, fraction, menu) for name in masked]
+        adapters += [_neuron(problem, names, fraction, menu) for names in masks]
     order = {name: index for index, name in enumerate(layout.sites)}
     plan = Plan(
         recipe=RECIPE,
@@ -215,22 +240,27 @@ def _rank(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu,
     return adapter.costed()
 
 
-def _neuron(problem: Problem, name: str, fraction: float, menu: Menu) -> Adapter:
-    site = problem.layout.sites[name]
+def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu) -> Adapter:
+    site = problem.layout.sites[names[0]]
     zeros = torch.zeros(site.in_features, device=site.weight.device)
-    made = replace(problem.neuron_adapter(name, 0.0, torch.ones_like(zeros), fraction), tau=zeros)
-    if menu.factor_bits == 16:
+    made = replace(problem.neuron_adapter(names[0], 0.0, torch.ones_like(zeros), fraction), tau=zeros)
+    if menu.factor_bits == 16 and len(names) == 1:
         return made
-    row, bias = weight_bytes(1, site.out_features, menu.factor_bits), problem.bias((name,))
-    kept = fraction * site.out_features * site.in_features * site.weight.element_size() / row
+    out = sum(problem.layout.sites[name].out_features for name in names)
+    row, bias = weight_bytes(1, out, _floating(menu.factor_bits, site.weight)), problem.bias(names)
+    kept = fraction * problem.bytes(names) / site.uses / row
     _check_affordable(fraction, fraction * site.in_features / kept)
-    factor, scale = _stored(site.view.t(), menu.factor_bits)
+    factor, scale = _stored(torch.cat([problem.layout.sites[name].view for name in names]).t().contiguous(), menu.factor_bits)
     own = replace(
         made,
+        name=stack_name(names),
+        sites=names,
         weight=factor,
         weight_scale=scale,
         bias=None if bias is None else bias.to(site.weight.dtype),
         kept=min(kept, float(site.in_features)),
+        dense_flops=problem.flops(names),
+        dense_bytes=problem.bytes(names),
     )
     return own.costed()
 

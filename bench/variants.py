@@ -7,7 +7,7 @@ it, its thresholds are set, or its weights are in 8 bits. int8 replaces the weig
     reduce-overhead     torch.compile with that mode: Inductor and CUDA graphs
     max-autotune        the same, tuned, with coordinate descent
     int8                int8 weight-only of torchao, then reduce-overhead
-    rana                rana_fx.backend with --mode, one variant per budget
+    rana                rana_fx.backend with --mode, one variant per plan, or menu and budget
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class Variant:
         return torch.compile(forward, mode=self.mode, dynamic=False, fullgraph=True)
 
 
-def variants(names: str, budgets: list[float], plans: list[Path], *, mode: str, menu: Menu, prefill: str) -> list[Variant]:
+def variants(
+    names: str, budgets: list[float], plans: list[Path], *, mode: str, menus: Sequence[Menu], prefill: str
+) -> list[Variant]:
     """Dense ones first, so that the others have something to be compared with; int8 last. Raises InvalidOption."""
     given = [name.strip() for name in names.split(",")]
     for name in given:
@@ -78,7 +80,9 @@ def variants(names: str, budgets: list[float], plans: list[Path], *, mode: str, 
     found = [Variant(name, "dense", None if name == "eager" else name) for name in NAMES[:3] if name in given]
     if "rana" in given:
         found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
-        found += [Variant("rana", "rana", mode, budget, menu=menu, prefill=prefill) for budget in budgets]
+        for menu in menus:
+            name = "rana" if menu.label == "rank" else f"rana {menu.label}"
+            found += [Variant(name, "rana", mode, budget, menu=menu, prefill=prefill) for budget in budgets]
     return found + [Variant("int8", "int8", "reduce-overhead") for name in given if name == "int8"]
 
 

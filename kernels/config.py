@@ -60,15 +60,13 @@ def row_warps_of(warps: int, block_n: int, bits: int) -> int:
 def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> Config:
     """A config without measuring, by rules that the fastest configs of sweeps on an H200 have in common.
 
-    The last program to arrive adds the partials, and reads 16 or so at once: few slices, as many as it takes to give an SM four to
-    six warps. A program reads rows in stretches of 1 KiB a token block or more: wide results take blocks of 1024 (4096 x 22016)
-    or 512 outputs (4096 x 12288), narrow ones 256 or 128 with one warp (11008 x 4096, 4096 x 4096), whose programs do not wait
-    for each other inside; rows of 8 bits are half as long, so their blocks are twice as wide or their programs fewer. Programs
-    that share no output at all, with one slice each, take half as long again. Reading 16 rows early pays where a slice keeps more
-    than a few of them and has few outputs.
+    The last program to arrive adds the partials, and reads 16 or so at once: few slices, as many as it takes to give an SM four
+    to six warps. Wide results take blocks of 1024 (4096 x 22016) or 512 outputs (4096 x 12288), narrow ones 256 or 128 with one
+    warp (11008 x 4096, 4096 x 4096), whose programs do not wait for each other inside; rows of 8 bits are half as long, so wide
+    blocks have half the warps. One slice, so that nothing is handed over, takes half as long again: programs are then few and
+    uneven. Reading 16 rows early pays where a slice keeps more than a few of them and has few outputs.
 
-    4 bits, not swept: four warps, in part along the rows, since partials weigh more beside shorter rows. A block of rows in 4 bits
-    that several tokens share must stay small enough for registers.
+    4 bits, whose numbers take more time to make than to read: 128 outputs, a block of 32 rows in the registers of four warps.
     """
     if bits >= 16:
         # several tokens hold as many sums in registers
@@ -78,14 +76,15 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
     elif bits == 8:
         block_n, warps, per_sm, block_m = (1024, 2, 4, 4) if N >= 8192 else (128, 1, 6, 16)
     else:
-        block_n, warps, per_sm, block_m = 1024, 4, 2, 8
+        block_n, warps, per_sm, block_m = 128, 4, 6.5, 32
     block_n = min(block_n, max(_power_above(N), 64))
     splits = _splits(K, N, block_n, int(per_sm * sm_count), most=64)
     kept = density * K / splits
     early = 16 if bits >= 16 and T == 1 and block_n == 256 and kept >= 40 else 0
     if bits < 16 and T > 1:
         block_m = max(block_m // 2, 4)
-    return Config(splits, block_n, min(block_m, _power_above(max(int(kept), 1))), warps, stages=4, early=early)
+    stages = 1 if bits == 4 else 4
+    return Config(splits, block_n, min(block_m, _power_above(max(int(kept), 1))), warps, stages=stages, early=early)
 
 
 def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> list[Config]:
@@ -102,12 +101,13 @@ def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H2
         fitting = [choice for choice in known if choice[0] <= 2 * N]
         shapes += [with_programs(*choice) for choice in fitting]
     else:
-        known = ((1024, 2, 4), (2048, 4, 4), (256, 2, 3), (256, 2, 6), (128, 1, 6))
+        known = ((1024, 2, 4), (2048, 4, 4), (256, 2, 3), (256, 2, 6), (128, 1, 6)) if bits == 8 else (
+            (128, 4, 4), (256, 4, 4), (256, 2, 3), (256, 2, 6), (128, 2, 6))  # fmt: skip
         shapes += [with_programs(*choice) for choice in known if choice[0] <= 2 * N]
     found = [
         dataclasses.replace(shape, early=early, block_m=block_m, stages=stages)
         for early in dict.fromkeys((base.early, 16 if T == 1 and bits >= 16 else 0))
-        for block_m, stages in ((base.block_m, 4), (8, 3))
+        for block_m, stages in ((base.block_m, base.stages), (8, 3) if bits >= 16 else (16, 3))
         for shape in shapes
     ]
     return list(dict.fromkeys([base, *found]))[:16]

@@ -3,7 +3,8 @@
     rows read          K * (1 - (1 - density)^T)                 T <= 4 tokens with independent masks read the union,
                                                                  more tokens that of each group of 4, from L2 if not beyond it
     masked, bytes      rows * N * bits / 8 + scales + K * (2 T + 4) + 2 * splits * T * N * 4     values, thresholds, partials
-    masked, us         masked_fixed + bytes / bandwidth * (1 + more (min(T, 4) - 1)) [+ launch for anything done apart]
+    masked, us         masked_fixed + bytes / bandwidth * slower (1 + more (min(T, 4) - 1)) [+ launch for anything done apart]
+                       slower 2.2 in 4 bits: numbers take longer to make than to read
                        more 0.25 in blocks of 512 outputs, 0.55 in narrower ones, 2 in 8 and 4 bits: tokens multiply in turn
     dense, bytes       K * N * bits / 8 + scales
     dense, us          dense_fixed + launch + bytes / bandwidth  the launch puts the masked input into memory
@@ -11,8 +12,8 @@
 Constants of the H200 are fitted to medians of CUDA-graph replays in bf16 over buffers beyond L2 (torch 2.11, Triton 3.6) for
 one token and the products of Llama-2-7B with all of their ranks, and with 2448 and 2976: the model is within 15 % of each
 at 0, 50 and 70 % masked. Of masked_fixed, two to three microseconds are the hand-over of partials to the last program (memory
-fence, counter, reading them), the rest is launch and ramp, as in a dense product. Two tokens and 8 bits are fitted to the same
-products (bench/results/kernels-h200.jsonl); 4 bits and more tokens are taken for alike: not measured. Constants of the H100 are
+fence, counter, reading them), the rest is launch and ramp, as in a dense product. Two tokens, 8 and 4 bits are fitted to the
+same products (bench/results/kernels-h200.jsonl); more tokens are taken for alike: not measured. Constants of the H100 are
 the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured.
 """
 
@@ -45,7 +46,7 @@ H200 = Device(
     bytes_per_us=4.25e6,
     dense_fixed_us=4.4,
     masked_fixed_us=6.1,
-    packed_fixed_us=13.0,
+    packed_fixed_us=11.0,
     launch_us=1.8,
 )
 H100 = dataclasses.replace(H200, name="H100", bytes_per_us=4.25e6 * 3.35 / 4.8)
@@ -68,7 +69,7 @@ def masked_us(K: int, N: int, T: int, density: float, device: Device = H200, *, 
     config = default_config(K, N, T, density, device.sm_count, bits=bits)
     traffic = weight_bytes(rows_read(K, T, density), N, bits) + K * (2 * T + 4) + 2 * config.splits * T * N * 4
     more = 2.0 if bits < 16 else 0.25 if config.block_n >= 512 else 0.55
-    slower = 1 + more * (min(T, TOKENS_AT_ONCE) - 1)
+    slower = (2.2 if bits == 4 else 1.0) * (1 + more * (min(T, TOKENS_AT_ONCE) - 1))
     fixed = device.packed_fixed_us if bits < 16 else device.masked_fixed_us
     return fixed + traffic / device.bytes_per_us * slower + (launches - 1) * device.launch_us
 

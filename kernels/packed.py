@@ -118,18 +118,18 @@ def masked_gemv_packed_kernel(
     o_g = (o_half * PER + o_chunk * CHUNK) // QG
     if EARLY > 0:
         o_e = tl.arange(0, EARLY)
-        b_k = tl.minimum(ranks_of(o_e, i_s, S, GROUP), K - 1)
+        b_ke = tl.minimum(ranks_of(o_e, i_s, S, GROUP), K - 1)
         m_k = (o_e < KS) & (ranks_of(o_e, i_s, S, GROUP) < K)
-        b_early = load_rows(p_n[None, :] + b_k.to(tl.int64)[:, None] * s_wk, m_w, WHOLE)
-        b_scale = scales_of(scale, b_k, o_g, m_chunk, s_sk, s_sg, BITS)
-        b_tau, b_unit = constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED)
+        b_early = load_rows(p_n[None, :] + b_ke.to(tl.int64)[:, None] * s_wk, m_w, WHOLE)
+        b_scale_e = scales_of(scale, b_ke, o_g, m_chunk, s_sk, s_sg, BITS)
+        b_tau, b_unit = constants_of(tau, scale, b_ke, m_k, s_tau, s_sk, SCALED)
     n_active = list_ranks(
         v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, SCALED, PDL
     )
     b_sums = no_sums(BT, RW, BN)
     if EARLY > 0:
-        b_vs = kept_values(v, b_tau, b_unit, b_k, m_k, T - i_t0, s_vt, s_vk, BT, SCALED)[1]
-        b_sums = add_packed_rows(b_sums, b_vs, numbers(b_early, zero, BITS, PER), b_scale, BT, BITS, RW, EARLY, BN, CHUNK)
+        b_vs_e = kept_values(v, b_tau, b_unit, b_ke, m_k, T - i_t0, s_vt, s_vk, BT, SCALED)[1]
+        b_sums = add_packed_rows(b_sums, b_vs_e, numbers(b_early, zero, BITS, PER), b_scale_e, BT, BITS, RW, EARLY, BN, CHUNK)
     for j in tl.range(0, trips(n_active), BM, num_stages=STAGES):
         o_p = j + tl.arange(0, BM)
         b_k = tl.load(p_list + o_p)

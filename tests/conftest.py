@@ -24,6 +24,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 if not torch.cuda.is_available():
@@ -92,6 +93,8 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(scope="session", autouse=True)
 def _poison_uninitialised_memory() -> Iterator[None]:
+    # torch remembers, when it is first asked, which functions a device context acts on: the real ones
+    _device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for owner, names in (
             (torch, ("empty", "empty_like", "empty_strided", "empty_permuted")),

@@ -13,7 +13,7 @@ from bench.decoding import Decoder
 from bench.gate import bound, expect, fixed_masks, judge, relative
 from bench.latency import Variant
 from bench.models import build, layers_of
-from bench.random_plan import Menu, attach_unchecked, layout_of, random_plan, ranks_for
+from bench.random_plan import Menu, attach_unchecked, layout_of, menus, random_plan, ranks_for
 from bench.variants import on_model, reference, variants
 from rana_fx.attachment import attached, detach
 from rana_fx.errors import InvalidOption
@@ -83,6 +83,32 @@ def test_a_random_plan_in_few_bits_costs_what_was_asked(tiny, router, factor, bu
         verdict = judge(lambda: decoder.logits(forward, script), plan, expected, limit=limit)
         assert verdict.passed, verdict
     assert attached(model) is None
+
+
+@pytest.mark.parametrize("label", ["neuron", "neuron:16/8"])
+def test_a_random_plan_of_masks_has_no_router(tiny, label):
+    model, layout = tiny
+    (menu,) = menus(label, density=0.5, stacked=True)
+    assert menu.label == label
+    variant, decoder = Variant("rana", "rana", "default", 0.24, menu=menu), Decoder(model, batch=1, room=128)
+    with on_model(variant, model, layout, seed=1) as prepared, torch.no_grad():
+        script, expected = reference(variant, prepared, decoder, seed=0)
+        plan = prepared.plan
+        assert {adapter.kind for adapter in plan.adapters} == {"neuron"}
+        assert len(plan.adapters) == 4 * layers_of(model)
+        assert prepared.measured.budget_bytes == pytest.approx(0.24, abs=0.02)
+        limit = bound(model.dtype, layers_of(model), 160)
+        verdict = judge(lambda: decoder.logits(variant.compiled(model), script), plan, expected, limit=limit)
+        assert verdict.passed, verdict
+
+
+def test_menus_by_label():
+    found = menus("rank, rank:8/16,neuron:16/4", density=0.4, stacked=False)
+    assert [menu.label for menu in found] == ["rank", "rank:8/16", "neuron:16/4"]
+    assert {(menu.density, menu.stacked) for menu in found} == {(0.4, False)}
+    for wrong, reason in (("neurons", "kind='neurons'"), ("rank:8", "router bits/factor bits"), ("rank:8/5", "factor_bits=5")):
+        with pytest.raises(InvalidOption, match=reason):
+            menus(wrong, density=0.5, stacked=True)
 
 
 def test_the_factors_of_a_random_plan_exist_once(tiny):
@@ -210,7 +236,7 @@ def test_a_saved_plan_is_compared_as_it_is(tmp_path):
     model = build("tiny", device=CPU, dtype="float32")
     rana_fx.adapt(model, [{"input_ids": torch.randint(128, (2, 64))}], budget=0.6, recipe="teal", progress=False).save(tmp_path)
     rana_fx.detach(model)
-    (variant,) = variants("rana", [], [tmp_path], mode="default", menu=Menu(), prefill="masked")
+    (variant,) = variants("rana", [], [tmp_path], mode="default", menus=[Menu()], prefill="masked")
     assert variant.label == "rana 0.6"
     decoder, limit = Decoder(model, batch=1, room=128), bound(model.dtype, layers_of(model), 160)
     with on_model(variant, model, layout_of(model), seed=0) as prepared, torch.no_grad():
@@ -223,7 +249,7 @@ def test_a_saved_plan_is_compared_as_it_is(tmp_path):
 
 def test_unknown_variants_are_named():
     with pytest.raises(InvalidOption, match="'fastest'"):
-        variants("eager,fastest", [0.5], [], mode="default", menu=Menu(), prefill="masked")
+        variants("eager,fastest", [0.5], [], mode="default", menus=[Menu()], prefill="masked")
 
 
 def test_the_gate_sees_a_wrong_mask(tiny):

@@ -65,6 +65,8 @@ VARIANTS = {
     "int8": (masked_gemv_packed_kernel, "i32", GEMV | INT8),
     "int4": (masked_gemv_packed_kernel, "i32", GEMV | INT4),
     "int4 four tokens": (masked_gemv_packed_kernel, "i32", GEMV | INT4 | dict(BT=4, BM=4, ACT=1)),
+    "int8 early": (masked_gemv_packed_kernel, "i32", GEMV | INT8 | dict(EARLY=4)),
+    "int4 in registers": (masked_gemv_packed_kernel, "i32", GEMV | INT4 | dict(BN=128, BM=32, RW=32, STAGES=1, EARLY=64)),
     "int4 bytes": (masked_gemv_packed_kernel, "u8", GEMV | INT4 | dict(PER=2)),
     "router": (router_kernel, "bf16", ROUTER),
     "behind the previous kernel": (masked_gemv_kernel, "bf16", GEMV | dict(EARLY=8, PDL=True, HAS_RESIDUAL=True)),

@@ -36,6 +36,11 @@ def test_requires_grad_survives():
     assert torch.empty(4, requires_grad=True).requires_grad
 
 
+def test_a_device_context_acts_on_layers():
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in torch.nn.Embedding(8, 8).parameters())
+
+
 def test_layers_start_without_nan():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Embedding(8, 8))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
