@@ -21,7 +21,9 @@ _SHOWN = 30
 def kernel_times(decode: Callable[[], object], *, steps: int, device: torch.device) -> list[dict[str, Any]]:
     """``[{"kernel", "calls", "us", "share"}]`` per step over ``steps`` steps that ``decode`` makes; share of kernel time."""
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    # without acc_events torch 2.11 warns, at a second profile, that events of the first are gone
+    with profile(activities=activities, acc_events=True) as profiler:
         decode()
     found = []
     for event in profiler.key_averages():
