@@ -1,4 +1,4 @@
-"""Who adds the partials up: the last program to arrive, in the same launch.
+"""Who adds the partials up: the last program to arrive, in the same launch. With one slice there are none, nor a counter.
 
 Each program writes its fp32 partial, then adds one to its block's counter (an integer, acquire and release, GPU scope). The one
 that finds all others counted adds the S partials in the order of slices, then bias, activation and residual, and sets the counter
@@ -10,7 +10,7 @@ in two graphs, meet only if the ring went round between them, after some thousan
 launches counters of their own.
 
     ACT      0 none; else y_n = act(first_n) * second_n over the two halves of N columns: 1 silu, 2 tanh-GELU, 3 ReLU, 4 GELU.
-             Both halves of a place count on one counter, so its last program has all it needs.
+             A block then is the same places of both halves, so its last program has all it needs.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def partials_at_once(warps: int, block_n: int) -> int:
 
 
 @triton.jit
-def is_last(counters, i_c, COUNT: tl.constexpr):
-    """Whether the COUNT - 1 other programs of counter i_c have arrived. What they wrote is visible to the last."""
+def is_last(counters, i_p, COUNT: tl.constexpr):
+    """Whether the COUNT - 1 other programs of counter i_p have arrived. What they wrote is visible to the last."""
     # the partial is written by all threads, the arrival by one
     tl.debug_barrier()
-    return tl.atomic_add(counters + i_c, 1, sem="acq_rel", scope="gpu") == COUNT - 1
+    return tl.atomic_add(counters + i_p, 1, sem="acq_rel", scope="gpu") == COUNT - 1
 
 
 @triton.jit
@@ -97,20 +97,46 @@ def activated(b_y, ACT: tl.constexpr):
 
 
 @triton.jit
+def write(y, b_y, residual, o_t, o_n, m_y, s_rt, s_rn, s_yt, HAS_RESIDUAL: tl.constexpr):
+    """Columns o_n of token o_t's result, the residual added."""
+    if HAS_RESIDUAL:
+        b_y += tl.load(residual + o_t * s_rt + o_n * s_rn, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(y + o_t * s_yt + o_n, b_y.to(y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit
+def hand_over(
+    b_y, part, y, bias, residual, i_s, i_t, i_t0, T, o_c, m_c, o_n, m_n, s_ps, s_pt, s_yt, s_bias, s_rt, s_rn,
+    S: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """A program's sums of columns o_c for token i_t0 + i_t: its partial or, where it has no partner, the result's columns o_n."""
+    o_t = (i_t0 + i_t).to(tl.int64)
+    m_sum = m_c & (o_c * 0 + o_t < T)
+    if S > 1:
+        tl.store(part + i_s.to(tl.int64) * s_ps + o_t * s_pt + o_c, b_y, mask=m_sum)
+    else:
+        if HAS_BIAS:
+            b_y += tl.load(bias + o_c * s_bias, mask=m_sum, other=0.0).to(tl.float32)
+        if ACT:
+            b_both = tl.reshape(b_y, (2, BN // 2))
+            o_h = tl.arange(0, 2)[:, None]
+            b_y = activated(tl.sum(tl.where(o_h == 0, b_both, 0.0), 0), ACT) * tl.sum(tl.where(o_h == 1, b_both, 0.0), 0)
+        write(y, b_y, residual, o_t, o_n, m_n & (o_n * 0 + o_t < T), s_rt, s_rn, s_yt, HAS_RESIDUAL)
+
+
+@triton.jit
 def finish(
-    part, y, bias, residual, counters, i_c, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt, s_bias, s_rt, s_rn,
+    part, y, bias, residual, counters, i_p, i_t0, T, half, o_n, m_n, s_ps, s_pt, s_yt, s_bias, s_rt, s_rn,
     S: tl.constexpr, SR: tl.constexpr, BT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """Arrive; if last, write columns o_c of the result for tokens i_t0 ... i_t0 + BT - 1. half: columns of the second half."""
-    if is_last(counters, i_c, 2 * S if ACT else S):
+    """Arrive; if last, write columns o_n of the result for tokens i_t0 ... i_t0 + BT - 1. half: columns of the second half."""
+    if is_last(counters, i_p, S):
         for i_t in tl.static_range(BT):
             o_t = (i_t0 + i_t).to(tl.int64)
-            m_y = m_c & (o_c * 0 + o_t < T)
+            m_y = m_n & (o_n * 0 + o_t < T)
             p_part = part + o_t * s_pt
-            b_y = sum_of_partials(p_part, o_c, m_y, s_ps, bias, s_bias, S, SR, HAS_BIAS)
+            b_y = sum_of_partials(p_part, o_n, m_y, s_ps, bias, s_bias, S, SR, HAS_BIAS)
             if ACT:
-                b_y = activated(b_y, ACT) * sum_of_partials(p_part, o_c + half, m_y, s_ps, bias, s_bias, S, SR, HAS_BIAS)
-            if HAS_RESIDUAL:
-                b_y += tl.load(residual + o_t * s_rt + o_c * s_rn, mask=m_y, other=0.0).to(tl.float32)
-            tl.store(y + o_t * s_yt + o_c, b_y.to(y.dtype.element_ty), mask=m_y)
-        tl.store(counters + i_c, 0)
+                b_y = activated(b_y, ACT) * sum_of_partials(p_part, o_n + half, m_y, s_ps, bias, s_bias, S, SR, HAS_BIAS)
+            write(y, b_y, residual, o_t, o_n, m_y, s_rt, s_rn, s_yt, HAS_RESIDUAL)
+        tl.store(counters + i_p, 0)

@@ -55,6 +55,21 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def places(i_n, half, N, BN: tl.constexpr, ACT: tl.constexpr):
+    """Columns of block i_n, and which of them exist: BN in a row or, with an activation, the same BN / 2 of both halves."""
+    o_n = tl.arange(0, BN)
+    if ACT:
+        HALF: tl.constexpr = BN // 2
+        o_p = i_n.to(tl.int64) * HALF + o_n % HALF
+        o_c = o_p + o_n // HALF * half
+        m_c = o_p < half
+    else:
+        o_c = i_n.to(tl.int64) * BN + o_n
+        m_c = o_c < N
+    return o_c, m_c
+
+
+@triton.jit
 def ranks_of(o_r, i_s, S: tl.constexpr, GROUP: tl.constexpr):
     """Ranks at offsets o_r of slice i_s."""
     return (o_r // GROUP) * (GROUP * S) + i_s * GROUP + o_r % GROUP
@@ -99,23 +114,29 @@ def list_ranks(
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr, BM: tl.constexpr,
     BT: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the slice's list to p_list, less its first EARLY ranks; how many were kept. Waits for the previous kernel."""
-    o_r = tl.arange(0, KB)
-    b_k = ranks_of(o_r, i_s, S, GROUP)
-    m_k = (o_r >= EARLY) & (o_r < KS) & (b_k < K)
-    b_tau, b_scale = constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED)
-    wait_for_previous(PDL)
-    m_any, b_vs = kept_values(v, b_tau, b_scale, b_k, m_k, T, s_vt, s_vk, BT, SCALED)
-    b_one = m_any.to(tl.int32)
-    n_active = tl.sum(b_one, 0)
-    o_p = tl.cumsum(b_one, 0) - 1
+    """Write the slice's list to p_list, less its first EARLY ranks; how many were kept. Waits for the previous kernel.
+
+    A long slice is listed CB ranks at a time, so that they fit into registers.
+    """
+    CB: tl.constexpr = KB if KB < 4096 else 4096
+    n_active = i_s * 0
+    for i_c in tl.static_range(KB // CB):
+        o_r = i_c * CB + tl.arange(0, CB)
+        b_k = ranks_of(o_r, i_s, S, GROUP)
+        m_k = (o_r >= EARLY) & (o_r < KS) & (b_k < K)
+        b_tau, b_scale = constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED)
+        if i_c == 0:
+            wait_for_previous(PDL)
+        m_any, b_vs = kept_values(v, b_tau, b_scale, b_k, m_k, T, s_vt, s_vk, BT, SCALED)
+        b_one = m_any.to(tl.int32)
+        o_p = n_active + tl.cumsum(b_one, 0) - 1
+        n_active += tl.sum(b_one, 0)
+        tl.store(p_list + o_p, b_k, mask=m_any)
+        for i_t in tl.static_range(BT):
+            tl.store(p_list + (1 + i_t) * (KB + BM) + o_p, b_vs[i_t].to(tl.int32, bitcast=True), mask=m_any)
     o_fill = n_active + tl.arange(0, BM)
-    tl.store(p_list + o_p, b_k, mask=m_any)
-    tl.store(p_list + o_fill, o_fill * 0)
-    for i_t in tl.static_range(BT):
-        p_values = p_list + (1 + i_t) * (KB + BM)
-        tl.store(p_values + o_p, b_vs[i_t].to(tl.int32, bitcast=True), mask=m_any)
-        tl.store(p_values + o_fill, o_fill * 0)
+    for i_l in tl.static_range(1 + BT):
+        tl.store(p_list + i_l * (KB + BM) + o_fill, o_fill * 0)
     # other threads wrote what this one reads
     tl.debug_barrier()
     return n_active

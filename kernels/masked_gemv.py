@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
-from rana_fx.kernels.finish import ACTIVATIONS, counters_for, finish, partials_at_once
+from rana_fx.kernels.finish import ACTIVATIONS, counters_for, finish, hand_over, partials_at_once
 from rana_fx.kernels.gather import (
     add_rows,
     constants_of,
@@ -35,6 +35,7 @@ from rana_fx.kernels.gather import (
     listed_values,
     load_rows,
     no_sums,
+    places,
     ranks_of,
     trips,
 )
@@ -54,15 +55,10 @@ def masked_gemv_kernel(
     LENGTH: tl.constexpr = KB + BM
     i_p, i_s = tl.program_id(0), tl.program_id(1)
     i_n, i_t0 = i_p // TG, i_p % TG * BT
-    i_c, o_half = i_n, i_n * 0
-    if ACT:
-        i_c = i_n % (tl.num_programs(0) // (2 * TG))
-        o_half = tl.where(i_n == i_c, 0, half)
     v += i_t0.to(tl.int64) * s_vt
     p_list = lists + (i_s * tl.num_programs(0) + i_p).to(tl.int64) * ((1 + BT) * LENGTH)
-    o_c = i_c.to(tl.int64) * BN + tl.arange(0, BN)
-    m_c = o_c < (half if ACT else N)
-    p_n = w + (o_half + o_c) * s_wn
+    o_c, m_c = places(i_n, half, N, BN, ACT)
+    p_n = w + o_c * s_wn
     if EARLY > 0:
         o_e = tl.arange(0, EARLY)
         b_k = tl.minimum(ranks_of(o_e, i_s, S, GROUP), K - 1)
@@ -81,14 +77,17 @@ def masked_gemv_kernel(
         o_k = tl.load(p_list + o_p).to(tl.int64)
         b_w = load_rows(p_n[None, :] + o_k[:, None] * s_wk, m_c, WHOLE)
         b_sums = add_rows(b_sums, listed_values(p_list, o_p, LENGTH, BT), b_w.to(tl.float32), BT, RW, BM, BN)
-    p_part = part + i_s.to(tl.int64) * s_ps + o_half + o_c
+    o_n, m_n = places(i_n, half, half if ACT else N, BN // 2 if ACT else BN, 0)
     for i_t in tl.static_range(BT):
-        m_t = m_c & (o_c * 0 + i_t0 + i_t < T)
-        tl.store(p_part + (i_t0 + i_t).to(tl.int64) * s_pt, tl.sum(b_sums[i_t], 0), mask=m_t)
-    finish(
-        part, y, bias, residual, counters, i_c * TG + i_p % TG, i_t0, T, half, o_c, m_c, s_ps, s_pt, s_yt,
-        s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
-    )  # fmt: skip
+        hand_over(
+            tl.sum(b_sums[i_t], 0), part, y, bias, residual, i_s, i_t, i_t0, T, o_c, m_c, o_n, m_n,
+            s_ps, s_pt, s_yt, s_bias, s_rt, s_rn, S, BN, HAS_BIAS, HAS_RESIDUAL, ACT,
+        )  # fmt: skip
+    if S > 1:
+        finish(
+            part, y, bias, residual, counters, i_p, i_t0, T, half, o_n, m_n, s_ps, s_pt, s_yt,
+            s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
+        )  # fmt: skip
 
 
 def masked_gemv(
@@ -173,9 +172,9 @@ def _launch(
         assert scale is not None
         group = group_of(weight, scale) if bits == 4 else 0
         weight, per_word = words(weight)
-        block_n = max(block_n, group, per_word)
+        block_n = max(block_n, (2 if act else 1) * max(group, per_word))
         kernel, meta = masked_gemv_packed_kernel, dict(BITS=bits, QG=group or block_n, PER=per_word)
-    blocks = 2 * cdiv(half, block_n) if act else cdiv(columns, block_n)
+    blocks = cdiv(half or columns, block_n // 2 if act else block_n)
     if counters is None:
         counters = counters_for(v.device, blocks * groups)
     slice_size, row_warps = config.slice_ranks(ranks), row_warps_of(config.warps, block_n, bits)
@@ -183,7 +182,7 @@ def _launch(
         S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=config.group,
         EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
         BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
-        STAGES=config.stages, WHOLE=(half or columns) % block_n == 0, ACT=act, HAS_BIAS=bias is not None,
+        STAGES=config.stages, WHOLE=(half or columns) % (block_n // 2 if act else block_n) == 0, ACT=act, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, PDL=pdl, num_warps=config.warps, **launch_options(pdl, traced),
     )  # fmt: skip
     grid = (blocks * groups, config.splits)

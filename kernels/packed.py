@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rana_fx.kernels.finish import finish
+from rana_fx.kernels.finish import finish, hand_over
 from rana_fx.kernels.gather import (
     constants_of,
     kept_values,
@@ -25,6 +25,7 @@ from rana_fx.kernels.gather import (
     listed_values,
     load_rows,
     no_sums,
+    places,
     ranks_of,
     summed,
     trips,
@@ -101,21 +102,14 @@ def masked_gemv_packed_kernel(
     zero = K >> 31
     i_p, i_s = tl.program_id(0), tl.program_id(1)
     i_n, i_t0 = i_p // TG, i_p % TG * BT
-    i_c, o_half = i_n, i_n * 0
-    if ACT:
-        i_c = i_n % (tl.num_programs(0) // (2 * TG))
-        # half counts words, too
-        o_half = tl.where(i_n == i_c, 0, half)
-    n_words = half if ACT else N
     v += i_t0.to(tl.int64) * s_vt
     p_list = lists + (i_s * tl.num_programs(0) + i_p).to(tl.int64) * ((1 + BT) * LENGTH)
-    o_w = i_c.to(tl.int64) * BW + tl.arange(0, BW)
-    m_w = o_w < n_words
-    p_n = w + (o_half + o_w) * s_wn
-    o_chunk = i_c.to(tl.int64) * (BN // CHUNK) + tl.arange(0, BN // CHUNK)
-    m_chunk = o_chunk * CHUNK < n_words * PER
+    # half counts words, too
+    o_w, m_w = places(i_n, half, N, BW, ACT)
+    p_n = w + o_w * s_wn
+    o_chunk, m_chunk = places(i_n, half * PER // CHUNK, tl.cdiv(N * PER, CHUNK), BN // CHUNK, ACT)
     # a scale for each thread's 16 bytes, though a group has several
-    o_g = (o_half * PER + o_chunk * CHUNK) // QG
+    o_g = o_chunk * CHUNK // QG
     if EARLY > 0:
         o_e = tl.arange(0, EARLY)
         b_ke = tl.minimum(ranks_of(o_e, i_s, S, GROUP), K - 1)
@@ -137,17 +131,19 @@ def masked_gemv_packed_kernel(
         b_scale = scales_of(scale, b_k, o_g, m_chunk, s_sk, s_sg, BITS)
         b_vs = listed_values(p_list, o_p, LENGTH, BT)
         b_sums = add_packed_rows(b_sums, b_vs, numbers(b_w, zero, BITS, PER), b_scale, BT, BITS, RW, BM, BN, CHUNK)
-    o_c = i_c.to(tl.int64) * BN + tl.arange(0, BN)
-    m_c = o_c < n_words * PER
-    p_part = part + i_s.to(tl.int64) * s_ps + o_half * PER + o_c
+    o_c, m_c = places(i_n, half * PER, N * PER, BN, ACT)
+    o_n, m_n = places(i_n, half * PER, (half if ACT else N) * PER, BN // 2 if ACT else BN, 0)
     for i_t in tl.static_range(BT):
         b_y = tl.reshape(tl.reshape(tl.sum(b_sums[i_t], 0), (BW, PER)) * units(BITS, PER)[None, :], (BN,))
-        m_t = m_c & (o_c * 0 + i_t0 + i_t < T)
-        tl.store(p_part + (i_t0 + i_t).to(tl.int64) * s_pt, b_y, mask=m_t)
-    finish(
-        part, y, bias, residual, counters, i_c * TG + i_p % TG, i_t0, T, half * PER, o_c, m_c, s_ps, s_pt, s_yt,
-        s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
-    )  # fmt: skip
+        hand_over(
+            b_y, part, y, bias, residual, i_s, i_t, i_t0, T, o_c, m_c, o_n, m_n,
+            s_ps, s_pt, s_yt, s_bias, s_rt, s_rn, S, BN, HAS_BIAS, HAS_RESIDUAL, ACT,
+        )  # fmt: skip
+    if S > 1:
+        finish(
+            part, y, bias, residual, counters, i_p, i_t0, T, half * PER, o_n, m_n, s_ps, s_pt, s_yt,
+            s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
+        )  # fmt: skip
 
 
 def words(weight: Tensor) -> tuple[Tensor, int]:
