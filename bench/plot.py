@@ -2,13 +2,14 @@
 
 In: JSONL files. Out: one PNG per model, metric and dtype, a panel per text: increase of the mean loss over dense (log axis)
 against the budget measured on that text, bars for the 95 % intervals where rows have them. Roundings are points of their own,
-named. What is at or below a hundredth of a thousandth of a nat, or negative, lies at the lower edge as a hollow triangle.
+not joined. What is below a ten-thousandth of a nat, or negative, lies at that height, with a hollow triangle around it.
 
     python -m bench.plot bench/results/quality-*.jsonl --out bench/results
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +28,9 @@ _COLORS = {
     "paper": "tab:blue",
     "rana": "black",
 }
-_FLOOR = 1e-5
+_FLOOR = 1e-4
 _ROUNDED = {False: "tab:brown", True: "tab:cyan"}  # by whether it is optimal
+_MARKERS = "Ds^v<>pPX*hd"  # of roundings, in order
 
 
 def main(
@@ -54,9 +56,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     metric = rows[0]["metric"]
     for axis, name in zip(axes[0], names, strict=True):
         here = [row for row in rows if row["text"] == name and "unreachable" not in row and row["recipe"] != "dense"]
+        markers = itertools.cycle(_MARKERS)
         for recipe in dict.fromkeys(row["recipe"] for row in here):
             points = sorted((row for row in here if row["recipe"] == recipe), key=lambda row: row["measured"][metric])
-            _draw(axis, recipe, points, metric)
+            rounding = rounding_of(recipe)
+            if rounding is None:
+                _draw(axis, points, metric, color=_COLORS.get(recipe), marker="o", linestyle="-")
+            else:
+                _draw(axis, points, metric, color=_ROUNDED[rounding.optimal], marker=next(markers), linestyle="none")
         axis.set(xlabel=f"measured budget ({metric}, of dense)", ylabel="increase of mean loss, nats", title=name, yscale="log")
         axis.grid(True, which="both", alpha=0.25)
         if here:
@@ -67,21 +74,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw(axis: Any, recipe: str, rows: Sequence[Row], metric: str) -> None:
-    rounding = rounding_of(recipe)
-    color = _COLORS.get(recipe) if rounding is None else _ROUNDED[rounding.optimal]
+def _draw(axis: Any, rows: Sequence[Row], metric: str, **style: Any) -> None:
+    """Points of one recipe, by budget."""
     budgets = [row["measured"][metric] for row in rows]
     heights = [max(row["delta"], _FLOOR) for row in rows]
     below, above = zip(*(_bar(row, height) for row, height in zip(rows, heights, strict=True)), strict=True)
-    marker, line = ("o", "-") if rounding is None else ("D", "none")
-    label = recipe if rounding is None else None
-    axis.errorbar(
-        budgets, heights, yerr=(below, above), color=color, label=label, marker=marker, linestyle=line, markersize=3.5, capsize=2
-    )  # fmt: skip
-    under = [budget for budget, row in zip(budgets, rows, strict=True) if row["delta"] <= _FLOOR]
-    axis.plot(under, [_FLOOR] * len(under), marker="v", markersize=8, markerfacecolor="none", color=color, linestyle="none")
-    if rounding is not None:
-        axis.annotate(recipe, (budgets[0], heights[0]), xytext=(4, 3), textcoords="offset points", fontsize=7, color=color)
+    axis.errorbar(budgets, heights, yerr=(below, above), label=rows[0]["recipe"], markersize=4, capsize=2, linewidth=1.3, **style)
+    under = [budget for budget, row in zip(budgets, rows, strict=True) if row["delta"] < _FLOOR]
+    faint = {"markersize": 9, "markerfacecolor": "none", "color": style["color"], "linestyle": "none"}
+    axis.plot(under, [_FLOOR] * len(under), marker="v", **faint)
 
 
 def _bar(row: Row, height: float) -> tuple[float, float]:
