@@ -1,8 +1,8 @@
 """One MLP block with adapters in place of its linears: how far its output moves, and what that costs.
 
-In: the block's sites and sampled inputs, and adapters of any kind: stacked or not, behind masked routers, in any storage. Out:
-relative error of the block's output and its cost over the dense one, both over the rows given. Plain PyTorch, by the
-adapters' definition (rana_fx/adapters.py).
+In: the block's sites and sampled inputs, and adapters of any kind: stacked or not, behind masked routers, in any storage.
+Out: relative error of the block's output and its cost over the dense one in the problem's metric, both over the rows given.
+Plain PyTorch, by the adapters' definition (rana_fx/adapters.py).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Cast:
         sums[adapter.name] = sums.get(adapter.name, 0.0) + float(mask.sum())
 
 
-def score(problem: Problem, block: MlpBlock, adapters: Sequence[Adapter], *, metric: str = "flops") -> tuple[float, float]:
+def score(problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> tuple[float, float]:
     """(||y^ - y||^2 / ||y||^2, cost over dense) on the problem's rows; y without the bias of down."""
     rows, weight, bias = problem.rows(block.ups[0]), problem.matrix((block.down,)), problem.bias((block.down,))
     cast = Cast(problem, block, adapters)
@@ -93,9 +93,8 @@ def score(problem: Problem, block: MlpBlock, adapters: Sequence[Adapter], *, met
         energy += float(y_TO.square().sum(dtype=torch.float64))
         moved = cast.output(x_TI) - (y_TO if bias is None else y_TO + bias)
         error += float(moved.square().sum(dtype=torch.float64))
-    total = problem.flops(block.sites) if metric == "flops" else problem.bytes(block.sites)
-    cost = total
+    total = cost = problem.size(block.sites)
     for adapter in cast.adapters:
         means = [sums[adapter.name] / len(rows) if adapter.name in sums else None for sums in (cast.kept, cast.router_kept)]
-        cost += adapter.cost(metric, *means) - (adapter.dense_flops if metric == "flops" else adapter.dense_bytes)
+        cost += adapter.cost(problem.metric, *means) - (adapter.dense_flops if problem.metric == "flops" else adapter.dense_bytes)
     return error / max(energy, 1e-30), cost / total

@@ -40,6 +40,7 @@ from rana_fx.decompose import importance_profile, neuron_threshold, output_basis
 from rana_fx.errors import BudgetUnreachable, NoLinears, TooFewTokens, TraceFailed
 from rana_fx.evaluate import load_model
 from rana_fx.layout import MlpBlock
+from rana_fx.plan import METRICS
 from rana_fx.recipes import RECIPES
 
 # one block at one fraction is no entry point of a recipe: the sweep takes the steps behind it
@@ -62,6 +63,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
     recipes: Annotated[str, typer.Option(help="Recipes, by commas.")] = _RECIPES,
     budgets: Annotated[str, typer.Option(help="Fractions of the MLP's dense cost, by commas.")] = "0.7,0.58,0.5",
+    metric: Annotated[str, typer.Option(help="What cost is: flops (in float32), or bytes of bfloat16.")] = "flops",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_000,
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 4_096,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
@@ -72,7 +74,10 @@ def main(
     unknown = [name for name in names if name not in _RECIPES.split(",")]
     if unknown:
         raise typer.BadParameter(f"unknown recipes {unknown}: pick of {_RECIPES}")
-    network, tokenizer = load_model(model, dtype="float32")
+    if metric not in METRICS:
+        raise typer.BadParameter(f"unknown metric {metric!r}: pick of {', '.join(METRICS)}")
+    dtype = "float32" if metric == "flops" else "bfloat16"
+    network, tokenizer = load_model(model, dtype=dtype)
     progress = sys.stderr.isatty()
     calibrated = calibrate_once(
         network, batches_of(calib, tokenizer, tokens=tokens, context=context), seed=seed, progress=progress
@@ -87,12 +92,13 @@ def main(
         "text": Path(text).name,
         "tokens": count,
         "context": context,
-        "dtype": "float32",
+        "dtype": dtype,
+        "metric": metric,
         "seed": seed,
     }
     start(out)
     rows: list[dict[str, Any]] = []
-    held_out = Problem(calibrated.layout, held, 1.0, "flops", "dense", progress=False)
+    held_out = Problem(calibrated.layout, held, 1.0, metric, "dense", progress=False)
     with torch.no_grad():
         for facts in itertools.chain(_errors(network, calibrated, held_out, names, budgets), _needs(calibrated, held_out)):
             append(out, common | facts)
@@ -104,7 +110,7 @@ def _errors(
     network: nn.Module, calibrated: Calibrated, held_out: Problem, names: list[str], budgets: str
 ) -> Iterator[dict[str, Any]]:
     for block in calibrated.layout.blocks:
-        problem = calibrated.problem(budget=1.0, metric="flops", recipe="paper")
+        problem = calibrated.problem(budget=1.0, metric=held_out.metric, recipe="paper")
         alone = _alone(network, problem, block) if "rana_alone" in names else None
         rows = problem.rows(block.ups[0])
         makers: dict[str, Callable[[float], list[Adapter] | None]] = {
@@ -113,8 +119,8 @@ def _errors(
             "wina": partial(_inputs, problem, block, weighted=True),
             "cats": partial(_cats, problem, block),
             "neuron_ideal": partial(_ideal, problem, block),
-            "rana": partial(_rana, calibrated, block),
-            "rana_alone": partial(_rana_alone, alone),
+            "rana": partial(_rana, calibrated, block, held_out.metric),
+            "rana_alone": partial(_rana_alone, alone, held_out.metric),
         }
         for budget, recipe in itertools.product((float(value) for value in budgets.split(",")), names):
             facts = {"kind": "mlp_error", "site": block.down, "recipe": recipe, "budget": budget}
@@ -130,28 +136,28 @@ def _errors(
                 yield facts | {"unreachable": why}
                 continue
             error, cost = score(held_out, block, made)
-            of = "dense multiply-adds"
+            of = "dense multiply-adds" if held_out.metric == "flops" else "dense bytes"
             if recipe == "neuron_ideal":
                 # all rows of a neuron are left out, and nothing is paid for knowing which
                 (down,) = made
-                cost = 1 - (1 - cost) * held_out.flops(block.sites) / down.dense_flops
+                cost = 1 - (1 - cost) * held_out.size(block.sites) / held_out.size((down.name,))
                 of += " (choice of neurons not counted)"
             yield facts | {"error": error, "measured": cost, "measured_of": of}
 
 
-def _rana(calibrated: Calibrated, block: MlpBlock, fraction: float) -> list[Adapter]:
+def _rana(calibrated: Calibrated, block: MlpBlock, metric: str, fraction: float) -> list[Adapter]:
     layout = replace(
         calibrated.layout, sites={name: calibrated.layout.sites[name] for name in block.sites}, blocks=(block,), skips=()
     )
-    problem = replace(calibrated, layout=layout).problem(budget=fraction, metric="flops", recipe="rana")
+    problem = replace(calibrated, layout=layout).problem(budget=fraction, metric=metric, recipe="rana")
     return RECIPES["rana"].solve(problem)
 
 
-def _rana_alone(alone: tuple[str, Calibrated] | None, fraction: float) -> list[Adapter] | None:
+def _rana_alone(alone: tuple[str, Calibrated] | None, metric: str, fraction: float) -> list[Adapter] | None:
     if alone is None:
         return None
     prefix, calibrated = alone
-    made = RECIPES["rana"].solve(calibrated.problem(budget=fraction, metric="flops", recipe="rana"))
+    made = RECIPES["rana"].solve(calibrated.problem(budget=fraction, metric=metric, recipe="rana"))
     return [replace(adapter, sites=tuple(prefix + site for site in adapter.sites)) for adapter in made]
 
 
