@@ -147,7 +147,7 @@ class Maker:
         self._rounder = Rounder(calibrated.problem(budget=1.0, metric="bytes", recipe="dense"))
 
     def at(self, name: str, budget: float) -> Entrant:
-        """A recipe or ``slicegpt`` at a budget. Raises BudgetUnreachable, TooFewTokens."""
+        """A recipe or ``slicegpt`` at a budget. Raises BudgetUnreachable, InvalidOption, TooFewTokens."""
         if name == "slicegpt":
             with evaluating(self._model):
                 return Slices(sliced(self._model, self._calibrated.layout, budget=budget, batches=self._batches))
@@ -157,4 +157,7 @@ class Maker:
         """Raises InvalidOption."""
         with torch.no_grad():
             weights = self._rounder.weights(rounding)
-        return Rounded(weights, self._rounder.bytes_kept(rounding))
+        return Rounded(weights, self.bytes_kept(rounding))
+
+    def bytes_kept(self, rounding: Rounding) -> float:
+        return self._rounder.bytes_kept(rounding)

@@ -31,7 +31,7 @@ from bench.quantised import Rounding, rounding_of
 from bench.record import append, head, start
 from bench.slicegpt import stream_of
 from bench.table import table
-from rana_fx.errors import BudgetUnreachable, TooFewTokens
+from rana_fx.errors import BudgetUnreachable, InvalidOption, TooFewTokens
 from rana_fx.evaluate import Quality, evaluate, load_model
 from rana_fx.recipes import RECIPES
 from rana_fx.running import device_of
@@ -108,13 +108,13 @@ def main(
         print(f"left out, since they save no multiply-adds: {', '.join(roundings)}", flush=True)
     for recipe, point in points:
         began = time.perf_counter()
+        budget = maker.bytes_kept(point) if isinstance(point, Rounding) else point
         try:
             entrant = maker.rounded(point) if isinstance(point, Rounding) else maker.at(recipe, point)
-        except (BudgetUnreachable, TooFewTokens) as error:
+        except (BudgetUnreachable, InvalidOption, TooFewTokens) as error:
             for name in texts:
-                add(text=name, recipe=recipe, budget=point, dense_loss=dense[name].mean_loss, unreachable=str(error))
+                add(text=name, recipe=recipe, budget=budget, dense_loss=dense[name].mean_loss, unreachable=str(error))
             continue
-        budget = entrant.expected["bytes"] if isinstance(point, Rounding) else point
         solved = time.perf_counter() - began
         for name, found in texts.items():
             facts = _evaluated(network, entrant, found, dense[name], progress=progress)

@@ -71,15 +71,15 @@ def test_an_interval_resamples_documents_not_tokens():
     assert low == 0 and high == 1
 
 
-def test_losses_belong_to_the_document_of_the_predicted_token():
+def test_losses_belong_to_the_document_of_the_predicted_token(device):
     ids = torch.tensor([[0, 1, 2, 1], [2, 0, 1, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     dense = torch.randn(2, 4, 3)
     adapted = dense + torch.randn(2, 4, 3)
     batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     text = Text([batch], [torch.tensor([[0, 0, 1, 1], [1, 2, 2, 2]])], "document")
-    calls = [lambda logits=logits, **_: SimpleNamespace(logits=logits) for logits in (adapted, dense)]
-    quality, found = compare(*calls, text, progress=False, device=torch.device("cpu"))
+    calls = [lambda logits=logits, **_: SimpleNamespace(logits=logits) for logits in (adapted.to(device), dense.to(device))]
+    quality, found = compare(*calls, text, progress=False, device=device)
     more = -adapted.log_softmax(-1) + dense.log_softmax(-1)
     # (row, position predicted from, token): documents 0, 1, 1 | 2, 2
     sums = [more[0, 0, 1], more[0, 1, 2] + more[0, 2, 1], more[1, 0, 0] + more[1, 1, 1]]

@@ -33,10 +33,10 @@ def model(kind="Llama", **extra):
     return made
 
 
-def batches(count=9):
+def batches(count=9, device="cpu"):
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(64, (4, 32), generator=generator) for _ in range(count)]
-    return [{"input_ids": i, "attention_mask": torch.ones_like(i), "use_cache": False} for i in ids]
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i), "use_cache": False} for i in (i.to(device) for i in ids)]
 
 
 # ---- roundings
@@ -114,8 +114,8 @@ def test_gptq_loses_less_than_nearest_on_its_inputs(suffix):
     assert loss("gptq3-g64") < 0.5 * loss("int3-g64")
 
 
-def test_rounded_weights_are_the_counted_ones_and_leave_no_trace():
-    dense, batch = model("GPTNeoX"), batches(1)[0]
+def test_rounded_weights_are_the_counted_ones_and_leave_no_trace(device):
+    dense, batch = model("GPTNeoX").to(device), batches(1, device)[0]
     calibrated = calibrate_once(dense, batches())
     maker = Maker(dense, calibrated, batches(), metric="bytes", progress=False)
     before = {name: value.clone() for name, value in dense.state_dict().items()}
@@ -165,10 +165,10 @@ def layout_of(dense):
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma", "GPTNeoX"])
-def test_all_dimensions_are_the_dense_model(kind):
-    dense, batch = model(kind), batches(1)[0]
+def test_all_dimensions_are_the_dense_model(kind, device):
+    dense, batch = model(kind).to(device), batches(1, device)[0]
     stream = stream_of(dense)
-    basis = torch.linalg.qr(torch.randn(32, 32)).Q
+    basis = torch.linalg.qr(torch.randn(32, 32)).Q.to(device)
     expected = dense(**batch).logits
     with Sliced(stream, (basis,) * len(stream.points), 1.0).acting():
         got = dense(**batch).logits
@@ -176,9 +176,9 @@ def test_all_dimensions_are_the_dense_model(kind):
     torch.testing.assert_close(dense(**batch).logits, expected, rtol=0, atol=0)
 
 
-def test_projecting_is_slicing():
+def test_projecting_is_slicing(device):
     """Against a Llama whose matrices are sliced, as the paper builds it."""
-    dense, batch = model(), batches(1)[0]
+    dense, batch = model().to(device), batches(1, device)[0]
     found = sliced(dense, layout_of(dense), budget=0.7, batches=batches(3))
     with torch.no_grad(), found.acting():
         got = dense(**batch).logits
@@ -206,7 +206,7 @@ def test_projecting_is_slicing():
     with torch.no_grad():
         eps = small.config.rms_norm_eps
         x = small.model.embed_tokens(batch["input_ids"])
-        places = small.model.rotary_emb(x, position_ids=torch.arange(32)[None])
+        places = small.model.rotary_emb(x, position_ids=torch.arange(32, device=device)[None])
         x = x @ q[0]
         for i, block in enumerate(blocks):
             attended, _ = block.self_attn(norm(x, eps), position_embeddings=places, attention_mask=None)
