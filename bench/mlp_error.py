@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from bench.acting import score
 from bench.once import Calibrated, batches_of, calibrate_once
+from bench.rank_need import QUANTILES, needs
 from bench.record import append, head, start
 from rana_fx.adapters import Adapter
 from rana_fx.calibrate import calibrate
 from rana_fx.commands.record import show
-from rana_fx.decompose import importance_profile, neuron_threshold, output_basis, second_moment
+from rana_fx.decompose import importance_profile, neuron_threshold, second_moment
 from rana_fx.errors import BudgetUnreachable, NoLinears, TooFewTokens, TraceFailed
 from rana_fx.evaluate import load_model
 from rana_fx.layout import MlpBlock
@@ -48,9 +49,6 @@ from rana_fx.recipes.baselines import _masked_sites, _threshold_block
 from rana_fx.recipes.paper import _adapt_mlp
 from rana_fx.recipes.problem import Problem
 
-_SHARES = (0.9, 0.99)
-_QUANTILES = (0.1, 0.5, 0.9)
-_ROWS = 1024  # at a time
 _RECIPES = "paper,teal,wina,cats,neuron_ideal,rana,rana_alone"
 _NEURONS = ("teal", "wina", "cats")
 _BATCHES = 16  # of a block's rows: two are held out, four give gradients
@@ -100,7 +98,7 @@ def main(
     rows: list[dict[str, Any]] = []
     held_out = Problem(calibrated.layout, held, 1.0, metric, "dense", progress=False)
     with torch.no_grad():
-        for facts in itertools.chain(_errors(network, calibrated, held_out, names, budgets), _needs(calibrated, held_out)):
+        for facts in itertools.chain(_errors(network, calibrated, held_out, names, budgets), needs(calibrated, held_out)):
             append(out, common | facts)
             rows.append(facts)
     _tables(Path(model).name, rows)
@@ -198,39 +196,6 @@ def _ideal(problem: Problem, block: MlpBlock, fraction: float) -> list[Adapter]:
     return [problem.neuron_adapter(block.down, threshold, norms, fraction)]
 
 
-def _needs(calibrated: Calibrated, held_out: Problem) -> list[dict[str, Any]]:
-    layout = calibrated.layout
-    problem = calibrated.problem(budget=1.0, metric="flops", recipe="paper")
-    stacks = [("attention_in", stack) for stack in layout.stacks()]
-    ups = [("up", (up,)) for block in layout.blocks for up in block.ups]
-    found = []
-    for role, names in (*stacks, *ups):
-        basis = output_basis(problem.matrix(names), second_moment(problem.rows(names[0])))
-        chunks = held_out.rows(names[0]).float().split(_ROWS)
-        found += _need(role, "+".join(names), "rank", [(chunk @ basis.b_DI.t()).square() for chunk in chunks])
-    for block in layout.blocks:
-        norms = torch.linalg.vector_norm(problem.matrix((block.down,)), dim=0)
-        chunks = held_out.rows(block.down).float().split(_ROWS)
-        found += _need("down", block.down, "neuron", [(chunk * norms).square() for chunk in chunks])
-    return found
-
-
-def _need(role: str, site: str, basis: str, energies: list[Tensor]) -> list[dict[str, Any]]:
-    found = []
-    for share in _SHARES:
-        needed = []
-        for energy_TD in energies:
-            above = energy_TD.double().sort(dim=1, descending=True).values.cumsum(1)
-            counts = (above < share * above[:, -1:]).sum(1) + 1
-            needed.append(counts.double() / energy_TD.shape[1])
-        fractions = torch.cat(needed).cpu()
-        quantiles = torch.quantile(fractions, torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()
-        names = [f"q{round(100 * q)}" for q in _QUANTILES]
-        facts = {"kind": "rank_need", "role": role, "site": site, "basis": basis, "energy": share}
-        found.append(facts | {"mean": float(fractions.mean())} | dict(zip(names, quantiles, strict=True)))
-    return found
-
-
 def _tables(model: str, rows: list[dict[str, Any]]) -> None:
     errors: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -249,7 +214,7 @@ def _tables(model: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["kind"] == "rank_need":
             needs.setdefault((row["role"], row["basis"], row["energy"]), []).append(row)
-    kept = ("mean", *(f"q{round(100 * q)}" for q in _QUANTILES))
+    kept = ("mean", *(f"q{round(100 * q)}" for q in QUANTILES))
     table = [(*key, *(sum(row[c] for row in found) / len(found) for c in kept)) for key, found in needs.items()]
     show(f"{model}: fraction of components for a share of a token's energy", ("role", "basis", "energy", *kept), table)
 
