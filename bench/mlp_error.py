@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from bench.acting import score
 from bench.once import Calibrated, batches_of, calibrate_once
