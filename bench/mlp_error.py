@@ -9,37 +9,49 @@ energy, in the rank basis of a linear and, for ``down``, among the neurons (pape
     teal, wina    input thresholds on every linear of the block, plain or weighted by column norms
     cats          threshold on the activated gate; the gate itself (without a gate: up) is paid in full
     neuron_ideal  neurons with |h_j| |W_:,j| above a threshold, known without computing them: a bound for predictors of neurons
+    rana          the recipe for the linears of this block alone, the rest of the model dense: errors weighed by the model's loss
+    rana_alone    the recipe for the MLP as a model of its own, whose output is all there is to lose: errors weighed by what is
+                  measured here, as the others choose by it; where the MLP is a module that reads one tensor
+
+``rana`` solves a problem of its own for every block and budget, so that all recipes spend the same on the same block.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import nn
 
+from bench.acting import score
 from bench.once import Calibrated, batches_of, calibrate_once
+from bench.rank_need import QUANTILES, needs
 from bench.record import append, head, start
 from rana_fx.adapters import Adapter
 from rana_fx.calibrate import calibrate
 from rana_fx.commands.record import show
-from rana_fx.decompose import importance_profile, neuron_threshold, output_basis, second_moment
+from rana_fx.decompose import importance_profile, neuron_threshold, second_moment
+from rana_fx.errors import BudgetUnreachable, NoLinears, TooFewTokens, TraceFailed
 from rana_fx.evaluate import load_model
-from rana_fx.kernels.reference import masked_gemv
 from rana_fx.layout import MlpBlock
+from rana_fx.plan import METRICS
+from rana_fx.recipes import RECIPES
 
 # one block at one fraction is no entry point of a recipe: the sweep takes the steps behind it
 from rana_fx.recipes.baselines import _masked_sites, _threshold_block
 from rana_fx.recipes.paper import _adapt_mlp
 from rana_fx.recipes.problem import Problem
 
-_SHARES = (0.9, 0.99)
-_QUANTILES = (0.1, 0.5, 0.9)
-_ROWS = 1024  # at a time
+_RECIPES = "paper,teal,wina,cats,neuron_ideal,rana,rana_alone"
+_NEURONS = ("teal", "wina", "cats")
+_BATCHES = 16  # of a block's rows: two are held out, four give gradients
 
 
 def main(
@@ -47,14 +59,23 @@ def main(
     calib: Annotated[str, typer.Option(help="Calibration text.")],
     text: Annotated[str, typer.Option(help="Held-out text.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
+    recipes: Annotated[str, typer.Option(help="Recipes, by commas.")] = _RECIPES,
     budgets: Annotated[str, typer.Option(help="Fractions of the MLP's dense cost, by commas.")] = "0.7,0.58,0.5",
+    metric: Annotated[str, typer.Option(help="What cost is: flops (in float32), or bytes of bfloat16.")] = "flops",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_000,
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 4_096,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the token sample.")] = 0,
 ) -> None:
     """MLP output error per recipe, and ranks needed per input, on held-out text."""
-    network, tokenizer = load_model(model, dtype="float32")
+    names = recipes.split(",")
+    unknown = [name for name in names if name not in _RECIPES.split(",")]
+    if unknown:
+        raise typer.BadParameter(f"unknown recipes {unknown}: pick of {_RECIPES}")
+    if metric not in METRICS:
+        raise typer.BadParameter(f"unknown metric {metric!r}: pick of {', '.join(METRICS)}")
+    dtype = "float32" if metric == "flops" else "bfloat16"
+    network, tokenizer = load_model(model, dtype=dtype)
     progress = sys.stderr.isatty()
     calibrated = calibrate_once(
         network, batches_of(calib, tokenizer, tokens=tokens, context=context), seed=seed, progress=progress
@@ -69,42 +90,87 @@ def main(
         "text": Path(text).name,
         "tokens": count,
         "context": context,
-        "dtype": "float32",
+        "dtype": dtype,
+        "metric": metric,
         "seed": seed,
     }
     start(out)
     rows: list[dict[str, Any]] = []
-    held_out = Problem(calibrated.layout, held, 1.0, "flops", "dense", progress=False)
+    held_out = Problem(calibrated.layout, held, 1.0, metric, "dense", progress=False)
     with torch.no_grad():
-        for facts in (*_errors(calibrated, held_out, budgets), *_needs(calibrated, held_out)):
+        for facts in itertools.chain(_errors(network, calibrated, held_out, names, budgets), needs(calibrated, held_out)):
             append(out, common | facts)
             rows.append(facts)
     _tables(Path(model).name, rows)
 
 
-def _errors(calibrated: Calibrated, held_out: Problem, budgets: str) -> list[dict[str, Any]]:
-    found = []
-    for budget in (float(value) for value in budgets.split(",")):
-        problem = calibrated.problem(budget=budget, metric="flops", recipe="paper")
-        for block in calibrated.layout.blocks:
-            rows = problem.rows(block.ups[0])
-            moment = second_moment(rows)
-            made_by: dict[str, list[Adapter] | None] = {
-                "paper": _adapt_mlp(problem, block, rows, moment, budget),
-                "teal": _inputs(problem, block, budget, weighted=False),
-                "wina": _inputs(problem, block, budget, weighted=True),
-                "cats": _cats(problem, block, budget),
-                "neuron_ideal": _ideal(problem, block, budget),
-            }
-            for recipe, made in made_by.items():
-                facts = {"kind": "mlp_error", "site": block.down, "recipe": recipe, "budget": budget}
-                if made is None:
-                    found.append(facts | {"unreachable": "what stays dense costs more than the budget"})
-                else:
-                    error, cost = _score(held_out, block, {adapter.name: adapter for adapter in made})
-                    free = " (choice of neurons not counted)" if recipe == "neuron_ideal" else ""
-                    found.append(facts | {"error": error, "measured": cost, "measured_of": f"dense multiply-adds{free}"})
-    return found
+def _errors(
+    network: nn.Module, calibrated: Calibrated, held_out: Problem, names: list[str], budgets: str
+) -> Iterator[dict[str, Any]]:
+    for block in calibrated.layout.blocks:
+        problem = calibrated.problem(budget=1.0, metric=held_out.metric, recipe="paper")
+        alone = _alone(network, problem, block) if "rana_alone" in names else None
+        rows = problem.rows(block.ups[0])
+        makers: dict[str, Callable[[float], list[Adapter] | None]] = {
+            "paper": partial(_adapt_mlp, problem, block, rows, second_moment(rows)),
+            "teal": partial(_inputs, problem, block, weighted=False),
+            "wina": partial(_inputs, problem, block, weighted=True),
+            "cats": partial(_cats, problem, block),
+            "neuron_ideal": partial(_ideal, problem, block),
+            "rana": partial(_rana, calibrated, block, held_out.metric),
+            "rana_alone": partial(_rana_alone, alone, held_out.metric),
+        }
+        for budget, recipe in itertools.product((float(value) for value in budgets.split(",")), names):
+            facts = {"kind": "mlp_error", "site": block.down, "recipe": recipe, "budget": budget}
+            try:
+                made = makers[recipe](budget)
+            except (BudgetUnreachable, TooFewTokens) as error:
+                yield facts | {"unreachable": str(error)}
+                continue
+            if made is None:
+                why = (
+                    "the MLP is no module of its own" if recipe == "rana_alone" else "what stays dense costs more than the budget"
+                )
+                yield facts | {"unreachable": why}
+                continue
+            error, cost = score(held_out, block, made)
+            of = "dense multiply-adds" if held_out.metric == "flops" else "dense bytes"
+            if recipe == "neuron_ideal":
+                # all rows of a neuron are left out, and nothing is paid for knowing which
+                (down,) = made
+                cost = 1 - (1 - cost) * held_out.size(block.sites) / held_out.size((down.name,))
+                of += " (choice of neurons not counted)"
+            yield facts | {"error": error, "measured": cost, "measured_of": of}
+
+
+def _rana(calibrated: Calibrated, block: MlpBlock, metric: str, fraction: float) -> list[Adapter]:
+    layout = replace(
+        calibrated.layout, sites={name: calibrated.layout.sites[name] for name in block.sites}, blocks=(block,), skips=()
+    )
+    problem = replace(calibrated, layout=layout).problem(budget=fraction, metric=metric, recipe="rana")
+    return RECIPES["rana"].solve(problem)
+
+
+def _rana_alone(alone: tuple[str, Calibrated] | None, metric: str, fraction: float) -> list[Adapter] | None:
+    if alone is None:
+        return None
+    prefix, calibrated = alone
+    made = RECIPES["rana"].solve(calibrated.problem(budget=fraction, metric=metric, recipe="rana"))
+    return [replace(adapter, sites=tuple(prefix + site for site in adapter.sites)) for adapter in made]
+
+
+def _alone(network: nn.Module, problem: Problem, block: MlpBlock) -> tuple[str, Calibrated] | None:
+    """(prefix of its names, the block's module calibrated on its sampled inputs)."""
+    parts = zip(*(name.split(".") for name in block.sites), strict=False)
+    shared = ".".join(part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
+    rows = problem.rows(block.ups[0])
+    batches = [chunk.unsqueeze(0) for chunk in rows.split(-(-len(rows) // _BATCHES))]
+    try:
+        found = calibrate_once(network.get_submodule(shared), batches)
+    except (AttributeError, NoLinears, TraceFailed):
+        return None
+    counted = {f"{shared}.{site.name}" for site in found.layout.sites.values() if site.counted}
+    return (f"{shared}.", found) if counted == set(block.sites) else None
 
 
 def _inputs(problem: Problem, block: MlpBlock, fraction: float, *, weighted: bool) -> list[Adapter]:
@@ -130,94 +196,39 @@ def _ideal(problem: Problem, block: MlpBlock, fraction: float) -> list[Adapter]:
     return [problem.neuron_adapter(block.down, threshold, norms, fraction)]
 
 
-def _score(held_out: Problem, block: MlpBlock, adapters: dict[str, Adapter]) -> tuple[float, float]:
-    """(relative error, measured cost over dense) on the held-out rows."""
-    down_FO = held_out.matrix((block.down,)).t()
-    energy = error = 0.0
-    kept: dict[str, float] = {}
-    rows = held_out.rows(block.ups[0])
-    adapters = {name: adapter.on(rows.device) for name, adapter in adapters.items()}
-    for x_TI in rows.float().split(_ROWS):
-        outs = [_up(held_out, up, adapters.get(up), x_TI, kept) for up in block.ups]
-        hidden = block.pointwise(*outs).float()
-        last = adapters[block.down]
-        if last.kind == "gated":
-            assert block.activation is not None
-            mask = block.activation(outs[block.gate]).float().square() >= last.tau
-        else:
-            mask = hidden.square() >= last.tau
-        kept[block.down] = kept.get(block.down, 0.0) + float(mask.sum())
-        y_TO = held_out.dense_rows(block, x_TI) @ down_FO
-        energy += float(y_TO.square().sum(dtype=torch.float64))
-        error += float(((hidden * mask) @ down_FO - y_TO).square().sum(dtype=torch.float64))
-    mean = {name: value / len(rows) for name, value in kept.items()}
-    return error / max(energy, 1e-30), _cost(held_out, block, adapters, mean)
-
-
-def _up(held_out: Problem, name: str, adapter: Adapter | None, x_TI: Tensor, kept: dict[str, float]) -> Tensor:
-    weight, bias = held_out.matrix((name,)), held_out.bias((name,))
-    if adapter is None:
-        return linear(x_TI, weight, bias)
-    v = x_TI if adapter.router is None else linear(x_TI, adapter.router)
-    kept[name] = kept.get(name, 0.0) + float((v.square() >= adapter.tau).sum())
-    return masked_gemv(v, adapter.tau, weight.t() if adapter.weight is None else adapter.weight, bias)
-
-
-def _cost(held_out: Problem, block: MlpBlock, adapters: dict[str, Adapter], mean: dict[str, float]) -> float:
-    total = held_out.flops(block.sites)
-    if set(adapters) == {block.down} and adapters[block.down].kind == "neuron":  # neuron_ideal: all rows of a neuron go
-        return mean[block.down] / adapters[block.down].ranks
-    changed = sum(adapter.cost("flops", mean[name]) - adapter.dense_flops for name, adapter in adapters.items())
-    return (total + changed) / total
-
-
-def _needs(calibrated: Calibrated, held_out: Problem) -> list[dict[str, Any]]:
-    layout = calibrated.layout
-    problem = calibrated.problem(budget=1.0, metric="flops", recipe="paper")
-    stacks = [("attention_in", stack) for stack in layout.stacks()]
-    ups = [("up", (up,)) for block in layout.blocks for up in block.ups]
-    found = []
-    for role, names in (*stacks, *ups):
-        basis = output_basis(problem.matrix(names), second_moment(problem.rows(names[0])))
-        chunks = held_out.rows(names[0]).float().split(_ROWS)
-        found += _need(role, "+".join(names), "rank", [(chunk @ basis.b_DI.t()).square() for chunk in chunks])
-    for block in layout.blocks:
-        norms = torch.linalg.vector_norm(problem.matrix((block.down,)), dim=0)
-        chunks = held_out.rows(block.down).float().split(_ROWS)
-        found += _need("down", block.down, "neuron", [(chunk * norms).square() for chunk in chunks])
-    return found
-
-
-def _need(role: str, site: str, basis: str, energies: list[Tensor]) -> list[dict[str, Any]]:
-    found = []
-    for share in _SHARES:
-        needed = []
-        for energy_TD in energies:
-            above = energy_TD.double().sort(dim=1, descending=True).values.cumsum(1)
-            counts = (above < share * above[:, -1:]).sum(1) + 1
-            needed.append(counts.double() / energy_TD.shape[1])
-        fractions = torch.cat(needed).cpu()
-        quantiles = torch.quantile(fractions, torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()
-        names = [f"q{round(100 * q)}" for q in _QUANTILES]
-        facts = {"kind": "rank_need", "role": role, "site": site, "basis": basis, "energy": share}
-        found.append(facts | {"mean": float(fractions.mean())} | dict(zip(names, quantiles, strict=True)))
-    return found
-
-
 def _tables(model: str, rows: list[dict[str, Any]]) -> None:
-    errors: dict[tuple[float, str], list[float]] = {}
+    errors: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "mlp_error":
-            errors.setdefault((row["budget"], row["recipe"]), []).append(row.get("error", float("nan")))
-    lines = [(recipe, budget, sum(found) / len(found), min(found), max(found)) for (budget, recipe), found in errors.items()]
-    show(f"{model}: relative error of MLP outputs over blocks", ("recipe", "budget", "mean", "least", "largest"), lines)
+            errors.setdefault((row["budget"], row["recipe"]), []).append(row)
+    lines = []
+    means: dict[tuple[float, str], float] = {}
+    for (budget, recipe), found in errors.items():
+        values = [row.get("error", float("nan")) for row in found]
+        spent = sum(row.get("measured", float("nan")) for row in found) / len(found)
+        means[budget, recipe] = sum(values) / len(values)
+        lines.append((recipe, budget, spent, means[budget, recipe], min(values), max(values)))
+    columns = ("recipe", "budget", "measured", "mean", "least", "largest")
+    show(f"{model}: relative error of MLP outputs over blocks", columns, lines, notes=_ratios(means))
     needs: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "rank_need":
             needs.setdefault((row["role"], row["basis"], row["energy"]), []).append(row)
-    columns = ("mean", *(f"q{round(100 * q)}" for q in _QUANTILES))
-    table = [(*key, *(sum(row[c] for row in found) / len(found) for c in columns)) for key, found in needs.items()]
-    show(f"{model}: fraction of components for a share of a token's energy", ("role", "basis", "energy", *columns), table)
+    kept = ("mean", *(f"q{round(100 * q)}" for q in QUANTILES))
+    table = [(*key, *(sum(row[c] for row in found) / len(found) for c in kept)) for key, found in needs.items()]
+    show(f"{model}: fraction of components for a share of a token's energy", ("role", "basis", "energy", *kept), table)
+
+
+def _ratios(means: dict[tuple[float, str], float]) -> Iterator[str]:
+    """Mean errors of recipe rana over those of others at the same budget."""
+    for (budget, recipe), error in means.items():
+        if recipe not in ("rana", "rana_alone"):
+            continue
+        neurons = [means[budget, name] for name in _NEURONS if means.get((budget, name), float("nan")) > 0]
+        rivals = {"paper": means.get((budget, "paper")), "best neuron recipe": min(neurons, default=None)}
+        for name, rival in rivals.items():
+            if rival:
+                yield f"{recipe} at {budget}: {error / rival:.3f} of the error of {name}"
 
 
 if __name__ == "__main__":
