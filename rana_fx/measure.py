@@ -38,10 +38,10 @@ class Measurement:
 
 
 class Meter:
-    """Calls the adapted model and counts."""
+    """Calls the adapted model, with the backend's option ``prefill``, and counts."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, plan: Plan, *, prefill: str = "masked") -> None:
+        self._model, self._prefill = model, prefill
         self._plan = plan
         self._compiled = torch.compile(model, backend=self._backend)
         # by name and part of the adapter: "tau" masks its ranks, "router_tau" what its router reads
@@ -75,7 +75,7 @@ class Meter:
         )
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewrite(gm, example_inputs)
+        rewrite(gm, example_inputs, prefill=self._prefill)
         counted: set[tuple[fx.Node, str, str]] = set()
         for node in list(gm.graph.nodes):
             if node.target is not masked_gemv:

@@ -182,6 +182,13 @@ def test_prefill_and_kernels_have_rows_of_their_own(tmp_path):
     assert kernels["kernels"][0]["us"] >= kernels["kernels"][-1]["us"] > 0
 
 
+def test_a_batch_that_leaves_adapters_out_is_compared_with_that(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    main("tiny", out, names="rana", budgets="0.5", batches="1,9", prefill=0, prefill_mode="dense", **OPTIONS)
+    assert rows_of(out, "skipped") == []
+    assert [(row["batch"], row["gate"]["passed"]) for row in rows_of(out, "decode")] == [(1, True), (9, True)]
+
+
 @pytest.mark.gpu
 def test_the_protocol_with_cuda_graphs(tmp_path):
     out = tmp_path / "rows.jsonl"
