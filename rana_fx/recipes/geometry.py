@@ -15,6 +15,7 @@ from torch import Tensor
 
 _SHRINK = 0.1  # towards equal weights: moments over thousands of tokens are noisy in hundreds of dimensions
 _ISOTROPIC = 0.1  # of the inputs' mean energy, in every direction: principal directions of some documents are not those of others
+_UNSEEN = 1e-6  # a component below this share of the largest one's energy has none
 _RELATIVE = 1e-9  # directions below this share of the largest carry nothing
 
 
@@ -33,35 +34,50 @@ class Geometry:
     def norms_I(self) -> Tensor:
         return self.read_DI.square().sum(0)
 
-    def site_norms(self, rows: slice, given_I: Tensor) -> Tensor:
-        """As ``norms_I`` for some of the outputs, from the mean square of W^T g there."""
-        columns_I = (self.lift_OD[rows] @ self.read_DI).square().sum(0)
-        even = given_I.sum() / columns_I.sum().clamp_min(1e-30)
-        return (1 - _SHRINK) * given_I + _SHRINK * even * columns_I
+
+def site_norms(weight_OI: Tensor, given_I: Tensor) -> Tensor:
+    """As ``Geometry.norms_I`` for one linear of the unit, from the mean square of W^T g there."""
+    columns_I = weight_OI.float().square().sum(0)
+    even = given_I.sum() / columns_I.sum().clamp_min(1e-30)
+    return (1 - _SHRINK) * given_I + _SHRINK * even * columns_I
 
 
 @dataclass(frozen=True, eq=False)
 class LossBasis:
-    """a_OD, b_DI: W = A B up to directions that carry nothing, components by energy."""
+    """a_OD, b_DI: W = A B up to directions that carry nothing, components by energy. ``seen``: how many had any in the sample."""
 
     a_OD: Tensor
     b_DI: Tensor
+    seen: int
 
 
-def geometry(weight_OI: Tensor, moment: Tensor | None) -> Geometry:
-    """``moment``: of gradients at the output, (out, out); with more outputs than inputs of W^T g, (in, in). None: all equal."""
+def geometry(weight_OI: Tensor, moment: Tensor | None, *, even: float | None = None) -> Geometry:
+    """The unit's geometry; all in fp64, the result in fp32.
+
+    Args:
+        moment: of gradients at the output, (out, out); with more outputs than inputs of W^T g, (in, in). None: all equal.
+        even: without a moment, what a unit of error of an output costs; default: as much as the outputs are large.
+    """
     weight = weight_OI.double()
     out, width = weight.shape
     wide = out > width
     gram = weight.t() @ weight if wide else torch.eye(out, dtype=torch.float64, device=weight.device)
     size = float(gram.diagonal().sum())
     if moment is None:
-        even = 1 / max(1e-30, float(weight.square().sum()))
+        even = even or 1 / max(1e-30, float(weight.square().sum()))
         metric = gram * even
     else:
         given = moment.double()
         even = float(given.diagonal().sum()) / max(1e-30, size)
         metric = (1 - _SHRINK) * given + _SHRINK * gram * even
+    # any root of the metric will do: components are told apart by the basis
+    factor, failed = torch.linalg.cholesky_ex(metric, upper=True)
+    pivots = factor.diagonal().square()
+    if int(failed) == 0 and float(pivots.min()) > _RELATIVE * float(pivots.max()):
+        if wide:
+            lift = torch.linalg.solve_triangular(factor, weight, upper=True, left=False)
+            return Geometry(lift.float(), factor.float(), even)
+        return Geometry(torch.linalg.solve_triangular(factor, gram, upper=True).float(), (factor @ weight).float(), even)
     values, vectors = torch.linalg.eigh(metric)
     sound = values > _RELATIVE * values[-1].clamp_min(1e-30)
     root, vectors = values[sound].sqrt(), vectors[:, sound]
@@ -74,5 +90,11 @@ def loss_basis(found: Geometry, moment_II: Tensor) -> LossBasis:
     """``moment_II``: sum or mean of x x^T over the sample."""
     read, moment = found.read_DI.double(), moment_II.to(found.read_DI.device, torch.float64)
     even = _ISOTROPIC * moment.diagonal().mean()
-    vectors = torch.linalg.eigh(read @ moment @ read.t() + even * (read @ read.t())).eigenvectors.flip(1)
-    return LossBasis((found.lift_OD.double() @ vectors).float().contiguous(), (vectors.t() @ read).float().contiguous())
+    energy_DD = read @ moment @ read.t()
+    target_DD = energy_DD + even * (read @ read.t())
+    # on an accelerator fp32, twice as fast: the even part keeps it well conditioned
+    precision = torch.float64 if read.device.type == "cpu" else torch.float32
+    vectors = torch.linalg.eigh(target_DD.to(precision)).eigenvectors.flip(1).double()
+    energy_D = (vectors * (energy_DD @ vectors)).sum(0)
+    seen = int((energy_D > _UNSEEN * energy_D.max().clamp_min(1e-30)).sum())
+    return LossBasis((found.lift_OD.double() @ vectors).float(), (vectors.t() @ read).float(), seen)
