@@ -15,7 +15,6 @@ from torch import Tensor
 
 _SHRINK = 0.1  # towards equal weights: moments over thousands of tokens are noisy in hundreds of dimensions
 _ISOTROPIC = 0.1  # of the inputs' mean energy, in every direction: principal directions of some documents are not those of others
-_UNSEEN = 1e-6  # a component below this share of the largest one's energy has none
 _RELATIVE = 1e-9  # directions below this share of the largest carry nothing
 
 
@@ -44,11 +43,10 @@ def site_norms(weight_OI: Tensor, given_I: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LossBasis:
-    """a_OD, b_DI: W = A B up to directions that carry nothing, components by energy. ``seen``: how many had any in the sample."""
+    """a_OD, b_DI: W = A B up to directions that carry nothing, components by energy."""
 
     a_OD: Tensor
     b_DI: Tensor
-    seen: int
 
 
 def geometry(weight_OI: Tensor, moment: Tensor | None, *, even: float | None = None) -> Geometry:
@@ -90,11 +88,8 @@ def loss_basis(found: Geometry, moment_II: Tensor) -> LossBasis:
     """``moment_II``: sum or mean of x x^T over the sample."""
     read, moment = found.read_DI.double(), moment_II.to(found.read_DI.device, torch.float64)
     even = _ISOTROPIC * moment.diagonal().mean()
-    energy_DD = read @ moment @ read.t()
-    target_DD = energy_DD + even * (read @ read.t())
+    target_DD = read @ moment @ read.t() + even * (read @ read.t())
     # on an accelerator fp32, twice as fast: the even part keeps it well conditioned
     precision = torch.float64 if read.device.type == "cpu" else torch.float32
     vectors = torch.linalg.eigh(target_DD.to(precision)).eigenvectors.flip(1).double()
-    energy_D = (vectors * (energy_DD @ vectors)).sum(0)
-    seen = int((energy_D > _UNSEEN * energy_D.max().clamp_min(1e-30)).sum())
-    return LossBasis((found.lift_OD.double() @ vectors).float(), (vectors.t() @ read).float(), seen)
+    return LossBasis((found.lift_OD.double() @ vectors).float(), (vectors.t() @ read).float())

@@ -6,7 +6,8 @@ recipe shares: sizes, stacked weights, rows of any site's input, and adapters wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ class Problem:
     recipe: str
     progress: bool = True
     skips: list[Skip] = field(default_factory=list)
+    within: Callable[[str], AbstractContextManager[object]] = nullcontext  # what each stage of a recipe, by its name, runs in
     rehearsal: Rehearsal | None = None  # the model and some batches, for recipes that try what they choose
 
     def note(self, text: str, site: str = "") -> None:

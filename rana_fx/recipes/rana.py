@@ -32,6 +32,7 @@ from rana_fx.stats import CAPACITY, Keep, Summary
 _ROWS = 2048  # rows a menu is priced on
 _BASIS_ROWS = 8192  # rows, or eight for every input, a basis is made from
 _SAMPLES = 4e9  # bytes: where samples of all rows take more, few are kept beside their second moments
+_FEW_DIRECTIONS = 32  # an input that lies in fewer is worth a remark
 _FEW = Keep(2 * _ROWS, host=True, moment=True)
 _WITHOUT_BASIS = Keep(4 * _ROWS, host=True)
 
@@ -58,15 +59,17 @@ class Rana:
         assert problem.rehearsal is not None
         units = [unit for unit in units_of(problem.layout) if problem.calibrated(unit, 1) and _varied(problem, unit)]
         with problem.rehearsal.opened(problem.layout) as stage:
-            found = sensitivities(stage, problem.layout, units, problem.rehearsal.batches)
+            with problem.within("gradients"):
+                found = sensitivities(stage, problem.layout, units, problem.rehearsal.batches)
             if found.missing:
                 alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"
                 problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")
             even = _average(problem, found)
-            menus = {
-                unit: _menu(problem, unit, found, even)
-                for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress)
-            }
+            with problem.within("decompose"):
+                menus = {
+                    unit: _menu(problem, unit, found, even)
+                    for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress)
+                }
             return search(problem, stage, menus)
 
 
@@ -125,9 +128,9 @@ def _menu(problem: Problem, unit: Unit, found: Sensitivity, even: float | None) 
     if _has_basis(out, width):
         if moment_II is not None:
             basis = loss_basis(shape, moment_II)
-            if basis.seen <= min(out, width) // 2:
-                text = f"its input spans {basis.seen} of {min(out, width)} directions in the calibration text"
-                _remark(problem, unit, text)
+            seen = _directions(rows)
+            if seen < min(_FEW_DIRECTIONS, min(out, width) // 2):
+                _remark(problem, unit, f"its input spans {seen} of {width} directions in the calibration text")
         else:
             _remark(problem, unit, f"{count} calibration tokens are too few for its {min(out, width)} ranks")
     storages = [own(one)]
@@ -136,6 +139,15 @@ def _menu(problem: Problem, unit: Unit, found: Sensitivity, even: float | None) 
         whole_II = _moment(_spread(problem.rows(unit[0]), max(_BASIS_ROWS, 4 * width)), rows) if moment_II is None else moment_II
         storages += in_fewer_bits(shape, basis, weights, whole_II, one=one, uses=site.uses)
     return Menu(shape, basis, rows, storages, _parts(problem, unit, found, shape), dtype=site.weight.dtype)
+
+
+def _directions(rows_TI: Tensor) -> int:
+    """In how many directions rows lie, as far as twice ``_FEW_DIRECTIONS`` of them can tell."""
+    some = torch.nn.functional.normalize(_spread(rows_TI, 8 * _FEW_DIRECTIONS).float(), dim=1)
+    generator = torch.Generator().manual_seed(0)
+    views_IK = torch.randn(some.shape[1], 2 * _FEW_DIRECTIONS, generator=generator).to(some.device)
+    sizes = torch.linalg.svdvals(some @ views_IK)
+    return int((sizes > max(1e-4, 4 * torch.finfo(rows_TI.dtype).eps) * sizes[0]).sum())
 
 
 def _remark(problem: Problem, unit: Unit, text: str) -> None:

@@ -62,6 +62,19 @@ class _Search:
             reasons = [f": {skip.site}: {skip.reason}" for skip in self._problem.skips if skip.site in counted][:1]
             share = self._left / self._total
             raise self._unreachable(share, "".join([f"{share:.1%} of the cost is in layers that stay dense", *reasons]))
+        with self._problem.within("allocate"):
+            best = self._best()
+        adapters = []
+        with self._problem.within("build"):
+            for unit, point in best.points.items():
+                made = build(self._problem, unit, self._menus.pop(unit), point)
+                adapters += [settled(self._problem, _as_found(adapter, best.outcome)) for adapter in made]
+                if not made:
+                    self._problem.skips += [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
+        return adapters
+
+    def _best(self) -> _Found:
+        """Raises BudgetUnreachable."""
         fraction = self._asked / (self._total - self._left)
         price, chosen = allocate(self._menus, self._asked)
         alone = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._menus.items()}
@@ -74,16 +87,8 @@ class _Search:
         best = min(tried, key=lambda found: (found.spent > self._most, found.outcome.divergence))
         if best.spent > self._most:
             least = min(found.spent for found in tried)
-            raise self._unreachable(
-                (least + self._left) / self._total, "its masks cannot be set to keep less in the adapted model"
-            )
-        adapters = []
-        for unit, point in best.points.items():
-            made = build(self._problem, unit, self._menus.pop(unit), point)
-            adapters += [settled(self._problem, _as_found(adapter, best.outcome)) for adapter in made]
-            if not made:
-                self._problem.skips += [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
-        return adapters
+            raise self._unreachable((least + self._left) / self._total, "masks keep no less than that in the adapted model")
+        return best
 
     def _settle(self, price: float, chosen: Mapping[Unit, Choice], scale: Mapping[Unit, float] | None) -> _Found:
         best, aim = None, self._asked

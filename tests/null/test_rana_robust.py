@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 
 import pytest
 import torch
@@ -29,34 +28,28 @@ class Integer(Classifier):
         return super().forward(x)["logits"].argmax(-1)
 
 
-class Opaque(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):  # noqa: ARG004
-        return x.clone()
+@torch.library.custom_op("rana_test::opaque", mutates_args=())
+def opaque(x: torch.Tensor) -> torch.Tensor:
+    """Known to no derivative."""
+    return x.clone()
 
-    @staticmethod
-    def backward(ctx, gradient):  # noqa: ARG004
-        raise RuntimeError("derivative for opaque is not implemented\nmore of it")
+
+opaque.register_fake(lambda x: torch.empty_like(x))
 
 
 class OneWay(Classifier):
     """Its backward pass fails."""
 
     def forward(self, x):
-        return {"logits": Opaque.apply(super().forward(x)["logits"])}
-
-
-class Overflowing(Opaque):
-    @staticmethod
-    def backward(ctx, gradient):  # noqa: ARG004
-        return gradient * math.inf
+        return {"logits": opaque(super().forward(x)["logits"])}
 
 
 class Infinite(Classifier):
     """Its gradients are not finite."""
 
     def forward(self, x):
-        return {"logits": Overflowing.apply(super().forward(x)["logits"])}
+        logits = super().forward(x)["logits"]
+        return {"logits": logits + (logits * 0).sqrt()}
 
 
 class Cut(Classifier):
@@ -74,7 +67,10 @@ class Cut(Classifier):
     ("cls", "said"),
     [
         (Integer, "errors of all layers count alike: its output does not depend on its linears by differentiable operations"),
-        (OneWay, "errors of all layers count alike: the backward pass failed: derivative for opaque is not implemented"),
+        (
+            OneWay,
+            "errors of all layers count alike: the backward pass failed: Trying to backward through rana_test.opaque.default",
+        ),
         (Infinite, "errors of all layers count alike: gradients were not finite at ups.0 (4 of 4 groups of linears are without)"),
         (Cut, "there errors count as on average: no gradient reached ups.0 (2 of 4 groups of linears are without)"),
     ],
@@ -85,10 +81,10 @@ def test_a_backward_pass_that_fails_is_said_in_plan_and_report(cls, said, tmp_pa
     plan = rana_fx.adapt(model, batches(), budget=0.5, progress=False)
     assert plan.adapters and plan.expected_budget() == pytest.approx(0.5, abs=0.02)
     (note,) = plan.remarks()
-    assert note.endswith(said)
+    assert said in note
     report = rana_fx.explain(model, batches()[0])
     assert report.notes == (note,) and note in str(report) and note in plan.summary()
-    assert len(plan.left) == len(plan.skips) - 1
+    assert {skip.site for skip in plan.left} == {"stem", "head"}
     plan.save(tmp_path / "plan")
     assert rana_fx.load_plan(tmp_path / "plan").remarks() == plan.remarks()
 
@@ -128,7 +124,9 @@ def test_a_backward_pass_short_of_memory_takes_smaller_batches():
     for unit, moment in whole.moments.items():
         # labels are drawn anew, 8192 of them
         assert float((found.moments[unit] - moment).norm() / moment.norm()) < 0.1
-    assert none.moments == {} and none.missing == "the backward pass failed: out of memory, on a batch that cannot be made smaller"
+    assert (
+        none.moments == {} and none.missing == "the backward pass failed: out of memory, on a batch that cannot be made smaller"
+    )
 
 
 def test_halves_are_of_all_tensors_alike():
@@ -210,9 +208,9 @@ def test_an_input_of_few_directions_gets_a_small_rank_and_that_is_said():
     model.stem.bias.data.zero_()
     plan = rana_fx.adapt(model, batches(), budget=0.6, progress=False)
     remarks = plan.remarks("ups.0")
-    assert remarks == ("its input spans 4 of 40 directions in the calibration text",)
+    assert remarks == ("its input spans 4 of 64 directions in the calibration text",)
     adapter = plan.adapter_of("ups.0")
-    assert adapter is not None and adapter.ranks <= 4
+    assert adapter is not None and adapter.ranks <= 8
     row = next(row for row in rana_fx.explain(model, batches()[0]).rows if row.site == "ups.0")
     assert row.detail.endswith(remarks[0])
 
