@@ -116,8 +116,18 @@ def worker(job: str) -> None:
     row |= {"seconds": clock.seconds, "gpu_gib": clock.gpu_gib, "model_gpu_gib": clock.own / _GIB}
     if clock.device.type == "cuda":
         row["reserved_gpu_gib"] = torch.cuda.max_memory_reserved() / _GIB
-    # Linux counts in KiB
-    print(json.dumps(row | {"peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}), flush=True)
+    print(json.dumps(row | {"peak_rss_gib": _peak_gib()}), flush=True)
+
+
+def _peak_gib() -> float:
+    """Peak resident memory of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # what getrusage says starts with the memory of the process that started this one
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in fields:
+            return int(fields["VmHWM"].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _adapt(given: dict[str, Any], clock: Clock) -> dict[str, Any]:
@@ -130,7 +140,7 @@ def _adapt(given: dict[str, Any], clock: Clock) -> dict[str, Any]:
             given["text"], tokenizer, tokens=given["tokens"], context=given["context"], batch_size=given["batch_size"]
         )
     clock.own = torch.cuda.memory_allocated() if clock.device.type == "cuda" else 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = _peak_gib()
     chosen = RECIPES[given["recipe"]]
     keeper = Keeper(batches) if chosen.rehearses else None
     with clock.within("calibrate"):

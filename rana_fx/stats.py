@@ -38,7 +38,7 @@ class Reservoir:
 
     def __init__(self, capacity: int = CAPACITY, *, seed: int = 0, host: bool = False) -> None:
         self.capacity = capacity
-        self._host = host
+        self.host = host
         self.seen = 0  # rows
         self._generator = torch.Generator().manual_seed(seed)
         self._priorities = torch.empty(0)
@@ -68,7 +68,7 @@ class Reservoir:
             self._priorities = torch.empty(self.capacity, dtype=torch.float64)
         elif len(self._rows) >= needed:
             return self._rows
-        device = torch.device("cpu") if self._host else like_TI.device
+        device = torch.device("cpu") if self.host else like_TI.device
         # on the host pages are touched only when written, so a short calibration does not pay for the full capacity
         room = self.capacity if device.type == "cpu" else min(self.capacity, max(_AT_FIRST, 2 * needed))
         grown = torch.empty(room, like_TI.shape[1], dtype=like_TI.dtype, device=device)
@@ -88,6 +88,10 @@ class Reservoir:
         self._rows[slots.to(self._rows.device)] = rows_TI[incoming.to(rows_TI.device)].to(self._rows.device)
         self._priorities[slots] = priorities[incoming]
 
+    def forget(self) -> None:
+        """Give back its memory, where a recipe has made of it what it needs."""
+        self._rows, self._priorities = None, torch.empty(0)
+
     def rows(self) -> Tensor:
         """The sample, (min(seen, capacity), features)."""
         if self._rows is None:
@@ -96,9 +100,9 @@ class Reservoir:
 
 
 class Summary(Reservoir):
-    """A sample of a quarter of the rows, and the second moment of the others: what is fitted to these is tried on those.
+    """A sample of an eighth of the rows, and the second moment of the others: what is fitted to these is tried on those.
 
-    The quarter moves from batch to batch, so that it holds every position of a text.
+    The eighth moves from batch to batch, so that it holds every position of a text.
     """
 
     def __init__(self, capacity: int, *, seed: int = 0, host: bool = False) -> None:
@@ -107,8 +111,12 @@ class Summary(Reservoir):
         self.summed = 0  # rows in it
         self._turn = 0
 
+    def forget(self) -> None:
+        super().forget()
+        self.moment = None
+
     def add(self, rows_TI: Tensor) -> None:
-        start, stop = (len(rows_TI) * (self._turn % 4 + step) // 4 for step in (0, 1))
+        start, stop = (len(rows_TI) * (self._turn % 8 + step) // 8 for step in (0, 1))
         self._turn += 1
         super().add(rows_TI[start:stop])
         if self.moment is None:

@@ -202,12 +202,14 @@ class Menu:
         lost, router_kept, z_TR = float(self._z2_D[ranks:].sum()), None, z_TD[:, :ranks]
         if kind == "hybrid":
             assert self.router_DI is not None
-            router_RI, x_TI = self.router_DI[:ranks].float(), self._x_TI.float()
-            inputs_TI = x_TI.square().mul_(_norms(self.router_DI, ranks)) >= 2 * price * stored.rates.router * ranks
-            router_kept = float(inputs_TI.sum()) / max(1, len(x_TI))
-            z_TR = (x_TI * inputs_TI) @ router_RI.t()
+            # an accelerator multiplies 16-bit numbers many times as fast, a CPU does not
+            precision = torch.float32 if self._x_TI.device.type == "cpu" else self._x_TI.dtype
+            router_RI, x_TI = self.router_DI[:ranks].to(precision), self._x_TI.to(precision)
+            inputs_TI = x_TI.float().square().mul_(_norms(self.router_DI, ranks)) >= 2 * price * stored.rates.router * ranks
+            router_kept = float(inputs_TI.count_nonzero()) / max(1, len(x_TI))
+            z_TR = ((x_TI * inputs_TI) @ router_RI.t()).float()
         kept_TR = z_TR.square() >= factor_bar
-        kept = float(kept_TR.sum()) / max(1, len(kept_TR))
+        kept = float(kept_TR.count_nonzero()) / max(1, len(kept_TR))
         lost += float((z_TD[:, :ranks] - z_TR * kept_TR).square_().sum()) / max(1, len(kept_TR))
         return self._costed(kind, price, storage, ranks, kept, router_kept, lost / 2 + stored.rounding(kind, ranks))
 

@@ -66,10 +66,7 @@ class Rana:
                 problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")
             even = _average(problem, found)
             with problem.within("decompose"):
-                menus = {
-                    unit: _menu(problem, unit, found, even)
-                    for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress)
-                }
+                menus = _menus(problem, units, found, even)
             return search(problem, stage, menus)
 
 
@@ -114,6 +111,18 @@ def _average(problem: Problem, found: Sensitivity) -> float | None:
 def _even(weight: Tensor, moment: Tensor) -> float:
     out, width = weight.shape
     return float(moment.diagonal().sum()) / (float(weight.square().sum()) if out > width else out)
+
+
+def _menus(problem: Problem, units: list[Unit], found: Sensitivity, even: float | None) -> dict[Unit, Menu]:
+    """Samples kept on the host, those of a large model, are given back as they have served."""
+    last = {problem.sample(unit[0]): unit for unit in units}
+    menus = {}
+    for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
+        menus[unit] = _menu(problem, unit, found, even)
+        sample = problem.sample(unit[0])
+        if sample is not None and sample.host and last[sample] == unit:
+            sample.forget()
+    return menus
 
 
 def _menu(problem: Problem, unit: Unit, found: Sensitivity, even: float | None) -> Menu:
@@ -165,7 +174,8 @@ def _statistics(problem: Problem, unit: Unit) -> tuple[Tensor | None, int, Tenso
         assert sample.moment is not None
         moment = sample.moment / max(1, sample.summed) if based and sample.summed >= needed else None
         return moment, sample.summed, _spread(rows, _ROWS).to(site.weight.device)
-    split = len(rows) * 3 // 4
+    # few rows are needed to price on, and as many as there are for a basis
+    split = len(rows) - max(len(rows) // 8, min(len(rows) // 4, _ROWS))
     priced = _spread(rows[split:], _ROWS).to(site.weight.device)
     if split < needed or not based:
         return None, split, priced

@@ -25,7 +25,7 @@ class Tails:
         counts = torch.zeros(bins, dtype=torch.float64, device=squares_TI.device)
         sums = torch.zeros_like(counts)
         for chunk in squares_TI.split(_CHUNK):
-            flat = (chunk * norms_I).view(-1)
+            flat = (chunk * norms_I).reshape(-1)
             index = flat.view(torch.int32) >> _SHIFT
             counts += torch.bincount(index, minlength=bins)
             sums += torch.bincount(index, weights=flat.double(), minlength=bins)
