@@ -30,7 +30,7 @@ from rana_fx.recipes.storage import Storage
 from rana_fx.recipes.tails import Tails
 
 _OF_BASIS = ("rank", "hybrid", "static")
-_STEP = 0.25  # of the price's logarithm, between two points of the grid
+_STEP = 0.1  # of the price's logarithm, between two points of the grid
 _DROPPED = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.995)  # shares of inputs at which their interplay is measured
 _INTERPLAY_ROWS = 512
 

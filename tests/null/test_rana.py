@@ -14,7 +14,7 @@ from rana_fx.measure import measuring
 from rana_fx.recipes import RECIPES, Problem
 from rana_fx.recipes.allocate import Choice, allocate, points_at, price_for
 from rana_fx.recipes.geometry import geometry, loss_basis
-from rana_fx.recipes.menu import Menu, Part
+from rana_fx.recipes.menu import _STEP, Menu, Part
 from rana_fx.recipes.rana import units_of
 from rana_fx.recipes.storage import in_fewer_bits, own
 from rana_fx.recipes.trial import attempt
@@ -75,7 +75,7 @@ def test_points_cost_and_lose_what_they_say(kind, place):
     basis = loss_basis(found, x.double().t() @ x.double() / len(x))
     menu = Menu(found, basis, x, [own(1.0)])
     rough = 0.02 * float((x @ found.read_DI.t()).square().sum(1).mean()) / (out * width)
-    price = math.exp(0.25 * (math.floor(math.log(rough) / 0.25) + place))
+    price = math.exp(_STEP * (math.floor(math.log(rough) / _STEP) + place))
     point = menu.point(kind, price)
     exact = x @ found.read_DI.t()
     if kind == "dense":
@@ -94,11 +94,11 @@ def test_points_cost_and_lose_what_they_say(kind, place):
         cost = router + out * float(mask.sum(1).float().mean())
         made = (z * mask) @ (torch.linalg.pinv(found.lift_OD) @ basis.a_OD[:, : point.ranks]).t()
     lost = float((exact - made).square().sum(1).mean()) / 2
-    # counts are exact on the grid; a bin of the thresholds' table is 0.8 % wide, and prices between are up to 25 % apart
+    # counts are exact on the grid; a bin of the thresholds' table is 0.8 % wide, and prices of the grid are 10 % apart
     near = {"dense": 1e-5, "neuron": 5e-3}.get(kind, 1e-5 if place == 0 else 0.03)
     assert point.cost == pytest.approx(cost, rel=near)
     if kind in ("rank", "hybrid", "static") and place > 0:
-        sides = [menu.point(kind, price * math.exp(0.25 * step)).loss for step in (-place, 1 - place)]
+        sides = [menu.point(kind, price * math.exp(_STEP * step)).loss for step in (-place, 1 - place)]
         assert min(sides) <= point.loss <= max(sides)
     else:
         # how inputs dropped together add up is measured at a few thresholds only
