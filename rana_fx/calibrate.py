@@ -8,7 +8,7 @@ and the graph then runs eagerly. Memory does not grow with the number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,9 +38,10 @@ from rana_fx.running import (
     to_device,
 )
 from rana_fx.sites import Scan, Skip, find_linears, parameters_of
-from rana_fx.stats import CAPACITY, Reservoir
+from rana_fx.stats import CAPACITY, Keep, Reservoir
 from rana_fx.unfuse import unfuse
 
+_MOST_SEEN = 4096  # tokens of the first batch whose rows are kept before it is known which are wanted
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
@@ -52,7 +53,8 @@ class Observer:
         self.capacity, self.seed = capacity, seed
         self.readings: list[Reading] = []
         self.seen: dict[frozenset[str], Reservoir] = {}  # by the sites that read a tensor, until the layout is settled
-        self.wanted: tuple[Group, ...] | None = None  # None: not settled yet, keep all
+        self.wanted: dict[Group, Keep] | None = None  # None: not settled yet, keep all
+        self.looking = False  # only at the layout: keep nothing
         self.samples: dict[tuple[str, ...], Reservoir] = {}  # by the sites of a group
         self.masks: dict[str, Tensor] = {}
         self.operations = 0
@@ -82,29 +84,29 @@ class Observer:
         graph_module.recompile()
         return graph_module.forward
 
-    def settle(self, groups: Iterable[Group]) -> None:
+    def settle(self, wanted: Mapping[Group, Keep]) -> None:
         """From now on sample only these; what was seen so far counts."""
-        self.wanted = tuple(groups)
-        for group in self.wanted:
+        self.wanted, self.looking = dict(wanted), False
+        for group, keep in self.wanted.items():
             for key in sorted(group.seen_with & self.seen.keys(), key=sorted):
-                if len(group.seen_with) == 1:
+                if len(group.seen_with) == 1 and keep == Keep(self.capacity):
                     self.samples[group.sites] = self.seen[key]
                 else:
-                    self._sample(group.sites).add(self.seen[key].rows())
+                    self._sample(group, keep).add(self.seen[key].rows())
         self.seen = {}
         self.readings = []
 
-    def _sample(self, sites: tuple[str, ...]) -> Reservoir:
-        if sites not in self.samples:
-            self.samples[sites] = Reservoir(self.capacity, seed=self.seed)
-        return self.samples[sites]
+    def _sample(self, group: Group, keep: Keep) -> Reservoir:
+        if group.sites not in self.samples:
+            self.samples[group.sites] = keep.start(seed=self.seed)
+        return self.samples[group.sites]
 
     def _observe(self, names: tuple[str, ...], decoder: bool, x: Tensor) -> None:
         key = frozenset(names)
         known = self.seen.get(key)
         if known is not None and known.features not in (None, x.shape[-1]):
             return  # a weight used transposed as well; the layout leaves it out
-        groups = [group for group in self.wanted or () if key in group.seen_with]
+        groups = [(group, keep) for group, keep in (self.wanted or {}).items() if key in group.seen_with]
         if self.wanted is not None and not groups:
             return
         rows = real_rows(x, self.masks.get("decoder_" if decoder else ""))
@@ -112,17 +114,17 @@ class Observer:
         if not finite.all():
             count = int((~finite).sum())
             raise NonFinite(site=names[0], count=count, what="input activations", shape=tuple(x.shape))
-        if self.wanted is None:
+        if self.wanted is None and not self.looking:
             self.seen.setdefault(key, Reservoir(self.capacity, seed=self.seed)).add(rows)
-        for group in groups:
-            self._sample(group.sites).add(rows)
+        for group, keep in groups:
+            self._sample(group, keep).add(rows)
 
 
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    wanted: Callable[[Layout], set[tuple[str, ...]]],
+    wanted: Callable[[Layout], Collection[tuple[str, ...]]],
     capacity: int = CAPACITY,
     seed: int = 0,
     progress: bool = True,
@@ -130,8 +132,9 @@ def calibrate(
     """Layout of the model, samples per group and the number of tokens seen.
 
     Args:
-        wanted: given the layout (after the first batch), the groups (by their site names) whose inputs to sample.
-        capacity: rows kept per group.
+        wanted: given the layout (after the first batch), the groups (by their site names) whose inputs to sample; a mapping says
+            what to ``Keep`` of each. A large first batch runs twice, since what it is wanted for is not known the first time.
+        capacity: rows kept per group where nothing else is said.
 
     Raises:
         NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, InvalidOption: ``batches`` is one batch.
@@ -145,22 +148,36 @@ def calibrate(
         for index, batch in enumerate(tqdm(check_batches(batches), desc="calibrate", unit="batch", disable=not progress)):
             batch = to_device(batch, device_of(model))
             observer.masks = padding_masks(batch)
-            tokens += count_tokens(batch, observer.masks)
-            try:
-                call(compiled, batch)
-            except Exception as error:
-                ours = _cause(error, (NonFinite, WeightsFreed))
-                if ours is not None:
-                    raise ours from None
-                part, reason = failing_part(model, error)
-                raise TraceFailed(model=type(model).__name__, batch=index, part=part, reason=reason) from error
+            count = count_tokens(batch, observer.masks)
+            tokens += count
+            observer.looking = layout is None and count > _MOST_SEEN
+            _run(model, compiled, batch, index)
             if layout is None:
                 layout = _settle(model, observer)
-                chosen = wanted(layout)
-                observer.settle(group for group in layout.groups if group.sites in chosen)
+                again = observer.looking
+                observer.settle(_keeps(layout, wanted(layout), Keep(capacity)))
+                if again and observer.wanted:
+                    _run(model, compiled, batch, index)
     if layout is None:
         raise NoBatches(hint=f"forward of {type(model).__name__}")
     return layout, observer.samples, tokens
+
+
+def _run(model: nn.Module, compiled: Callable[..., Any], batch: Any, index: int) -> None:
+    """Raises NonFinite, WeightsFreed, TraceFailed."""
+    try:
+        call(compiled, batch)
+    except Exception as error:
+        ours = _cause(error, (NonFinite, WeightsFreed))
+        if ours is not None:
+            raise ours from None
+        part, reason = failing_part(model, error)
+        raise TraceFailed(model=type(model).__name__, batch=index, part=part, reason=reason) from error
+
+
+def _keeps(layout: Layout, wanted: Collection[tuple[str, ...]], default: Keep) -> dict[Group, Keep]:
+    said = wanted if isinstance(wanted, Mapping) else {}
+    return {group: said.get(group.sites, default) for group in layout.groups if group.sites in wanted}
 
 
 def _settle(model: nn.Module, observer: Observer) -> Layout:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.adapters import TENSORS, Adapter
-from rana_fx.sites import Skip
+from rana_fx.sites import REMARK, Skip
 
 METRICS = ("flops", "bytes")
 
@@ -56,7 +56,7 @@ class Plan:
         budget: asked, a fraction of the dense cost in ``metric`` ("flops": multiply-adds, "bytes": weight bytes read).
         tokens: calibration tokens seen, padding not counted.
         sites: every linear found; those with ``counted`` make up the budget.
-        adapters: what is replaced. skips: what is not, and why.
+        adapters: what is replaced. skips: what is not, and why; and remarks on the plan (``remarks``).
     """
 
     recipe: str
@@ -95,6 +95,15 @@ class Plan:
         """The adapter that replaces a site, if any."""
         return next((adapter for adapter in self.adapters if site in adapter.sites), None)
 
+    @property
+    def left(self) -> tuple[Skip, ...]:
+        """What is not adapted, and why."""
+        return tuple(skip for skip in self.skips if not skip.site.startswith(REMARK))
+
+    def remarks(self, site: str = "") -> tuple[str, ...]:
+        """What a user should know of the plan as a whole, or of a site that it adapts."""
+        return tuple(skip.reason for skip in self.skips if skip.site == REMARK + site)
+
     @functools.cached_property
     def _digest(self) -> str:
         state = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
@@ -126,10 +135,11 @@ class Plan:
         parts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no adapters"
         lines = [
             f"plan {self.digest()[:12]} for {self.model}: recipe {self.recipe}, budget {self.budget:g} in {self.metric}",
-            f"  {parts}; {sum(site.counted for site in self.sites)} linears in the budget, {len(self.skips)} not adapted",
+            f"  {parts}; {sum(site.counted for site in self.sites)} linears in the budget, {len(self.left)} not adapted",
             "  expected cost per token over dense: "
             f"flops {self.expected_budget('flops'):.3f}, bytes {self.expected_budget('bytes'):.3f}",
         ]
+        lines += [f"  note: {text}" for text in self.remarks()]
         for adapter in self.adapters:
             error = "" if adapter.error is None else f", error {adapter.error:.4f}"
             lines.append(f"  {adapter.name}: {adapter.kind}, {adapter.kept:.1f} of {adapter.ranks} kept{storage(adapter)}{error}")

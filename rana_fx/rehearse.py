@@ -7,7 +7,8 @@ that can be calibrated can be rehearsed, and gradients flow where eager operatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,27 @@ from torch import Tensor, fx, nn
 
 from rana_fx.aliases import redirect
 from rana_fx.layout import Layout
-from rana_fx.running import bare, call, device_of, evaluating, names_of, observing, padding_masks, real_rows, to_device
+from rana_fx.running import (
+    bare,
+    call,
+    count_tokens,
+    device_of,
+    evaluating,
+    leading,
+    names_of,
+    observing,
+    padding_masks,
+    part_of,
+    real_rows,
+    to_device,
+)
 from rana_fx.sites import find_linears, parameters_of
 from rana_fx.unfuse import unfuse
 
 _EVERY = 8
 _MOST_HELD = 2
 _MOST_KEPT = 4
+_PIECE = 2048  # tokens that the model is run on at a time: a backward pass holds what every layer made of them
 
 Step = Callable[[str, Tensor, Tensor], Tensor]
 
@@ -83,7 +98,8 @@ class Stage:
 class Rehearsal:
     """A model and the batches that a recipe may run it on.
 
-    ``held``: kept out of the sample, for judging choices; where there are too few batches, one that was sampled.
+    ``held``: kept out of the sample, for judging choices; where there are too few batches, one that was sampled. Large batches
+    of token ids come in pieces.
     """
 
     model: nn.Module
@@ -123,5 +139,32 @@ class Keeper:
             yield batch
 
     def rehearsal(self, model: nn.Module) -> Rehearsal:
-        held = tuple(self._held) or tuple(self._kept[-1:])
-        return Rehearsal(model, tuple(self._kept), held)
+        held = self._held or self._kept[-1:]
+        return Rehearsal(model, _pieces(self._kept, 2 * _MOST_KEPT), _pieces(held, 2 * _MOST_HELD))
+
+
+def _pieces(batches: Sequence[Any], most: int) -> tuple[Any, ...]:
+    """At most so many pieces, from every batch equally many."""
+    turns = itertools.zip_longest(*map(_split, batches), fillvalue=None)
+    return tuple(itertools.islice((piece for turn in turns for piece in turn if piece is not None), most))
+
+
+def _split(batch: Any) -> list[Any]:
+    """A batch of texts in pieces of at most ``_PIECE`` tokens, or one text each; any other batch as it is."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return [batch]
+    batch = to_device(batch, torch.device("cpu"))
+    tokens, texts = count_tokens(batch, {}), leading(batch)
+    if tokens <= _PIECE or texts is None:
+        return [batch]
+    size = max(1, _PIECE * texts // tokens)
+    return [part_of(batch, start, start + size) for start in range(0, texts, size)]
+
+
+def halves(batch: Any) -> list[Any]:
+    """A batch in two; empty where it cannot be told along which dimension, or there is one text in it."""
+    texts = leading(batch)
+    if texts is None or texts < 2:
+        return []
+    middle = texts // 2
+    return [part_of(batch, 0, middle), part_of(batch, middle, texts)]

@@ -35,7 +35,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in order of execution, and totals. ``memory``: bytes of linears and factors for each mode of the option "prefill"."""
+    """Rows in order of execution, and totals. ``memory``: bytes of linears and factors for each mode of the option "prefill".
+
+    ``notes``: what was not as it should be when the plan was made, such as a backward pass that failed.
+    """
 
     model: str
     plan: str | None
@@ -48,6 +51,7 @@ class Report:
     graphs: int
     rows: tuple[Row, ...]
     memory: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able facts."""
@@ -61,6 +65,7 @@ class Report:
         if self.memory:
             sizes = ", ".join(f"{name} {count / 1e6:.1f} MB" for name, count in self.memory.items())
             lines.append(f"  linears in memory: {sizes}")
+        lines += [f"  note: {text}" for text in self.notes]
         width = max((len(row.site) for row in self.rows), default=0)
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
@@ -97,6 +102,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         graphs=layout.graphs,
         rows=tuple(rows),
         memory=_memory(plan),
+        notes=() if plan is None else plan.remarks(),
     )
 
 
@@ -125,6 +131,7 @@ def _row(site: Site, plan: Plan | None) -> Row:
     detail += f", masked kernel up to {most} tokens" if most else ", masks do not pay on this device: dense product"
     if costs_more(plan, adapter):
         detail += ", dearer than dense in a prompt"
+    detail += "".join(f"; {text}" for text in plan.remarks(site.name))
     flops, read = adapter.flops / adapter.dense_flops, adapter.bytes / adapter.dense_bytes
     return Row(site.name, site.role, site.op, shape, adapter.kind, detail, flops, read, adapter.error)
 

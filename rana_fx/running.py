@@ -172,6 +172,17 @@ def failing_part(model: nn.Module, error: BaseException) -> tuple[str, str]:
     return part, f"{type(root).__name__}: {told.removeprefix('Explanation: ')}".rstrip(".")
 
 
+def leading(batch: Any) -> int | None:
+    """The first dimension that all tensors of a batch share, if they do."""
+    sizes = {value.shape[0] if value.dim() else None for _, value in _named_tensors(batch)}
+    return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def part_of(batch: Any, start: int, stop: int) -> Any:
+    """Of every tensor of a batch, these entries of its first dimension."""
+    return _map(lambda tensor: tensor[start:stop], batch)
+
+
 # ---- padding
 
 

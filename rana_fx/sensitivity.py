@@ -4,14 +4,15 @@ In: a stage and some batches. Out: for every unit (sites stacked over one input)
 of a random projection of the model's output. For logits that is the log-likelihood of a label drawn from the model's own
 distribution, so that half of e^T (E g g^T) e is, to second order, the KL divergence that an error e causes: no labels are
 needed. Any other output is projected on normal noise, scaled by the output's own size. A unit with more outputs than inputs
-has its moment in the coordinates of its input, where errors of anything made of W lie: (W^T g)(W^T g)^T.
+has its moment in the coordinates of its input, where errors of anything made of W lie: (W^T g)(W^T g)^T. Where the pass runs
+out of memory it is tried on smaller batches; where it fails, or reaches some linears only, the result says so.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.layout import Layout
-from rana_fx.rehearse import Stage
+from rana_fx.rehearse import Stage, halves
 
 Unit = tuple[str, ...]
 
@@ -29,27 +30,46 @@ _ROWS = 2048  # rows of logits turned to probabilities at a time
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """``moments``: per unit. ``columns``: per site the mean square of W^T g, (in,): what dropping a unit of each input costs."""
+    """``moments``: per unit. ``columns``: per site the mean square of W^T g, (in,): what dropping a unit of each input costs.
 
-    moments: Mapping[Unit, Tensor]
-    columns: Mapping[str, Tensor]
+    ``missing``: why there are none for some units, or for any; empty where there are all.
+    """
+
+    moments: dict[Unit, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    missing: str = ""
 
 
 def sensitivities(stage: Stage, layout: Layout, units: Sequence[Unit], batches: Iterable[Any], *, seed: int = 0) -> Sensitivity:
-    """Mean gradient moments over the real tokens of ``batches``; empty where no gradient flows."""
+    """Mean gradient moments over the real tokens of ``batches``."""
     collector = _Collector(stage, layout, units)
     generator: torch.Generator | None = None
-    for batch in batches:
-        with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-            # Dynamo looks whether tensors that cross a graph break have gradients
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            output = stage.run(batch, collector.step)
-            generator = generator or torch.Generator(_device(output)).manual_seed(seed)
-            loss = _projected(output, stage, generator)
-            if loss is None or not loss.requires_grad or not collector.leaves:
-                return Sensitivity({}, {})
-            torch.autograd.grad(loss, collector.leaves, allow_unused=True)
-        collector.settle()
+    waiting = list(batches)[::-1]
+    while waiting:
+        batch = waiting.pop()
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+                # Dynamo looks whether tensors that cross a graph break have gradients
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+                output = stage.run(batch, collector.step)
+                generator = generator or torch.Generator(_device(output)).manual_seed(seed)
+                loss = _projected(output, stage, generator)
+                if loss is None or not loss.requires_grad or not collector.leaves:
+                    return Sensitivity(missing="its output does not depend on its linears by differentiable operations")
+                torch.autograd.grad(loss, collector.leaves, allow_unused=True)
+            collector.settle()
+            continue
+        except torch.OutOfMemoryError:
+            smaller = halves(batch)
+            reason = "out of memory, on a batch that cannot be made smaller"
+        except Exception as error:  # of the model's own code and its operations: whatever it is, there are no gradients
+            smaller, (reason, *_) = [], [*str(error).strip().splitlines(), type(error).__name__]
+        # outside of the handlers, which hold the frames of what failed, and their tensors
+        output = loss = None
+        collector.drop()
+        if not smaller:
+            return Sensitivity(missing=f"the backward pass failed: {reason}")
+        waiting += smaller[::-1]
     return collector.result()
 
 
@@ -65,7 +85,9 @@ class _Collector:
         self._tokens: dict[Unit, int] = {}
         self.leaves: list[Tensor] = []
         self._uses: dict[str, int] = {}
+        # of the batch that runs: they count once its backward pass is done
         self._rows: dict[tuple[Unit, int], Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
         """For ``Stage.run``."""
@@ -82,11 +104,9 @@ class _Collector:
         site = self._layout.sites[name]
         rows = self._stage.real(gradient)
         inner = rows @ site.view.to(rows.dtype)
-        squares = inner.float().square().sum(0)
-        self._columns[name] = self._columns[name] + squares if name in self._columns else squares
+        _add(self._squares, name, inner.float().square().sum(0))
         if sum(self._outs[unit]) > site.in_features:
-            held = self._rows.get((unit, use))
-            self._rows[unit, use] = inner if held is None else held + inner
+            _add(self._rows, (unit, use), inner)
             return
         held = self._rows.setdefault((unit, use), rows.new_zeros(len(rows), sum(self._outs[unit])))
         start = sum(self._outs[unit][: unit.index(name)])
@@ -94,19 +114,43 @@ class _Collector:
 
     def settle(self) -> None:
         """After the backward pass of a batch."""
-        for (unit, _), rows in self._rows.items():
-            moment = rows.float().t() @ rows.float()
-            self._moments[unit] = self._moments[unit] + moment if unit in self._moments else moment
+        for name, squares in self._squares.items():
+            _add(self._columns, name, squares)
+        for unit, use in list(self._rows):
+            rows = self._rows.pop((unit, use))
+            _add(self._moments, unit, rows.float().t() @ rows.float())
             self._tokens[unit] = self._tokens.get(unit, 0) + len(rows)
-        self._rows, self._uses, self.leaves = {}, {}, []
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the batch that ran."""
+        self._rows, self._squares, self._uses, self.leaves = {}, {}, {}, []
 
     def result(self) -> Sensitivity:
-        sound = {
-            unit for unit, moment in self._moments.items() if torch.isfinite(moment).all() and float(moment.diagonal().sum()) > 0
+        lost = {}
+        for unit in self._outs:
+            moment = self._moments.get(unit)
+            if moment is None or float(moment.diagonal().sum()) == 0:
+                lost[unit] = "no gradient reached"
+            elif not torch.isfinite(moment).all():
+                lost[unit] = "gradients were not finite at"
+            else:
+                self._moments[unit] = moment.div_(self._tokens[unit])
+        for unit in lost:
+            self._moments.pop(unit, None)
+        columns = {
+            name: self._columns[name] / self._tokens[unit] for unit in self._moments for name in unit if name in self._columns
         }
-        moments = {unit: self._moments[unit] / self._tokens[unit] for unit in sound}
-        columns = {name: self._columns[name] / self._tokens[unit] for unit in sound for name in unit if name in self._columns}
-        return Sensitivity(moments, columns)
+        missing = ""
+        if lost:
+            (unit, why), count = next(iter(lost.items())), len(self._outs)
+            missing = f"{why} {unit[0]} ({len(lost)} of {count} groups of linears are without)"
+        return Sensitivity(self._moments, columns, missing)
+
+
+def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
+    """In place, where there is something already."""
+    sums[key] = sums[key].add_(value) if key in sums else value
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -124,6 +168,12 @@ def floating(output: Any) -> list[Tensor]:
     tree: Any = dict(output) if isinstance(output, dict) else output
     leaves = optree.tree_leaves(tree)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 1]
+
+
+def compared(output: Any) -> Any:
+    """What ``divergence`` reads of an output: a cache, say, need not be held for it."""
+    logits = logits_of(output)
+    return tuple(floating(output)) if logits is None else {"logits": logits}
 
 
 def real_outputs(values: Tensor, stage: Stage) -> Tensor:

@@ -24,9 +24,12 @@ _CLOSED = ("multi_head_attention_forward", "encoder_layer_fwd")  # where rana_fx
 _PRODUCTS = ("mm", "matmul", "einsum", "linear", "bmm")
 
 
+REMARK = "*"  # before the name of a site that is adapted, or of none: a remark on it, or on the whole plan
+
+
 @dataclass(frozen=True)
 class Skip:
-    """A weight or a group that is left as it is, and why."""
+    """A weight or a group that is left as it is, and why; or a remark (``REMARK``)."""
 
     site: str
     reason: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 from rana_fx.adapters import Adapter
@@ -23,8 +24,8 @@ class Recipe(Protocol):
         """Whether ``solve`` runs the model on some of the batches (``problem.rehearsal``)."""
         ...
 
-    def wants(self, layout: Layout) -> set[tuple[str, ...]]:
-        """Groups (by their site names) whose inputs must be sampled."""
+    def wants(self, layout: Layout) -> Collection[tuple[str, ...]]:
+        """Groups (by their site names) whose inputs must be sampled; a mapping says what to ``Keep`` of each."""
         ...
 
     def solve(self, problem: Problem) -> list[Adapter]:

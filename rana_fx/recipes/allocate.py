@@ -22,14 +22,13 @@ Unit = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Choice:
-    """What a unit is to be: its kind, how it is stored, and the rows of its router where it has one."""
+    """What a unit is to be: its kind, and how it is stored."""
 
     kind: str
     storage: int = 0
-    ranks: int | None = None
 
-    def point(self, menu: Menu, price: float, *, loss: bool = True) -> Point:
-        return menu.point(self.kind, price, storage=self.storage, ranks=self.ranks, loss=loss)
+    def point(self, menu: Menu, price: float) -> Point:
+        return menu.point(self.kind, price, storage=self.storage)
 
 
 def allocate(
@@ -92,13 +91,24 @@ def _cost(points: Mapping[Unit, Point]) -> float:
 
 
 def _choice(point: Point) -> Choice:
-    return Choice(point.kind, point.storage, point.ranks or None)
+    return Choice(point.kind, point.storage)
 
 
 def _best(menu: Menu, price: float) -> Point:
     """The entry with the least loss plus price times cost."""
-    points = [menu.point(kind, price, storage=storage) for kind, storage in menu.entries]
-    return min(points, key=lambda point: point.loss + price * point.cost)
+    best, least = None, math.inf
+    # components take longest to price: only where they may yet be better
+    for bound, kind, storage in sorted(
+        (menu.least(kind, price, storage=storage), kind, storage) for kind, storage in menu.entries
+    ):
+        if bound >= least:
+            break
+        point = menu.point(kind, price, storage=storage)
+        found = point.loss + price * point.cost
+        if found < least:
+            best, least = point, found
+    assert best is not None
+    return best
 
 
 def points_at(
@@ -120,7 +130,7 @@ def price_for(
 
     def total(logarithm: float) -> float:
         price = math.exp(logarithm)
-        return sum(chosen[unit].point(menu, price * scale_of(scale, unit), loss=False).cost for unit, menu in menus.items())
+        return sum(chosen[unit].point(menu, price * scale_of(scale, unit)).cost for unit, menu in menus.items())
 
     low, high = (_LOWEST, _HIGHEST) if near is None else (math.log(near) - 2, math.log(near) + 2)
     if near is not None and (total(low) < cost or total(high) > cost):

@@ -1,7 +1,8 @@
 """Points of a menu as adapters.
 
 In: a unit, its menu and the point chosen. Out: the adapters that replace it: none where it stays dense, one with a router for the
-whole unit, or one mask of inputs for each of its linears. Costs and kept ranks are those expected over the sample.
+whole unit, or one mask of inputs for each of its linears. Costs and kept ranks are those expected over the sample. Their tensors
+are views of the menu's, on the model's device: a plan gets copies of its own (``settled``).
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from rana_fx.adapters import Adapter
 from rana_fx.recipes.allocate import Unit
-from rana_fx.recipes.menu import Menu, Point, SiteMask
+from rana_fx.recipes.menu import Menu, Point
 from rana_fx.recipes.problem import Problem, stack_name
 from rana_fx.recipes.rounding import Packed
+from rana_fx.recipes.storage import Storage
 
 
 def build(problem: Problem, unit: Unit, menu: Menu, point: Point) -> list[Adapter]:
@@ -22,53 +25,66 @@ def build(problem: Problem, unit: Unit, menu: Menu, point: Point) -> list[Adapte
         return []
     storage = menu.storages[point.storage]
     if point.kind == "stored":
-        return [_stored(problem, name, storage.weights[name]) for name in unit]
+        return [replace(_neuron(problem, name, None, 0.0, storage), kind="stored") for name in unit]
     if point.kind == "neuron":
-        return [_neuron(problem, name, mask, storage.weights.get(name)) for name, mask in zip(unit, point.sites, strict=True)]
-    assert menu.basis is not None
-    router, factor = menu.basis.b_DI[: point.ranks], menu.basis.a_OD[:, : point.ranks].t()
-    # behind a mask it lies input-major
-    router = router if point.router_tau_I is None else router.t()
-    packed_router = None if storage.router is None else storage.router.columns(point.ranks)
-    packed_factor = None if storage.factor is None else storage.factor.rows(point.ranks)
+        masks = zip(unit, menu.bars(point), point.parts, strict=True)
+        return [_neuron(problem, name, tau_I, kept, storage) for name, tau_I, kept in masks]
+    assert menu.router_DI is not None and menu.factor_DO is not None
+    router, factor = menu.router_DI[: point.ranks], menu.factor_DO[: point.ranks]
+    packed_router, packed_factor = storage.router_of(router), storage.factor_of(factor)
+    masked = point.router_kept is not None
     made = Adapter(
         name=stack_name(unit),
         kind="static" if point.kind == "static" else "rank",
         sites=unit,
         ranks=point.ranks,
         kept=point.kept,
-        tau=torch.full((point.ranks,), point.tau, dtype=torch.float32),
-        router=router if packed_router is None else packed_router.matrix,
-        router_scale=None if packed_router is None else packed_router.scale,
+        tau=torch.full((point.ranks,), menu.bar(point), dtype=torch.float32),
+        # behind a mask it lies input-major
+        router=packed_router.matrix if packed_router else router.t() if masked else router,
+        router_scale=_scale(packed_router),
         weight=factor if packed_factor is None else packed_factor.matrix,
-        weight_scale=None if packed_factor is None else packed_factor.scale,
+        weight_scale=_scale(packed_factor),
         bias=problem.bias(unit),
-        router_tau=None if point.router_tau_I is None else point.router_tau_I.float(),
+        router_tau=menu.bars(point)[0].float() if masked else None,
         router_kept=point.router_kept,
         dense_flops=problem.flops(unit),
         dense_bytes=problem.bytes(unit),
     )
-    return [made.to(problem.layout.sites[unit[0]].weight.dtype).on("cpu").costed()]
+    return [made.costed()]
 
 
-def _neuron(problem: Problem, name: str, mask: SiteMask, packed: Packed | None) -> Adapter:
+def settled(problem: Problem, adapter: Adapter) -> Adapter:
+    """As a plan holds it: on the CPU, in the model's dtype, with memory of its own."""
+    made = adapter.on("cpu").to(problem.layout.sites[adapter.sites[0]].weight.dtype)
+    owned = {key: value.clone() for key, value in made.tensors().items() if _shared(value)}
+    return replace(made, **owned)  # type: ignore[arg-type]
+
+
+def _shared(value: Tensor) -> bool:
+    """Whether it is a part of something larger."""
+    return value.untyped_storage().nbytes() > value.numel() * value.element_size()
+
+
+def _neuron(problem: Problem, name: str, tau_I: Tensor | None, kept: float, storage: Storage) -> Adapter:
+    """``tau_I``: None: it keeps all inputs."""
     site = problem.layout.sites[name]
+    packed = storage.weight_of(name, site.matrix()) if storage.weight else None
     made = Adapter(
         name=name,
         kind="neuron",
         sites=(name,),
         ranks=site.in_features,
-        kept=mask.kept,
-        tau=mask.tau_I.float(),
+        kept=float(site.in_features) if tau_I is None else kept,
+        tau=torch.zeros(site.in_features) if tau_I is None else tau_I.float(),
         weight=None if packed is None else packed.matrix,
-        weight_scale=None if packed is None else packed.scale,
+        weight_scale=_scale(packed),
         bias=None if packed is None else problem.bias((name,)),
         dense_flops=problem.flops((name,)),
         dense_bytes=problem.bytes((name,)),
     )
-    return made.to(site.weight.dtype).on("cpu").costed()
+    return made.costed()
 
 
-def _stored(problem: Problem, name: str, packed: Packed) -> Adapter:
-    every = SiteMask(torch.zeros(problem.layout.sites[name].in_features), float(problem.layout.sites[name].in_features))
-    return replace(_neuron(problem, name, every, packed), kind="stored")
+def _scale(packed: Packed | None) -> Tensor | None:
+    return None if packed is None else packed.scale

@@ -33,11 +33,12 @@ class Geometry:
     def norms_I(self) -> Tensor:
         return self.read_DI.square().sum(0)
 
-    def site_norms(self, rows: slice, given_I: Tensor) -> Tensor:
-        """As ``norms_I`` for some of the outputs, from the mean square of W^T g there."""
-        columns_I = (self.lift_OD[rows] @ self.read_DI).square().sum(0)
-        even = given_I.sum() / columns_I.sum().clamp_min(1e-30)
-        return (1 - _SHRINK) * given_I + _SHRINK * even * columns_I
+
+def site_norms(weight_OI: Tensor, given_I: Tensor) -> Tensor:
+    """As ``Geometry.norms_I`` for one linear of the unit, from the mean square of W^T g there."""
+    columns_I = weight_OI.float().square().sum(0)
+    even = given_I.sum() / columns_I.sum().clamp_min(1e-30)
+    return (1 - _SHRINK) * given_I + _SHRINK * even * columns_I
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,20 +49,33 @@ class LossBasis:
     b_DI: Tensor
 
 
-def geometry(weight_OI: Tensor, moment: Tensor | None) -> Geometry:
-    """``moment``: of gradients at the output, (out, out); with more outputs than inputs of W^T g, (in, in). None: all equal."""
+def geometry(weight_OI: Tensor, moment: Tensor | None, *, even: float | None = None) -> Geometry:
+    """The unit's geometry; all in fp64, the result in fp32.
+
+    Args:
+        moment: of gradients at the output, (out, out); with more outputs than inputs of W^T g, (in, in). None: all equal.
+        even: without a moment, what a unit of error of an output costs; default: as much as the outputs are large.
+    """
     weight = weight_OI.double()
     out, width = weight.shape
     wide = out > width
     gram = weight.t() @ weight if wide else torch.eye(out, dtype=torch.float64, device=weight.device)
     size = float(gram.diagonal().sum())
     if moment is None:
-        even = 1 / max(1e-30, float(weight.square().sum()))
+        even = even or 1 / max(1e-30, float(weight.square().sum()))
         metric = gram * even
     else:
         given = moment.double()
         even = float(given.diagonal().sum()) / max(1e-30, size)
         metric = (1 - _SHRINK) * given + _SHRINK * gram * even
+    # any root of the metric will do: components are told apart by the basis
+    factor, failed = torch.linalg.cholesky_ex(metric, upper=True)
+    pivots = factor.diagonal().square()
+    if int(failed) == 0 and float(pivots.min()) > _RELATIVE * float(pivots.max()):
+        if wide:
+            lift = torch.linalg.solve_triangular(factor, weight, upper=True, left=False)
+            return Geometry(lift.float(), factor.float(), even)
+        return Geometry(torch.linalg.solve_triangular(factor, gram, upper=True).float(), (factor @ weight).float(), even)
     values, vectors = torch.linalg.eigh(metric)
     sound = values > _RELATIVE * values[-1].clamp_min(1e-30)
     root, vectors = values[sound].sqrt(), vectors[:, sound]
@@ -74,5 +88,8 @@ def loss_basis(found: Geometry, moment_II: Tensor) -> LossBasis:
     """``moment_II``: sum or mean of x x^T over the sample."""
     read, moment = found.read_DI.double(), moment_II.to(found.read_DI.device, torch.float64)
     even = _ISOTROPIC * moment.diagonal().mean()
-    vectors = torch.linalg.eigh(read @ moment @ read.t() + even * (read @ read.t())).eigenvectors.flip(1)
-    return LossBasis((found.lift_OD.double() @ vectors).float().contiguous(), (vectors.t() @ read).float().contiguous())
+    target_DD = read @ moment @ read.t() + even * (read @ read.t())
+    # on an accelerator fp32, twice as fast: the even part keeps it well conditioned
+    precision = torch.float64 if read.device.type == "cpu" else torch.float32
+    vectors = torch.linalg.eigh(target_DD.to(precision)).eigenvectors.flip(1).double()
+    return LossBasis((found.lift_OD.double() @ vectors).float(), (vectors.t() @ read).float())

@@ -11,11 +11,14 @@ left out is kept where what it saves, half its squared size in the loss's coordi
     static   component k                  where mean z_k^2   >= 2 price (in + out)
     stored   all of it, in fewer bits
 
-A storage in fewer bits (storage.py) makes entries cheaper and adds what rounding does to the loss.
+A storage in fewer bits (storage.py) makes entries cheaper and adds what rounding does to the loss. Masks of inputs are counted
+once for all prices (tails.py). Components are priced on a grid of prices, each the first time it is asked for, and
+between two of them by interpolation. What a menu holds is in the model's own dtype: menus of all units are held at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,17 +26,13 @@ import torch
 from torch import Tensor
 
 from rana_fx.recipes.geometry import Geometry, LossBasis
-from rana_fx.recipes.storage import Rates, Storage
+from rana_fx.recipes.storage import Storage
+from rana_fx.recipes.tails import Tails
 
 _OF_BASIS = ("rank", "hybrid", "static")
-
-
-@dataclass(frozen=True, eq=False)
-class SiteMask:
-    """Thresholds of one site's inputs on x^2, and how many of them it keeps."""
-
-    tau_I: Tensor
-    kept: float
+_STEP = 0.1  # of the price's logarithm, between two points of the grid
+_DROPPED = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.995)  # shares of inputs at which their interplay is measured
+_INTERPLAY_ROWS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,24 +43,26 @@ class Part:
     norms_I: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Point:
-    """``cost`` per token, ``loss``: expected increase, ``ranks``: rows of the router, ``sites``: masks of a neuron entry."""
+    """``cost`` per token, ``loss``: expected increase, ``ranks``: rows of the router, ``parts``: inputs that each site keeps."""
 
     kind: str
+    price: float
     cost: float
     loss: float
     kept: float = 0.0
     ranks: int = 0
-    tau: float = 0.0
-    sites: tuple[SiteMask, ...] = ()
+    parts: tuple[float, ...] = ()
     storage: int = 0
-    router_tau_I: Tensor | None = None
     router_kept: float | None = None
 
 
 class Menu:
-    """Points of one unit, priced on rows of its input. ``parts``: its sites. ``storages``: the first is the model's own."""
+    """Points of one unit, priced on rows of its input. ``parts``: its sites. ``storages``: the first is the model's own.
+
+    ``router_DI``, ``factor_DO``: the basis, W = factor^T router; None: no components.
+    """
 
     def __init__(
         self,
@@ -70,14 +71,28 @@ class Menu:
         rows_TI: Tensor,
         storages: Sequence[Storage],
         parts: Sequence[Part] = (),
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.geometry, self.basis, self.storages = geometry, basis, tuple(storages)
+        dtype = dtype or rows_TI.dtype
+        self.storages = tuple(storages)
         self.out, self.width = geometry.lift_OD.shape[0], geometry.read_DI.shape[1]
-        self._parts = tuple(parts) or (Part(self.out, geometry.norms_I),)
-        self._x_TI = rows_TI.float()
-        self._squares_TI = self._x_TI.square()
-        self._z_TD = None if basis is None else self._x_TI @ basis.b_DI.t()
-        self._z2_TD = None if self._z_TD is None else self._z_TD.square()
+        norms_I = geometry.norms_I
+        self.parts = tuple(parts) or (Part(self.out, norms_I),)
+        self._x_TI = rows_TI
+        x_TI = rows_TI.float()
+        squares_TI = x_TI.square()
+        self._tails = [Tails(squares_TI, part.norms_I) for part in self.parts]
+        self._interplay = _interplay(geometry, x_TI[:: max(1, len(x_TI) // _INTERPLAY_ROWS)], norms_I)
+        self._grid: dict[tuple[str, int, int], Point] = {}
+        self.router_DI: Tensor | None = None
+        self.factor_DO: Tensor | None = None
+        if basis is not None:
+            self.router_DI, self.factor_DO = basis.b_DI.to(dtype), basis.a_OD.t().contiguous().to(dtype)
+            self._z_TD = (x_TI @ basis.b_DI.t()).to(dtype)
+            z2_TD = self._z_TD.float().square()
+            self._z2_D = z2_TD.mean(0).cpu()
+            self._z_tails = Tails(z2_TD, z2_TD.new_ones(z2_TD.shape[1]))
 
     @property
     def entries(self) -> list[tuple[str, int]]:
@@ -86,104 +101,149 @@ class Menu:
             (kind, index)
             for index, storage in enumerate(self.storages)
             for kind in storage.kinds
-            if self.basis is not None or kind not in _OF_BASIS
+            if self.router_DI is not None or kind not in _OF_BASIS
         ]
 
     @property
     def dense_cost(self) -> float:
         return self.storages[0].rates.weight * self.out * self.width
 
-    def point(self, kind: str, price: float, *, storage: int = 0, ranks: int | None = None, loss: bool = True) -> Point:
-        """The entry at ``price``.
+    # ---- points
 
-        Args:
-            storage: its index. ranks: components in the router; default: as many as are worth their price.
-            loss: without, only its cost is worked out (the loss is 0).
-        """
+    def point(self, kind: str, price: float, *, storage: int = 0) -> Point:
+        """The entry at ``price``. ``storage``: its index."""
         stored = self.storages[storage]
-        point = self._point(kind, price, stored, ranks, loss)
-        return replace(point, storage=storage, loss=point.loss + (stored.rounding(kind, point.ranks) if loss else 0.0))
-
-    def _point(self, kind: str, price: float, stored: Storage, ranks: int | None, loss: bool) -> Point:
-        rates = stored.rates
         if kind in ("dense", "stored"):
-            return Point(kind, rates.weight * self.out * self.width, 0.0, float(self.width))
+            loss = stored.rounding(kind, 0)
+            return Point(kind, price, stored.rates.weight * self.out * self.width, loss, float(self.width), storage=storage)
         if kind == "neuron":
-            return self._neuron(rates, price, loss)
-        count = self._ranks(kind, rates, price) if ranks is None else ranks
-        if stored.even:
-            count += count % 2
-        if kind == "static":
-            return self._static(rates, loss, count)
-        return self._rank(rates, price, loss, count) if kind == "rank" else self._hybrid(rates, price, loss, count)
+            return self._neuron(price, storage)
+        place = math.log(price) / _STEP
+        left, share = math.floor(place), place - math.floor(place)
+        first = self._at(kind, left, storage)
+        if share < 1e-6:
+            return replace(first, price=price)
+        return self._blend(first, self._at(kind, left + 1, storage), share, price)
 
-    def _neuron(self, rates: Rates, price: float, loss: bool) -> Point:
-        masks, cost, lost = [], 0.0, 0.0
-        for part in self._parts:
-            bar = 2 * price * rates.weight * part.out
-            scores_TI = self._squares_TI * part.norms_I
-            kept_TI = scores_TI >= bar
-            kept = float(kept_TI.float().sum(1).mean())
-            tau_I = torch.where(part.norms_I > 0, bar / part.norms_I, torch.inf)  # a zero column is never needed
-            masks.append(SiteMask(tau_I, kept))
-            cost += rates.weight * part.out * kept
-            if loss:
-                lost += float(scores_TI.masked_fill_(kept_TI, 0.0).sum(1).mean()) / 2
-        ratio = self._interplay(rates, price) if loss else 1.0
-        mean = sum(mask.kept * part.out for mask, part in zip(masks, self._parts, strict=True)) / self.out
-        return Point("neuron", cost, lost * ratio, mean, sites=tuple(masks))
+    def least(self, kind: str, price: float, *, storage: int = 0) -> float:
+        """What loss + price x cost of the entry is at least: for components, what it were if the router cost nothing."""
+        if kind not in _OF_BASIS:
+            point = self.point(kind, price, storage=storage)
+            return point.loss + price * point.cost
+        worth = price * self.storages[storage].rates.factor * self.out
+        kept, lost = self._z_tails.at(2 * worth)
+        return lost / 2 + kept * worth
 
-    def _interplay(self, rates: Rates, price: float) -> float:
-        """Loss of dropping inputs together over the sum of what dropping each would cost."""
-        scores_TI = self._squares_TI * self.geometry.norms_I
-        kept_TI = scores_TI >= 2 * price * rates.weight * self.out
-        each = float(scores_TI.masked_fill_(kept_TI, 0.0).sum(1).mean())
-        together = self._x_TI.masked_fill(kept_TI, 0.0) @ self.geometry.read_DI.t()
-        return float(together.square().sum(1).mean()) / each if each > 0 else 1.0
-
-    def _ranks(self, kind: str, rates: Rates, price: float) -> int:
-        """Components are ordered by energy, which is the order of their worth as well."""
-        assert self._z2_TD is not None
-        factor, router = rates.factor * self.out, rates.router * self.width
-        if kind == "static":
-            worth_D = self._z2_TD.mean(0) >= 2 * price * (factor + router)
+    def bars(self, point: Point) -> list[Tensor]:
+        """Thresholds on the squared inputs: of every site's inputs, or of its router's."""
+        rates = self.storages[point.storage].rates
+        if point.kind == "neuron":
+            given = [(2 * point.price * rates.weight * part.out, part.norms_I) for part in self.parts]
         else:
-            worth_D = (self._z2_TD - 2 * price * factor).clamp_min_(0).mean(0) > 2 * price * router
-        return max(1, int(worth_D.sum()))
+            assert self.router_DI is not None
+            given = [(2 * point.price * rates.router * point.ranks, _norms(self.router_DI, point.ranks))]
+        # a zero column is never needed
+        return [torch.where(norms_I > 0, bar / norms_I, torch.inf) for bar, norms_I in given]
 
-    def _static(self, rates: Rates, loss: bool, ranks: int) -> Point:
-        assert self._z2_TD is not None
-        lost = float(self._z2_TD[:, ranks:].sum(1).mean()) / 2 if loss else 0.0
-        cost = ranks * (rates.factor * self.out + rates.router * self.width)
-        return Point("static", cost, lost, float(ranks), ranks)
+    def bar(self, point: Point) -> float:
+        """The threshold on squared components."""
+        return 0.0 if point.kind == "static" else 2 * point.price * self.storages[point.storage].rates.factor * self.out
 
-    def _rank(self, rates: Rates, price: float, loss: bool, ranks: int) -> Point:
-        assert self._z2_TD is not None
-        bar = 2 * price * rates.factor * self.out
-        mask_TR = self._z2_TD[:, :ranks] >= bar
-        kept = float(mask_TR.float().sum(1).mean())
-        lost = 0.0
-        if loss:
-            lost = float(self._z2_TD.sum(1).mean() - (self._z2_TD[:, :ranks] * mask_TR).sum(1).mean()) / 2
-        cost = ranks * rates.router * self.width + kept * rates.factor * self.out
-        return Point("rank", cost, lost, kept, ranks, bar)
+    def _neuron(self, price: float, storage: int) -> Point:
+        rates = self.storages[storage].rates
+        found = [tails.at(2 * price * rates.weight * part.out) for part, tails in zip(self.parts, self._tails, strict=True)]
+        kept = tuple(count for count, _ in found)
+        reads = sum(count * part.out for count, part in zip(kept, self.parts, strict=True))
+        lost = sum(energy for _, energy in found) / 2 * _between(self._interplay, math.log(2 * price * rates.weight * self.out))
+        rounding = self.storages[storage].rounding("neuron", 0)
+        return Point("neuron", price, rates.weight * reads, lost + rounding, reads / self.out, parts=kept, storage=storage)
 
-    def _hybrid(self, rates: Rates, price: float, loss: bool, ranks: int) -> Point:
-        assert self.basis is not None and self._z_TD is not None and self._z2_TD is not None
-        router_RI = self.basis.b_DI[:ranks]
-        norms_I = router_RI.square().sum(0)
-        router_bar = 2 * price * rates.router * ranks
-        inputs_TI = self._squares_TI * norms_I >= router_bar
-        router_kept = float(inputs_TI.float().sum(1).mean())
-        z_TR = (self._x_TI * inputs_TI) @ router_RI.t()
-        bar = 2 * price * rates.factor * self.out
-        mask_TR = z_TR.square() >= bar
-        kept = float(mask_TR.float().sum(1).mean())
-        lost = 0.0
-        if loss:
-            outside = self._z2_TD[:, ranks:].sum(1).mean()
-            inside = (self._z_TD[:, :ranks] - z_TR * mask_TR).square().sum(1).mean()
-            lost = float(outside + inside) / 2
-        cost = rates.router * ranks * router_kept + kept * rates.factor * self.out
-        tau_I = torch.where(norms_I > 0, router_bar / norms_I, torch.inf)
-        return Point("hybrid", cost, lost, kept, ranks, bar, router_tau_I=tau_I, router_kept=router_kept)
+    def _blend(self, first: Point, second: Point, share: float, price: float) -> Point:
+        stored = self.storages[first.storage]
+
+        def mean(a: float, b: float) -> float:
+            return (1 - share) * a + share * b
+
+        ranks = round(mean(first.ranks, second.ranks))
+        ranks += ranks % 2 if stored.even else 0
+        router_kept = None
+        if first.router_kept is not None and second.router_kept is not None:
+            router_kept = mean(first.router_kept, second.router_kept)
+        kept = min(mean(first.kept, second.kept), float(ranks))
+        loss = mean(first.loss, second.loss)
+        return self._costed(first.kind, price, first.storage, ranks, ranks if first.kind == "static" else kept, router_kept, loss)
+
+    def _costed(
+        self, kind: str, price: float, storage: int, ranks: int, kept: float, router_kept: float | None, loss: float
+    ) -> Point:
+        rates = self.storages[storage].rates
+        read = self.width if router_kept is None else router_kept
+        cost = ranks * rates.router * read + kept * rates.factor * self.out
+        return Point(kind, price, cost, loss, kept, ranks, storage=storage, router_kept=router_kept)
+
+    # ---- components, on the grid
+
+    def _at(self, kind: str, index: int, storage: int) -> Point:
+        found = self._grid.get((kind, index, storage))
+        if found is None:
+            found = self._grid[kind, index, storage] = self._components(kind, math.exp(_STEP * index), storage)
+        return found
+
+    def _components(self, kind: str, price: float, storage: int) -> Point:
+        stored = self.storages[storage]
+        factor_bar, row_price = 2 * price * stored.rates.factor * self.out, 2 * price * stored.rates.router * self.width
+        # components are ordered by energy, which is the order of their worth as well
+        if kind == "static":
+            ranks = self._even(int((self._z2_D >= factor_bar + row_price).sum()), stored)
+            return self._costed(kind, price, storage, ranks, ranks, None, float(self._z2_D[ranks:].sum()) / 2)
+        z_TD = self._z_TD.float()
+        gain_D = (z_TD.square() - factor_bar).clamp_min_(0).mean(0)
+        ranks = self._even(int((gain_D > row_price).sum()), stored)
+        lost, router_kept, z_TR = float(self._z2_D[ranks:].sum()), None, z_TD[:, :ranks]
+        if kind == "hybrid":
+            assert self.router_DI is not None
+            # an accelerator multiplies 16-bit numbers many times as fast, a CPU does not
+            precision = torch.float32 if self._x_TI.device.type == "cpu" else self._x_TI.dtype
+            router_RI, x_TI = self.router_DI[:ranks].to(precision), self._x_TI.to(precision)
+            inputs_TI = x_TI.float().square().mul_(_norms(self.router_DI, ranks)) >= 2 * price * stored.rates.router * ranks
+            router_kept = float(inputs_TI.count_nonzero()) / max(1, len(x_TI))
+            z_TR = ((x_TI * inputs_TI) @ router_RI.t()).float()
+        kept_TR = z_TR.square() >= factor_bar
+        kept = float(kept_TR.count_nonzero()) / max(1, len(kept_TR))
+        lost += float((z_TD[:, :ranks] - z_TR * kept_TR).square_().sum()) / max(1, len(kept_TR))
+        return self._costed(kind, price, storage, ranks, kept, router_kept, lost / 2 + stored.rounding(kind, ranks))
+
+    def _even(self, ranks: int, stored: Storage) -> int:
+        ranks = max(1, ranks)
+        return ranks + ranks % 2 if stored.even else ranks
+
+
+def _norms(router_DI: Tensor, ranks: int) -> Tensor:
+    return router_DI[:ranks].float().square().sum(0)
+
+
+def _interplay(geometry: Geometry, x_TI: Tensor, norms_I: Tensor) -> list[tuple[float, float]]:
+    """Loss of dropping inputs together over the sum of what dropping each would cost, by the threshold's logarithm."""
+    scores_TI = x_TI.square() * norms_I
+    tails = Tails(x_TI.square(), norms_I)
+    found = []
+    for share in _DROPPED:
+        bar = tails.bar(share)
+        dropped_TI = scores_TI < bar
+        each = float((scores_TI * dropped_TI).sum())
+        if each > 0 and bar > 0:
+            together = float(((x_TI * dropped_TI) @ geometry.read_DI.t()).square_().sum())
+            found.append((math.log(bar), together / each))
+    return found
+
+
+def _between(points: list[tuple[float, float]], place: float) -> float:
+    """Linear between points in ascending order, constant outside; 1 where there are none."""
+    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+        if place < left:
+            break
+        if place < right:
+            return low + (high - low) * (place - left) / (right - left)
+    else:
+        return points[-1][1] if points else 1.0
+    return points[0][1]

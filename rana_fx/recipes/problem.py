@@ -6,7 +6,8 @@ recipe shares: sizes, stacked weights, rows of any site's input, and adapters wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ from rana_fx.decompose import Basis, Choice
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
 from rana_fx.layout import Layout, MlpBlock
 from rana_fx.rehearse import Rehearsal
-from rana_fx.sites import Skip
+from rana_fx.sites import REMARK, Skip
 from rana_fx.stats import Reservoir
 
 _SELDOM = 8  # a layer that sees less than an eighth of what others see is used in another way than per token
@@ -34,7 +35,12 @@ class Problem:
     recipe: str
     progress: bool = True
     skips: list[Skip] = field(default_factory=list)
+    within: Callable[[str], AbstractContextManager[object]] = nullcontext  # what each stage of a recipe, by its name, runs in
     rehearsal: Rehearsal | None = None  # the model and some batches, for recipes that try what they choose
+
+    def note(self, text: str, site: str = "") -> None:
+        """Something a user should know of the whole plan, or of an adapted site: ``explain`` says it."""
+        self.skips.append(Skip(REMARK + site, text))
 
     # ---- sizes
 
@@ -72,11 +78,13 @@ class Problem:
 
     # ---- tensors
 
+    def sample(self, name: str) -> Reservoir | None:
+        """What was kept of the tensor a site reads; None: an expert that no token reached."""
+        return self.samples.get(self.layout.groups[self.layout.sites[name].group].sites)
+
     def rows(self, name: str) -> Tensor:
         """Sampled rows of the tensor a site reads, (tokens, in), in the model's dtype."""
-        site = self.layout.sites[name]
-        sample = self.samples.get(self.layout.groups[site.group].sites)
-        # an expert that no token reached
+        site, sample = self.layout.sites[name], self.sample(name)
         return site.weight.new_empty(0, site.in_features) if sample is None else sample.rows()
 
     def calibrated(self, names: tuple[str, ...], needed: int) -> bool:

@@ -6,12 +6,11 @@ menu        dense, input thresholds, rank, rank behind a masked router, static r
 allocation  one price of a unit of cost for the whole model (allocate.py), or one fraction for every unit: what moves the
             model's output less on held-out batches
 budget      the price is set where the adapted model, not the dense one, keeps what was asked
+memory      what a large model's samples, moments and menus take together is a few gigabytes per billion parameters: rows are few
+            and on the host, moments are summed as the text passes, and a unit's are dropped when its menu is made
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,24 +18,23 @@ from tqdm.auto import tqdm
 
 from rana_fx.adapters import Adapter
 from rana_fx.decompose import second_moment
-from rana_fx.errors import BudgetUnreachable
 from rana_fx.layout import Layout
-from rana_fx.recipes.allocate import Choice, Unit, allocate, points_at, price_for
-from rana_fx.recipes.build import build
-from rana_fx.recipes.geometry import geometry, loss_basis
+from rana_fx.recipes.allocate import Unit
+from rana_fx.recipes.geometry import Geometry, geometry, loss_basis, site_norms
 from rana_fx.recipes.menu import Menu, Part
 from rana_fx.recipes.problem import Problem
+from rana_fx.recipes.search import search
 from rana_fx.recipes.storage import in_fewer_bits, own
-from rana_fx.recipes.trial import Outcome, attempt
-from rana_fx.rehearse import Stage
 from rana_fx.sensitivity import Sensitivity, sensitivities
 from rana_fx.sites import Skip
+from rana_fx.stats import CAPACITY, Keep, Summary
 
 _ROWS = 2048  # rows a menu is priced on
 _BASIS_ROWS = 8192  # rows, or eight for every input, a basis is made from
-_MOST_ROUNDS = 4
-_CLOSE = 0.002  # of the dense cost: near enough to what was asked
-_TOLERATED = 0.01  # of it: more than asked by so much is not taken
+_SAMPLES = 4e9  # bytes: where samples of all rows take more, few are kept beside their second moments
+_FEW_DIRECTIONS = 32  # an input that lies in fewer is worth a remark
+_FEW = Keep(2 * _ROWS, host=True, moment=True)
+_WITHOUT_BASIS = Keep(4 * _ROWS, host=True)
 
 
 class Rana:
@@ -45,24 +43,31 @@ class Rana:
     name = "rana"
     rehearses = True
 
-    def wants(self, layout: Layout) -> set[tuple[str, ...]]:
-        return {layout.groups[layout.sites[name].group].sites for unit in units_of(layout) for name in unit}
+    def wants(self, layout: Layout) -> dict[tuple[str, ...], Keep]:
+        units: dict[tuple[str, ...], list[Unit]] = {}
+        for unit in units_of(layout):
+            units.setdefault(layout.groups[layout.sites[unit[0]].group].sites, []).append(unit)
+        firsts = [layout.sites[found[0][0]] for found in units.values()]
+        if CAPACITY * sum(site.in_features * site.weight.element_size() for site in firsts) <= _SAMPLES:
+            return dict.fromkeys(units, Keep())
+        based = {group: any(_has_basis(*_shape(layout, unit)) for unit in found) for group, found in units.items()}
+        return {group: _FEW if basis else _WITHOUT_BASIS for group, basis in based.items()}
 
     def solve(self, problem: Problem) -> list[Adapter]:
         if problem.budget >= 1:
             return []
         assert problem.rehearsal is not None
-        units = [unit for unit in units_of(problem.layout) if problem.calibrated(unit, 1)]
+        units = [unit for unit in units_of(problem.layout) if problem.calibrated(unit, 1) and _varied(problem, unit)]
         with problem.rehearsal.opened(problem.layout) as stage:
-            found = sensitivities(stage, problem.layout, units, problem.rehearsal.batches)
-            search = _Search(problem, stage)
-            for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
-                if bool(problem.rows(unit[0]).any()):
-                    search.add(unit, *_menus(problem, unit, found))
-                else:
-                    reason = "its input is zero throughout the calibration text: it stays dense"
-                    problem.skips += [Skip(name, reason) for name in unit]
-            return search.run()
+            with problem.within("gradients"):
+                found = sensitivities(stage, problem.layout, units, problem.rehearsal.batches)
+            if found.missing:
+                alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"
+                problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")
+            even = _average(problem, found)
+            with problem.within("decompose"):
+                menus = _menus(problem, units, found, even)
+            return search(problem, stage, menus)
 
 
 def units_of(layout: Layout) -> list[Unit]:
@@ -74,117 +79,128 @@ def units_of(layout: Layout) -> list[Unit]:
     return [tuple(names) for names in found.values()]
 
 
-def _menus(problem: Problem, unit: Unit, found: Sensitivity) -> tuple[Menu, Menu]:
-    """(menu to choose by, menu to build from): the first has its basis from other rows than those it is priced on."""
-    rows, weight = problem.rows(unit[0]), problem.matrix(unit)
+def _shape(layout: Layout, unit: Unit) -> tuple[int, int]:
+    """(outputs, inputs)."""
+    return sum(layout.sites[name].out_features for name in unit), layout.sites[unit[0]].in_features
+
+
+def _has_basis(out: int, width: int) -> bool:
+    """A router as tall as the layer is wide saves nothing."""
+    return out > width // 2
+
+
+def _varied(problem: Problem, unit: Unit) -> bool:
+    """Whether the unit's input differs from token to token; one that does not is said to stay dense."""
+    rows = problem.rows(unit[0])
+    if not bool(rows.any()):
+        reason = "its input is zero throughout the calibration text: it stays dense"
+    elif bool((rows == rows[0]).all()):
+        reason = f"its input is the same for all {len(rows)} calibration tokens: it stays dense"
+    else:
+        return True
+    problem.skips += [Skip(name, reason) for name in unit]
+    return False
+
+
+def _average(problem: Problem, found: Sensitivity) -> float | None:
+    """What a unit of error of an output costs in the middle one of the units where that is known."""
+    known = sorted(_even(problem.matrix(unit), moment) for unit, moment in found.moments.items()) if found.missing else []
+    return known[len(known) // 2] if known else None
+
+
+def _even(weight: Tensor, moment: Tensor) -> float:
     out, width = weight.shape
-    shape = geometry(weight, found.moments.get(unit))
+    return float(moment.diagonal().sum()) / (float(weight.square().sum()) if out > width else out)
+
+
+def _menus(problem: Problem, units: list[Unit], found: Sensitivity, even: float | None) -> dict[Unit, Menu]:
+    """Samples kept on the host, those of a large model, are given back as they have served."""
+    last = {problem.sample(unit[0]): unit for unit in units}
+    menus = {}
+    for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
+        menus[unit] = _menu(problem, unit, found, even)
+        sample = problem.sample(unit[0])
+        if sample is not None and sample.host and last[sample] == unit:
+            sample.forget()
+    return menus
+
+
+def _menu(problem: Problem, unit: Unit, found: Sensitivity, even: float | None) -> Menu:
+    """Its basis is from other rows than those it is priced on: principal directions of some text fit other text less well."""
+    weight = problem.matrix(unit)
+    out, width = weight.shape
+    moment_II, count, rows = _statistics(problem, unit)
+    shape = geometry(weight, found.moments.pop(unit, None), even=even)
     site = problem.layout.sites[unit[0]]
     one = float(site.uses * (1 if problem.metric == "flops" else site.weight.element_size()))
-    parts, start = [], 0
-    for name in unit:
-        outs = problem.layout.sites[name].out_features
-        columns = found.columns.get(name)
-        if columns is None:
-            columns = (shape.lift_OD[start : start + outs] @ shape.read_DI).square().sum(0)
-        parts.append(Part(outs, shape.site_norms(slice(start, start + outs), columns)))
-        start += outs
-    if len(unit) == 1:
-        parts = []
-    split = len(rows) * 3 // 4
-    priced = _spread(rows[split:], _ROWS)
-    trial_basis = basis = None
-    # a router as tall as the layer is wide saves nothing
-    if out > width // 2 and split >= min(out, width):
-        most = max(_BASIS_ROWS, 8 * width)
-        moment = second_moment(_spread(rows[:split], most))
-        whole = moment + second_moment(_spread(rows[split:], most // 3))
-        trial_basis, basis = loss_basis(shape, moment / split), loss_basis(shape, whole / len(rows))
+    basis = None
+    if _has_basis(out, width):
+        if moment_II is not None:
+            basis = loss_basis(shape, moment_II)
+            seen = _directions(rows)
+            if seen < min(_FEW_DIRECTIONS, min(out, width) // 2):
+                _remark(problem, unit, f"its input spans {seen} of {width} directions in the calibration text")
+        else:
+            _remark(problem, unit, f"{count} calibration tokens are too few for its {min(out, width)} ranks")
     storages = [own(one)]
     if problem.metric == "bytes":
         weights = {name: problem.matrix((name,)) for name in unit}
-        storages += in_fewer_bits(shape, basis, weights, _spread(rows, max(_BASIS_ROWS, 4 * width)), one=one, uses=site.uses)
-    return Menu(shape, trial_basis, priced, storages, parts), Menu(shape, basis, priced, storages, parts)
+        whole_II = _moment(_spread(problem.rows(unit[0]), max(_BASIS_ROWS, 4 * width)), rows) if moment_II is None else moment_II
+        storages += in_fewer_bits(shape, basis, weights, whole_II, one=one, uses=site.uses)
+    return Menu(shape, basis, rows, storages, _parts(problem, unit, found, shape), dtype=site.weight.dtype)
+
+
+def _directions(rows_TI: Tensor) -> int:
+    """In how many directions rows lie, as far as twice ``_FEW_DIRECTIONS`` of them can tell."""
+    some = torch.nn.functional.normalize(_spread(rows_TI, 8 * _FEW_DIRECTIONS).float(), dim=1)
+    generator = torch.Generator().manual_seed(0)
+    views_IK = torch.randn(some.shape[1], 2 * _FEW_DIRECTIONS, generator=generator).to(some.device)
+    sizes = torch.linalg.svdvals(some @ views_IK)
+    return int((sizes > max(1e-4, 4 * torch.finfo(rows_TI.dtype).eps) * sizes[0]).sum())
+
+
+def _remark(problem: Problem, unit: Unit, text: str) -> None:
+    for name in unit:
+        problem.note(text, name)
+
+
+def _statistics(problem: Problem, unit: Unit) -> tuple[Tensor | None, int, Tensor]:
+    """(second moment of the input per token, rows in it, rows to price on); no moment of too few rows, or without a basis."""
+    site, sample = problem.layout.sites[unit[0]], problem.sample(unit[0])
+    assert sample is not None
+    rows, width = sample.rows(), site.in_features
+    needed, based = min(_shape(problem.layout, unit)), _has_basis(*_shape(problem.layout, unit))
+    if isinstance(sample, Summary):
+        assert sample.moment is not None
+        moment = sample.moment / max(1, sample.summed) if based and sample.summed >= needed else None
+        return moment, sample.summed, _spread(rows, _ROWS).to(site.weight.device)
+    # few rows are needed to price on, and as many as there are for a basis
+    split = len(rows) - max(len(rows) // 8, min(len(rows) // 4, _ROWS))
+    priced = _spread(rows[split:], _ROWS).to(site.weight.device)
+    if split < needed or not based:
+        return None, split, priced
+    fitted = _spread(rows[:split], max(_BASIS_ROWS, 8 * width))
+    return second_moment(fitted) / len(fitted), split, priced
+
+
+def _moment(rows: Tensor, like: Tensor) -> Tensor:
+    """Per token."""
+    wide = rows.to(like.device).float()
+    return wide.t() @ wide / max(1, len(wide))
+
+
+def _parts(problem: Problem, unit: Unit, found: Sensitivity, shape: Geometry) -> list[Part]:
+    if len(unit) == 1:
+        return []
+    parts = []
+    for name in unit:
+        outs, columns = problem.layout.sites[name].out_features, found.columns.get(name)
+        weight = problem.matrix((name,))
+        given = shape.even * weight.square().sum(0) if columns is None else columns
+        parts.append(Part(outs, site_norms(weight, given)))
+    return parts
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:
     """At most ``count`` rows, evenly spaced: a reservoir holds them in the order of the text until it is full."""
     return rows if len(rows) <= count else rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]
-
-
-class _Search:
-    """Finds choices that cost the budget in the adapted model and move its output least."""
-
-    def __init__(self, problem: Problem, stage: Stage) -> None:
-        self._problem, self._stage = problem, stage
-        assert problem.rehearsal is not None
-        self._held = problem.rehearsal.held
-        self._dense = [stage.run(batch) for batch in self._held]
-        self._scouts: dict[Unit, Menu] = {}
-        self._menus: dict[Unit, Menu] = {}
-
-    def add(self, unit: Unit, scout: Menu, menu: Menu) -> None:
-        self._scouts[unit], self._menus[unit] = scout, menu
-
-    def run(self) -> list[Adapter]:
-        total = self._problem.size(self._problem.counted())
-        dense = total - sum(menu.dense_cost for menu in self._menus.values())
-        asked = self._problem.budget * total - dense
-        if asked <= 0:
-            raise BudgetUnreachable(
-                budget=self._problem.budget, recipe=self._problem.recipe, lowest=min(1.0, dense / total + 0.01),
-                why=f"{dense / total:.1%} of the cost is in layers that stay dense", recipes="teal and wina adapt every layer",
-            )  # fmt: skip
-        fraction = asked / (total - dense)
-        price, chosen = allocate(self._scouts, asked)
-        even = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._scouts.items()}
-        prices = {unit: price for unit, (price, _) in even.items()}
-        tried = [
-            self._settle(asked, price, chosen, None, total=total),
-            self._settle(asked, 1.0, {unit: found[unit] for unit, (_, found) in even.items()}, prices, total=total),
-        ]
-        # what costs more than asked is no answer
-        best, _, _ = min(tried, key=lambda item: (item[2] > asked + _TOLERATED * total, item[1].divergence))
-        for unit, adapters in best.items():
-            if not adapters:
-                self._problem.skips += [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
-        return [adapter for adapters in best.values() for adapter in adapters]
-
-    def _settle(
-        self, asked: float, price: float, chosen: Mapping[Unit, Choice], scale: Mapping[Unit, float] | None, *, total: float
-    ) -> tuple[dict[Unit, list[Adapter]], Outcome, float]:
-        """The choices at the price at which the adapted model spends ``asked``, what they do, and what they spend."""
-        aim = asked
-        for attempts in range(_MOST_ROUNDS):
-            if attempts:
-                price = price_for(self._menus, chosen, aim, scale=scale, near=price)
-            points = points_at(self._menus, chosen, price, scale=scale)
-            adapters = {unit: build(self._problem, unit, self._menus[unit], point) for unit, point in points.items()}
-            flat = [adapter for found in adapters.values() for adapter in found]
-            outcome = attempt(self._stage, self._problem.layout, flat, self._held, self._dense)
-            spent = self._spent(adapters, outcome)
-            if abs(spent - asked) < _CLOSE * total:
-                break
-            # what the menus have to be asked for, so that the model spends what is asked
-            planned = sum(point.cost for point in points.values())
-            aim = planned * asked / spent
-        return {unit: [_as_found(adapter, outcome) for adapter in found] for unit, found in adapters.items()}, outcome, spent
-
-    def _spent(self, adapters: dict[Unit, list[Adapter]], outcome: Outcome) -> float:
-        spent = 0.0
-        for unit, found in adapters.items():
-            if not found:
-                spent += self._menus[unit].dense_cost
-            for adapter in found:
-                kept, router = outcome.kept.get(adapter.name), outcome.router_kept.get(adapter.name)
-                spent += adapter.cost(self._problem.metric, kept, router)
-        return spent
-
-
-def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
-    """With the ranks and inputs that it kept in the adapted model."""
-    if adapter.name not in outcome.kept:
-        return adapter  # a layer that no held-out batch reached
-    kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
-    flops, weight_bytes = (adapter.cost(metric, kept, router) for metric in ("flops", "bytes"))
-    return replace(adapter, kept=kept, router_kept=router, flops=flops, bytes=weight_bytes)

@@ -51,19 +51,23 @@ def rounded(matrix_KN: Tensor, bits: int, moment_KK: Tensor | None = None) -> Pa
     work_KN = matrix_KN.float().clone()
     inverse_KK = _inverse_factor(moment_KK).float()
     numbers, scales = [], []
-    rows = len(work_KN)
+    rows, columns = work_KN.shape
     for start in range(0, rows, _BLOCK):
         stop = min(start + _BLOCK, rows)
-        errors = []
-        for row in range(start, stop):
-            number, scale = _to_grid(work_KN[row : row + 1])
-            numbers.append(number)
-            scales.append(scale)
-            error = (work_KN[row] - _from_grid(number, scale, work_KN.shape[1])[0]) / inverse_KK[row, row]
-            work_KN[row + 1 : stop] -= inverse_KK[row, row + 1 : stop, None] * error
-            errors.append(error)
-        work_KN[stop:] -= inverse_KK[start:stop, stop:].t() @ torch.stack(errors)
-    return _packed(torch.cat(numbers), torch.cat(scales), work_KN.shape[1])
+        # what rows of a block do to each other changes their steps little: one search serves them all
+        steps = _to_grid(work_KN[start:stop])[1]
+        wide_BN = steps.float().repeat_interleave(GROUP, 1)[:, :columns]
+        safe_BN = torch.where(wide_BN > 0, wide_BN, 1)
+        chosen_BN, errors_BN = torch.zeros_like(wide_BN), torch.zeros_like(wide_BN)
+        for place, row in enumerate(range(start, stop)):
+            number = (work_KN[row] / safe_BN[place]).round_().clamp_(-7, 7)
+            error = (work_KN[row] - number * wide_BN[place]) / inverse_KK[row, row]
+            work_KN[row + 1 : stop].addr_(inverse_KK[row, row + 1 : stop], error, alpha=-1)
+            chosen_BN[place], errors_BN[place] = number, error
+        work_KN[stop:] -= inverse_KK[start:stop, stop:].t() @ errors_BN
+        numbers.append(torch.nn.functional.pad(chosen_BN, (0, -columns % GROUP)))
+        scales.append(steps)
+    return _packed(torch.cat(numbers), torch.cat(scales), columns)
 
 
 def _inverse_factor(moment_KK: Tensor) -> Tensor:
@@ -86,10 +90,6 @@ def _to_grid(rows_RN: Tensor) -> tuple[Tensor, Tensor]:
     best = (numbers * safe - padded).square_().sum(-1).argmin(0)
     chosen = numbers.gather(0, best[None, :, :, None].expand(1, *padded.shape))[0]
     return chosen, steps.gather(0, best[None])[0]
-
-
-def _from_grid(numbers: Tensor, steps: Tensor, columns: int) -> Tensor:
-    return (numbers * steps.float().unsqueeze(-1)).reshape(len(numbers), -1)[:, :columns]
 
 
 def _packed(numbers: Tensor, steps: Tensor, columns: int) -> Packed:

@@ -36,7 +36,9 @@ class Troupe:
         self._stage = stage
         self._of = {name: adapter for adapter in adapters for name in adapter.sites}
         self._parts: dict[str, dict[str, Tensor | None]] = {}
+        self._matrices: dict[str, dict[str, tuple[Tensor, Tensor | None]]] = {}  # as stored
         self._columns: dict[str, tuple[int, int]] = {}
+        self._dtype: dict[str, torch.dtype] = {}
         for adapter in adapters:
             self._prepare(layout, adapter)
         self._last: dict[str, tuple[Tensor, Tensor]] = {}
@@ -46,21 +48,24 @@ class Troupe:
     def _prepare(self, layout: Layout, adapter: Adapter) -> None:
         sites = [layout.sites[name] for name in adapter.sites]
         first, start = sites[0].weight, 0
+        self._dtype[adapter.name] = first.dtype
         for site in sites:
             self._columns[site.name] = (start, start + site.out_features)
             start += site.out_features
-        weight = torch.cat([site.view for site in sites]).t() if adapter.weight is None else None
-        if adapter.weight is not None:
-            weight = unpack(adapter.weight.to(first.device), _on(adapter.weight_scale, first), first.dtype)
-        router = None
-        if adapter.router is not None:
-            router = unpack(adapter.router.to(first.device), _on(adapter.router_scale, first), first.dtype)
-            router = router if adapter.router_tau is None else router.t()
+        matrices: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for key in ("weight", "router"):
+            matrix = getattr(adapter, key)
+            if matrix is not None:
+                matrices[key] = (matrix.to(first.device), _on(getattr(adapter, f"{key}_scale"), first))
+        if adapter.weight is None:
+            views = [site.view for site in sites]
+            matrices["weight"] = ((views[0] if len(views) == 1 else torch.cat(views)).detach().t(), None)
+        self._matrices[adapter.name] = matrices
         bias = adapter.bias
         if bias is None and adapter.weight is None and any(site.bias is not None for site in sites):
             bias = torch.cat([first.new_zeros(s.out_features) if s.bias is None else s.bias.detach() for s in sites])
         vectors = {"tau": adapter.tau, "router_tau": adapter.router_tau, "bias": bias, "shift": adapter.shift}
-        self._parts[adapter.name] = {"weight": weight, "router": router} | {k: _on(v, first) for k, v in vectors.items()}
+        self._parts[adapter.name] = {key: _on(value, first) for key, value in vectors.items()}
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """For ``Stage.run``."""
@@ -78,18 +83,21 @@ class Troupe:
         self._last.clear()
 
     def _act(self, adapter: Adapter, x: Tensor) -> Tensor:
-        parts = self._parts[adapter.name]
-        v, weight, tau = x, parts["weight"], parts["tau"]
-        assert weight is not None and tau is not None
-        v = v.to(weight.dtype)
+        parts, matrices = self._parts[adapter.name], self._matrices[adapter.name]
+        tau, dtype = parts["tau"], self._dtype[adapter.name]
+        assert tau is not None
+        v = x.to(dtype)
         self.tokens[adapter.name] = self.tokens.get(adapter.name, 0) + len(self._stage.real(v))
-        if parts["router"] is not None:
+        if "router" in matrices:
+            # what is stored in few bits is unpacked here and dropped: all of a model at once would be a second model
+            router = unpack(*matrices["router"], dtype)
             if parts["router_tau"] is not None:
                 v = self._masked(adapter.name, "router_kept", v, parts["router_tau"])
-            v = v @ parts["router"].t()
+                router = router.t()
+            v = v @ router.t()
         if parts["shift"] is not None:
             v = v - parts["shift"]
-        out = self._masked(adapter.name, "kept", v, tau) @ weight
+        out = self._masked(adapter.name, "kept", v, tau) @ unpack(*matrices["weight"], dtype)
         return out if parts["bias"] is None else out + parts["bias"].to(out.dtype)
 
     def _masked(self, name: str, part: str, v: Tensor, tau: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from rana_fx.measure import measuring
 from rana_fx.recipes import RECIPES, Problem
 from rana_fx.recipes.allocate import Choice, allocate, points_at, price_for
 from rana_fx.recipes.geometry import geometry, loss_basis
-from rana_fx.recipes.menu import Menu, Part
+from rana_fx.recipes.menu import _STEP, Menu, Part
 from rana_fx.recipes.rana import units_of
 from rana_fx.recipes.storage import in_fewer_bits, own
 from rana_fx.recipes.trial import attempt
@@ -67,32 +67,66 @@ def test_basis_is_complete_and_ordered_by_energy(out, width):
 
 
 @pytest.mark.parametrize("kind", ["dense", "neuron", "rank", "hybrid", "static"])
-def test_points_cost_and_lose_what_they_say(kind):
+@pytest.mark.parametrize("place", [0.0, 0.4])  # on the grid of prices, and between two of them
+def test_points_cost_and_lose_what_they_say(kind, place):
     out, width = 24, 10
     weight, x, gradients = draw(out, width)
     found = geometry(weight, moment_of(weight, gradients))
     basis = loss_basis(found, x.double().t() @ x.double() / len(x))
     menu = Menu(found, basis, x, [own(1.0)])
-    price = 0.02 * float((x @ found.read_DI.t()).square().sum(1).mean()) / (out * width)
+    rough = 0.02 * float((x @ found.read_DI.t()).square().sum(1).mean()) / (out * width)
+    price = math.exp(_STEP * (math.floor(math.log(rough) / _STEP) + place))
     point = menu.point(kind, price)
     exact = x @ found.read_DI.t()
     if kind == "dense":
         cost, made = out * width, exact
     elif kind == "neuron":
-        mask = x.square() >= point.sites[0].tau_I
+        mask = x.square() >= menu.bars(point)[0]
         cost, made = out * float(mask.sum(1).float().mean()), (x * mask) @ found.read_DI.t()
     else:
         rows = x
         router = width * point.ranks
         if kind == "hybrid":
-            inputs = x.square() >= point.router_tau_I
+            inputs = x.square() >= menu.bars(point)[0]
             rows, router = x * inputs, point.ranks * float(inputs.sum(1).float().mean())
         z = rows @ basis.b_DI[: point.ranks].t()
-        mask = z.square() >= point.tau
+        mask = z.square() >= menu.bar(point)
         cost = router + out * float(mask.sum(1).float().mean())
         made = (z * mask) @ (torch.linalg.pinv(found.lift_OD) @ basis.a_OD[:, : point.ranks]).t()
-    assert point.cost == pytest.approx(cost, rel=1e-5)
-    assert point.loss == pytest.approx(float((exact - made).square().sum(1).mean()) / 2, rel=1e-3, abs=1e-6)
+    lost = float((exact - made).square().sum(1).mean()) / 2
+    # counts are exact on the grid; a bin of the thresholds' table is 0.8 % wide, and prices of the grid are 10 % apart
+    near = {"dense": 1e-5, "neuron": 5e-3}.get(kind, 1e-5 if place == 0 else 0.03)
+    assert point.cost == pytest.approx(cost, rel=near)
+    if kind in ("rank", "hybrid", "static") and place > 0:
+        sides = [menu.point(kind, price * math.exp(_STEP * step)).loss for step in (-place, 1 - place)]
+        assert min(sides) <= point.loss <= max(sides)
+    else:
+        # how inputs dropped together add up is measured at a few thresholds only
+        assert point.loss == pytest.approx(lost, rel=0.05 if kind == "neuron" else 1e-3, abs=1e-6)
+
+
+def test_what_a_menu_holds_is_in_the_models_dtype():
+    weight, x, gradients = draw(24, 10)
+    found = geometry(weight, moment_of(weight, gradients))
+    basis = loss_basis(found, x.double().t() @ x.double() / len(x))
+    menu = Menu(found, basis, x.bfloat16(), [own(1.0)], dtype=torch.bfloat16)
+    wide = [value for value in vars(menu).values() if isinstance(value, torch.Tensor) and value.dim() == 2]
+    assert wide and all(value.dtype == torch.bfloat16 for value in wide)
+    torch.testing.assert_close(menu.factor_DO.t().float() @ menu.router_DI.float(), weight, rtol=0, atol=0.05)
+
+
+def test_no_entry_is_better_than_its_bound():
+    weight, x, gradients = draw(64, 32)
+    found = geometry(weight, moment_of(weight, gradients))
+    moment = x.double().t() @ x.double() / len(x)
+    basis = loss_basis(found, moment)
+    menu = Menu(found, basis, x, [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, moment, one=4.0, uses=1)])
+    for kind, index in menu.entries:
+        for exponent in range(-14, -4):
+            price = math.exp(exponent)
+            point = menu.point(kind, price, storage=index)
+            # between two prices of the grid a point is a mean, which may be a little off
+            assert menu.least(kind, price, storage=index) <= 1.01 * (point.loss + price * point.cost)
 
 
 def menus_of_three():
@@ -125,8 +159,9 @@ def test_each_linear_of_a_unit_has_thresholds_of_its_own():
     parts = [Part(12, (gradients[:, part] @ weight[part]).square().mean(0)) for part in (slice(0, 12), slice(12, 24))]
     menu = Menu(found, None, x, [own(1.0)], parts)
     assert menu.entries == [("dense", 0), ("neuron", 0)]
-    first, second = menu.point("neuron", 1e-3).sites
-    assert first.kept < second.kept
+    first, second = menu.point("neuron", 1e-3).parts
+    assert first < second
+    assert len(menu.bars(menu.point("neuron", 1e-3))) == 2
 
 
 class Classifier(nn.Module):
@@ -196,17 +231,6 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
     assert outcome.divergence == pytest.approx(expected, rel=1e-2, abs=1e-6)
 
 
-def test_a_model_whose_gradients_cannot_be_taken_is_adapted_with_equal_weights():
-    class Integer(Classifier):
-        def forward(self, x):
-            return super().forward(x)["logits"].argmax(-1)
-
-    torch.manual_seed(0)
-    model = Integer()
-    plan = rana_fx.adapt(model, [(torch.randn(4, 128, 4),) for _ in range(9)], budget=0.5, progress=False)
-    assert plan.recipe == "rana" and plan.adapters
-
-
 def test_gradients_are_taken_inside_inference_mode():
     torch.manual_seed(0)
     model = Classifier()
@@ -218,22 +242,11 @@ def test_gradients_are_taken_inside_inference_mode():
     assert inside.digest() == outside.digest()
 
 
-def test_constant_and_single_token_inputs_are_left_dense_or_narrow():
-    torch.manual_seed(0)
-    model = Classifier()
-    constant = [(torch.ones(1, 64, 4),) for _ in range(9)]
-    plan = rana_fx.adapt(copy.deepcopy(model), constant, budget=0.6, progress=False)
-    assert plan.expected_budget() <= 0.62
-    single = [(torch.randn(1, 1, 4),)]
-    plan = rana_fx.adapt(model, single, budget=0.6, progress=False)
-    assert all(torch.isfinite(adapter.tau).any() for adapter in plan.adapters)
-
-
 def test_storages_say_what_rounding_costs_and_loses():
     weight, x, gradients = draw(64, 32)
     found = geometry(weight, moment_of(weight, gradients))
     basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-    storages = [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, x, one=4.0, uses=1)]
+    storages = [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, x.t() @ x / len(x), one=4.0, uses=1)]
     menu = Menu(found, basis, x, storages)
     assert [kind for kind, storage in menu.entries if storage == 0] == ["dense", "neuron", "rank", "hybrid", "static"]
     stored = [menu.point("stored", 1e-6, storage=index) for index in (1, 2)]
@@ -241,7 +254,7 @@ def test_storages_say_what_rounding_costs_and_loses():
     assert [point.cost for point in stored] == pytest.approx([32 * (64 + 2), 32 * (32 + 2)])
     assert 0 < stored[0].loss < stored[1].loss / 50
     mean = float((gradients.t() @ gradients / len(gradients)).diagonal().mean())
-    wide = storages[2].weights["site"].wide()
+    wide = storages[2].packed["site"].wide()
     expected = float((x @ (wide - weight.t())).square().sum(1).mean()) / 2
     assert stored[1].loss == pytest.approx(expected * found.even, rel=1e-4)
     assert found.even == pytest.approx(mean, rel=0.3)
@@ -257,7 +270,7 @@ def test_storages_fill_the_budget_and_lose_less_than_one_storage_for_all(fractio
         weight, x, gradients = draw(out, width, seed=seed)
         found = geometry(weight, moment_of(weight, gradients))
         basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-        storages = [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, x, one=4.0, uses=1)]
+        storages = [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, x.t() @ x / len(x), one=4.0, uses=1)]
         menus[(f"unit{seed}",)] = Menu(found, basis, x, storages)
     asked = fraction * sum(menu.dense_cost for menu in menus.values())
     price, chosen = allocate(menus, asked)
@@ -266,7 +279,7 @@ def test_storages_fill_the_budget_and_lose_less_than_one_storage_for_all(fractio
     assert spent <= asked * 1.03
     for index in (0, 1, 2):
         alone = dict.fromkeys(menus, Choice("neuron", index))
-        if sum(menu.point("neuron", 1e-20, storage=index, loss=False).cost for menu in menus.values()) < asked:
+        if sum(menu.point("neuron", 1e-20, storage=index).cost for menu in menus.values()) < asked:
             bar = 1e-20
         else:
             bar = price_for(menus, alone, asked)

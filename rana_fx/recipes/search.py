@@ -1,0 +1,144 @@
+"""Choices that cost the budget in the adapted model and move its output least.
+
+In: a menu per unit, and a stage. Out: adapters. Adapted layers see other activations than dense ones, so the price is set again
+until the adapted model itself, on held-out batches, spends what was asked. Two allocations are tried so: one price for the
+whole model, and one fraction for every unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from rana_fx.adapters import Adapter
+from rana_fx.errors import BudgetUnreachable
+from rana_fx.recipes.allocate import Choice, Unit, allocate, points_at, price_for
+from rana_fx.recipes.build import build, settled
+from rana_fx.recipes.menu import Menu, Point
+from rana_fx.recipes.problem import Problem
+from rana_fx.recipes.trial import Outcome, attempt
+from rana_fx.rehearse import Stage
+from rana_fx.sensitivity import compared
+from rana_fx.sites import Skip
+
+_ROUNDS = 4
+_MOST_ROUNDS = 10  # where the model still spends more than asked
+_CLOSE = 0.002  # of the dense cost: near enough to what was asked
+_TOLERATED = 0.01  # of it, and a tenth of what was asked: more than asked by so much is not taken
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Points at the price at which the adapted model spends what was asked, what they do, and what they spend."""
+
+    points: dict[Unit, Point]
+    outcome: Outcome
+    spent: float
+
+
+def search(problem: Problem, stage: Stage, menus: dict[Unit, Menu]) -> list[Adapter]:
+    """The adapters. Menus are dropped one by one as these are made.
+
+    Raises:
+        BudgetUnreachable.
+    """
+    return _Search(problem, stage, menus).run()
+
+
+class _Search:
+    def __init__(self, problem: Problem, stage: Stage, menus: dict[Unit, Menu]) -> None:
+        self._problem, self._stage, self._menus = problem, stage, menus
+        assert problem.rehearsal is not None
+        self._held = problem.rehearsal.held
+        self._dense = [compared(stage.run(batch)) for batch in self._held]
+        self._total = problem.size(problem.counted())
+        self._left = self._total - sum(menu.dense_cost for menu in menus.values())
+        self._asked = problem.budget * self._total - self._left
+        self._most = self._asked + min(_TOLERATED * self._total, 0.1 * self._asked)
+
+    def run(self) -> list[Adapter]:
+        if self._asked <= 0:
+            counted = self._problem.counted()
+            reasons = [f": {skip.site}: {skip.reason}" for skip in self._problem.skips if skip.site in counted][:1]
+            share = self._left / self._total
+            raise self._unreachable(share, "".join([f"{share:.1%} of the cost is in layers that stay dense", *reasons]))
+        with self._problem.within("allocate"):
+            best = self._best()
+        adapters = []
+        with self._problem.within("build"):
+            for unit, point in best.points.items():
+                made = build(self._problem, unit, self._menus.pop(unit), point)
+                adapters += [settled(self._problem, _as_found(adapter, best.outcome)) for adapter in made]
+                if not made:
+                    self._problem.skips += [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
+        return adapters
+
+    def _best(self) -> _Found:
+        """Raises BudgetUnreachable."""
+        fraction = self._asked / (self._total - self._left)
+        price, chosen = allocate(self._menus, self._asked)
+        alone = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._menus.items()}
+        prices = {unit: price for unit, (price, _) in alone.items()}
+        tried = [
+            self._settle(price, chosen, None),
+            self._settle(1.0, {unit: found[unit] for unit, (_, found) in alone.items()}, prices),
+        ]
+        # what costs more than asked is no answer
+        best = min(tried, key=lambda found: (found.spent > self._most, found.outcome.divergence))
+        if best.spent > self._most:
+            least = min(found.spent for found in tried)
+            raise self._unreachable((least + self._left) / self._total, "masks keep no less than that in the adapted model")
+        return best
+
+    def _settle(self, price: float, chosen: Mapping[Unit, Choice], scale: Mapping[Unit, float] | None) -> _Found:
+        best, aim = None, self._asked
+        for attempts in range(_MOST_ROUNDS):
+            if attempts:
+                price = price_for(self._menus, chosen, aim, scale=scale, near=price)
+            points = points_at(self._menus, chosen, price, scale=scale)
+            adapters = {unit: build(self._problem, unit, self._menus[unit], point) for unit, point in points.items()}
+            flat = [adapter for made in adapters.values() for adapter in made]
+            outcome = attempt(self._stage, self._problem.layout, flat, self._held, self._dense)
+            found = _Found(points, outcome, self._spent(adapters, outcome))
+            # with few rounds left what is nearest counts: one that spends too much is none
+            if best is None or self._distance(found) < self._distance(best):
+                best = found
+            near = abs(found.spent - self._asked) < min(_CLOSE * self._total, 0.02 * self._asked)
+            if near or (attempts + 1 >= _ROUNDS and best.spent <= self._most):
+                break
+            # what the menus have to be asked for, so that the model spends what is asked
+            planned = sum(point.cost for point in points.values())
+            aim = planned * self._asked / max(found.spent, 1e-3 * self._asked)
+        assert best is not None
+        return best
+
+    def _distance(self, found: _Found) -> tuple[bool, float]:
+        return found.spent > self._most, abs(found.spent - self._asked)
+
+    def _spent(self, adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
+        spent = 0.0
+        for unit, made in adapters.items():
+            if not made:
+                spent += self._menus[unit].dense_cost
+            for adapter in made:
+                kept, router = outcome.kept.get(adapter.name), outcome.router_kept.get(adapter.name)
+                spent += adapter.cost(self._problem.metric, kept, router)
+        return spent
+
+    def _unreachable(self, lowest: float, why: str) -> BudgetUnreachable:
+        return BudgetUnreachable(
+            budget=self._problem.budget,
+            recipe=self._problem.recipe,
+            lowest=min(1.0, lowest + 0.01),
+            why=why,
+            recipes="teal and wina adapt every layer",
+        )
+
+
+def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
+    """With the ranks and inputs that it kept in the adapted model."""
+    if adapter.name not in outcome.kept:
+        return adapter  # a layer that no held-out batch reached
+    kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
+    flops, weight_bytes = (adapter.cost(metric, kept, router) for metric in ("flops", "bytes"))
+    return replace(adapter, kept=kept, router_kept=router, flops=flops, bytes=weight_bytes)
