@@ -174,7 +174,8 @@ def _launch(
         weight, per_word = words(weight)
         block_n = max(block_n, (2 if act else 1) * max(group, per_word))
         kernel, meta = masked_gemv_packed_kernel, dict(BITS=bits, QG=group or block_n, PER=per_word)
-    blocks = cdiv(half or columns, block_n // 2 if act else block_n)
+    apart = block_n // 2 if act else block_n
+    blocks = cdiv(half or columns, apart)
     if counters is None:
         counters = counters_for(v.device, blocks * groups)
     slice_size, row_warps = config.slice_ranks(ranks), row_warps_of(config.warps, block_n, bits)
@@ -182,7 +183,7 @@ def _launch(
         S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=config.group,
         EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
         BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
-        STAGES=config.stages, WHOLE=(half or columns) % (block_n // 2 if act else block_n) == 0, ACT=act, HAS_BIAS=bias is not None,
+        STAGES=config.stages, WHOLE=(half or columns) % apart == 0, ACT=act, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, PDL=pdl, num_warps=config.warps, **launch_options(pdl, traced),
     )  # fmt: skip
     grid = (blocks * groups, config.splits)
