@@ -144,6 +144,38 @@ class PlanWriteError(RanaError, OSError):
     )
 
 
+# ---- fine-tuning
+
+
+class NothingToTrain(RanaError, ValueError):
+    message = "nothing of {model} would be trained with what={what!r}: {reason}. Expected floating-point tensors; {todo}."
+
+
+class UnknownTarget(RanaError, ValueError):
+    message = (
+        "LoRA target {target!r} matches no matrix that the adapted {model} multiplies by. Expected names of such Parameters, with "
+        "wildcards; some are: {names}. Weights that factors replace are not read: target the factors (rana_fx.*)."
+    )
+
+
+class LossNotFinite(RanaError, RuntimeError):
+    message = (
+        "step {step}: the {what} is {got}, expected a finite number. Parameters are as step {last} left them; {kept}. "
+        "Lower the learning rate (now {rate:g}), train in float32 or bfloat16, or look at the text of that step."
+    )
+
+
+class TooLittleText(RanaError, ValueError):
+    message = (
+        "{source}: {got} tokens were got, expected {asked} ({trained} to train on and {held_out} held out), in whole batches of {batch}. "
+        "Ask for fewer tokens or give more text: a text is not repeated."
+    )
+
+
+class CheckpointError(RanaError, ValueError):
+    message = "{path} cannot be resumed from: {reason}. Expected a checkpoint of the same plan, settings and text; {todo}."
+
+
 # ---- kernels
 
 

@@ -47,6 +47,11 @@ EXAMPLES = {
     "PlanVersion": {"path": "plans/p", "got": 9, "expected": 1, "todo": "Upgrade rana_fx."},
     "PlanFileError": {"path": "plans/p", "reason": "plan.json is missing"},
     "PlanWriteError": {"path": "plans/p", "reason": "No space left on device"},
+    "NothingToTrain": {"model": "Tower", "what": "factors", "reason": "all are int8", "todo": "train all"},
+    "UnknownTarget": {"target": "*.q_proj", "model": "Tower", "names": "head.weight"},
+    "LossNotFinite": {"step": 7, "what": "loss", "got": "nan", "last": 6, "kept": "no checkpoint was written yet", "rate": 0.5},
+    "TooLittleText": {"source": "a.txt", "got": 90, "asked": 128, "trained": 96, "held_out": 32, "batch": 16},
+    "CheckpointError": {"path": "out/checkpoint.pt", "reason": "it is of another plan", "todo": "start anew"},
     "BadOperand": {
         "name": "scale",
         "got": "(4,)",
