@@ -1,6 +1,8 @@
 """Add what LoRA trains to the matrices that a graph reads.
 
-    y = rana.masked_gemv(v, tau, weight, ...)     becomes     w = weight + (up @ down) * scale; y = rana.masked_gemv(v, tau, w, ...)
+    y = rana.masked_gemv(v, tau, weight, ...)
+  becomes
+    w = weight + (up @ down) * scale; y = rana.masked_gemv(v, tau, w, ...)
 
 After the rewrites, so that linears are still found by their weight. The sums are tagged to be recomputed in the backward pass:
 kept, they would take as much memory as the model.
@@ -20,9 +22,7 @@ from rana_fx.passes.emit import Emitter
 from rana_fx.sites import parameters_of
 
 
-def add_lowrank(
-    graph_module: fx.GraphModule, example_inputs: Sequence[object], attachments: Sequence[Attachment]
-) -> int:
+def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], attachments: Sequence[Attachment]) -> int:
     """Rewrite in place; returns how many reads of a matrix were changed."""
     tables = [attachment.factors.lowrank for attachment in attachments if attachment.factors.lowrank is not None]
     if not tables:

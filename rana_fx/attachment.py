@@ -120,7 +120,7 @@ def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
 
 
 def renew(model: nn.Module) -> None:
-    """Put the attached plan on the model anew, same factors: compiled code that depends on which of them are trained recompiles."""
+    """Put the attached plan on the model anew, with the same factors: code compiled for what was trained before recompiles."""
     old = attached(bare(model))
     assert old is not None
     twin = Attachment(old.plan, old.factors, old.names)

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from rana_fx._version import __version__
-from rana_fx.commands import adapt, demo, evaluate, explain, generate
+from rana_fx.commands import adapt, demo, evaluate, explain, finetune, generate
 from rana_fx.errors import RanaError
 
 
@@ -68,6 +68,7 @@ def main(
 app.command("demo")(demo.command)
 app.command("adapt")(adapt.command)
 app.command("eval")(evaluate.command)
+app.command("finetune")(finetune.command)
 app.command("explain")(explain.command)
 app.command("generate")(generate.command)
 

@@ -153,8 +153,8 @@ class NothingToTrain(RanaError, ValueError):
 
 class UnknownTarget(RanaError, ValueError):
     message = (
-        "LoRA target {target!r} matches no matrix that the adapted {model} multiplies by. Expected names of such Parameters, with "
-        "wildcards; some are: {names}. Weights that factors replace are not read: target the factors (rana_fx.*)."
+        "LoRA target {target!r} matches no matrix that the adapted {model} multiplies by. Expected names of such Parameters, "
+        "with wildcards; some are: {names}. Weights that factors replace are not read: target the factors (rana_fx.*)."
     )
 
 
@@ -167,8 +167,8 @@ class LossNotFinite(RanaError, RuntimeError):
 
 class TooLittleText(RanaError, ValueError):
     message = (
-        "{source}: {got} tokens were got, expected {asked} ({trained} to train on and {held_out} held out), in whole batches of {batch}. "
-        "Ask for fewer tokens or give more text: a text is not repeated."
+        "{source}: {got} tokens were got, expected {asked} ({trained} to train on and {held_out} held out), in whole batches of "
+        "{batch}. Ask for fewer tokens or give more text: a text is not repeated."
     )
 
 

@@ -4,8 +4,8 @@ In: a model with a plan attached. Out: the same model with trained factors and w
 """
 
 from rana_fx.training.export import trained_plan
-from rana_fx.training.lora import add_lora, merge_lora
 from rana_fx.training.loop import Training, train
+from rana_fx.training.lora import add_lora, merge_lora
 from rana_fx.training.parameters import trainable
 from rana_fx.training.rates import best_rate
 from rana_fx.training.settings import Settings

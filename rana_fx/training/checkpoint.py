@@ -30,7 +30,14 @@ def write(folder: Path, state: dict[str, Any]) -> None:
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(path=path, reason=f"it could not be written ({error})", todo="free space or pick another folder") from error
+        raise CheckpointError(
+            path=path, reason=f"it could not be written ({error})", todo="free space or pick another folder"
+        ) from error
+
+
+def rate_of(folder: Path) -> float:
+    """The learning rate that a checkpoint was made with. Raises CheckpointError."""
+    return float(read(folder, {})["fingerprint"]["setting rate"])
 
 
 def read(folder: Path, fingerprint: dict[str, str]) -> dict[str, Any]:
@@ -42,9 +49,11 @@ def read(folder: Path, fingerprint: dict[str, str]) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         found = dict(state["fingerprint"])
     except Exception as error:  # whatever zipfile and the unpickler raise
-        raise CheckpointError(path=path, reason=f"it is not a whole checkpoint ({type(error).__name__})", todo="start anew") from error
+        raise CheckpointError(
+            path=path, reason=f"it is not a whole checkpoint ({type(error).__name__})", todo="start anew"
+        ) from error
     for key, value in fingerprint.items():
         if found.get(key) != value:
-            reason = f"its {key} is {found.get(key)}, this training's is {value}"
+            reason = f"its {key} is {found.get(key)}, here it is {value}"
             raise CheckpointError(path=path, reason=reason, todo="pass what it was made with, or start anew")
     return state

@@ -1,7 +1,8 @@
 """A trained model becomes a plan again.
 
-In: a model with a plan attached, trained since. Out: a Plan of the factors and thresholds as they are now, for the weights as they
-are now: a new digest, the same file format. Kept ranks and costs stay those that were planned; errors measured before are dropped.
+In: a model with a plan attached, trained since. Out: a Plan of the factors and thresholds as they are now, for the weights as
+they are now: a new digest, the same file format. Kept ranks and costs stay those that were planned; errors measured before are
+dropped.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def train(
     """Train what ``trainable`` or ``add_lora`` chose, on every batch once, in order.
 
     Args:
-        model: a causal language model with a plan attached; compiled as the caller likes, or compiled here by ``rana_fx.backend``.
+        model: a causal language model with a plan attached; compiled as the caller likes, or here by ``rana_fx.backend``.
         batches: as ``rana_fx.text.token_batches`` makes them; those that are left over from whole steps are not used.
         held_out: evaluated before, after, and every ``settings.evaluate_every`` steps.
         folder: where checkpoints go. resume: go on from the one there; the result is the same as without the break.
@@ -69,9 +69,11 @@ def train(
     if not chosen:
         reason, todo = "all Parameters are frozen", "call rana_fx.training.trainable or add_lora"
         raise NothingToTrain(model=type(inner).__name__, what=None, reason=reason, todo=todo)
-    forward = torch.compile(model, backend=backend) if model is inner else model
+    plain = model is inner and model._compiled_call_impl is None
+    forward: Any = torch.compile(model, backend=backend) if plain else model
     optimizer = torch.optim.AdamW(chosen.values(), lr=settings.rate, weight_decay=settings.weight_decay)
-    fingerprint = {"plan": found.plan.digest(), "settings": str(asdict(settings)), "text": _digest(batches), "names": str(sorted(chosen))}
+    fingerprint = {"plan": found.plan.digest(), "text": _digest(batches), "trained Parameters": _names(chosen)}
+    fingerprint |= {f"setting {key}": str(value) for key, value in asdict(settings).items()}
     device, done = device_of(inner), Training()
     teacher = _teacher(inner, chosen) if settings.distill else None
     torch.manual_seed(settings.seed)
@@ -132,7 +134,7 @@ def _accumulate(
             divergence = nn.functional.kl_div(rows.log_softmax(-1), right, reduction="sum", log_target=True)
             loss = (1 - settings.distill) * loss + settings.distill * divergence
         loss = loss / targets
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     return total
 
@@ -185,6 +187,11 @@ def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
     for batch in batches:
         state.update(tensor_bytes(batch["input_ids"]))
     return state.hexdigest()[:16]
+
+
+def _names(chosen: dict[str, nn.Parameter]) -> str:
+    shapes = {name: tuple(parameter.shape) for name, parameter in sorted(chosen.items())}
+    return f"{len(shapes)}, {hashlib.sha256(str(shapes).encode()).hexdigest()[:16]}"
 
 
 def _kept(folder: Path | None, done: Training, settings: Settings) -> str:

@@ -1,7 +1,8 @@
 """LoRA on factors and on linears that stayed dense, as an addition to the matrix: W + alpha / r * up @ down.
 
-In: a model with a plan attached. Out: the model with two small Parameters beside each adapted matrix, which the backend adds where
-the graph reads it (passes/lowrank.py), so that masks see the same products as after merging. Merging adds them for good.
+In: a model with a plan attached. Out: the model with two small Parameters beside each matrix, whose product the backend adds
+where a graph reads the matrix (passes/add_lowrank.py), so that masks see what they see after merging: additions beside a masked
+product, as ``peft`` makes them, could not be merged. Merging adds them for good.
 """
 
 from __future__ import annotations

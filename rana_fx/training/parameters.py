@@ -22,8 +22,8 @@ def trainable(model: nn.Module, *, what: str = "factors") -> dict[str, nn.Parame
 
     Args:
         model: with a plan attached; may be compiled already, and compiles again on its next call.
-        what: "factors": the floating factors of the plan (router B, weight A, biases, shifts) and the model's own weights that its
-            masks select from. "all": also whatever else the model computes with. Never trained: thresholds, quantised factors
+        what: "factors": the floating factors of the plan (router B, weight A, biases, shifts) and the model's own weights that
+            its masks select from. "all": also whatever else the model computes with. Never trained: thresholds, quantised factors
             and weights that factors stand for, which the adapted model does not read.
 
     Raises:

@@ -1,7 +1,7 @@
 """Choose a learning rate by trying several on a part of the text.
 
-In: what ``train`` takes, and rates. Out: the rate with the lowest loss on the held-out text, after a whole schedule over a fraction
-of the batches from the same start each time; the model is as it was.
+In: what ``train`` takes, and rates. Out: the rate with the lowest loss on the held-out text, after a whole schedule over a
+fraction of the batches from the same start each time; the model is as it was.
 """
 
 from __future__ import annotations
