@@ -16,7 +16,8 @@ from typing import Any
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-_regions = itertools.count(1 << 32)  # tells regions of one graph apart; PyTorch counts its own from zero
+# tells regions apart, and which comes first: what a later one reads of an earlier one is kept. PyTorch counts its own from zero
+_regions = itertools.count(1 << 32)
 
 
 def open_checkpoints(graph_module: fx.GraphModule) -> int:
@@ -24,7 +25,7 @@ def open_checkpoints(graph_module: fx.GraphModule) -> int:
     from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
     opened = 0
-    for node in reversed(list(graph_module.graph.nodes)):
+    for node in list(graph_module.graph.nodes):
         if node.target is tag_activation_checkpoint and _only_indexed(node):
             opened += 1 + _open(graph_module, node)
     if opened:
@@ -42,8 +43,8 @@ def _open(graph_module: fx.GraphModule, node: fx.Node) -> int:
     graph, reference = graph_module.graph, node.args[0]
     assert isinstance(reference, fx.Node)
     body: Any = getattr(graph_module, str(reference.target))
-    nested = open_checkpoints(body)
     region, made = next(_regions), dict[fx.Node, Any]()
+    nested = open_checkpoints(body)
     operands = iter(node.args[1:])
     results: Any = ()
     with graph.inserting_before(node):

@@ -1,4 +1,4 @@
-"""``rana-fx``, the command line: adapt, evaluate, explain and try a model.
+"""``rana-fx``, the command line: adapt, fine-tune, evaluate, explain and try a model.
 
 In: arguments. Out: a table, and with ``--json FILE`` the same facts for programs. A mistake that rana_fx knows ends with one
 message on stderr and exit code 2; RANA_FX_DEBUG=1 shows the traceback instead.

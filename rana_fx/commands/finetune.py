@@ -40,7 +40,7 @@ def command(
     alpha: Annotated[float, typer.Option(help="LoRA adds alpha / rank times its product.")] = 16.0,
     target: Annotated[list[str] | None, typer.Option(help="LoRA on Parameters of this name (wildcards, repeatable).")] = None,
     thresholds: Annotated[bool, typer.Option(help="Estimate thresholds anew after training, to keep the budget.")] = False,
-    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16: run products in it, train in --dtype.")] = None,
+    autocast: Annotated[str | None, typer.Option(help="bfloat16: run products in it, train in --dtype.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
     evaluate_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: before and after.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 100,

@@ -10,7 +10,7 @@ import torch
 from rana_fx.errors import InvalidOption
 
 DECAYS = ("cosine", "linear")
-AUTOCASTS = ("bfloat16", "float16")
+AUTOCASTS = ("bfloat16",)  # float16 would need its losses scaled
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def rethreshold(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, round
             share = adapter.density if part == "tau" else adapter.router_density
             profile = histogram.merged()
             assert tau is not None
-            tau.mul_(profile.keep(round(share * profile.total))[0])
+            scaled = tau * profile.keep(round(share * profile.total))[0]
+            tau.copy_(torch.where((tau > 0) & torch.isfinite(tau), scaled, tau))  # what is always or never kept stays so
     with measuring(model) as meter:
         for batch in batches:
             meter.run(batch)

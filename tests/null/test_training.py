@@ -189,6 +189,7 @@ def test_gradient_checkpointing_trains_the_same_and_keeps_less():
     assert "rana_fx.a0_router" in got
     for name, grad in got.items():
         assert relative(grad, expected[name]) < 1e4 * EPS, name
+    # per layer only what enters it, as PyTorch's own checkpoints of the dense model keep
     assert kept[1] < kept[0]
 
 
