@@ -177,3 +177,6 @@ def _checkpointing(network: Any) -> None:
         network.activation_checkpointing_enable()
     else:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # a hook that gives frozen embeddings gradients, for the reentrant kind; it breaks the graph in two
+    if getattr(network, "_require_grads_hooks", None):
+        network.disable_input_require_grads()
