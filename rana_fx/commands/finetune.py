@@ -13,7 +13,7 @@ from rana_fx.commands import options as o
 from rana_fx.commands.record import data_batches, facts_of, show, write_json
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 METHODS = ("lora", "full", "factors")
 _SETTLING = 32_000  # tokens that thresholds are estimated from, as many as adapt takes
@@ -88,7 +88,7 @@ def command(
     if got < asked:
         facts: dict[str, Any] = {"trained": training * at_once, "held_out": testing * at_once, "batch": at_once}
         raise TooLittleText(source=data, got=got, asked=asked, **facts)
-    batches, rest = batches[:training], batches[training:]
+    batches, rest = _shuffled(batches[:training], seed), batches[training:]
     dense = evaluate(network, rest)
     before, _ = evaluate_adapted(network, rest)
     _choose(network, method, rank=rank, alpha=alpha, targets=target, seed=seed)
@@ -161,6 +161,16 @@ def _rate(lr: str) -> float | None:
     if rate is not None and not 0 < rate < float("inf"):
         raise InvalidOption(name="--lr", got=lr, expected="a positive number or auto")
     return rate
+
+
+def _shuffled(batches: list[dict[str, Tensor]], seed: int) -> list[dict[str, Tensor]]:
+    """The same sequences in another order: those of one document side by side would pull each step its way."""
+    import torch
+
+    order = torch.randperm(sum(len(batch["input_ids"]) for batch in batches), generator=torch.Generator().manual_seed(seed))
+    rows = {key: torch.cat([batch[key] for batch in batches])[order] for key in batches[0]}
+    parts = {key: value.split(len(batches[0]["input_ids"])) for key, value in rows.items()}
+    return [{key: value[index] for key, value in parts.items()} for index in range(len(batches))]
 
 
 def _choose(network: nn.Module, method: str, *, rank: int, alpha: float, targets: list[str] | None, seed: int) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import rana_fx
 from rana_fx._backend import rewrite
 from rana_fx.cli import app
+from rana_fx.commands.finetune import _shuffled
 from rana_fx.evaluate import load_model
 from rana_fx.training import loop
 
@@ -104,6 +105,15 @@ def test_what_it_writes_is_better_and_evaluates_the_same(method: str, adapted: t
         "eval", tmp_path / "out" / "model", "--plan", tmp_path / "out" / "plan", "--data", TEXT, "--tokens", 512, *SIZES
     )
     assert evaluated.exit_code == 0, evaluated.output
+
+
+def test_sequences_are_shuffled_and_none_is_lost() -> None:
+    batches = [{"input_ids": torch.arange(8 * i, 8 * i + 8).view(4, 2), "attention_mask": torch.ones(4, 2)} for i in range(3)]
+    got = _shuffled(batches, seed=1)
+    assert [batch["input_ids"].shape for batch in got] == [(4, 2)] * 3 and set(got[0]) == set(batches[0])
+    rows = torch.cat([batch["input_ids"] for batch in got])
+    assert sorted(rows.tolist()) == torch.arange(24).view(12, 2).tolist() != rows.tolist()
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(got, _shuffled(batches, seed=1), strict=True))
 
 
 def test_resuming_gives_the_same_plan(adapted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
