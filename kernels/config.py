@@ -74,7 +74,8 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
         block_n, warps, per_sm = wide if N >= 8192 else (256, 1, 6) if K >= 8192 else (128, 1, 6)
         block_m = 8 if block_n != 256 and T == 1 else 4
     elif bits == 8:
-        block_n, warps, per_sm, block_m = (1024, 2, 4, 4) if N >= 8192 else (128, 1, 6, 16)
+        middle = (256, 2, 6, 16) if N >= 8192 else (128, 1, 6, 16)
+        block_n, warps, per_sm, block_m = (1024, 2, 4, 4) if N >= 16384 else middle
     else:
         block_n, warps, per_sm, block_m = 128, 4, 6.5, 32
     block_n = min(block_n, max(_power_above(N), 64))
@@ -83,7 +84,7 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
     early = 16 if bits >= 16 and T == 1 and block_n == 256 and kept >= 40 else 0
     if bits < 16 and T > 1:
         block_m = max(block_m // 2, 4)
-    stages = 1 if bits == 4 else 4
+    stages = 1 if bits == 4 else 3 if bits == 8 and block_m >= 16 else 4
     return Config(splits, block_n, min(block_m, _power_above(max(int(kept), 1))), warps, stages=stages, early=early)
 
 
