@@ -96,15 +96,13 @@ def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H2
         splits = _splits(K, N, block_n, int(per_sm * sm_count), most=96)
         return dataclasses.replace(base, block_n=block_n, warps=warps, splits=splits)
 
-    shapes = [base]
-    if bits >= 16:
-        known = ((1024, 4, 1.35), (512, 2, 2), (512, 2, 3), (256, 1, 6), (128, 1, 4), (128, 1, 6))
-        fitting = [choice for choice in known if choice[0] <= 2 * N]
-        shapes += [with_programs(*choice) for choice in fitting]
-    else:
-        known = ((1024, 2, 4), (2048, 4, 4), (256, 2, 3), (256, 2, 6), (128, 1, 6)) if bits == 8 else (
-            (128, 4, 4), (256, 4, 4), (256, 2, 3), (256, 2, 6), (128, 2, 6))  # fmt: skip
-        shapes += [with_programs(*choice) for choice in known if choice[0] <= 2 * N]
+    # outputs, warps, programs for each multiprocessor
+    known: dict[int, tuple[tuple[int, int, float], ...]] = {
+        16: ((1024, 4, 1.35), (512, 2, 2), (512, 2, 3), (256, 1, 6), (128, 1, 4), (128, 1, 6)),
+        8: ((1024, 2, 4), (2048, 4, 4), (256, 2, 3), (256, 2, 6), (128, 1, 6)),
+        4: ((128, 4, 4), (256, 4, 4), (256, 2, 3), (256, 2, 6), (128, 2, 6)),
+    }
+    shapes = [base, *(with_programs(*choice) for choice in known[min(bits, 16)] if choice[0] <= 2 * N)]
     found = [
         dataclasses.replace(shape, early=early, block_m=block_m, stages=stages)
         for early in dict.fromkeys((base.early, 16 if T == 1 and bits >= 16 else 0))
