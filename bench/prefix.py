@@ -17,6 +17,7 @@ budget's metric, dense positions counted in full. For the rule ``all`` the secon
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,13 +107,12 @@ def main(
 @torch.no_grad()
 def measured(
     rehearsal: Rehearsal, layout: Layout, plan: Plan, text: Text, rules: dict[str, int], context: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Facts of every rule; ``rules``: how many positions of a sequence are dense."""
     places = torch.arange(context - 1)
     documents = torch.cat([part[:, 1:] for part in text.documents])
     with rehearsal.opened(layout) as stage:
         dense = _losses(stage, text, None, 0)
-        facts = []
         for rule, leading in rules.items():
             troupe = Troupe(stage, layout, plan.adapters)
             more = _losses(stage, text, troupe, leading) - dense
@@ -128,8 +128,7 @@ def measured(
                     edge: (places >= edge) & (places < stop) for edge, stop in zip(edges, [*edges[1:], context], strict=True)
                 }
                 row["by_position"] = {str(edge): _mean(more[:, w], documents[:, w])[0] for edge, w in windows.items()}
-            facts.append(row)
-    return facts
+            yield row
 
 
 def _losses(stage: Stage, text: Text, troupe: Troupe | None, leading: int) -> Tensor:
