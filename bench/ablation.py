@@ -35,7 +35,7 @@ from bench.compare import compare
 from bench.documents import read_text
 from bench.entrants import Planned
 from bench.once import batches_of, calibrate_once
-from bench.record import append, head, start
+from bench.record import append, start
 from rana_fx.commands.record import show
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
 from rana_fx.evaluate import evaluate, load_model
@@ -95,17 +95,8 @@ def main(
     batches = batches_of(calib, tokenizer, tokens=tokens, context=context)
     calibrated = calibrate_once(network, batches, seed=seed, progress=progress)
     dense = evaluate(network, held.batches, progress=progress).mean_loss
-    common = head("ablation") | {
-        "model": Path(model).name,
-        "calibration": Path(calib).name,
-        "calibration_tokens": calibrated.tokens,
-        "text": Path(text).name,
-        "context": context,
-        "dtype": dtype,
-        "metric": metric,
-        "seed": seed,
-        "dense_loss": dense,
-    }
+    common = calibrated.head("ablation", model, calib, context=context, dtype=dtype)
+    common |= {"text": Path(text).name, "metric": metric, "dense_loss": dense}
     start(out)
     rows: list[dict[str, Any]] = []
     for budget in (float(value) for value in budgets.split(",")):
@@ -113,15 +104,15 @@ def main(
             began = time.perf_counter()
             facts: dict[str, Any] = {"variant": name, "budget": budget, "fields": asdict(known[name])}
             try:
-                plan = calibrated.plan(budget=budget, metric=metric, recipe=known[name], progress=progress)
+                entrant = Planned(calibrated.plan(budget=budget, metric=metric, recipe=known[name], progress=progress))
             except (BudgetUnreachable, TooFewTokens) as error:
                 facts |= {"unreachable": str(error)}
             else:
                 facts |= {"solve_seconds": time.perf_counter() - began}
-                with Planned(plan).on(network) as running:
+                with entrant.on(network) as running:
                     quality, found = compare(running.adapted, running.dense, held, progress=progress, device=device_of(network))
                     facts |= {"measured": running.measured(), **asdict(quality), "delta": quality.mean_loss - dense}
-                facts |= asdict(found) | Planned(plan).facts
+                facts |= asdict(found) | entrant.facts
             append(out, common | facts)
             rows.append(facts)
             print(" ".join(f"{key}={facts.get(key)}" for key in ("variant", "budget", "delta", "unreachable")), flush=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.record import head
 from rana_fx.adaptation import records, versions
 from rana_fx.calibrate import calibrate
 from rana_fx.layout import Layout
@@ -34,6 +36,17 @@ class Calibrated:
     seed: int
     sites: tuple[SiteRecord, ...]
     rehearsal: Rehearsal | None = None
+
+    def head(self, bench: str, model: str, calib: str, *, context: int, dtype: str) -> dict[str, Any]:
+        """What all rows of a bench say of the calibrated model."""
+        return head(bench) | {
+            "model": Path(model).name,
+            "calibration": Path(calib).name,
+            "calibration_tokens": self.tokens,
+            "context": context,
+            "dtype": dtype,
+            "seed": self.seed,
+        }
 
     def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
         return Problem(self.layout, self.samples, budget, metric, recipe, progress, rehearsal=self.rehearsal)

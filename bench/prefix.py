@@ -28,7 +28,7 @@ from torch import Tensor
 from bench.compare import interval
 from bench.documents import Text, read_text
 from bench.once import batches_of, calibrate_once
-from bench.record import append, head, start
+from bench.record import append, start
 from rana_fx.commands.record import show
 from rana_fx.evaluate import load_model
 from rana_fx.layout import Layout
@@ -81,17 +81,8 @@ def main(
     held = read_text(text, tokenizer, tokens=eval_tokens, context=context)
     batches = batches_of(calib, tokenizer, tokens=tokens, context=context)
     calibrated = calibrate_once(network, batches, seed=seed, progress=progress)
-    common = head("prefix") | {
-        "model": Path(model).name,
-        "calibration": Path(calib).name,
-        "calibration_tokens": calibrated.tokens,
-        "text": Path(text).name,
-        "context": context,
-        "dtype": dtype,
-        "metric": metric,
-        "recipe": recipe,
-        "seed": seed,
-    }
+    common = calibrated.head("prefix", model, calib, context=context, dtype=dtype)
+    common |= {"text": Path(text).name, "metric": metric, "recipe": recipe}
     start(out)
     rows: list[dict[str, Any]] = []
     rules = {"all": 0, **{f"first-{count}": count for count in _FIRST if count < context // 2}, "prompt": context // 2}

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
-from importlib import resources
 
 import pytest
-import torch
-import transformers
 import typer
 
 from bench import ablation, prefix
@@ -18,21 +14,14 @@ from bench.once import batches_of, calibrate_once
 from rana_fx.evaluate import load_model
 from rana_fx.recipes import RECIPES
 from rana_fx.rehearse import Rehearsal
+from tests.e2e.tiny_model import saved_tiny
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a tiny model and the embedded tokenizer, and a text."""
-    folder = tmp_path_factory.mktemp("tiny")
-    data = resources.files("rana_fx") / "data"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(data / "tiny-llama-prose-5m" / name, folder / "model")
-    return str(folder / "model"), str(data / "eval.jsonl.xz")
+    model, text = saved_tiny(tmp_path_factory.mktemp("tiny"), layers=2)
+    return str(model), str(text)
 
 
 def run(bench, saved, out, **options):
