@@ -74,7 +74,8 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
         block_n, warps, per_sm = wide if N >= 8192 else (256, 1, 6) if K >= 8192 else (128, 1, 6)
         block_m = 8 if block_n != 256 and T == 1 else 4
     elif bits == 8:
-        block_n, warps, per_sm, block_m = (1024, 2, 4, 4) if N >= 8192 else (128, 1, 6, 16)
+        middle = (256, 2, 6, 16) if N >= 8192 else (128, 1, 6, 16)
+        block_n, warps, per_sm, block_m = (1024, 2, 4, 4) if N >= 16384 else middle
     else:
         block_n, warps, per_sm, block_m = 128, 4, 6.5, 32
     block_n = min(block_n, max(_power_above(N), 64))
@@ -83,7 +84,7 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
     early = 16 if bits >= 16 and T == 1 and block_n == 256 and kept >= 40 else 0
     if bits < 16 and T > 1:
         block_m = max(block_m // 2, 4)
-    stages = 1 if bits == 4 else 4
+    stages = 1 if bits == 4 else 3 if bits == 8 and block_m >= 16 else 4
     return Config(splits, block_n, min(block_m, _power_above(max(int(kept), 1))), warps, stages=stages, early=early)
 
 
@@ -95,15 +96,13 @@ def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H2
         splits = _splits(K, N, block_n, int(per_sm * sm_count), most=96)
         return dataclasses.replace(base, block_n=block_n, warps=warps, splits=splits)
 
-    shapes = [base]
-    if bits >= 16:
-        known = ((1024, 4, 1.35), (512, 2, 2), (512, 2, 3), (256, 1, 6), (128, 1, 4), (128, 1, 6))
-        fitting = [choice for choice in known if choice[0] <= 2 * N]
-        shapes += [with_programs(*choice) for choice in fitting]
-    else:
-        known = ((1024, 2, 4), (2048, 4, 4), (256, 2, 3), (256, 2, 6), (128, 1, 6)) if bits == 8 else (
-            (128, 4, 4), (256, 4, 4), (256, 2, 3), (256, 2, 6), (128, 2, 6))  # fmt: skip
-        shapes += [with_programs(*choice) for choice in known if choice[0] <= 2 * N]
+    # outputs, warps, programs for each multiprocessor
+    known: dict[int, tuple[tuple[int, int, float], ...]] = {
+        16: ((1024, 4, 1.35), (512, 2, 2), (512, 2, 3), (256, 1, 6), (128, 1, 4), (128, 1, 6)),
+        8: ((1024, 2, 4), (2048, 4, 4), (256, 2, 3), (256, 2, 6), (128, 1, 6)),
+        4: ((128, 4, 4), (256, 4, 4), (256, 2, 3), (256, 2, 6), (128, 2, 6)),
+    }
+    shapes = [base, *(with_programs(*choice) for choice in known[min(bits, 16)] if choice[0] <= 2 * N)]
     found = [
         dataclasses.replace(shape, early=early, block_m=block_m, stages=stages)
         for early in dict.fromkeys((base.early, 16 if T == 1 and bits >= 16 else 0))

@@ -4,17 +4,17 @@
                                                                  more tokens that of each group of 4, from L2 if not beyond it
     masked, bytes      rows * N * bits / 8 + scales + K * (2 T + 4) + 2 * splits * T * N * 4     values, thresholds, partials
     masked, us         masked_fixed + bytes / bandwidth * slower (1 + more (min(T, 4) - 1)) [+ launch for anything done apart]
-                       slower 2.2 in 4 bits: numbers take longer to make than to read
+                       slower 2.2 in 4 bits, 1.45 in 8 bits and blocks below 1024: numbers take longer to make than to read
                        more 0.25 in blocks of 512 outputs, 0.55 in narrower ones, 2 in 8 and 4 bits: tokens multiply in turn
     dense, bytes       K * N * bits / 8 + scales
     dense, us          dense_fixed + launch + bytes / bandwidth  the launch puts the masked input into memory
 
-Constants of the H200 are fitted to medians of CUDA-graph replays in bf16 over buffers beyond L2 (torch 2.11, Triton 3.6) for
-one token and the products of Llama-2-7B with all of their ranks, and with 2448 and 2976: the model is within 15 % of each
-at 0, 50 and 70 % masked. Of masked_fixed, two to three microseconds are the hand-over of partials to the last program (memory
-fence, counter, reading them), the rest is launch and ramp, as in a dense product. Two tokens, 8 and 4 bits are fitted to the
-same products (bench/results/kernels-h200.jsonl); more tokens are taken for alike: not measured. Constants of the H100 are
-the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured.
+Constants of the H200 are fitted to medians of CUDA-graph replays in bf16 over buffers beyond L2 (torch 2.11, Triton 3.6) of the
+products of Llama-2-7B at 0, 50 and 70 % masked (bench/results/kernels-h200.jsonl): within 20 % of each for one and two tokens in
+16 bits, and for one in 8 and 4 bits, but for 4096 x 12288 in 8 bits, whose config is newer than its rows. At four tokens and more
+the model is a third or more too high, where dense wins anyway. Of masked_fixed, two to three microseconds are the hand-over of
+partials to the last program (memory fence, counter, reading them), the rest is launch and ramp, as in a dense product. Constants
+of the H100 are the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def masked_us(K: int, N: int, T: int, density: float, device: Device = H200, *, 
     config = default_config(K, N, T, density, device.sm_count, bits=bits)
     traffic = weight_bytes(rows_read(K, T, density), N, bits) + K * (2 * T + 4) + 2 * config.splits * T * N * 4
     more = 2.0 if bits < 16 else 0.25 if config.block_n >= 512 else 0.55
-    slower = (2.2 if bits == 4 else 1.0) * (1 + more * (min(T, TOKENS_AT_ONCE) - 1))
-    fixed = device.packed_fixed_us if bits < 16 else device.masked_fixed_us
+    narrow = bits == 8 and config.block_n < 1024
+    slower = (2.2 if bits == 4 else 1.45 if narrow else 1.0) * (1 + more * (min(T, TOKENS_AT_ONCE) - 1))
+    fixed = device.packed_fixed_us if bits < 16 and not narrow else device.masked_fixed_us
     return fixed + traffic / device.bytes_per_us * slower + (launches - 1) * device.launch_us
 
 
