@@ -21,6 +21,7 @@ from rana_fx.checkpointed import open_checkpoints
 from rana_fx.kernels import reference
 from rana_fx.passes import PIPELINE
 from rana_fx.passes.add_lowrank import add_lowrank
+from rana_fx.passes.beside import check_alone
 from rana_fx.passes.match import Matches, match_plan
 from rana_fx.passes.verify import verify
 from rana_fx.plan import Plan
@@ -51,6 +52,9 @@ def run(
         example_inputs: values of the placeholders; exported modules keep their weights as attributes and need none.
         plan: to use instead of the plan attached to the weights.
         prefill: one of rana_fx.prefill.MODES.
+
+    Raises:
+        LoraBeside.
     """
     open_checkpoints(graph_module)
     redirect(graph_module)
@@ -61,6 +65,7 @@ def run(
         if add_lowrank(graph_module, example_inputs, matches.attachments):
             graph_module.recompile()
         return Result(replaced, matches)
+    check_alone(matches)
     order = next(_dumps)
     _dump(graph_module, order, "before")
     for step in PIPELINE:

@@ -153,8 +153,26 @@ class NothingToTrain(RanaError, ValueError):
 
 class UnknownTarget(RanaError, ValueError):
     message = (
-        "LoRA target {target!r} matches no matrix that the adapted {model} multiplies by. Expected names of such Parameters, "
-        "with wildcards; some are: {names}. Weights that factors replace are not read: target the factors (rana_fx.*)."
+        "LoRA target {target!r} matches no matrix that the adapted {model} multiplies by. Expected names of linears or factors, "
+        "or their ends; some are: {names}. Weights that factors replace are not read: target the factors (rana_fx.*)."
+    )
+
+
+class LoraBeside(RanaError, RuntimeError):
+    message = (
+        "{site}: an adapter was put beside this linear (its weight {weight}), which the plan masks or replaces: it would bypass "
+        "the mask, and could not be merged. Expected peft's own wrappers only on linears that stayed dense; use "
+        "rana_fx.training.add_lora(model, peft.LoraConfig(...)) for the others."
+    )
+
+
+class MissingPackage(RanaError, RuntimeError):
+    message = "{what} needs the package {package}, which is not installed. Install it: pip install 'rana-fx[{extra}]'."
+
+
+class OutOfMemory(RanaError, RuntimeError):
+    message = (
+        "out of memory on {device}: {reason}. Expected batches of {batch_size} x {context} tokens to fit while training: {todo}."
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rana_fx.commands import options as o
+from rana_fx.commands.memory import explained
 from rana_fx.commands.record import data_batches, facts_of, show, write_json
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ def command(
     distill: Annotated[float, typer.Option(help="Weight in [0, 1] of the KL to the dense model, against cross-entropy.")] = 0.0,
     rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA.")] = 64,
     alpha: Annotated[float, typer.Option(help="LoRA adds alpha / rank times its product.")] = 16.0,
-    target: Annotated[list[str] | None, typer.Option(help="LoRA on Parameters of this name (wildcards, repeatable).")] = None,
+    dropout: Annotated[float, typer.Option(help="Dropout on what LoRA's matrices read.")] = 0.05,
+    target: Annotated[
+        list[str] | None, typer.Option(help="LoRA on these linears or factors (ends of names, wildcards; repeatable).")
+    ] = None,
     thresholds: Annotated[bool, typer.Option(help="Estimate thresholds anew after training, to keep the budget.")] = False,
     autocast: Annotated[str | None, typer.Option(help="bfloat16: run products in it, train in --dtype.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
@@ -91,17 +95,20 @@ def command(
     batches, rest = _shuffled(batches[:training], seed), batches[training:]
     dense = evaluate(network, rest)
     before, _ = evaluate_adapted(network, rest)
-    _choose(network, method, rank=rank, alpha=alpha, targets=target, seed=seed)
+    _choose(network, method, rank=rank, alpha=alpha, dropout=dropout, targets=target, seed=seed)
     if gradient_checkpointing:
         _checkpointing(network)
     rates: dict[float, float] = {}
-    if rate is None:
-        if resume:
+    with explained(
+        device=network.device, out=out, batch_size=batch_size, context=context, method=method, distill=distill,
+        checkpointing=gradient_checkpointing,
+    ):  # fmt: skip
+        if rate is None and resume:
             rate = rate_of(out)
-        else:
+        elif rate is None:
             rate, rates = best_rate(network, batches, settings=settings, held_out=rest)
-    started = time.perf_counter()
-    done = train(network, batches, settings=replace(settings, rate=rate), held_out=rest, folder=out, resume=resume)
+        started = time.perf_counter()
+        done = train(network, batches, settings=replace(settings, rate=rate), held_out=rest, folder=out, resume=resume)
     seconds = time.perf_counter() - started
     merge_lora(network)
     if thresholds:
@@ -115,9 +122,9 @@ def command(
     record = facts_of(
         "finetune", seed=seed, model=model, plan=plan, data=data, out=out, tokens=tokens, method=method, lr=lr, held_out=held_out,
         decay=decay, warmup=warmup, weight_decay=weight_decay, clip=clip, accumulate=accumulate, distill=distill, rank=rank,
-        alpha=alpha, target=target, thresholds=thresholds, autocast=autocast, gradient_checkpointing=gradient_checkpointing,
-        context=context, batch_size=batch_size, column=column, split=split, dtype=dtype, device=str(network.device),
-        resume=resume,
+        alpha=alpha, dropout=dropout, target=target, thresholds=thresholds, autocast=autocast,
+        gradient_checkpointing=gradient_checkpointing, context=context, batch_size=batch_size, column=column, split=split,
+        dtype=dtype, device=str(network.device), resume=resume,
     )  # fmt: skip
     quality = {"dense": dense.mean_loss, "before": before.mean_loss, "after": after.mean_loss}
     budget = {"asked": new.budget, "metric": new.metric}
@@ -173,11 +180,14 @@ def _shuffled(batches: list[dict[str, Tensor]], seed: int) -> list[dict[str, Ten
     return [{key: value[index] for key, value in parts.items()} for index in range(len(batches))]
 
 
-def _choose(network: nn.Module, method: str, *, rank: int, alpha: float, targets: list[str] | None, seed: int) -> None:
-    from rana_fx.training import add_lora, trainable
+def _choose(
+    network: nn.Module, method: str, *, rank: int, alpha: float, dropout: float, targets: list[str] | None, seed: int
+) -> None:
+    from rana_fx.training import add_lora, lora_config, trainable
 
     if method == "lora":
-        add_lora(network, rank=rank, alpha=alpha, targets=targets or None, seed=seed)
+        config = lora_config(rank=rank, alpha=alpha, dropout=dropout, targets=targets or None)
+        add_lora(network, config, seed=seed)
     else:
         trainable(network, what="all" if method == "full" else "factors")
 

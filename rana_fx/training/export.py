@@ -17,9 +17,9 @@ from rana_fx.adapters import Adapter
 from rana_fx.attachment import Attachment
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.release import is_freed
-from rana_fx.running import bare, weights_of
+from rana_fx.running import bare
 from rana_fx.training.lora import merge_lora
-from rana_fx.training.parameters import attachment_to_train
+from rana_fx.training.parameters import attachment_to_train, weights_to_train
 from rana_fx.weights import base_name
 
 
@@ -31,12 +31,12 @@ def trained_plan(model: nn.Module) -> Plan:
     model (``model.bfloat16()``) it is a plan for that dtype.
 
     Raises:
-        NoPlan.
+        NoPlan, InvalidOption: a wrapper around the model.
     """
     model = bare(model)
-    merge_lora(model)
     found = attachment_to_train(model)
-    weights = weights_of(model)
+    weights = weights_to_train(model, found)
+    merge_lora(model)
     records = tuple(_record(record, weights[base_name(record.name)]) for record in found.plan.sites)
     widths = {record.name: _itemsize(record) / _itemsize(old) for record, old in zip(records, found.plan.sites, strict=True)}
     adapters = tuple(_adapter(found, index, widths) for index in range(len(found.plan.adapters)))

@@ -73,6 +73,8 @@ def train(
     forward: Any = torch.compile(model, backend=backend) if plain else model
     optimizer = torch.optim.AdamW(chosen.values(), lr=settings.rate, weight_decay=settings.weight_decay)
     fingerprint = {"plan": found.plan.digest(), "text": _digest(batches), "trained Parameters": _names(chosen)}
+    if found.factors.lowrank is not None:
+        fingerprint["LoRA"] = found.factors.lowrank.extra_repr()
     fingerprint |= {f"setting {key}": str(value) for key, value in asdict(settings).items()}
     device, done = device_of(inner), Training()
     teacher = _teacher(inner, chosen) if settings.distill else None
@@ -154,7 +156,8 @@ def _teacher(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Callable[...,
         detach(dense)
 
     def forward(**batch: Tensor) -> Any:
-        with torch.no_grad(), evaluating(dense):
+        # also where the module itself was compiled in place
+        with torch.no_grad(), evaluating(dense), torch.compiler.set_stance("force_eager"):
             return dense(**batch)
 
     return forward

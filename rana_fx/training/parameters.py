@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from rana_fx.attachment import MODULE, Attachment, attached, renew
-from rana_fx.errors import NoPlan, NothingToTrain, UnknownChoice
+from rana_fx.errors import InvalidOption, NoPlan, NothingToTrain, UnknownChoice
 from rana_fx.plan import Plan
 from rana_fx.running import bare, weights_of
 from rana_fx.weights import base_name
@@ -27,14 +27,14 @@ def trainable(model: nn.Module, *, what: str = "factors") -> dict[str, nn.Parame
             and weights that factors stand for, which the adapted model does not read.
 
     Raises:
-        NoPlan, NothingToTrain, UnknownChoice.
+        NoPlan, NothingToTrain, UnknownChoice, InvalidOption: a wrapper around the model.
     """
     if what not in WHAT:
         raise UnknownChoice(kind="what", got=what, valid=", ".join(WHAT))
     model = bare(model)
     found = attachment_to_train(model)
     factors = {f"{MODULE}.{name}": factor for name, factor in found.factors.named_parameters()}
-    weights = weights_of(model)
+    weights = weights_to_train(model, found)
     dead = {id(weights[name]) for name in replaced(found.plan)}
     own = {id(weights[base_name(site)]) for adapter in found.plan.adapters if adapter.weight is None for site in adapter.sites}
     chosen = dict(factors)
@@ -64,6 +64,15 @@ def attachment_to_train(model: nn.Module) -> Attachment:
     if found is None:
         raise NoPlan(site=next((name for name, _ in model.named_parameters()), type(model).__name__))
     return found
+
+
+def weights_to_train(model: nn.Module, found: Attachment) -> dict[str, nn.Parameter]:
+    """The model's weights by the names that the plan has for them. Raises InvalidOption for a model inside another."""
+    weights = weights_of(model)
+    if any(base_name(record.name) not in weights for record in found.plan.sites):
+        expected = "the model that the plan was attached to; of a peft model, what merge_and_unload() returns"
+        raise InvalidOption(name="model", got=type(model).__name__, expected=expected)
+    return weights
 
 
 def replaced(plan: Plan) -> set[str]:
