@@ -1,4 +1,4 @@
-"""LoRA by peft: it starts as the plan, trains alone, sees what masks keep, drops out its inputs, merges exactly, saves as peft does."""
+"""LoRA by peft: starts as the plan, trains alone behind the masks, drops out inputs, merges exactly, is saved as peft does."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from rana_fx.training import add_lora, load_lora, lora_config, merge_lora, save_
 from tests.architectures import build, ids, output
 from tests.null.trained import SETTINGS, adapted, compiled, eager, gradients, relative, texts
 
+# peft 0.21 asks transformers 5.23 by an old name
+PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
 
 def moved(model, std=0.05):
     """As if it had been trained: both matrices of every layer are something."""
@@ -36,7 +39,7 @@ def names(added):
 
 
 def test_it_starts_as_the_plan_and_trains_alone():
-    model, batch = adapted(dtype=torch.float64)
+    model, batch = adapted(depth=1, dtype=torch.float64)
     forward = compiled(model)
     before, dense = run(forward, batch), run(model, batch)
     added = add_lora(model)
@@ -72,8 +75,8 @@ def reader():
 
 
 CASES = {
-    "ranks": lambda: adapted(dtype=torch.float64),
-    "inputs": lambda: adapted("wina", dtype=torch.float64),
+    "ranks": lambda: adapted(depth=1, dtype=torch.float64),
+    "inputs": lambda: adapted("wina", depth=1, dtype=torch.float64),
     "gates": lambda: adapted("cats", depth=1, dtype=torch.float64),
     "tied": lambda: adapted("teal", depth=1, dtype=torch.float64, name="gemma"),  # one matrix as table and as head
     "transposed": lambda: adapted("teal", depth=1, dtype=torch.float64, name="gpt2"),  # stored (in, out)
@@ -88,7 +91,7 @@ def test_merging_is_exact(case):
     model.eval()
     forward = compiled(model)
     before, old = run(forward, batch), attached(model).plan
-    add_lora(model, LoraConfig(r=4, lora_alpha=8, use_rslora=True, lora_dropout=0.5, rank_pattern={"o_proj": 2}))
+    add_lora(model, LoraConfig(r=4, lora_alpha=8, use_rslora=True, lora_dropout=0.5))
     moved(model)
     expected = run(forward, batch)
     assert relative(expected, before) > 1e-3
@@ -101,14 +104,14 @@ def test_merging_is_exact(case):
 
 def test_gradients_are_those_of_the_matrix():
     """d/d B of f(W + s B A) is s G A^T, with G the gradient of W, behind a mask as in front of it."""
-    model, batch = adapted(dtype=torch.float64)
+    model, batch = adapted(depth=1, dtype=torch.float64)
     trainable(model, what="all")
     forward = compiled(model)
     _, matrices = gradients(model, forward, batch)
     add_lora(model, LoraConfig(r=3, lora_alpha=6, target_modules=["rana_fx.a0_router", "a0_weight", "o_proj", "*.down_proj"]))
     _, got = gradients(model, forward, batch)
     layers = {addition.name: addition for addition in attached(model).factors.lowrank.additions()}
-    assert len(got) == 2 * (2 + 2 + 2) and layers["rana_fx.a0_weight"].transposed
+    assert len(got) == 2 * (2 + 1 + 1) and layers["rana_fx.a0_weight"].transposed
     for name, addition in layers.items():
         matrix = matrices[name if name.startswith("rana_fx") else f"{name}.weight"]
         expected = 6 / 3 * (matrix.t() if addition.transposed else matrix) @ addition.a.detach().t()
@@ -223,6 +226,7 @@ def test_targets_are_found_as_peft_finds_them(targets, more, expected):
     assert everything == names(add_lora(model)) > expected
 
 
+@PEFT
 def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
     model, batch = adapted(depth=1)
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False))
@@ -230,7 +234,7 @@ def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
     dense = run(compiled(wrapped.base_model.model), batch)
     _, got = gradients(wrapped, forward, batch)
     assert len(got) == 2 and all("o_proj.lora_" in name for name in got)
-    done = train(wrapped, texts(4), settings=SETTINGS, progress=False)
+    done = train(compiled(wrapped), texts(4), settings=SETTINGS, progress=False)
     assert len(done.losses) == 2
     with pytest.raises(InvalidOption, match=r"model='PeftModel'.* what merge_and_unload\(\) returns"):
         trained_plan(wrapped)
@@ -242,6 +246,7 @@ def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
     assert relative(run(compiled(merged), batch), expected) < 1e-3  # merged in fp32; masks see its rounding
 
 
+@PEFT
 def test_an_adapter_of_pefts_own_beside_a_mask_is_refused():
     for target in ("q_proj", "down_proj"):  # replaced; masked by its input
         model, batch = adapted(depth=1)
