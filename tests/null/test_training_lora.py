@@ -102,6 +102,21 @@ def test_merging_is_exact(case):
     assert relative(run(forward, batch), expected) < 1e-9
 
 
+def test_a_linear_compiled_apart_reads_its_part_of_the_sum():
+    """q, k and v share an adapter: alone, each takes columns of its factor, and with them a part of what is added."""
+    model, _ = adapted(depth=1, dtype=torch.float64)
+    model.eval()
+    linear, x = model.model.layers[0].self_attn.k_proj, {"input": torch.randn(3, 32, dtype=torch.float64)}
+    forward = compiled(linear)
+    before = run(forward, x)
+    add_lora(model, lora_config(rank=4, dropout=0.5))
+    moved(model)
+    expected = run(forward, x)
+    assert relative(expected, before) > 1e-3
+    merge_lora(model)
+    assert relative(run(forward, x), expected) < 1e-9
+
+
 def test_gradients_are_those_of_the_matrix():
     """d/d B of f(W + s B A) is s G A^T, with G the gradient of W, behind a mask as in front of it."""
     model, batch = adapted(depth=1, dtype=torch.float64)
