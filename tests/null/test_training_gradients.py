@@ -71,14 +71,14 @@ def test_gradients_equal_those_of_the_written_out_model(recipe):
 
 
 class Small(nn.Module):
-    """One gated MLP: all that training graphs have, in few kernels to compile."""
+    """One MLP: ranks and masked inputs, in few kernels to compile."""
 
     def __init__(self):
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
 
     def forward(self, x):
-        return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return x + self.down(torch.relu(self.up(x)))
 
 
 @pytest.mark.slow
@@ -106,11 +106,9 @@ def test_gradients_through_inductor():
 
 
 def test_what_is_trained():
-    model, batch = adapted()
+    model, batch = adapted(depth=1)
     factors = trainable(model)
-    assert {name for name in factors if not name.startswith("rana_fx.")} == {
-        f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)
-    }
+    assert {name for name in factors if not name.startswith("rana_fx.")} == {"model.layers.0.mlp.down_proj.weight"}
     assert {name.rpartition("_")[2] for name in factors if name.startswith("rana_fx.")} == {"router", "weight"}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(factors)
     _, got = gradients(model, compiled(model), batch)
@@ -124,7 +122,7 @@ def test_what_is_trained():
 
 
 def test_compiled_code_notices():
-    model, batch = adapted()
+    model, batch = adapted(depth=1)
     trainable(model)
     forward = compiled(model)
     _, got = gradients(model, forward, batch)
@@ -137,7 +135,7 @@ def test_compiled_code_notices():
 
 
 def test_autocast_trains_fp32_factors():
-    model, batch = adapted(recipe="static")
+    model, batch = adapted(recipe="static", depth=1)
     _, expected = gradients(model, compiled(model), batch)
     with torch.autocast("cpu", torch.bfloat16):
         _, got = gradients(model, compiled(model), batch)
