@@ -8,6 +8,7 @@ two slices of the result were read (q, k and v; gate and up: 1.8 us), and read b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -54,6 +55,33 @@ def masked_product(
     return traced(launch, operands, key=("masked_gemv", config, activation, early))
 
 
+def masked_parts(v_TK: Any, taus: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any], density: float) -> Any:
+    """(T, sum of N) in v's dtype, or None where the kernel does not apply or is not expected to win."""
+    from rana_fx.kernels.masked_parts import masked_gemv_parts
+
+    tokens, count = tokens_of(v_TK), len(weights)
+    if tokens is None or not static(v_TK, *taus, *weights, *biases):
+        return None
+    operands = realized(v_TK, *taus, *weights, *biases)
+    stored = [fake(weight) for weight in operands[1 + count : 1 + 2 * count]]
+    sizes = [tuple(weight.shape) for weight in stored if weight is not None and weight.stride(1) == 1]
+    if len(sizes) < count:
+        return None
+    ranks, columns = sizes[0][0], sum(size for _, size in sizes)
+    whole = torch.empty((ranks, columns), dtype=weights[0].get_dtype(), device="meta")
+    config = _config_for(ranks, columns, tokens, density, v_TK, whole, None)
+    if config is None:
+        return None
+    operands.append(counters(v_TK.get_device()))
+    early = starts_early(operands[0], operands[1 : 1 + 2 * count])
+
+    def launch(v: Any, *rest: Any) -> Any:
+        parts = rest[:count], rest[count : 2 * count], rest[2 * count : -1]
+        return masked_gemv_parts(v, *parts, config=config, counters=rest[-1], traced=True, pdl=early)
+
+    return traced(launch, operands, key=("masked_gemv_parts", config, count, len(biases), early))
+
+
 def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: float | None = None, offset: float = 0.0) -> Any:
     """(T, R) in x's dtype, or None where the kernel does not apply. With ``eps``, of x after its root-mean-square norm."""
     from rana_fx.kernels.router import router
@@ -84,14 +112,18 @@ def _config(v_TK: Any, weight: Any, scale: Any, density: float) -> Config | None
     if tokens is None or stored is None:
         return None
     ranks, columns = shape_of(stored, fake(scale))
-    bits = bits_of(stored)
-    if bits >= 16 and stored.stride(1) != 1:
+    if bits_of(stored) >= 16 and stored.stride(1) != 1:
         return None  # a skipped row would not be a skipped stretch of memory
-    device = cost.nearest(v_TK.get_device())
+    return _config_for(ranks, columns, tokens, density, v_TK, stored, fake(scale))
+
+
+def _config_for(ranks: int, columns: int, tokens: int, density: float, v_TK: Any, stored: Any, scale: Any) -> Config | None:
+    bits, device = bits_of(stored), cost.nearest(v_TK.get_device())
     if not cost.prefers_masked(ranks, columns, tokens, density, device, bits=bits):
         return None
-    config = _chosen(ranks, columns, tokens, density, device.sm_count, bits, v_TK, stored, fake(scale))
-    if cdiv(columns, min(config.block_n, 64)) * cdiv(tokens, TOKENS_AT_ONCE) > COUNTERS:
+    config = _chosen(ranks, columns, tokens, density, device.sm_count, bits, v_TK, stored, scale)
+    # with room for two parts that end within a block
+    if (cdiv(columns, min(config.block_n, 64)) + 2) * cdiv(tokens, TOKENS_AT_ONCE) > COUNTERS:
         return None
     return config
 

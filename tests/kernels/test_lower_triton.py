@@ -58,6 +58,18 @@ def test_layers_that_are_alike_share_what_is_traced_and_not_what_is_launched():
     assert len(re.findall(r"^router_kernel\w* = async_compile", code, re.M)) <= 2
 
 
+def test_masks_of_one_tensor_are_one_launch():
+    code = run("tests/kernels/lowered.py", "1", "2", "masks")
+    ours = [first for first, _ in launches(code) if first.startswith("masked")]
+    assert ours == ["masked_parts_kernel", "masked_gemv_kernel"] * 2
+    first, second, *_ = options(code)
+    assert (first["PDL"], second["PDL"]) == ("True", "True")
+    # no weight is copied, and both halves are read where the launch left them
+    assert not re.search(
+        r"\(4096, 11008\)|\(11008, 4096\)", "".join(line for line in code.splitlines() if "empty_strided" in line)
+    )
+
+
 def test_many_tokens_are_dense_products():
     names = [first or second for first, second in launches(run("tests/kernels/lowered.py", "64"))]
     assert not any(name.startswith(("router", "masked_gemv")) for name in names)
