@@ -31,9 +31,9 @@ import typer
 from torch import nn
 
 from bench.acting import score
-from bench.once import Calibrated, batches_of, calibrate_once
+from bench.once import Calibrated, batches_of, calibrate_once, counted_groups
 from bench.rank_need import QUANTILES, needs
-from bench.record import append, head, start
+from bench.record import append, start
 from rana_fx.adapters import Adapter
 from rana_fx.calibrate import calibrate
 from rana_fx.commands.record import show
@@ -81,19 +81,9 @@ def main(
         network, batches_of(calib, tokenizer, tokens=tokens, context=context), seed=seed, progress=progress
     )
     batches = batches_of(text, tokenizer, tokens=eval_tokens, context=context)
-    groups = {calibrated.layout.groups[site.group].sites for site in calibrated.layout.sites.values() if site.counted}
-    _, held, count = calibrate(network, batches, wanted=lambda _: groups, seed=seed, progress=progress)
-    common = head("mlp_error") | {
-        "model": Path(model).name,
-        "calibration": Path(calib).name,
-        "calibration_tokens": calibrated.tokens,
-        "text": Path(text).name,
-        "tokens": count,
-        "context": context,
-        "dtype": dtype,
-        "metric": metric,
-        "seed": seed,
-    }
+    _, held, count = calibrate(network, batches, wanted=counted_groups, seed=seed, progress=progress)
+    common = calibrated.head("mlp_error", model, calib, context=context, dtype=dtype)
+    common |= {"text": Path(text).name, "tokens": count, "metric": metric}
     start(out)
     rows: list[dict[str, Any]] = []
     held_out = Problem(calibrated.layout, held, 1.0, metric, "dense", progress=False)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.record import head
 from rana_fx.adaptation import records, versions
 from rana_fx.calibrate import calibrate
 from rana_fx.layout import Layout
 from rana_fx.plan import Plan, SiteRecord
-from rana_fx.recipes import RECIPES, Problem
+from rana_fx.recipes import RECIPES, Problem, Recipe
 from rana_fx.rehearse import Keeper, Rehearsal
 from rana_fx.stats import Reservoir
 from rana_fx.text import load_texts, token_batches
@@ -35,16 +37,28 @@ class Calibrated:
     sites: tuple[SiteRecord, ...]
     rehearsal: Rehearsal | None = None
 
+    def head(self, bench: str, model: str, calib: str, *, context: int, dtype: str) -> dict[str, Any]:
+        """What all rows of a bench say of the calibrated model."""
+        return head(bench) | {
+            "model": Path(model).name,
+            "calibration": Path(calib).name,
+            "calibration_tokens": self.tokens,
+            "context": context,
+            "dtype": dtype,
+            "seed": self.seed,
+        }
+
     def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
         return Problem(self.layout, self.samples, budget, metric, recipe, progress, rehearsal=self.rehearsal)
 
-    def plan(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Plan:
-        """Raises BudgetUnreachable, TooFewTokens."""
-        problem = self.problem(budget=budget, metric=metric, recipe=recipe, progress=progress)
+    def plan(self, *, budget: float, metric: str, recipe: str | Recipe, progress: bool = False) -> Plan:
+        """``recipe``: its name, or a recipe that has none. Raises BudgetUnreachable, TooFewTokens."""
+        chosen = RECIPES[recipe] if isinstance(recipe, str) else recipe
+        problem = self.problem(budget=budget, metric=metric, recipe=chosen.name, progress=progress)
         with torch.no_grad():
-            adapters = tuple(RECIPES[recipe].solve(problem))
+            adapters = tuple(chosen.solve(problem))
         return Plan(
-            recipe=recipe,
+            recipe=chosen.name,
             metric=metric,
             budget=budget,
             seed=self.seed,

@@ -28,7 +28,7 @@ from bench.entrants import Entrant, Maker
 from bench.once import batches_of, calibrate_once
 from bench.plot import plot
 from bench.quantised import Rounding, rounding_of
-from bench.record import append, head, start
+from bench.record import append, start
 from bench.slicegpt import stream_of
 from bench.table import table
 from rana_fx.errors import BudgetUnreachable, InvalidOption, TooFewTokens
@@ -72,15 +72,7 @@ def main(
     texts = {Path(source).name: read_text(source, tokenizer, tokens=eval_tokens, context=context) for source in text}
     batches = batches_of(calib, tokenizer, tokens=tokens, context=context)
     calibrated = calibrate_once(network, batches, seed=seed, progress=progress)
-    common = head("quality") | {
-        "model": Path(model).name,
-        "calibration": Path(calib).name,
-        "calibration_tokens": calibrated.tokens,
-        "context": context,
-        "dtype": dtype,
-        "metric": metric,
-        "seed": seed,
-    }
+    common = calibrated.head("quality", model, calib, context=context, dtype=dtype) | {"metric": metric}
     start(out)
     rows: list[dict[str, Any]] = []
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -115,11 +115,7 @@ def _masked_gemv_add(
     density: float,  # noqa: ARG001
     residual: Tensor,
 ) -> Tensor:
-    launcher: Any = _kernel("masked_gemv", v, weight)
-    if launcher is None:
-        return reference.masked_gemv_add(v, tau, weight, bias, scale, residual)
-    y: Tensor = launcher.masked_gemv(v, tau, weight, bias, scale, residual=residual)
-    return y
+    return _finished(reference.masked_gemv_add, v, tau, weight, bias, scale, residual=residual)
 
 
 def _masked_gemv_gated(
@@ -131,10 +127,16 @@ def _masked_gemv_gated(
     density: float,  # noqa: ARG001
     activation: str,
 ) -> Tensor:
+    return _finished(reference.masked_gemv_gated, v, tau, weight, bias, scale, activation=activation)
+
+
+def _finished(
+    otherwise: Callable[..., Tensor], v: Tensor, tau: Tensor, weight: Tensor, *operands: Tensor | None, **more: Any
+) -> Tensor:
+    """The masked product with ``more`` done in its launch, by the kernel or ``otherwise``."""
     launcher: Any = _kernel("masked_gemv", v, weight)
-    if launcher is None:
-        return reference.masked_gemv_gated(v, tau, weight, bias, scale, activation)
-    y: Tensor = launcher.masked_gemv(v, tau, weight, bias, scale, activation=activation)
+    compute = otherwise if launcher is None else launcher.masked_gemv
+    y: Tensor = compute(v, tau, weight, *operands, **more)
     return y
 
 

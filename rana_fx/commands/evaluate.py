@@ -63,7 +63,7 @@ def command(
             },
             "sites": _sites(loaded, measured),
         }
-        columns = ("site", "kind", "ranks", "density expected", "density measured")
+        columns = _columns(facts["sites"])
         show("kept per linear", columns, [tuple(row[key.replace(" ", "_")] for key in columns) for row in facts["sites"]])
     show(f"{model} on {data}", ("", "dense", "adapted"), _rows(facts))
     write_json(json, facts)
@@ -78,10 +78,19 @@ def _sites(plan: Plan, measured: Measurement) -> list[dict[str, Any]]:
             "ranks": adapter.ranks,
             "density_expected": adapter.density,
             "density_measured": measured.density.get(adapter.name),
+            "router_density_expected": adapter.router_density if adapter.router_tau is not None else None,
+            "router_density_measured": measured.router_density.get(adapter.name),
         }
         for adapter in plan.adapters
         for site in adapter.sites
     ]
+
+
+def _columns(sites: list[dict[str, Any]]) -> list[str]:
+    """With what masked routers read of their inputs, where there are such."""
+    columns = ["site", "kind", "ranks", "density expected", "density measured"]
+    masked = any(row["router_density_expected"] is not None for row in sites)
+    return [*columns, "router density expected", "router density measured"] if masked else columns
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:

@@ -12,6 +12,8 @@ memory      what a large model's samples, moments and menus take together is a f
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,8 +25,8 @@ from rana_fx.recipes.allocate import Unit
 from rana_fx.recipes.geometry import Geometry, geometry, loss_basis, site_norms
 from rana_fx.recipes.menu import Menu, Part
 from rana_fx.recipes.problem import Problem
-from rana_fx.recipes.search import search
-from rana_fx.recipes.storage import in_fewer_bits, own
+from rana_fx.recipes.search import ALLOCATIONS, search
+from rana_fx.recipes.storage import KINDS, in_fewer_bits, own
 from rana_fx.sensitivity import Sensitivity, sensitivities
 from rana_fx.sites import Skip
 from rana_fx.stats import CAPACITY, Keep, Summary
@@ -37,15 +39,34 @@ _FEW = Keep(2 * _ROWS, host=True, moment=True)
 _WITHOUT_BASIS = Keep(4 * _ROWS, host=True)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Rana:
-    """The default recipe."""
+    """The default recipe; its fields are ingredients that can be left out, to see what each is worth (bench/ablation.py).
+
+    Args:
+        weighted: errors count by what they do to the loss; False: all alike.
+        shared: linears that read one tensor are one unit; False: each is one of its own.
+        kinds: entries of the menu.
+        bits: in how many bits matrices may lie beside the model's own, with ``metric="bytes"``.
+        carried: what rounding a row in 4 bits loses is made up for by the next rows; False: each is rounded to nearest.
+        allocations: those that are tried, "price" and "fraction".
+        settles: the price is set again until the adapted model costs what was asked; False: the menus' word is taken.
+    """
+
+    weighted: bool = True
+    shared: bool = True
+    kinds: tuple[str, ...] = KINDS
+    bits: tuple[int, ...] = (8, 4)
+    carried: bool = True
+    allocations: tuple[str, ...] = ALLOCATIONS
+    settles: bool = True
 
     name = "rana"
     rehearses = True
 
     def wants(self, layout: Layout) -> dict[tuple[str, ...], Keep]:
         units: dict[tuple[str, ...], list[Unit]] = {}
-        for unit in units_of(layout):
+        for unit in units_of(layout, shared=self.shared):
             units.setdefault(layout.groups[layout.sites[unit[0]].group].sites, []).append(unit)
         firsts = [layout.sites[found[0][0]] for found in units.values()]
         if CAPACITY * sum(site.in_features * site.weight.element_size() for site in firsts) <= _SAMPLES:
@@ -57,25 +78,27 @@ class Rana:
         if problem.budget >= 1:
             return []
         assert problem.rehearsal is not None
-        units = [unit for unit in units_of(problem.layout) if problem.calibrated(unit, 1) and _varied(problem, unit)]
+        units = units_of(problem.layout, shared=self.shared)
+        units = [unit for unit in units if problem.calibrated(unit, 1) and _varied(problem, unit)]
         with problem.rehearsal.opened(problem.layout) as stage:
             with problem.within("gradients"):
-                found = sensitivities(stage, problem.layout, units, problem.rehearsal.batches)
+                batches = problem.rehearsal.batches
+                found = sensitivities(stage, problem.layout, units, batches) if self.weighted else Sensitivity()
             if found.missing:
                 alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"
                 problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")
             even = _average(problem, found)
             with problem.within("decompose"):
-                menus = _menus(problem, units, found, even)
-            return search(problem, stage, menus)
+                menus = _menus(self, problem, units, found, even)
+            return search(problem, stage, menus, allocations=self.allocations, settles=self.settles)
 
 
-def units_of(layout: Layout) -> list[Unit]:
-    """Sites of the budget that read one tensor equally often, stacked."""
-    found: dict[tuple[int, int], list[str]] = {}
+def units_of(layout: Layout, *, shared: bool = True) -> list[Unit]:
+    """Sites of the budget that read one tensor equally often, stacked; unless ``shared``, each by itself."""
+    found: dict[tuple[int, int, str], list[str]] = {}
     for site in layout.sites.values():
         if site.counted:
-            found.setdefault((site.group, site.uses), []).append(site.name)
+            found.setdefault((site.group, site.uses, "" if shared else site.name), []).append(site.name)
     return [tuple(names) for names in found.values()]
 
 
@@ -113,19 +136,19 @@ def _even(weight: Tensor, moment: Tensor) -> float:
     return float(moment.diagonal().sum()) / (float(weight.square().sum()) if out > width else out)
 
 
-def _menus(problem: Problem, units: list[Unit], found: Sensitivity, even: float | None) -> dict[Unit, Menu]:
+def _menus(recipe: Rana, problem: Problem, units: list[Unit], found: Sensitivity, even: float | None) -> dict[Unit, Menu]:
     """Samples kept on the host, those of a large model, are given back as they have served."""
     last = {problem.sample(unit[0]): unit for unit in units}
     menus = {}
     for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
-        menus[unit] = _menu(problem, unit, found, even)
+        menus[unit] = _menu(recipe, problem, unit, found, even)
         sample = problem.sample(unit[0])
         if sample is not None and sample.host and last[sample] == unit:
             sample.forget()
     return menus
 
 
-def _menu(problem: Problem, unit: Unit, found: Sensitivity, even: float | None) -> Menu:
+def _menu(recipe: Rana, problem: Problem, unit: Unit, found: Sensitivity, even: float | None) -> Menu:
     """Its basis is from other rows than those it is priced on: principal directions of some text fit other text less well."""
     weight = problem.matrix(unit)
     out, width = weight.shape
@@ -146,7 +169,10 @@ def _menu(problem: Problem, unit: Unit, found: Sensitivity, even: float | None) 
     if problem.metric == "bytes":
         weights = {name: problem.matrix((name,)) for name in unit}
         whole_II = _moment(_spread(problem.rows(unit[0]), max(_BASIS_ROWS, 4 * width)), rows) if moment_II is None else moment_II
-        storages += in_fewer_bits(shape, basis, weights, whole_II, one=one, uses=site.uses)
+        storages += in_fewer_bits(
+            shape, basis, weights, whole_II, one=one, uses=site.uses, bits=recipe.bits, carried=recipe.carried
+        )
+    storages = [replace(storage, kinds=tuple(kind for kind in storage.kinds if kind in recipe.kinds)) for storage in storages]
     return Menu(shape, basis, rows, storages, _parts(problem, unit, found, shape), dtype=site.weight.dtype)
 
 

@@ -7,7 +7,8 @@ whole model, and one fraction for every unit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rana_fx.adapters import Adapter
@@ -20,6 +21,8 @@ from rana_fx.recipes.trial import Outcome, attempt
 from rana_fx.rehearse import Stage
 from rana_fx.sensitivity import compared
 from rana_fx.sites import Skip
+
+ALLOCATIONS = ("price", "fraction")  # one for the whole model, one for every unit
 
 _ROUNDS = 4
 _MOST_ROUNDS = 10  # where the model still spends more than asked
@@ -36,25 +39,40 @@ class _Found:
     spent: float
 
 
-def search(problem: Problem, stage: Stage, menus: dict[Unit, Menu]) -> list[Adapter]:
+def search(
+    problem: Problem,
+    stage: Stage,
+    menus: dict[Unit, Menu],
+    *,
+    allocations: Sequence[str] = ALLOCATIONS,
+    settles: bool = True,
+) -> list[Adapter]:
     """The adapters. Menus are dropped one by one as these are made.
+
+    Args:
+        allocations: those that are tried.
+        settles: the price is set again until the adapted model costs what was asked; False: it costs what it costs.
 
     Raises:
         BudgetUnreachable.
     """
-    return _Search(problem, stage, menus).run()
+    return _Search(problem, stage, menus, allocations, settles=settles).run()
 
 
 class _Search:
-    def __init__(self, problem: Problem, stage: Stage, menus: dict[Unit, Menu]) -> None:
+    def __init__(
+        self, problem: Problem, stage: Stage, menus: dict[Unit, Menu], allocations: Sequence[str], *, settles: bool
+    ) -> None:
         self._problem, self._stage, self._menus = problem, stage, menus
+        self._allocations = allocations
         assert problem.rehearsal is not None
         self._held = problem.rehearsal.held
         self._dense = [compared(stage.run(batch)) for batch in self._held]
         self._total = problem.size(problem.counted())
         self._left = self._total - sum(menu.dense_cost for menu in menus.values())
         self._asked = problem.budget * self._total - self._left
-        self._most = self._asked + min(_TOLERATED * self._total, 0.1 * self._asked)
+        self._most = self._asked + min(_TOLERATED * self._total, 0.1 * self._asked) if settles else math.inf
+        self._rounds = _ROUNDS if settles else 1
 
     def run(self) -> list[Adapter]:
         if self._asked <= 0:
@@ -75,20 +93,23 @@ class _Search:
 
     def _best(self) -> _Found:
         """Raises BudgetUnreachable."""
-        fraction = self._asked / (self._total - self._left)
-        price, chosen = allocate(self._menus, self._asked)
-        alone = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._menus.items()}
-        prices = {unit: price for unit, (price, _) in alone.items()}
-        tried = [
-            self._settle(price, chosen, None),
-            self._settle(1.0, {unit: found[unit] for unit, (_, found) in alone.items()}, prices),
-        ]
+        settle = {"price": self._by_price, "fraction": self._by_fraction}
+        tried = [settle[name]() for name in self._allocations]
         # what costs more than asked is no answer
         best = min(tried, key=lambda found: (found.spent > self._most, found.outcome.divergence))
         if best.spent > self._most:
             least = min(found.spent for found in tried)
             raise self._unreachable((least + self._left) / self._total, "masks keep no less than that in the adapted model")
         return best
+
+    def _by_price(self) -> _Found:
+        return self._settle(*allocate(self._menus, self._asked), None)
+
+    def _by_fraction(self) -> _Found:
+        fraction = self._asked / (self._total - self._left)
+        alone = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._menus.items()}
+        prices = {unit: price for unit, (price, _) in alone.items()}
+        return self._settle(1.0, {unit: found[unit] for unit, (_, found) in alone.items()}, prices)
 
     def _settle(self, price: float, chosen: Mapping[Unit, Choice], scale: Mapping[Unit, float] | None) -> _Found:
         best, aim = None, self._asked
@@ -104,7 +125,7 @@ class _Search:
             if best is None or self._distance(found) < self._distance(best):
                 best = found
             near = abs(found.spent - self._asked) < min(_CLOSE * self._total, 0.02 * self._asked)
-            if near or (attempts + 1 >= _ROUNDS and best.spent <= self._most):
+            if near or (attempts + 1 >= self._rounds and best.spent <= self._most):
                 break
             # what the menus have to be asked for, so that the model spends what is asked
             planned = sum(point.cost for point in points.values())

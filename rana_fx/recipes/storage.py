@@ -7,7 +7,7 @@ factor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from rana_fx.recipes.geometry import Geometry, LossBasis
 from rana_fx.recipes.rounding import GROUP, Packed, rounded
+
+KINDS = ("dense", "neuron", "rank", "hybrid", "static", "stored")  # entries of the menu
 
 _SCALE = 2.0  # bytes of a scale
 _MIXES = ((8, 0), (8, 8), (4, 8), (8, 4), (4, 4))  # bits of router and factor; 0: the model's own
@@ -74,34 +76,44 @@ class Storage:
         return self.router == 4
 
 
-def own(one: float, *, kinds: tuple[str, ...] = ("dense", "neuron", "rank", "hybrid", "static")) -> Storage:
+def own(one: float) -> Storage:
     """Everything in the model's own numbers; ``one``: what a number costs."""
-    return Storage(kinds, Rates(one, one, one))
+    return Storage(tuple(kind for kind in KINDS if kind != "stored"), Rates(one, one, one))
 
 
 def in_fewer_bits(
-    geometry: Geometry, basis: LossBasis | None, weights: Mapping[str, Tensor], moment_II: Tensor, *, one: float, uses: int
+    geometry: Geometry,
+    basis: LossBasis | None,
+    weights: Mapping[str, Tensor],
+    moment_II: Tensor,
+    *,
+    one: float,
+    uses: int,
+    bits: Sequence[int] = (8, 4),
+    carried: bool = True,
 ) -> list[Storage]:
     """All other storages of a unit.
 
     Args:
         weights: by site, (out, in), fp32. moment_II: of the input, per token. one: cost of a number of the model's own.
+        bits: widths to offer. carried: rounding a row in 4 bits makes up for what the rows before it lost.
     """
     moment_II = moment_II.float().to(geometry.read_DI.device)
     matrices = {name: weight.t() for name, weight in weights.items()}
     if basis is not None:
         matrices[""] = basis.b_DI.t()
     matrices = {name: matrix for name, matrix in matrices.items() if matrix.shape[1] % 2 == 0}
-    four = _in_four_bits(matrices, moment_II)
+    four = _in_four_bits(matrices, moment_II if carried else None) if 4 in bits else {}
     found = []
-    for bits in (8, 4):
-        packed = {name: four[name] for name in weights if name in four} if bits == 4 else {}
-        if bits == 8 or len(packed) == len(weights):
-            found.append(_weights(geometry, weights, moment_II, bits, uses, packed))
-    return found if basis is None else found + _factors(geometry, basis, moment_II, four.get(""), one, uses)
+    for width in bits:
+        packed = {name: four[name] for name in weights if name in four} if width == 4 else {}
+        if width == 8 or len(packed) == len(weights):
+            found.append(_weights(geometry, weights, moment_II, width, uses, packed))
+    mixes = [mix for mix in _MIXES if all(width in (0, *bits) for width in mix)]
+    return found if basis is None else found + _factors(geometry, basis, moment_II, four.get(""), one, uses, mixes)
 
 
-def _in_four_bits(matrices: Mapping[str, Tensor], moment_II: Tensor) -> dict[str, Packed]:
+def _in_four_bits(matrices: Mapping[str, Tensor], moment_II: Tensor | None) -> dict[str, Packed]:
     """Matrices that multiply one input, side by side: rows are rounded one after the other, however long they are."""
     if not matrices:
         return {}
@@ -138,7 +150,13 @@ def _squares(matrix_IN: Tensor, moment_II: Tensor) -> Tensor:
 
 
 def _factors(
-    geometry: Geometry, basis: LossBasis, moment_II: Tensor, four: Packed | None, one: float, uses: int
+    geometry: Geometry,
+    basis: LossBasis,
+    moment_II: Tensor,
+    four: Packed | None,
+    one: float,
+    uses: int,
+    mixes: Sequence[tuple[int, int]],
 ) -> list[Storage]:
     components, out = len(basis.b_DI), len(basis.a_OD)
     router_losses: dict[int, Tensor] = {}
@@ -152,7 +170,7 @@ def _factors(
             factor = rounded(basis.a_OD.t(), bits).wide()
             factor_losses[bits] = geometry.even * energy_D * (factor - basis.a_OD.t()).square().sum(1) / 2
     found = []
-    for router_bits, factor_bits in _MIXES:
+    for router_bits, factor_bits in mixes:
         if router_bits in router_losses and factor_bits in factor_losses:
             rates = Rates(one, _rate(router_bits, components, uses), _rate(factor_bits, out, uses) if factor_bits else one)
             losses_D = (router_losses[router_bits] + factor_losses[factor_bits]).cpu()

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
-from importlib import resources
 
 import pytest
-import torch
-import transformers
 import typer
 
 from bench import mlp_error, quality
 from rana_fx.errors import InvalidOption
+from tests.e2e.tiny_model import saved_tiny
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a tiny model and the embedded tokenizer, and a text."""
-    folder = tmp_path_factory.mktemp("tiny")
-    data = resources.files("rana_fx") / "data"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(data / "tiny-llama-prose-5m" / name, folder / "model")
-    return folder / "model", data / "eval.jsonl.xz"
+    return saved_tiny(tmp_path_factory.mktemp("tiny"), layers=1)
 
 
 @pytest.mark.parametrize("metric", ["flops", "bytes"])

@@ -15,7 +15,7 @@ from rana_fx.recipes import RECIPES, Problem
 from rana_fx.recipes.allocate import Choice, allocate, points_at, price_for
 from rana_fx.recipes.geometry import geometry, loss_basis
 from rana_fx.recipes.menu import _STEP, Menu, Part
-from rana_fx.recipes.rana import units_of
+from rana_fx.recipes.rana import Rana, units_of
 from rana_fx.recipes.storage import in_fewer_bits, own
 from rana_fx.recipes.trial import attempt
 from rana_fx.rehearse import Keeper
@@ -304,3 +304,42 @@ def test_a_linear_that_reads_another_one_directly_reads_what_the_step_made_of_it
         stage.run(rehearsal.held[0], step)
     assert float(seen["ups.0"].abs().sum()) > 0
     assert float(seen["downs.0"].abs().sum()) == 0
+
+
+def test_ingredients_that_are_left_out_are_not_in_the_plan():
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 128, 4),) for _ in range(9)]
+    layout, samples, rehearsal = rehearsed(Classifier(), batches)
+
+    def solved(metric="flops", budget=0.5, **left_out):
+        problem = Problem(layout, samples, budget, metric, "rana", False, rehearsal=rehearsal)
+        with torch.no_grad():
+            return Rana(**left_out).solve(problem)
+
+    kinds = {adapter.kind for adapter in solved(kinds=("dense", "neuron"))}
+    assert kinds == {"neuron"}
+    assert all(a.router_tau is None for a in solved(kinds=("dense", "neuron", "rank")))
+    assert any(a.router_tau is not None for a in solved(kinds=("dense", "hybrid")))
+    stored = solved("bytes", 0.3)
+    assert any(adapter.weight_scale is not None for adapter in stored)
+    for bits, allowed in (((), set()), ((8,), {torch.int8}), ((4,), {torch.uint8})):
+        made = solved("bytes", 0.4, bits=bits)
+        assert {a.weight.dtype for a in made if a.weight_scale is not None} <= allowed
+    # a price set once spends what the dense model's inputs would
+    (aside, settled) = (sum(a.flops for a in solved(settles=value)) for value in (False, True))
+    assert aside != settled
+    # one fraction for all: no unit costs more than it
+    even = solved(kinds=("dense", "neuron"), allocations=("fraction",), settles=False)
+    assert all(adapter.flops == pytest.approx(0.5 * adapter.dense_flops, rel=0.1) for adapter in even)
+
+
+def test_linears_may_be_units_of_their_own():
+    class Pair(Classifier):
+        def forward(self, x):
+            h = self.stem(x)
+            h = h + self.downs[0](torch.nn.functional.gelu(self.ups[0](h)) * self.ups[1](h))
+            return {"logits": self.head(h)}
+
+    layout, _, _ = rehearsed(Pair(), [(torch.randn(4, 128, 4),)])
+    assert ("ups.0", "ups.1") in units_of(layout)
+    assert units_of(layout, shared=False) == [("ups.0",), ("ups.1",), ("downs.0",)]
