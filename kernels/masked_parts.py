@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -84,9 +85,9 @@ def masked_gemv_parts(
     grid = (blocks * groups, config.splits)
     lists = lists_for(v, grid, meta)
 
-    def three(values: Sequence[object]) -> list[object]:
+    def three(values: Sequence[Any]) -> list[Any]:
         # a part that is not there has no block
-        return [*values, *values[-1:] * (MOST_PARTS - len(values))]
+        return [*values, *[values[-1]] * (MOST_PARTS - len(values))]
 
     kernel = torch.library.wrap_triton(masked_parts_kernel) if traced else masked_parts_kernel
     with contextlib.nullcontext() if traced else torch.cuda.device_of(v):

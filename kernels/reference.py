@@ -81,7 +81,7 @@ def masked_gemv_gated(
 
 def masked_gemv_parts(v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """(..., K), (K,) each, (K, N_p) each, (N_p,) each or no biases -> (..., sum of N_p) in v's dtype."""
-    given = biases or [None] * len(weights)
+    given: Sequence[Tensor | None] = biases or [None] * len(weights)
     return torch.cat([masked_gemv(v, *part) for part in zip(taus, weights, given, strict=True)], -1)
 
 

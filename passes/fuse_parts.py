@@ -112,7 +112,8 @@ def _pays(nodes: list[fx.Node]) -> bool:
 
 
 def _density(parts: list[dict[str, Any]], sizes: list[int]) -> float:
-    return sum(part["density"] * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
+    kept: float = sum(part["density"] * size for part, size in zip(parts, sizes, strict=True))
+    return kept / sum(sizes)
 
 
 def _meta(node: fx.Node) -> dict[str, object]:
