@@ -48,7 +48,7 @@ RECIPE = "random"
 class Menu:
     """How a budget is spent.
 
-    kind: "rank", or "neuron" for masks of the input alone, one for all linears that are stacked, or "apart" for one each. density:
+    kind: "rank", or "neuron" for masks of the input alone, one for all linears stacked, or "apart" for one each. density:
     fraction of a router's ranks that is kept, where the cap on ranks allows it. stacked: one adapter for all up projections of a
     block. router_bits, factor_bits: 8 or 4, or 16 for the model's dtype, of routers and of what is behind the masks: the factors
     of rank adapters and the weights of neuron adapters.
