@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from rana_fx._version import __version__
-from rana_fx.commands import adapt, demo, evaluate, explain, generate
+from rana_fx.commands import adapt, demo, evaluate, explain, generate, tasks
 from rana_fx.errors import RanaError
 
 
@@ -70,6 +70,7 @@ app.command("adapt")(adapt.command)
 app.command("eval")(evaluate.command)
 app.command("explain")(explain.command)
 app.command("generate")(generate.command)
+app.command("tasks")(tasks.command)
 
 if __name__ == "__main__":
     app()

@@ -144,6 +144,13 @@ class PlanWriteError(RanaError, OSError):
     )
 
 
+class PackageMissing(RanaError, RuntimeError):
+    message = (
+        "{what} needs the package {package}, which cannot be imported ({reason}). "
+        "Install it with: pip install 'rana-fx[{extra}]'."
+    )
+
+
 # ---- kernels
 
 

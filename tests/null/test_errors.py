@@ -47,6 +47,12 @@ EXAMPLES = {
     "PlanVersion": {"path": "plans/p", "got": 9, "expected": 1, "todo": "Upgrade rana_fx."},
     "PlanFileError": {"path": "plans/p", "reason": "plan.json is missing"},
     "PlanWriteError": {"path": "plans/p", "reason": "No space left on device"},
+    "PackageMissing": {
+        "what": "evaluation on tasks",
+        "package": "lm_eval",
+        "reason": "No module named 'lm_eval'",
+        "extra": "eval",
+    },
     "BadOperand": {
         "name": "scale",
         "got": "(4,)",
