@@ -36,6 +36,13 @@ class Emitter:
             node = self._at.graph.call_method(name, args)
         return self._fill(node)
 
+    def after(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """``target(*args)`` behind ``at``, which is one of its arguments, and instead of it for all who read that."""
+        with self._at.graph.inserting_after(self._at):
+            node = self._at.graph.call_function(target, args)
+        self._at.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+        return self._fill(node)
+
     def factor(self, name: str, value: Tensor) -> fx.Node:
         """A get_attr node for a live tensor; one attribute per name and module."""
         if not hasattr(self._module, name):

@@ -45,6 +45,7 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
         emit = Emitter(graph_module, product)
         tau = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_tau", value)
         masked = emit.call(gate_mask, gate, tau)
+        masked.meta["rana_adapter"] = match.adapter.name
         product.replace_input_with(gate, masked)
         emit = Emitter(graph_module, linear.node)
         tiny = torch.full((match.adapter.ranks,), _TINY, device=value.device)

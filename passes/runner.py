@@ -17,8 +17,11 @@ from torch import fx
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from rana_fx.aliases import redirect
+from rana_fx.checkpointed import open_checkpoints
 from rana_fx.kernels import reference
 from rana_fx.passes import PIPELINE
+from rana_fx.passes.add_lowrank import add_lowrank
+from rana_fx.passes.beside import check_alone
 from rana_fx.passes.match import Matches, match_plan
 from rana_fx.passes.verify import verify
 from rana_fx.plan import Plan
@@ -49,19 +52,27 @@ def run(
         example_inputs: values of the placeholders; exported modules keep their weights as attributes and need none.
         plan: to use instead of the plan attached to the weights.
         prefill: one of rana_fx.prefill.MODES.
+
+    Raises:
+        LoraBeside.
     """
+    open_checkpoints(graph_module)
     redirect(graph_module)
     unfuse(graph_module, parameters_of(graph_module, example_inputs))
     matches = match_plan(graph_module, example_inputs, plan, prefill)
     replaced = dict.fromkeys((step.__name__ for step in PIPELINE), 0)
     if not matches.found:
+        if add_lowrank(graph_module, example_inputs, matches.attachments):
+            graph_module.recompile()
         return Result(replaced, matches)
+    check_alone(matches)
     order = next(_dumps)
     _dump(graph_module, order, "before")
     for step in PIPELINE:
         for match in matches.found:
             replaced[step.__name__] += step(graph_module, match)
     verify(graph_module, matches, sum(replaced.values()))
+    add_lowrank(graph_module, example_inputs, matches.attachments)
     graph_module.recompile()
     _dump(graph_module, order, "after")
     return Result(replaced, matches)

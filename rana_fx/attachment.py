@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rana_fx.adapters import Adapter
 from rana_fx.errors import PlanMismatch, WeightsFreed
 from rana_fx.guards import ATTRIBUTE
+from rana_fx.lowrank import LowRank
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.relayout import by_columns_, by_rows_
 from rana_fx.release import is_freed, unshared
@@ -42,6 +43,7 @@ class Factors(nn.Module):
         ``copy``: False to hold the plan's own tensors, where they are on that device.
         """
         super().__init__()
+        self.lowrank: LowRank | None = None
         for index, adapter in enumerate(plan.adapters):
             owners = [] if weights is None else [weights[base_name(site)] for site in adapter.sites]
             place = owners[0].device if owners else device
@@ -115,6 +117,15 @@ def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
     attachment.factors.__dict__["_owner"] = attachment
     for parameter in parameters:
         setattr(parameter, ATTRIBUTE, attachment)
+
+
+def renew(model: nn.Module) -> None:
+    """Put the attached plan on the model anew, with the same factors: code compiled for what was trained before recompiles."""
+    old = attached(bare(model))
+    assert old is not None
+    twin = Attachment(old.plan, old.factors, old.names)
+    twin.relaid, twin.unshared = old.relaid, old.unshared
+    _mark(twin, [parameter for parameter in bare(model).parameters() if attachment_of(parameter) is old])
 
 
 def attach(model: nn.Module, plan: Plan) -> None:

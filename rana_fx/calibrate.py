@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from rana_fx.aliases import redirect
+from rana_fx.checkpointed import open_checkpoints
 from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
 from rana_fx.groups import Fact, Reading, read_graph
 from rana_fx.guards import guard_weights
@@ -60,6 +61,7 @@ class Observer:
         self.operations = 0
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[object], **_: object) -> Callable[..., Any]:
+        open_checkpoints(graph_module)
         redirect(graph_module)
         unfuse(graph_module, parameters_of(graph_module, example_inputs))
         scan = find_linears(graph_module, example_inputs, self.names)

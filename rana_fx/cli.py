@@ -1,4 +1,4 @@
-"""``rana-fx``, the command line: adapt, evaluate, explain and try a model.
+"""``rana-fx``, the command line: adapt, fine-tune, evaluate, explain and try a model.
 
 In: arguments. Out: a table, and with ``--json FILE`` the same facts for programs. A mistake that rana_fx knows ends with one
 message on stderr and exit code 2; RANA_FX_DEBUG=1 shows the traceback instead.
@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from rana_fx._version import __version__
-from rana_fx.commands import adapt, demo, evaluate, explain, generate, tasks
+from rana_fx.commands import adapt, demo, evaluate, explain, finetune, generate, tasks
 from rana_fx.errors import RanaError
 
 
@@ -68,6 +68,7 @@ def main(
 app.command("demo")(demo.command)
 app.command("adapt")(adapt.command)
 app.command("eval")(evaluate.command)
+app.command("finetune")(finetune.command)
 app.command("explain")(explain.command)
 app.command("generate")(generate.command)
 app.command("tasks")(tasks.command)

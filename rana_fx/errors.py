@@ -144,11 +144,54 @@ class PlanWriteError(RanaError, OSError):
     )
 
 
-class PackageMissing(RanaError, RuntimeError):
+# ---- fine-tuning
+
+
+class NothingToTrain(RanaError, ValueError):
+    message = "nothing of {model} would be trained with what={what!r}: {reason}. Expected floating-point tensors; {todo}."
+
+
+class UnknownTarget(RanaError, ValueError):
     message = (
-        "{what} needs the package {package}, which cannot be imported ({reason}). "
-        "Install it with: pip install 'rana-fx[{extra}]'."
+        "LoRA target {target!r} matches no matrix that the adapted {model} multiplies by. Expected names of linears or factors, "
+        "or their ends; some are: {names}. Weights that factors replace are not read: target the factors (rana_fx.*)."
     )
+
+
+class LoraBeside(RanaError, RuntimeError):
+    message = (
+        "{site}: an adapter was put beside this linear (its weight {weight}), which the plan masks or replaces: it would bypass "
+        "the mask, and could not be merged. Expected peft's own wrappers only on linears that stayed dense; use "
+        "rana_fx.training.add_lora(model, peft.LoraConfig(...)) for the others."
+    )
+
+
+class MissingPackage(RanaError, RuntimeError):
+    message = "{what} needs the package {package}, which is not installed. Install it: pip install 'rana-fx[{extra}]'."
+
+
+class OutOfMemory(RanaError, RuntimeError):
+    message = (
+        "out of memory on {device}: {reason}. Expected batches of {batch_size} x {context} tokens to fit while training: {todo}."
+    )
+
+
+class LossNotFinite(RanaError, RuntimeError):
+    message = (
+        "step {step}: the {what} is {got}, expected a finite number. Parameters are as step {last} left them; {kept}. "
+        "Lower the learning rate (now {rate:g}), train in float32 or bfloat16, or look at the text of that step."
+    )
+
+
+class TooLittleText(RanaError, ValueError):
+    message = (
+        "{source}: {got} tokens were got, expected {asked} ({trained} to train on and {held_out} held out), in whole batches of "
+        "{batch}. Ask for fewer tokens or give more text: a text is not repeated."
+    )
+
+
+class CheckpointError(RanaError, ValueError):
+    message = "{path} cannot be resumed from: {reason}. Expected a checkpoint of the same plan, settings and text; {todo}."
 
 
 # ---- kernels

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from rana_fx._backend import backend, rewrite
 from rana_fx.attachment import attach
-from rana_fx.errors import InvalidOption, ModelError, PackageMissing, RanaError
+from rana_fx.errors import InvalidOption, MissingPackage, ModelError, RanaError
 from rana_fx.plan import Plan, load_plan
 from rana_fx.prefill import MODES
 
@@ -26,7 +26,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    raise PackageMissing(what="evaluation on tasks", package="lm_eval", reason=error, extra="eval") from error
+    raise MissingPackage(what="evaluation on tasks", package="lm_eval", extra="eval") from error
 
 # the paper's downstream tasks, zero-shot for Llama2-7b, five-shot for Gemma-2b
 PAPER_TASKS = ("winogrande", "piqa", "arc_easy", "arc_challenge", "hellaswag", "race")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rana_fx.aliases import redirect
+from rana_fx.checkpointed import open_checkpoints
 from rana_fx.layout import Layout
 from rana_fx.running import (
     bare,
@@ -74,6 +75,7 @@ class Stage:
         return next((mask for mask in self._masks.values() if mask.numel() == tokens), None)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        open_checkpoints(gm)
         redirect(gm)
         unfuse(gm, parameters_of(gm, example_inputs))
         through: dict[fx.Node, fx.Node] = {}

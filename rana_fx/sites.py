@@ -53,7 +53,7 @@ class Linear:
     @property
     def x(self) -> fx.Node:
         """The tensor it reads now: a rewrite of another layer may have put another node there."""
-        found = _operands(self.node, self.op)
+        found = operands_of(self.node)
         assert found is not None and isinstance(found[0], fx.Node)
         return found[0]
 
@@ -77,7 +77,7 @@ class Linear:
     @property
     def factor(self) -> tuple[fx.Node, bool]:
         """The node it multiplies by, and whether that is (in, out)."""
-        found = _operands(self.node, self.op)
+        found = operands_of(self.node)
         assert found is not None and isinstance(found[1], fx.Node)
         return found[1], not found[3]
 
@@ -193,7 +193,7 @@ def _match(
     writes: Writes,
 ) -> Linear | Skip | None:
     name = op_name(node)
-    operands = _operands(node, name)
+    operands = operands_of(node)
     if operands is None:
         return _expert(node, name, weights, names) or _computed(node, name, weights, names, constant)
     x, weight, bias, wants_transposed = operands
@@ -241,8 +241,9 @@ def _name(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter], names: Mapping
     return names.get(id(weights[node])) or source_name(node)
 
 
-def _operands(node: fx.Node, name: str) -> tuple[object, object, fx.Node | None, bool] | None:
+def operands_of(node: fx.Node) -> tuple[object, object, fx.Node | None, bool] | None:
     """(x, weight operand, bias, operand is (out, in)?) of a product that may be a linear."""
+    name = op_name(node)
     if name == "linear":
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         x = node.args[0] if node.args else node.kwargs.get("input")

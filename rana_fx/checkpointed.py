@@ -1,0 +1,70 @@
+"""Open regions of gradient checkpointing, so that the linears in them are found.
+
+    y = tag_activation_checkpoint(body, x, w)[0]        becomes        the nodes of body, each tagged to be recomputed
+
+In: a Dynamo graph in which ``torch.utils.checkpoint`` became a call of a graph of its own. Out: one flat graph, whose nodes carry
+the tags that PyTorch itself would put on them when AOTAutograd traces the region: the backward pass recomputes them instead of
+keeping their results. A region with a policy of its own (``context_fn``) is recomputed as a whole: same values, more work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+# tells regions apart, and which comes first: what a later one reads of an earlier one is kept. PyTorch counts its own from zero
+_regions = itertools.count(1 << 32)
+
+
+def open_checkpoints(graph_module: fx.GraphModule) -> int:
+    """Inline every region, also nested ones; returns how many."""
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint
+
+    opened = 0
+    for node in list(graph_module.graph.nodes):
+        if node.target is tag_activation_checkpoint and _only_indexed(node):
+            opened += 1 + _open(graph_module, node)
+    if opened:
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return opened
+
+
+def _only_indexed(node: fx.Node) -> bool:
+    return all(user.target is operator.getitem for user in node.users)
+
+
+def _open(graph_module: fx.GraphModule, node: fx.Node) -> int:
+    """Inline one; returns how many regions lay in it."""
+    graph, reference = graph_module.graph, node.args[0]
+    assert isinstance(reference, fx.Node)
+    body: Any = getattr(graph_module, str(reference.target))
+    region, made = next(_regions), dict[fx.Node, Any]()
+    nested = open_checkpoints(body)
+    operands = iter(node.args[1:])
+    results: Any = ()
+    with graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                made[inner] = next(operands)
+            elif inner.op == "output":
+                results = fx.map_arg(inner.args[0], made.__getitem__)
+            else:
+                made[inner] = graph.node_copy(inner, made.__getitem__)
+                if inner.op == "get_attr":
+                    made[inner].target = f"{reference.target}.{inner.target}"  # the body stays where its attributes are read
+                # the inner of two nested regions has tags already, which hold
+                made[inner].meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+                made[inner].meta.setdefault("ac_graph_id", region)
+    for user in list(node.users):
+        index: Any = user.args[1]
+        user.replace_all_uses_with(results[index])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    if not reference.users:
+        graph.erase_node(reference)
+    return nested

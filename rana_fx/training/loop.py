@@ -1,0 +1,231 @@
+"""The training loop: AdamW over batches in order, evaluated, checkpointed and resumed.
+
+In: an adapted model, compiled or not, batches of equal shape and settings. Out: the trained model and what happened.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rana_fx._backend import backend
+from rana_fx.attachment import MODULE, detach
+from rana_fx.errors import LossNotFinite, NoBatches, NothingToTrain
+from rana_fx.evaluate import evaluate
+from rana_fx.plan import tensor_bytes
+from rana_fx.running import bare, call, device_of, evaluating, to_device
+from rana_fx.training import checkpoint
+from rana_fx.training.parameters import attachment_to_train
+from rana_fx.training.settings import Settings
+
+
+@dataclass
+class Training:
+    """What happened: tokens seen, the loss of each step, and (step, mean loss on the held-out text) of each evaluation."""
+
+    tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train(
+    model: nn.Module,
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    settings: Settings,
+    held_out: Sequence[dict[str, Tensor]] = (),
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Training:
+    """Train what ``trainable`` or ``add_lora`` chose, on every batch once, in order.
+
+    Args:
+        model: a causal language model with a plan attached; compiled as the caller likes, or here by ``rana_fx.backend``.
+        batches: as ``rana_fx.text.token_batches`` makes them; those that are left over from whole steps are not used.
+        held_out: evaluated before, after, and every ``settings.evaluate_every`` steps.
+        folder: where checkpoints go. resume: go on from the one there; the result is the same as without the break.
+
+    Raises:
+        NoPlan, NoBatches, NothingToTrain, LossNotFinite, CheckpointError.
+    """
+    inner = bare(model)
+    found = attachment_to_train(inner)
+    chosen = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    steps = len(batches) // settings.accumulate
+    if not steps:
+        raise NoBatches(hint=f"{settings.accumulate} of token_batches, for one step")
+    if not chosen:
+        reason, todo = "all Parameters are frozen", "call rana_fx.training.trainable or add_lora"
+        raise NothingToTrain(model=type(inner).__name__, what=None, reason=reason, todo=todo)
+    plain = model is inner and model._compiled_call_impl is None
+    forward: Any = torch.compile(model, backend=backend) if plain else model
+    optimizer = torch.optim.AdamW(chosen.values(), lr=settings.rate, weight_decay=settings.weight_decay)
+    fingerprint = {"plan": found.plan.digest(), "text": _digest(batches), "trained Parameters": _names(chosen)}
+    if found.factors.lowrank is not None:
+        fingerprint["LoRA"] = found.factors.lowrank.extra_repr()
+    fingerprint |= {f"setting {key}": str(value) for key, value in asdict(settings).items()}
+    device, done = device_of(inner), Training()
+    teacher = _teacher(inner, chosen) if settings.distill else None
+    torch.manual_seed(settings.seed)
+    first = 0
+    if resume:
+        assert folder is not None, "resume needs the folder"
+        state = checkpoint.read(folder, fingerprint)
+        first = _restore(state, chosen, optimizer, done)
+    started, before = time.perf_counter(), done.seconds
+    bar = tqdm(total=sum(batch["input_ids"].numel() for batch in batches[: steps * settings.accumulate]), initial=done.tokens,
+               desc="finetune", unit="tok", unit_scale=True, disable=not progress)  # fmt: skip
+    with bar, _training(inner):
+        if held_out and not first:
+            done.evaluations.append((0, _held_out(forward, held_out)))
+        for step in range(first, steps):
+            rate = settings.rate_at(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            part = batches[step * settings.accumulate : (step + 1) * settings.accumulate]
+            loss = _accumulate(forward, teacher, [to_device(batch, device) for batch in part], settings)
+            norm = float(nn.utils.clip_grad_norm_(chosen.values(), settings.clip))
+            for what, value in (("loss", loss), ("norm of the gradients", norm)):
+                if not abs(value) < float("inf"):
+                    optimizer.zero_grad()
+                    written = _kept(folder, done, settings)
+                    raise LossNotFinite(step=step + 1, what=what, got=value, last=step, kept=written, rate=rate)
+            optimizer.step()
+            optimizer.zero_grad()
+            done.losses.append(loss)
+            done.tokens += (seen := sum(batch["input_ids"].numel() for batch in part))
+            done.seconds = before + time.perf_counter() - started
+            bar.update(seen)
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}")
+            last = step + 1 == steps
+            if held_out and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
+                done.evaluations.append((step + 1, _held_out(forward, held_out)))
+            if folder is not None and settings.checkpoint_every and (last or (step + 1) % settings.checkpoint_every == 0):
+                checkpoint.write(folder, _state(fingerprint, chosen, optimizer, done))
+    return done
+
+
+def _accumulate(
+    forward: Callable[..., Any], teacher: Callable[..., Any] | None, batches: list[dict[str, Tensor]], settings: Settings
+) -> float:
+    """Backward of the mean loss over the targets of some batches; returns it."""
+    masks = [_targets(batch) for batch in batches]
+    targets = sum(int(mask.sum()) for mask in masks)
+    if not targets:
+        raise NoBatches(hint="with two tokens in a row that are not padding")
+    total = 0.0
+    for batch, mask_BT in zip(batches, masks, strict=True):
+        with torch.autocast(mask_BT.device.type, settings.cast, enabled=settings.cast is not None):
+            logits = call(forward, batch).logits
+        rows = logits[:, :-1][mask_BT].float()
+        loss = nn.functional.cross_entropy(rows, batch["input_ids"][:, 1:][mask_BT], reduction="sum")
+        if teacher is not None:
+            right = call(teacher, batch).logits[:, :-1][mask_BT].float().log_softmax(-1)
+            divergence = nn.functional.kl_div(rows.log_softmax(-1), right, reduction="sum", log_target=True)
+            loss = (1 - settings.distill) * loss + settings.distill * divergence
+        loss = loss / targets
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _targets(batch: dict[str, Tensor]) -> Tensor:
+    """Which of the predictions (B, T - 1) count: neither from padding nor of padding."""
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask != 0
+    return real[:, 1:] & real[:, :-1]
+
+
+def _teacher(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Callable[..., Any]:
+    """The dense model's eager forward: the module itself while none of its own weights is trained, else a copy of it as it is."""
+    dense = model
+    if any(not name.startswith(f"{MODULE}.") for name in chosen):
+        dense = copy.deepcopy(model)
+        detach(dense)
+
+    def forward(**batch: Tensor) -> Any:
+        # also where the module itself was compiled in place
+        with torch.no_grad(), evaluating(dense), torch.compiler.set_stance("force_eager"):
+            return dense(**batch)
+
+    return forward
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """In training mode and without a cache of keys and values, then as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    config: Any = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    try:
+        model.train()
+        if cached:
+            config.use_cache = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if cached:
+            config.use_cache = cached
+
+
+def _held_out(forward: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+    return evaluate(forward, batches, progress=False).mean_loss
+
+
+def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
+    state = hashlib.sha256()
+    for batch in batches:
+        state.update(tensor_bytes(batch["input_ids"]))
+    return state.hexdigest()[:16]
+
+
+def _names(chosen: dict[str, nn.Parameter]) -> str:
+    shapes = {name: tuple(parameter.shape) for name, parameter in sorted(chosen.items())}
+    return f"{len(shapes)}, {hashlib.sha256(str(shapes).encode()).hexdigest()[:16]}"
+
+
+def _kept(folder: Path | None, done: Training, settings: Settings) -> str:
+    every = settings.checkpoint_every
+    if folder is None or not every or len(done.losses) < every:
+        return "no checkpoint was written yet"
+    return f"the checkpoint of step {len(done.losses) // every * every} is in {folder}"
+
+
+def _state(
+    fingerprint: dict[str, str], chosen: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, done: Training
+) -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "fingerprint": fingerprint,
+        "parameters": {name: parameter.detach() for name, parameter in chosen.items()},
+        "optimizer": optimizer.state_dict(),
+        "rng": [torch.get_rng_state(), *cuda],
+        "done": asdict(done),
+    }
+
+
+def _restore(state: dict[str, Any], chosen: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, done: Training) -> int:
+    """Everything as it was; returns the step to go on with."""
+    with torch.no_grad():
+        for name, parameter in chosen.items():
+            parameter.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"][0])
+    if len(state["rng"]) > 1:
+        torch.cuda.set_rng_state_all(state["rng"][1:])
+    done.tokens, done.losses, done.seconds = state["done"]["tokens"], state["done"]["losses"], state["done"]["seconds"]
+    done.evaluations = [(step, loss) for step, loss in state["done"]["evaluations"]]
+    return len(done.losses)

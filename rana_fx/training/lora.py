@@ -1,0 +1,229 @@
+"""LoRA on factors and on linears that stayed dense, by ``peft``.
+
+In: a model with a plan attached, and a ``peft.LoraConfig``. Out: the model with peft's two matrices beside each matrix that it
+multiplies by, made, initialised, named and saved by peft; the backend multiplies by them where a graph multiplies by the matrix,
+behind the same mask (passes/add_lowrank.py), so that merging changes nothing but rounding. Merging adds them for good.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rana_fx.attachment import MODULE, Attachment, attached, renew
+from rana_fx.errors import CheckpointError, InvalidOption, MissingPackage, NothingToTrain, UnknownTarget
+from rana_fx.lowrank import ADAPTER, LowRank, Matrix
+from rana_fx.running import bare, device_of
+from rana_fx.training.parameters import attachment_to_train, only, replaced, weights_to_train
+from rana_fx.weights import base_name
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# what the paper takes
+RANK, ALPHA, DROPOUT = 64, 16, 0.05
+# options that say which matrices, how large, how scaled and how initialised; others change what is computed
+_TAKEN = {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "init_lora_weights",
+}  # fmt: skip
+_SAID = {"task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+_INITIAL = (True, False, "gaussian")  # the others change the matrix, or need data
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def add_lora(model: nn.Module, config: LoraConfig | None = None, *, seed: int = 0) -> dict[str, nn.Parameter]:
+    """Train low-rank additions to matrices and freeze everything else; returns the new Parameters by name, for an optimizer.
+
+    The model then has them only compiled: called eagerly it is the dense model it was.
+
+    Args:
+        config: peft's. ``target_modules`` are names, or their ends, as peft takes them, of linears and of the plan's factors:
+            "o_proj", "lm_head", "rana_fx.a0_router"; here also with wildcards: "*_router". None or "all-linear": every floating
+            matrix of the plan, and the weight of every other linear that it knows, output heads included. Default: r=64,
+            lora_alpha=16, lora_dropout=0.05, as the paper has them.
+
+    Raises:
+        NoPlan, NothingToTrain, MissingPackage, InvalidOption: something of peft that is more than a low-rank addition.
+        UnknownTarget: matches no matrix that the adapted model multiplies by.
+    """
+    peft = _peft()
+    model = bare(model)
+    found = attachment_to_train(model)
+    config = lora_config() if config is None else copy.deepcopy(config)
+    _check(peft, config)
+    if found.factors.lowrank is not None:
+        raise InvalidOption(name="model", got=type(model).__name__, expected="one without LoRA: merge_lora(model) first")
+    chosen = _chosen(model, found, config)
+    config.target_modules = list(chosen)
+    with torch.inference_mode(False), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        matrices = {name: Matrix(matrix, transposed=transposed) for name, (matrix, transposed) in chosen.items()}
+        module = LowRank(matrices, config.lora_dropout, device_of(model))
+        peft.inject_adapter_in_model(config, module.adapters, adapter_name=ADAPTER)
+        # matrices of a model in 16 bits are trained in fp32
+        peft.tuners.tuners_utils.cast_adapter_dtype(module.adapters, ADAPTER)
+        for matrix in matrices.values():
+            matrix.lend()
+    module.train(model.training)
+    found.factors.lowrank = module
+    added = {f"{MODULE}.lowrank.{name}": parameter for name, parameter in module.named_parameters()}
+    only(model, added)
+    return added
+
+
+def lora_config(
+    *, rank: int = RANK, alpha: float = ALPHA, dropout: float = DROPOUT, targets: list[str] | None = None
+) -> LoraConfig:
+    """What ``add_lora`` takes by default, or with these. Raises MissingPackage, InvalidOption."""
+    peft = _peft()
+    if not 0 <= dropout < 1:
+        raise InvalidOption(name="dropout", got=dropout, expected="a probability in [0, 1)")
+    config: LoraConfig = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    return config
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add what LoRA trained to the matrices, rounded once to their dtype, and take it off; nothing where there is none."""
+    model = bare(model)
+    found = attached(model)
+    if found is None or found.factors.lowrank is None:
+        return
+    with torch.no_grad():
+        for addition in found.factors.lowrank.additions():
+            addition.matrix.copy_((addition.matrix.double() + addition.value()).to(addition.matrix.dtype))
+    found.factors.lowrank = None
+    renew(model)
+
+
+def save_lora(model: nn.Module, folder: str | Path) -> None:
+    """Write what LoRA trained as peft does: adapter_config.json and adapter_model.safetensors, which names the plan, too.
+
+    Raises:
+        NoPlan, NothingToTrain: there is no LoRA on the model.
+    """
+    from safetensors.torch import save_file
+
+    peft = _peft()
+    found = attachment_to_train(model)
+    module = _lowrank(model, found)
+    state = peft.get_peft_model_state_dict(module.adapters, adapter_name=ADAPTER, save_embedding_layers=False)
+    folder = Path(folder)
+    module.adapters.peft_config[ADAPTER].save_pretrained(str(folder))  # type: ignore[index, union-attr]
+    tensors = {name: value.detach().contiguous() for name, value in state.items()}
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt", "plan": found.plan.digest()})
+
+
+def load_lora(model: nn.Module, folder: str | Path) -> dict[str, nn.Parameter]:
+    """``add_lora`` with the matrices that ``save_lora`` wrote.
+
+    Raises:
+        CheckpointError: it is not there, or was trained with another plan. What ``add_lora`` raises.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    peft, folder = _peft(), Path(folder)
+    found = attachment_to_train(model)
+    try:
+        config = peft.LoraConfig.from_pretrained(str(folder))
+        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+            plan = (file.metadata() or {}).get("plan")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(path=folder, reason=f"it holds no LoRA ({error})", todo="save one there with save_lora") from error
+    digest = found.plan.digest()
+    if plan != digest:
+        reason = f"its LoRA belongs to plan {str(plan)[:12]}, attached is {digest[:12]}"
+        raise CheckpointError(path=folder, reason=reason, todo="attach that plan")
+    config.inference_mode = False
+    added = add_lora(model, config)
+    peft.set_peft_model_state_dict(_lowrank(model, found).adapters, state, adapter_name=ADAPTER)
+    return added
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingPackage(what="LoRA", package="peft", extra="train") from error
+    return peft
+
+
+def _lowrank(model: nn.Module, found: Attachment) -> LowRank:
+    if found.factors.lowrank is None:
+        raise NothingToTrain(model=type(bare(model)).__name__, what="lora", reason="it has no LoRA", todo="call add_lora")
+    return found.factors.lowrank
+
+
+def _check(peft: Any, config: Any) -> None:
+    if not isinstance(config, peft.LoraConfig):
+        raise InvalidOption(name="config", got=type(config).__name__, expected="a peft.LoraConfig")
+    plain = peft.LoraConfig()
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if option.name not in _TAKEN | _SAID and value != getattr(plain, option.name):
+            expected = "its default: that is more than a low-rank addition to a matrix, and could not be merged into a plan"
+            raise InvalidOption(name=option.name, got=value, expected=expected)
+    if config.init_lora_weights not in _INITIAL:
+        expected = "one of " + ", ".join(map(repr, _INITIAL))
+        raise InvalidOption(name="init_lora_weights", got=config.init_lora_weights, expected=expected)
+    if config.r < 1:
+        raise InvalidOption(name="r", got=config.r, expected="a positive number")
+
+
+def _chosen(model: nn.Module, found: Attachment, config: Any) -> dict[str, tuple[nn.Parameter, bool]]:
+    """The matrices that a config targets, by name. Raises UnknownTarget, NothingToTrain."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    possible = _possible(model, found)
+    targets = config.target_modules
+    if targets is None or targets == "all-linear":
+        targets = list(possible)
+    for target in [targets] if isinstance(targets, str) else sorted(targets):
+        config.target_modules = _spelled(target, possible) if isinstance(targets, list | set) else target
+        if not any(check_target_module_exists(_alone(config), name) for name in possible):
+            raise UnknownTarget(target=target, model=type(model).__name__, names=", ".join(list(possible)[:8]) or "none")
+    if not isinstance(targets, str):
+        targets = [name for target in targets for name in _spelled(target, possible)]
+    config.target_modules = targets
+    chosen = {name: entry for name, entry in possible.items() if targets and check_target_module_exists(config, name)}
+    if not chosen:
+        reason = "no matrix that it multiplies by is floating" if not possible else "exclude_modules and layers leave none over"
+        raise NothingToTrain(model=type(model).__name__, what="lora", reason=reason, todo="target others, or factors in 16 bits")
+    return chosen
+
+
+def _spelled(target: str, possible: dict[str, Any]) -> list[str]:
+    """A target without wildcards, as peft knows them."""
+    return [name for name in possible if fnmatch.fnmatchcase(name, target)] if "*" in target else [target]
+
+
+def _alone(config: Any) -> Any:
+    """The config without what takes away from its targets."""
+    bare_config = copy.copy(config)
+    bare_config.exclude_modules = bare_config.layers_to_transform = None
+    return bare_config
+
+
+def _possible(model: nn.Module, found: Attachment) -> dict[str, tuple[nn.Parameter, bool]]:
+    """(matrix, is it (in, out)?) of each floating matrix that the adapted model multiplies by, by name; tied ones once."""
+    named: dict[str, tuple[nn.Parameter, bool]] = {}
+    for index, adapter in enumerate(found.plan.adapters):
+        for key, transposed in (("router", adapter.router_tau is not None), ("weight", True)):
+            factor = found.tensor(index, key)
+            if isinstance(factor, nn.Parameter):
+                named[f"{MODULE}.a{index}_{key}"] = factor, transposed
+    weights, gone = weights_to_train(model, found), replaced(found.plan)
+    names = {id(weight): name for name, weight in weights.items()}  # of tied ones the last: the head rather than the embedding
+    for record in found.plan.sites:
+        weight = weights[base_name(record.name)]
+        live = base_name(record.name) not in gone and weight.dim() == 2 and weight.is_floating_point()
+        if live:
+            named.setdefault(names[id(weight)], (weight, record.transposed))
+    return named

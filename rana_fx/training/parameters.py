@@ -1,0 +1,85 @@
+"""Which Parameters of an adapted model are trained.
+
+In: a model with a plan attached. Out: its Parameters with ``requires_grad`` set, and a mark by which compiled code notices: the
+factors are no arguments of the compiled function, so nothing else would tell it that they have gradients now.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rana_fx.attachment import MODULE, Attachment, attached, renew
+from rana_fx.errors import InvalidOption, NoPlan, NothingToTrain, UnknownChoice
+from rana_fx.plan import Plan
+from rana_fx.running import bare, weights_of
+from rana_fx.weights import base_name
+
+WHAT = ("factors", "all")
+
+
+def trainable(model: nn.Module, *, what: str = "factors") -> dict[str, nn.Parameter]:
+    """Train these and freeze the rest; returns them by name, for an optimizer.
+
+    Args:
+        model: with a plan attached; may be compiled already, and compiles again on its next call.
+        what: "factors": the floating factors of the plan (router B, weight A, biases, shifts) and the model's own weights that
+            its masks select from. "all": also whatever else the model computes with. Never trained: thresholds, quantised factors
+            and weights that factors stand for, which the adapted model does not read.
+
+    Raises:
+        NoPlan, NothingToTrain, UnknownChoice, InvalidOption: a wrapper around the model.
+    """
+    if what not in WHAT:
+        raise UnknownChoice(kind="what", got=what, valid=", ".join(WHAT))
+    model = bare(model)
+    found = attachment_to_train(model)
+    factors = {f"{MODULE}.{name}": factor for name, factor in found.factors.named_parameters()}
+    weights = weights_to_train(model, found)
+    dead = {id(weights[name]) for name in replaced(found.plan)}
+    own = {id(weights[base_name(site)]) for adapter in found.plan.adapters if adapter.weight is None for site in adapter.sites}
+    chosen = dict(factors)
+    for name, parameter in model.named_parameters():
+        live = parameter.is_floating_point() and id(parameter) not in dead
+        if live and (what == "all" or id(parameter) in own):
+            chosen[name] = parameter
+    if not chosen:
+        reason = "the plan's factors are quantised, and it masks no weight of the model's"
+        raise NothingToTrain(model=type(model).__name__, what=what, reason=reason, todo='pass what="all"')
+    only(model, chosen)
+    return chosen
+
+
+def only(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
+    """Train these Parameters alone."""
+    kept = set(map(id, chosen.values()))
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(id(parameter) in kept)
+    renew(model)
+
+
+def attachment_to_train(model: nn.Module) -> Attachment:
+    """Raises NoPlan."""
+    found = attached(model)
+    if found is None:
+        raise NoPlan(site=next((name for name, _ in model.named_parameters()), type(model).__name__))
+    return found
+
+
+def weights_to_train(model: nn.Module, found: Attachment) -> dict[str, nn.Parameter]:
+    """The model's weights by the names that the plan has for them. Raises InvalidOption for a model inside another."""
+    weights = weights_of(model)
+    if any(base_name(record.name) not in weights for record in found.plan.sites):
+        expected = "the model that the plan was attached to; of a peft model, what merge_and_unload() returns"
+        raise InvalidOption(name="model", got=type(model).__name__, expected=expected)
+    return weights
+
+
+def replaced(plan: Plan) -> set[str]:
+    """Weights, all of whose linears have an adapter with a weight of its own: the adapted model does not read them."""
+    own = {site for adapter in plan.adapters if adapter.weight is not None for site in adapter.sites}
+    sites: dict[str, set[str]] = {}
+    for record in plan.sites:
+        sites.setdefault(base_name(record.name), set()).add(record.name)
+    left = {base_name(skip.site) for skip in plan.skips}
+    return {weight for weight, parts in sites.items() if parts <= own and weight not in left}

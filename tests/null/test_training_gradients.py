@@ -1,0 +1,129 @@
+"""Gradients of an adapted model: which there are, and that they are those of the model written out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rana_fx
+from rana_fx.attachment import attached
+from rana_fx.errors import InvalidOption, NoPlan, NothingToTrain, UnknownChoice
+from rana_fx.training import add_lora, trainable
+from tests.architectures import build, ids
+from tests.null.trained import EPS, adapted, compiled, gradients, relative
+
+
+class Site(nn.Module):
+    """One linear of an adapter as the paper writes it, apart from everything that rewrites graphs."""
+
+    def __init__(self, adapter, factors, index, span, linear):
+        super().__init__()
+        self.span, self.masked = span, adapter.weight is not None
+        self.linear = linear
+        self.factors, self.index = [factors], index
+
+    def forward(self, x):
+        factor = lambda key: getattr(self.factors[0], f"a{self.index}_{key}", None)  # noqa: E731
+        v = x if factor("router") is None else x @ factor("router").t()
+        v = v * (v.detach().float().square() >= factor("tau")).to(v.dtype)
+        if not self.masked:
+            return v @ self.linear.weight.t() + (0 if self.linear.bias is None else self.linear.bias)
+        y = v @ factor("weight") + (0 if factor("bias") is None else factor("bias"))
+        return y[..., self.span[0] : self.span[1]]
+
+
+def reference(model):
+    """A copy in fp64 that computes the plan by ordinary modules; its parameters have the names of the adapted model's."""
+    twin = copy.deepcopy(model).double()
+    found = attached(twin)
+    sizes = {record.name: record.out_features for record in found.plan.sites}
+    for index, adapter in enumerate(found.plan.adapters):
+        start = 0
+        for site in adapter.sites:
+            name = site.removesuffix(".weight")
+            span = (start, start + sizes[site])
+            twin.set_submodule(name, Site(adapter, found.factors, index, span, twin.get_submodule(name)))
+            start += sizes[site]
+    return twin
+
+
+@pytest.mark.parametrize("recipe", ["paper", "static", "teal", "wina"])
+def test_gradients_equal_those_of_the_written_out_model(recipe):
+    model, batch = adapted(recipe)
+    trainable(model, what="all")
+    twin = reference(model)
+    expected_loss, expected = gradients(twin, twin, batch)
+    expected = {name.replace(".linear.", "."): grad for name, grad in expected.items()}
+    # in fp64 masks are those of the reference, and only the order of sums differs
+    double = copy.deepcopy(model).double()
+    loss, got = gradients(double, compiled(double), batch)
+    assert got.keys() == expected.keys() and any(name.startswith("rana_fx.") for name in got) == (recipe in ("paper", "static"))
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    for name, grad in got.items():
+        assert relative(grad, expected[name]) < 1e-9, name
+    # in fp32 too, as far as no z^2 lies within rounding of its threshold: hence the share of gradients, not every one
+    _, single = gradients(model, compiled(model), batch)
+    worst = sorted(relative(single[name], expected[name]) for name in single)
+    assert worst[len(worst) // 2] < 1e5 * EPS
+
+
+@pytest.mark.slow
+def test_gradients_through_inductor():
+    model, batch = adapted(depth=1, recipe="static")
+    _, expected = gradients(model, compiled(model), batch)
+    _, got = gradients(model, compiled(model, "rana"), batch)
+    assert got.keys() == expected.keys()
+    for name, grad in got.items():
+        assert relative(grad, expected[name]) < 1e4 * EPS, name
+
+
+def test_what_is_trained():
+    model, batch = adapted()
+    factors = trainable(model)
+    assert {name for name in factors if not name.startswith("rana_fx.")} == {
+        f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)
+    }
+    assert {name.rpartition("_")[2] for name in factors if name.startswith("rana_fx.")} == {"router", "weight"}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(factors)
+    _, got = gradients(model, compiled(model), batch)
+    assert set(got) == set(factors)
+    everything = trainable(model, what="all")
+    assert set(factors) < set(everything)
+    # what factors stand for is not read, and not trained
+    assert not any("q_proj" in name or "gate_proj" in name for name in everything)
+    _, got = gradients(model, compiled(model), batch)
+    assert set(got) == set(everything)
+
+
+def test_compiled_code_notices():
+    model, batch = adapted()
+    trainable(model)
+    forward = compiled(model)
+    _, got = gradients(model, forward, batch)
+    assert "rana_fx.a0_router" in got
+    only_dense = next(name for name in trainable(model, what="all") if name.endswith("norm.weight"))
+    _, got = gradients(model, forward, batch)
+    assert {"rana_fx.a0_router", only_dense} <= set(got)
+    trainable(model)
+    assert only_dense not in gradients(model, forward, batch)[1]
+
+
+def test_autocast_trains_fp32_factors():
+    model, batch = adapted(recipe="static")
+    _, expected = gradients(model, compiled(model), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, got = gradients(model, compiled(model), batch)
+    assert got.keys() == expected.keys()
+    for name, grad in got.items():
+        assert grad.dtype == torch.float32 and relative(grad, expected[name]) < 0.1, name
+
+
+def test_quantised_factors_are_not_trained():
+    model, batch = build("llama", 1)
+    rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.9, recipe="dense", progress=False)
+    with pytest.raises(NothingToTrain, match='what="all"'):
+        trainable(model)
+    assert trainable(model, what="all")
