@@ -19,7 +19,7 @@ import typer
 from bench.quantised import rounding_of
 from bench.table import Row, figures, read
 
-_COLORS = {
+COLORS = {
     "static": "tab:gray",
     "cats": "tab:green",
     "teal": "tab:orange",
@@ -61,7 +61,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             points = sorted((row for row in here if row["recipe"] == recipe), key=lambda row: row["measured"][metric])
             rounding = rounding_of(recipe)
             if rounding is None:
-                _draw(axis, points, metric, color=_COLORS.get(recipe), marker="o", linestyle="-")
+                _draw(axis, points, metric, color=COLORS.get(recipe), marker="o", linestyle="-")
             else:
                 _draw(axis, points, metric, color=_ROUNDED[rounding.optimal], marker=next(markers), linestyle="none")
         axis.set(xlabel=f"measured budget ({metric}, of dense)", ylabel="increase of mean loss, nats", title=name, yscale="log")

@@ -1,0 +1,240 @@
+"""The report of ``bench.reproduce``: tables in Markdown, and a figure, from the rows of one model.
+
+In: a JSONL file. Out: two files beside it, ``.md`` and ``.png``. Where several rows are of one point the last one counts. The
+figure is made by ``bench/report_plot.py``. What tables show is in the rows; only differences and their intervals are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.compare import interval
+from bench.ledger import Row, latest, whole_rows
+from bench.report_plot import plot
+from rana_fx.commands.record import cell
+
+_SETTINGS = (
+    "calibration", "calibration_tokens", "context", "dtype", "metric", "seed", "eval_tokens", "mlp_tokens", "text_trained",
+    "tokens", "method", "distill", "autocast", "batch_size", "thresholds", "rank", "compile", "passes", "shots", "limit",
+)  # fmt: skip
+
+
+def write_report(path: Path) -> Path:
+    """Write both files; returns the Markdown's."""
+    rows = whole_rows(path)
+    figure, report = path.with_suffix(".png"), path.with_suffix(".md")
+    drawn = plot(rows, figure)
+    report.write_text(markdown(rows, figure.name if drawn else None, path.name), encoding="utf-8")
+    return report
+
+
+def markdown(rows: Sequence[Row], figure: str | None, source: str) -> str:
+    """The whole report."""
+    stages: dict[str, list[Row]] = {}
+    for row in rows:
+        stages.setdefault(row["stage"], []).append(row)
+    names = ", ".join(dict.fromkeys(row["model"] for row in rows)) or "nothing yet"
+    parts = [f"# {names}: what adapting costs, and what training gives back", f"Rows: `{source}`."]
+    parts += [f"![curves]({figure})"] if figure is not None else []
+    sections = (
+        ("quality", "Loss before training", _quality),
+        ("finetune", "Loss after training", _finetune),
+        ("tasks", "Downstream tasks", _tasks),
+        ("mlp", "Errors of MLP outputs", _mlp),
+        ("ranks", "Components an input needs", _ranks),
+        ("latency", "Decoding", _latency),
+    )
+    for stage, title, section in sections:
+        if stage in stages:
+            parts += [f"## {title}", *section(stages[stage]), _made_with(stages[stage])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _quality(rows: list[Row]) -> Iterable[str]:
+    lines = []
+    for row in _ordered(latest(rows, "text", "recipe", "budget").values()):
+        low, high = row.get("interval", (None, None))
+        spent = row.get("measured", {}).get(row["metric"])
+        values = (row.get(key) for key in ("mean_loss", "perplexity", "delta"))
+        lines.append(
+            (
+                row["text"],
+                row["recipe"],
+                row["budget"],
+                _or_why(row, spent),
+                *values,
+                low,
+                high,
+                row.get("kl"),
+                row.get("agreement"),
+            )
+        )
+    yield _table(
+        ("text", "recipe", "budget", "measured", "mean loss", "perplexity", "increase", "2.5 %", "97.5 %", "KL", "same token"),
+        lines,
+    )
+
+
+def _finetune(rows: list[Row]) -> Iterable[str]:
+    found = latest(rows, "recipe", "budget")
+    dense = found.get(("dense", 1.0), {}).get("results")
+    lines, runs = [], []
+    for row in _ordered(found.values()):
+        point = (row["recipe"], row["budget"])
+        if "results" not in row:
+            lines.append(("-", *point, _or_why(row, None), *[None] * 7))
+            continue
+        for text, result in row["results"].items():
+            before, after = result["before"], result["after"]
+            spent = after["measured"][row["metric"]]
+            if dense is None or text not in dense or row["recipe"] == "dense":
+                lines.append((text, *point, spent, before["mean_loss"], after["mean_loss"], *[None] * 5))
+                continue
+            lines.append((text, *point, spent, before["mean_loss"], after["mean_loss"], *left(result, dense[text])))
+        base = found.get(("dense", 1.0), {})
+        faster = _over(row["tokens_per_s"], base.get("tokens_per_s"))
+        runs.append(
+            (
+                *point,
+                f"{row['rate']:g}",
+                row["tokens_trained"],
+                row["tokens_per_s"],
+                faster,
+                row["peak_gb"],
+                _over(row["peak_gb"], base.get("peak_gb")),
+                _tried(row),
+            )
+        )
+    yield (
+        "Increase before: over the dense model. Increase left: over the dense model trained on the same batches, with its 95 % "
+        "interval over documents. Left: one over the other."
+    )
+    columns = (
+        "text",
+        "recipe",
+        "budget",
+        "measured",
+        "loss before",
+        "loss after",
+        "increase before",
+        "increase left",
+        "2.5 %",
+        "97.5 %",
+        "left",
+    )
+    yield _table(columns, lines)
+    yield _table(
+        ("recipe", "budget", "rate", "tokens", "tokens/s", "of dense", "peak GB", "of dense", "losses of rates tried"), runs
+    )
+
+
+def left(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float | None, ...]:
+    """(increase before, increase left, its interval, one over the other)."""
+    increase = result["before"]["mean_loss"] - dense["before"]["mean_loss"]
+    remains = result["after"]["mean_loss"] - dense["after"]["mean_loss"]
+    ours, theirs = (torch.tensor(found["after"]["sums"], dtype=torch.float64) for found in (result, dense))
+    low, high = interval(ours - theirs, torch.tensor(result["after"]["counts"], dtype=torch.float64))
+    return increase, remains, low, high, remains / increase if increase > 0 else None
+
+
+def _tasks(rows: list[Row]) -> Iterable[str]:
+    lines = []
+    for row in _ordered(latest(rows, "recipe", "budget", "state").values()):
+        if "scores" not in row:
+            lines.append((row["recipe"], row["budget"], row["state"], "-", _or_why(row, None), None, None))
+            continue
+        for task, scores in row["scores"].items():
+            for metric, value in scores.items():
+                if not metric.endswith("_stderr"):
+                    error = scores.get(f"{metric}_stderr")
+                    lines.append((row["recipe"], row["budget"], row["state"], task, metric, value, error))
+    yield _table(("recipe", "budget", "", "task", "metric", "score", "standard error"), lines)
+
+
+def _mlp(rows: list[Row]) -> Iterable[str]:
+    lines = [
+        (row["recipe"], row["budget"], _or_why(row, row.get("measured")), row.get("error"), *_ends(row))
+        for row in _ordered(latest(rows, "recipe", "budget").values())
+    ]
+    yield "Relative squared error of one MLP's output, all else dense, on held-out text: mean over blocks, least, largest."
+    yield _table(("recipe", "budget of the MLP", "measured", "mean", "least", "largest"), lines)
+
+
+def _ends(row: Row) -> tuple[float | None, float | None]:
+    values = [block["error"] for block in row.get("blocks", [])]
+    return (min(values), max(values)) if values else (None, None)
+
+
+def _ranks(rows: list[Row]) -> Iterable[str]:
+    groups: dict[tuple[str, str, float], list[Row]] = {}
+    for need in rows[-1]["needs"]:
+        groups.setdefault((need["role"], need["basis"], need["energy"]), []).append(need)
+    kept = ("mean", "q10", "q50", "q90")
+    yield "Fraction of components that hold a share of a token's energy, mean over linears (the paper's Figs. 2a, 2b)."
+    lines = [(*key, *(sum(need[name] for need in found) / len(found) for name in kept)) for key, found in groups.items()]
+    yield _table(("linears", "basis", "share", *kept), lines)
+
+
+def _latency(rows: list[Row]) -> Iterable[str]:
+    lines = []
+    for row in rows[-1]["rows"]:
+        if row["kind"] == "decode":
+            name = _decoded(row["variant"], rows[-1]["points"])
+            values = (
+                row["tokens_per_s"],
+                row["ms_per_token"]["p50"],
+                row.get("dense_ratio"),
+                row["compile_seconds"],
+                row["peak_gb"],
+            )
+            lines.append((name, row["batch"], *values))
+        elif row["kind"] == "skipped":
+            lines.append((_decoded(row["variant"], rows[-1]["points"]), row.get("batch"), row["reason"], *[None] * 4))
+    yield _table(("variant", "batch", "tokens/s", "ms a token", "x dense", "compile s", "peak GB"), lines)
+
+
+def _decoded(variant: str, points: dict[str, Sequence[Any]]) -> str:
+    """A saved plan is called by its folder there."""
+    found = next((point for folder, point in points.items() if variant.startswith(folder)), None)
+    return variant if found is None else f"{found[0]} {found[1]:g}"
+
+
+def _tried(row: Row) -> str:
+    return ", ".join(
+        f"{rate}: {loss:.4f}" if isinstance(loss, float) else f"{rate}: {loss}" for rate, loss in row.get("tried", {}).items()
+    )
+
+
+def _or_why(row: Row, value: Any) -> Any:
+    return row.get("unreachable") or row.get("failed") or value
+
+
+def _over(value: float | None, base: float | None) -> float | None:
+    return value / base if value and base else None
+
+
+def _ordered(rows: Iterable[Row]) -> list[Row]:
+    """By text, then from the largest budget."""
+    return sorted(rows, key=lambda row: (row.get("text", ""), -row["budget"], row["recipe"], row.get("state", "") == "trained"))
+
+
+def _made_with(rows: list[Row]) -> str:
+    """Settings, commits, machines and commands of a section's rows."""
+    facts = [f"{name} {_values(rows, name)}" for name in _SETTINGS if any(row.get(name) is not None for row in rows)]
+    commits = dict.fromkeys(f"{row['commit'][:7]}{' (changed)' if row['dirty'] else ''}" for row in rows)
+    torches = dict.fromkeys(row["versions"]["torch"] for row in rows)
+    lines = [f"Commit {', '.join(commits)}; {_values(rows, 'device')}; torch {', '.join(torches)}; {'; '.join(facts)}."]
+    return "\n\n".join([*lines, "    " + "\n    ".join(dict.fromkeys(row["command_line"] for row in rows))])
+
+
+def _values(rows: list[Row], name: str) -> str:
+    return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([cell(value).replace("|", "\\|") for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
