@@ -27,6 +27,8 @@ COLORS = {
     "slicegpt": "tab:purple",
     "paper": "tab:blue",
     "rana": "black",
+    "rana_alone": "dimgray",
+    "neuron_ideal": "tab:cyan",
 }
 _FLOOR = 1e-4
 _ROUNDED = {False: "tab:brown", True: "tab:cyan"}  # by whether it is optimal

@@ -50,7 +50,9 @@ def markdown(rows: Sequence[Row], figure: str | None, source: str) -> str:
     )
     for stage, title, section in sections:
         if stage in stages:
-            parts += [f"## {title}", *section(stages[stage]), _made_with(stages[stage])]
+            parts += [f"## {title}", *section(stages[stage]), *_not_reached(stages[stage]), _made_with(stages[stage])]
+    if rows:
+        parts += ["## Commands", "    " + "\n    ".join(dict.fromkeys(row["command_line"] for row in rows))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -182,25 +184,14 @@ def _ranks(rows: list[Row]) -> Iterable[str]:
 def _latency(rows: list[Row]) -> Iterable[str]:
     lines = []
     for row in rows[-1]["rows"]:
+        point = rows[-1]["points"].get(row.get("plan"))
+        name = row.get("variant") if point is None else f"{point[0]} {point[1]:g}"
         if row["kind"] == "decode":
-            name = _decoded(row["variant"], rows[-1]["points"])
-            values = (
-                row["tokens_per_s"],
-                row["ms_per_token"]["p50"],
-                row.get("dense_ratio"),
-                row["compile_seconds"],
-                row["peak_gb"],
-            )
-            lines.append((name, row["batch"], *values))
+            times = (row["tokens_per_s"], row["ms_per_token"]["p50"], row.get("dense_ratio"))
+            lines.append((name, row["batch"], *times, row["compile_seconds"], row["peak_gb"]))
         elif row["kind"] == "skipped":
-            lines.append((_decoded(row["variant"], rows[-1]["points"]), row.get("batch"), row["reason"], *[None] * 4))
+            yield f"{name} was not timed: {row['reason']}"
     yield _table(("variant", "batch", "tokens/s", "ms a token", "x dense", "compile s", "peak GB"), lines)
-
-
-def _decoded(variant: str, points: dict[str, Sequence[Any]]) -> str:
-    """A saved plan is called by its folder there."""
-    found = next((point for folder, point in points.items() if variant.startswith(folder)), None)
-    return variant if found is None else f"{found[0]} {found[1]:g}"
 
 
 def _tried(row: Row) -> str:
@@ -210,7 +201,15 @@ def _tried(row: Row) -> str:
 
 
 def _or_why(row: Row, value: Any) -> Any:
-    return row.get("unreachable") or row.get("failed") or value
+    return "unreachable" if "unreachable" in row else "failed" if "failed" in row else value
+
+
+def _not_reached(rows: list[Row]) -> Iterable[str]:
+    """Why points of a section have no numbers, each reason once."""
+    whys = dict.fromkeys(
+        (row["recipe"], row.get("unreachable") or row["failed"]) for row in rows if {"unreachable", "failed"} & row.keys()
+    )
+    return [f"{recipe}: {why}" for recipe, why in whys]
 
 
 def _over(value: float | None, base: float | None) -> float | None:
@@ -223,12 +222,11 @@ def _ordered(rows: Iterable[Row]) -> list[Row]:
 
 
 def _made_with(rows: list[Row]) -> str:
-    """Settings, commits, machines and commands of a section's rows."""
+    """Settings, commits and machines of a section's rows."""
     facts = [f"{name} {_values(rows, name)}" for name in _SETTINGS if any(row.get(name) is not None for row in rows)]
     commits = dict.fromkeys(f"{row['commit'][:7]}{' (changed)' if row['dirty'] else ''}" for row in rows)
     torches = dict.fromkeys(row["versions"]["torch"] for row in rows)
-    lines = [f"Commit {', '.join(commits)}; {_values(rows, 'device')}; torch {', '.join(torches)}; {'; '.join(facts)}."]
-    return "\n\n".join([*lines, "    " + "\n    ".join(dict.fromkeys(row["command_line"] for row in rows))])
+    return f"Commit {', '.join(commits)}; {_values(rows, 'device')}; torch {', '.join(torches)}; {'; '.join(facts)}."
 
 
 def _values(rows: list[Row], name: str) -> str:

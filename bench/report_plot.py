@@ -96,7 +96,7 @@ def _latency(axis: Any, rows: list[Row]) -> None:
     decoded = [row for row in rows[-1]["rows"] if row["kind"] == "decode" and row["batch"] == 1]
     plans: list[tuple[str, float, float]] = []
     for row in decoded:
-        point = next((point for folder, point in points.items() if row["variant"].startswith(folder)), None)
+        point = points.get(row.get("plan"))
         if point is None:
             axis.axhline(row["tokens_per_s"], linestyle="--", linewidth=1, color="tab:gray")
             axis.annotate(row["variant"], (0.02, row["tokens_per_s"]), xycoords=("axes fraction", "data"), fontsize="small")

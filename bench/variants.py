@@ -79,8 +79,7 @@ def variants(
             raise InvalidOption(name="--variants", got=name, expected="some of " + ", ".join(NAMES))
     found = [Variant(name, "dense", None if name == "eager" else name) for name in NAMES[:3] if name in given]
     if "rana" in given:
-        # several plans may have one budget
-        found += [Variant(path.name, "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
+        found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
         for menu in menus:
             name = "rana" if menu.label == "rank" else f"rana {menu.label}"
             found += [Variant(name, "rana", mode, budget, menu=menu, prefill=prefill) for budget in budgets]

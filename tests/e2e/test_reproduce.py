@@ -150,8 +150,8 @@ def test_latency_hands_every_plan_to_the_bench_of_decoding(rows, run, monkeypatc
         inspect.signature(decode.main).bind(model, **options)
         calls.append(options)
         times = {"tokens_per_s": 10.0, "ms_per_token": {"p50": 100.0}, "compile_seconds": 1.0, "peak_gb": None, "batch": 1}
-        names = ["eager", *(f"{path.name} 0.6" for path in options["plan"])]
-        options["out"].write_text("".join(json.dumps({"kind": "decode", "variant": name, **times}) + "\n" for name in names))
+        names = [{"variant": "eager"}, *({"variant": "rana 0.6", "plan": path.name} for path in options["plan"])]
+        options["out"].write_text("".join(json.dumps({"kind": "decode", **name, **times}) + "\n" for name in names))
 
     monkeypatch.setattr(decode, "main", fake)
     run(stages="latency", variants="eager,rana")
