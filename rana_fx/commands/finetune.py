@@ -64,7 +64,7 @@ def command(
     from rana_fx import attach, detach, load_plan
     from rana_fx.errors import InvalidOption, TooLittleText, UnknownChoice
     from rana_fx.evaluate import evaluate, evaluate_adapted, load_model
-    from rana_fx.training import Settings, best_rate, merge_lora, rethreshold, train, trained_plan
+    from rana_fx.training import Settings, best_rate, checkpoint_gradients, merge_lora, rethreshold, train, trained_plan
     from rana_fx.training.checkpoint import rate_of
 
     if method not in METHODS:
@@ -97,7 +97,7 @@ def command(
     before, _ = evaluate_adapted(network, rest)
     _choose(network, method, rank=rank, alpha=alpha, dropout=dropout, targets=target, seed=seed)
     if gradient_checkpointing:
-        _checkpointing(network)
+        checkpoint_gradients(network)
     rates: dict[float, float] = {}
     with explained(
         device=network.device, out=out, batch_size=batch_size, context=context, method=method, distill=distill,
@@ -190,13 +190,3 @@ def _choose(
         add_lora(network, config, seed=seed)
     else:
         trainable(network, what="all" if method == "full" else "factors")
-
-
-def _checkpointing(network: Any) -> None:
-    if hasattr(network, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-        network.activation_checkpointing_enable()
-    else:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # a hook that gives frozen embeddings gradients, for the reentrant kind; it breaks the graph in two
-    if getattr(network, "_require_grads_hooks", None):
-        network.disable_input_require_grads()

@@ -9,6 +9,7 @@ from rana_fx.training.loop import Training, train
 from rana_fx.training.lora import add_lora, load_lora, lora_config, merge_lora, save_lora
 from rana_fx.training.parameters import trainable
 from rana_fx.training.rates import best_rate
+from rana_fx.training.recompute import checkpoint_gradients
 from rana_fx.training.settings import Settings
 from rana_fx.training.thresholds import rethreshold
 
@@ -17,6 +18,7 @@ __all__ = [
     "Training",
     "add_lora",
     "best_rate",
+    "checkpoint_gradients",
     "load_lora",
     "lora_config",
     "merge_lora",

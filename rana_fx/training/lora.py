@@ -62,6 +62,7 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, *, seed: int = 
         raise InvalidOption(name="model", got=type(model).__name__, expected="one without LoRA: merge_lora(model) first")
     chosen = _chosen(model, found, config)
     config.target_modules = list(chosen)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # have been heard
     with torch.inference_mode(False), torch.random.fork_rng():
         torch.manual_seed(seed)
         matrices = {name: Matrix(matrix, transposed=transposed) for name, (matrix, transposed) in chosen.items()}

@@ -16,6 +16,8 @@ import rana_fx
 from rana_fx._backend import rewrite
 from rana_fx.cli import app
 from rana_fx.commands.finetune import _shuffled
+from rana_fx.commands.memory import explained
+from rana_fx.errors import OutOfMemory
 from rana_fx.evaluate import load_model
 from rana_fx.training import loop
 
@@ -60,7 +62,8 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training graphs run as they are rewritten: compiling them takes a minute each, and tests/null/test_training.py does."""
+    """Training graphs run as they are rewritten: compiling them takes a minute each, and
+    tests/null/test_training_gradients.py does."""
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         rewrite(gm, example_inputs)
@@ -128,7 +131,8 @@ def test_resuming_gives_the_same_plan(adapted: tuple[Path, Path], tmp_path: Path
     with monkeypatch.context() as patch:
         patch.setattr(loop.checkpoint, "write", killed)
         broken = call("finetune", adapted[0], "--plan", adapted[1], "--data", TEXT, "--out", tmp_path / "b", *HEAD, *SIZES, *args)
-    assert broken.exit_code != 0 and not (tmp_path / "b" / "plan").exists()
+    assert broken.exit_code == 130 and not (tmp_path / "b" / "plan").exists()
+    assert "interrupted: --resume goes on from the checkpoint in" in broken.output
     facts, _ = finetune(adapted, tmp_path / "b", *args, "--resume", "--lr", "auto")
     assert facts["losses"] == whole["losses"] and facts["digest"] == whole["digest"] and facts["rate"] == 1e-3
 
@@ -140,7 +144,7 @@ def test_resuming_gives_the_same_plan(adapted: tuple[Path, Path], tmp_path: Path
         (("--tokens", 10), r"option --tokens=10 is not valid: expected at least 256, one step of 1 x 4 x 64"),
         (("--lr", "fast"), r"option --lr='fast' is not valid: expected a positive number or auto"),
         (("--method", "qlora"), r"method='qlora' is not known. Pick one of: lora, full, factors"),
-        (("--target", "*.q_proj.*"), r"LoRA target '\*.q_proj.\*' matches no matrix"),
+        (("--target", "q_proj"), r"LoRA target 'q_proj' matches no matrix"),
         (("--resume",), r"cannot be resumed from: there is no such file"),
     ],
 )
@@ -162,3 +166,33 @@ def test_a_plan_for_another_model_is_refused(adapted: tuple[Path, Path], tmp_pat
     args = ("--plan", adapted[1], "--data", TEXT, "--out", tmp_path / "out")
     result = call("finetune", tmp_path / "other", *args, *HEAD, *SIZES)
     assert result.exit_code == 2 and "does not fit" in result.output and "up_proj" in result.output
+
+
+def test_too_little_memory_says_what_to_lower(
+    adapted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 79 GiB.")
+
+    monkeypatch.setattr(loop, "_accumulate", full)
+    head = ("finetune", adapted[0], "--plan", adapted[1], "--data", TEXT, "--out", tmp_path / "out", "--lr", 1e-3)
+    result = call(*head, *HEAD, *SIZES)
+    text = " ".join(result.output.split())
+    assert result.exit_code == 2 and "error: out of memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB. Exp" in text
+    assert text.endswith(
+        "batches of 4 x 64 tokens to fit while training: lower --batch-size (and raise --accumulate, for as many tokens a step), "
+        "or pass --gradient-checkpointing."
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_size": 1, "checkpointing": True}, r"of 1 x 64 tokens to fit while training: lower --context\.$"),
+        ({"method": "full", "distill": 0.5}, r"take --method lora, or leave --distill out, whose teacher is a copy\.$"),
+    ],
+)
+def test_too_little_memory_says_no_more_than_helps(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"batch_size": 4, "context": 64, "method": "lora", "distill": 0.0, "checkpointing": False}
+    with pytest.raises(OutOfMemory, match=message), explained(device="cuda:0", out=tmp_path, **settings | given):
+        raise torch.OutOfMemoryError("CUDA out of memory.")

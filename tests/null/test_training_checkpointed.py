@@ -10,17 +10,11 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from rana_fx._backend import rewrite
+from rana_fx.attachment import renew
 from rana_fx.checkpointed import open_checkpoints
 from rana_fx.kernels.ops import masked_gemv
-from rana_fx.training import add_lora, lora_config, trainable
+from rana_fx.training import add_lora, checkpoint_gradients, lora_config
 from tests.null.trained import EPS, adapted, compiled, gradients, relative
-
-
-def checkpointing(model):
-    model.train()
-    model.activation_checkpointing_enable() if hasattr(model, "activation_checkpointing_enable") else (
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    )
 
 
 def partitioned(kept, products):
@@ -41,39 +35,33 @@ def partitioned(kept, products):
     return how
 
 
-def compare(model, batch):
-    """(kept without, kept with) checkpointing, after both gave the same loss and gradients."""
-    kept, products = [], []
+def test_it_trains_the_same_and_keeps_less():
+    """Also what LoRA drops: recomputed from other random numbers, gradients would be of another model."""
+    model, batch = adapted(depth=1)
+    add_lora(model, lora_config(rank=4, dropout=0.3))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(True)
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    renew(model)
+    kept, products, found = [], [], []
     model.train()
-    torch.manual_seed(3)
-    loss, expected = gradients(model, compiled(model, partitioned(kept, products)), batch)
-    checkpointing(model)
-    torch.manual_seed(3)
-    other, got = gradients(model, compiled(model, partitioned(kept, products)), batch)
+    for switch in (lambda _: None, checkpoint_gradients):
+        switch(model)
+        torch.manual_seed(3)
+        found.append(gradients(model, compiled(model, partitioned(kept, products)), batch))
+    (loss, expected), (other, got) = found
     assert products[0] == products[1] > 0  # every linear of a region was found
     assert abs(other - loss) < 1e-6 * abs(loss) and got.keys() == expected.keys()
+    assert "rana_fx.a0_router" in got and sum("lora_" in name for name in got) > 8
     for name, grad in got.items():
         assert relative(grad, expected[name]) < 1e4 * EPS, name
-    return kept, got
-
-
-def test_it_trains_the_same_and_keeps_less():
-    model, batch = adapted()
-    trainable(model)
-    kept, got = compare(model, batch)
-    assert "rana_fx.a0_router" in got
     # per layer only what enters it, as PyTorch's own checkpoints of the dense model keep
     assert kept[1] < kept[0]
 
 
-def test_dropout_of_lora_is_drawn_once():
-    """The backward pass recomputes what was dropped from the same random numbers, or gradients would be of another model."""
-    model, batch = adapted(depth=1)
-    add_lora(model, lora_config(rank=4, dropout=0.3))
-    with torch.no_grad():
-        for parameter in model.rana_fx.lowrank.parameters():
-            parameter.normal_(0, 0.1)
-    compare(model, batch)
+def policy():
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 class Regions(nn.Module):
@@ -92,10 +80,7 @@ class Regions(nn.Module):
 
     def forward(self, x):
         first, second = checkpoint(self.outer, x, use_reentrant=False)
-        policy = lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE  # noqa: E731
-        third = checkpoint(
-            self.inner, first, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
-        )
+        third = checkpoint(self.inner, first, use_reentrant=False, context_fn=policy)
         return third + second
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import rana_fx
-from rana_fx.attachment import attached
-from rana_fx.errors import InvalidOption, NoPlan, NothingToTrain, UnknownChoice
-from rana_fx.training import add_lora, trainable
+from rana_fx.attachment import attached, renew
+from rana_fx.errors import NoPlan, NothingToTrain, UnknownChoice
+from rana_fx.training import add_lora, lora_config, trainable
 from tests.architectures import build, ids
-from tests.null.trained import EPS, adapted, compiled, gradients, relative
+from tests.null.trained import EPS, adapted, compiled, eager, gradients, relative
 
 
 class Site(nn.Module):
@@ -50,9 +50,9 @@ def reference(model):
     return twin
 
 
-@pytest.mark.parametrize("recipe", ["paper", "static", "teal", "wina"])
+@pytest.mark.parametrize("recipe", ["paper", "wina"])
 def test_gradients_equal_those_of_the_written_out_model(recipe):
-    model, batch = adapted(recipe)
+    model, batch = adapted(recipe, depth=1)
     trainable(model, what="all")
     twin = reference(model)
     expected_loss, expected = gradients(twin, twin, batch)
@@ -60,7 +60,7 @@ def test_gradients_equal_those_of_the_written_out_model(recipe):
     # in fp64 masks are those of the reference, and only the order of sums differs
     double = copy.deepcopy(model).double()
     loss, got = gradients(double, compiled(double), batch)
-    assert got.keys() == expected.keys() and any(name.startswith("rana_fx.") for name in got) == (recipe in ("paper", "static"))
+    assert got.keys() == expected.keys() and any(name.startswith("rana_fx.") for name in got) == (recipe == "paper")
     assert loss == pytest.approx(expected_loss, rel=1e-12)
     for name, grad in got.items():
         assert relative(grad, expected[name]) < 1e-9, name
@@ -70,22 +70,45 @@ def test_gradients_equal_those_of_the_written_out_model(recipe):
     assert worst[len(worst) // 2] < 1e5 * EPS
 
 
+class Small(nn.Module):
+    """One MLP: ranks and masked inputs, in few kernels to compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
 @pytest.mark.slow
 def test_gradients_through_inductor():
-    model, batch = adapted(depth=1, recipe="static")
-    _, expected = gradients(model, compiled(model), batch)
-    _, got = gradients(model, compiled(model, "rana"), batch)
-    assert got.keys() == expected.keys()
+    """Of factors, weights and LoRA with its dropout, in one graph."""
+    model, batch = Small(), {"x": torch.randn(2, 4, 16)}
+    rana_fx.adapt(model, [batch, *({"x": torch.randn(8, 16, 16)} for _ in range(4))], budget=0.7, recipe="paper", progress=False)
+    add_lora(model, lora_config(rank=4, dropout=0.2))
+    added = attached(model).factors.lowrank
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(True)
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    renew(model)
+    found = []
+    # numbers drawn as in eager mode, so that the same inputs are dropped
+    with torch._inductor.config.patch(fallback_random=True):
+        for how in (eager, "rana"):
+            torch.manual_seed(1)
+            found.append(gradients(model, compiled(model, how), batch)[1])
+    expected, got = found
+    assert got.keys() == expected.keys() and sum("lora_" in name for name in got) == 2 * len(list(added.additions()))
     for name, grad in got.items():
         assert relative(grad, expected[name]) < 1e4 * EPS, name
 
 
 def test_what_is_trained():
-    model, batch = adapted()
+    model, batch = adapted(depth=1)
     factors = trainable(model)
-    assert {name for name in factors if not name.startswith("rana_fx.")} == {
-        f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)
-    }
+    assert {name for name in factors if not name.startswith("rana_fx.")} == {"model.layers.0.mlp.down_proj.weight"}
     assert {name.rpartition("_")[2] for name in factors if name.startswith("rana_fx.")} == {"router", "weight"}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(factors)
     _, got = gradients(model, compiled(model), batch)
@@ -99,7 +122,7 @@ def test_what_is_trained():
 
 
 def test_compiled_code_notices():
-    model, batch = adapted()
+    model, batch = adapted(depth=1)
     trainable(model)
     forward = compiled(model)
     _, got = gradients(model, forward, batch)
@@ -112,7 +135,7 @@ def test_compiled_code_notices():
 
 
 def test_autocast_trains_fp32_factors():
-    model, batch = adapted(recipe="static")
+    model, batch = adapted(recipe="static", depth=1)
     _, expected = gradients(model, compiled(model), batch)
     with torch.autocast("cpu", torch.bfloat16):
         _, got = gradients(model, compiled(model), batch)
@@ -127,3 +150,12 @@ def test_quantised_factors_are_not_trained():
     with pytest.raises(NothingToTrain, match='what="all"'):
         trainable(model)
     assert trainable(model, what="all")
+
+
+def test_mistakes_are_told():
+    plain, _ = build("llama", 1)
+    with pytest.raises(NoPlan):
+        trainable(plain)
+    model, _ = adapted(depth=1)
+    with pytest.raises(UnknownChoice, match="factors, all"):
+        trainable(model, what="router")

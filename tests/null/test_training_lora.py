@@ -1,4 +1,4 @@
-"""LoRA by peft: it starts as the plan, trains alone, sees what masks keep, drops out its inputs, merges exactly, saves as peft does."""
+"""LoRA by peft: starts as the plan, trains alone behind the masks, drops out inputs, merges exactly, is saved as peft does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from rana_fx.attachment import attached
 from rana_fx.errors import CheckpointError, InvalidOption, LoraBeside, MissingPackage, NoPlan, NothingToTrain, UnknownTarget
 from rana_fx.training import add_lora, load_lora, lora_config, merge_lora, save_lora, train, trainable, trained_plan
 from tests.architectures import build, ids, output
-from tests.null.trained import SETTINGS, adapted, compiled, eager, gradients, relative, texts
+from tests.null.trained import SETTINGS, adapted, compiled, gradients, relative, texts
+
+# peft 0.21 asks transformers 5.23 by an old name
+PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
 def moved(model, std=0.05):
@@ -36,7 +39,7 @@ def names(added):
 
 
 def test_it_starts_as_the_plan_and_trains_alone():
-    model, batch = adapted(dtype=torch.float64)
+    model, batch = adapted(depth=1, dtype=torch.float64)
     forward = compiled(model)
     before, dense = run(forward, batch), run(model, batch)
     added = add_lora(model)
@@ -72,8 +75,8 @@ def reader():
 
 
 CASES = {
-    "ranks": lambda: adapted(dtype=torch.float64),
-    "inputs": lambda: adapted("wina", dtype=torch.float64),
+    "ranks": lambda: adapted(depth=1, dtype=torch.float64),
+    "inputs": lambda: adapted("wina", depth=1, dtype=torch.float64),
     "gates": lambda: adapted("cats", depth=1, dtype=torch.float64),
     "tied": lambda: adapted("teal", depth=1, dtype=torch.float64, name="gemma"),  # one matrix as table and as head
     "transposed": lambda: adapted("teal", depth=1, dtype=torch.float64, name="gpt2"),  # stored (in, out)
@@ -87,28 +90,40 @@ def test_merging_is_exact(case):
     model, batch = CASES[case]()
     model.eval()
     forward = compiled(model)
-    before, old = run(forward, batch), attached(model).plan
-    add_lora(model, LoraConfig(r=4, lora_alpha=8, use_rslora=True, lora_dropout=0.5, rank_pattern={"o_proj": 2}))
+    old = attached(model).plan
+    add_lora(model, LoraConfig(r=4, lora_alpha=8, use_rslora=True, lora_dropout=0.5))
     moved(model)
     expected = run(forward, batch)
-    assert relative(expected, before) > 1e-3
     plan = trained_plan(model)
     assert plan.digest() != old.digest() and not any("lowrank" in name for name, _ in model.named_parameters())
     assert relative(run(forward, batch), expected) < 1e-9
-    rana_fx.attach(model, plan)
-    assert relative(run(forward, batch), expected) < 1e-9
+
+
+def test_a_linear_compiled_apart_reads_its_part_of_the_sum():
+    """q, k and v share an adapter: alone, each takes columns of its factor, and with them a part of what is added."""
+    model, _ = adapted(depth=1, dtype=torch.float64)
+    model.eval()
+    linear, x = model.model.layers[0].self_attn.k_proj, {"input": torch.randn(3, 32, dtype=torch.float64)}
+    forward = compiled(linear)
+    before = run(forward, x)
+    add_lora(model, lora_config(rank=4, dropout=0.5))
+    moved(model)
+    expected = run(forward, x)
+    assert relative(expected, before) > 1e-3
+    merge_lora(model)
+    assert relative(run(forward, x), expected) < 1e-9
 
 
 def test_gradients_are_those_of_the_matrix():
     """d/d B of f(W + s B A) is s G A^T, with G the gradient of W, behind a mask as in front of it."""
-    model, batch = adapted(dtype=torch.float64)
+    model, batch = adapted(depth=1, dtype=torch.float64)
     trainable(model, what="all")
     forward = compiled(model)
     _, matrices = gradients(model, forward, batch)
     add_lora(model, LoraConfig(r=3, lora_alpha=6, target_modules=["rana_fx.a0_router", "a0_weight", "o_proj", "*.down_proj"]))
     _, got = gradients(model, forward, batch)
     layers = {addition.name: addition for addition in attached(model).factors.lowrank.additions()}
-    assert len(got) == 2 * (2 + 2 + 2) and layers["rana_fx.a0_weight"].transposed
+    assert len(got) == 2 * (2 + 1 + 1) and layers["rana_fx.a0_weight"].transposed
     for name, addition in layers.items():
         matrix = matrices[name if name.startswith("rana_fx") else f"{name}.weight"]
         expected = 6 / 3 * (matrix.t() if addition.transposed else matrix) @ addition.a.detach().t()
@@ -116,11 +131,11 @@ def test_gradients_are_those_of_the_matrix():
 
 
 def test_dropout_is_on_the_input_and_in_training_alone():
-    model, batch = adapted("dense", depth=1, dtype=torch.float64)
+    model, batch = adapted("dense", depth=1, dtype=torch.float64, name="plain")
     model.eval()
     forward = compiled(model)
     before = run(forward, batch)
-    add_lora(model, LoraConfig(r=32, lora_alpha=32, lora_dropout=0.25, target_modules=["lm_head"]))
+    add_lora(model, LoraConfig(r=32, lora_alpha=32, lora_dropout=0.25, target_modules=["head"]))
     moved(model)
     head = next(attached(model).factors.lowrank.additions())
     back = torch.linalg.pinv(head.value())  # the input of the head, from what is added to its output
@@ -132,16 +147,16 @@ def test_dropout_is_on_the_input_and_in_training_alone():
     assert relative(read(output(forward(**batch))), x) < 1e-6  # evaluating with gradients drops nothing
     model.train()
     assert relative(read(run(forward, batch)), x) < 1e-6  # where none are taken there is nothing to train
-    ratio = read(output(forward(**batch, use_cache=False))) / x
+    ratio = read(output(forward(**batch))) / x
     dropped = ratio.abs() < 1e-3
     torch.testing.assert_close(ratio[~dropped], torch.full_like(ratio[~dropped], 1 / 0.75), rtol=1e-3, atol=0)
     share = float(dropped.double().mean())
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / ratio.numel()) ** 0.5
     torch.manual_seed(5)
-    first = output(forward(**batch, use_cache=False)).detach()
-    assert not torch.equal(first, output(forward(**batch, use_cache=False)))
+    first = output(forward(**batch)).detach()
+    assert not torch.equal(first, output(forward(**batch)))
     torch.manual_seed(5)
-    torch.testing.assert_close(output(forward(**batch, use_cache=False)), first, rtol=0, atol=0)
+    torch.testing.assert_close(output(forward(**batch)), first, rtol=0, atol=0)
 
 
 def test_in_16_bits_it_is_trained_in_fp32():
@@ -171,7 +186,7 @@ def test_autocast_multiplies_in_bf16():
 
 
 def test_it_survives_a_copy_of_the_model():
-    model, batch = adapted(depth=1)
+    model, batch = adapted(depth=1, name="plain")
     add_lora(model, lora_config(rank=2))
     moved(model, 0.1)
     twin = copy.deepcopy(model)
@@ -223,6 +238,7 @@ def test_targets_are_found_as_peft_finds_them(targets, more, expected):
     assert everything == names(add_lora(model)) > expected
 
 
+@PEFT
 def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
     model, batch = adapted(depth=1)
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False))
@@ -230,7 +246,7 @@ def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
     dense = run(compiled(wrapped.base_model.model), batch)
     _, got = gradients(wrapped, forward, batch)
     assert len(got) == 2 and all("o_proj.lora_" in name for name in got)
-    done = train(wrapped, texts(4), settings=SETTINGS, progress=False)
+    done = train(compiled(wrapped), texts(4), settings=SETTINGS, progress=False)
     assert len(done.losses) == 2
     with pytest.raises(InvalidOption, match=r"model='PeftModel'.* what merge_and_unload\(\) returns"):
         trained_plan(wrapped)
@@ -242,6 +258,7 @@ def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
     assert relative(run(compiled(merged), batch), expected) < 1e-3  # merged in fp32; masks see its rounding
 
 
+@PEFT
 def test_an_adapter_of_pefts_own_beside_a_mask_is_refused():
     for target in ("q_proj", "down_proj"):  # replaced; masked by its input
         model, batch = adapted(depth=1)
@@ -286,13 +303,10 @@ def test_mistakes_are_told(monkeypatch):
 
 
 def test_quantised_factors_get_none():
-    model, batch = build("llama", 1)
+    model, batch = build("plain", 1)
     rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.3, metric="bytes", recipe="rana", progress=False)
-    model.eval()
     added = names(add_lora(model, lora_config(rank=2)))
-    floating = {f"rana_fx.{name}" for name, p in attached(model).factors.named_parameters(recurse=False)}
-    assert not any(name.startswith("rana_fx.") and name not in floating for name in added)
-    moved(model)
-    expected = run(compiled(model, eager), batch)
-    merge_lora(model)
-    assert relative(run(compiled(model, eager), batch), expected) < 1e-3
+    factors = attached(model).factors
+    floating = {f"rana_fx.{name}" for name, _ in factors.named_parameters(recurse=False)}
+    assert any(not buffer.is_floating_point() for buffer in factors.buffers())
+    assert all(name in floating for name in added if name.startswith("rana_fx."))

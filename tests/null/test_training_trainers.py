@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,7 +12,6 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-
 
 from rana_fx.attachment import attached
 from rana_fx.errors import MissingPackage
@@ -28,7 +30,7 @@ def graphs(monkeypatch):
         seen.append(gm)
         return gm.forward
 
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    monkeypatch.setattr(importlib.import_module("torch._inductor.compile_fx"), "compile_fx", compile_fx)
     yield seen
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -76,7 +78,7 @@ def test_accelerate_refuses_the_name_until_it_is_registered(unregistered, monkey
     assert TorchDynamoPlugin(backend="rana").to_kwargs()["backend"] == "rana"
     with pytest.raises(ValueError, match="'RANNA' is not a valid DynamoBackend"):
         TorchDynamoPlugin(backend="ranna")
-    monkeypatch.setitem(__import__("sys").modules, "accelerate.utils", None)
+    monkeypatch.setitem(sys.modules, "accelerate.utils", None)
     with pytest.raises(MissingPackage, match=r"torch_compile_backend=\"rana\" needs the package accelerate.*'rana-fx\[train\]'"):
         register_with_accelerate()
 

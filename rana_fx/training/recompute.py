@@ -1,0 +1,33 @@
+"""Gradient checkpointing of a model of transformers, in one graph.
+
+In: a model. Out: the same, which recomputes activations layer by layer in the backward pass: less memory, more time. Its regions
+are rewritten like the rest (rana_fx/checkpointed.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rana_fx.errors import InvalidOption
+from rana_fx.running import bare
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Switch it on. What is trained may be chosen before or after.
+
+    Raises:
+        InvalidOption: a model that is none of transformers'.
+    """
+    network: Any = bare(model)
+    if hasattr(network, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        network.activation_checkpointing_enable()
+    elif hasattr(network, "gradient_checkpointing_enable"):
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        expected = "a model of transformers; call torch.utils.checkpoint.checkpoint in another's forward"
+        raise InvalidOption(name="model", got=type(network).__name__, expected=expected)
+    # a hook that gives frozen embeddings gradients, for the reentrant kind; it breaks the graph in two
+    if getattr(network, "_require_grads_hooks", None):
+        network.disable_input_require_grads()
