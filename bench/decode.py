@@ -47,7 +47,9 @@ def main(
     menu: Annotated[
         str,
         typer.Option(
-            "--menus", help="Random plans: rank (the paper's), neuron (masks of inputs alone), :router/factor bits; by commas."
+            "--menus",
+            help="Random plans: rank (the paper's), neuron (masks of inputs alone), apart (one mask per linear), "
+            ":router/factor bits; by commas.",
         ),
     ] = "rank",
     batches: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1",

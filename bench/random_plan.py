@@ -5,7 +5,7 @@ bench depends on ranks, densities and dtypes, not on what the factors mean. Ever
 
     rank    attention inputs over one tensor, stacked; up and gate, stacked (or each alone)
             r = min(p D / (R + density F), D / (R + F), o, i),  k = (p D - r R) / F      router r R + product k F = p D
-    neuron  attention output, down; of a menu of masks alone all of these, stacked too      k = p D / F
+    neuron  attention output, down; of a menu of masks alone all of these, stacked or apart k = p D / F
 
 D are the bytes of the dense layers, R those of a router's row and F those of a row of the factors (or of W^T), scales included;
 in 16 bits all round R = 2 i, F = 2 o, D = 2 o i. The second bound on r is the cap above which a batch, which needs every row,
@@ -48,10 +48,10 @@ RECIPE = "random"
 class Menu:
     """How a budget is spent.
 
-    kind: "rank", or "neuron" for masks of the input alone, one for all linears that are stacked. density: fraction of a router's
-    ranks that is kept, where the cap on ranks allows it. stacked: one adapter for all up projections of a block. router_bits,
-    factor_bits: 8 or 4, or 16 for the model's dtype, of routers and of what is behind the masks: the factors of rank adapters and
-    the weights of neuron adapters.
+    kind: "rank", or "neuron" for masks of the input alone, one for all linears stacked, or "apart" for one each. density:
+    fraction of a router's ranks that is kept, where the cap on ranks allows it. stacked: one adapter for all up projections of a
+    block. router_bits, factor_bits: 8 or 4, or 16 for the model's dtype, of routers and of what is behind the masks: the factors
+    of rank adapters and the weights of neuron adapters.
     """
 
     kind: str = "rank"
@@ -63,8 +63,8 @@ class Menu:
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise InvalidOption(name="density", got=self.density, expected="a number in (0, 1]")
-        if self.kind not in ("rank", "neuron"):
-            raise InvalidOption(name="kind", got=self.kind, expected="rank or neuron")
+        if self.kind not in ("rank", "neuron", "apart"):
+            raise InvalidOption(name="kind", got=self.kind, expected="rank, neuron or apart")
         for name in ("router_bits", "factor_bits"):
             if getattr(self, name) not in (16, 8, 4):
                 raise InvalidOption(name=name, got=getattr(self, name), expected="16, 8 or 4")
@@ -111,10 +111,11 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
     fraction = min(1.0, problem.fraction(adapted, why="some linears are neither of attention nor of an MLP block"))
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with torch.no_grad():
-        if menu.kind == "neuron":
-            ranked, masks = [], [*ranked, *((name,) for name in masked)]
-        else:
-            masks = [(name,) for name in masked]
+        masks = [(name,) for name in masked]
+        if menu.kind == "apart":
+            ranked, masks = [], [(name,) for name in adapted]
+        elif menu.kind == "neuron":
+            ranked, masks = [], [*ranked, *masks]
         adapters = [_rank(problem, names, fraction, menu, generator) for names in ranked]
         adapters += [_neuron(problem, names, fraction, menu) for names in masks]
     order = {name: index for index, name in enumerate(layout.sites)}

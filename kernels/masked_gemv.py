@@ -44,17 +44,16 @@ from rana_fx.kernels.quantize import bits_of, gated_unit, group_of, shape_of
 
 
 @triton.jit
-def masked_gemv_kernel(
-    v, tau, w, scale, bias, residual, part, y, lists, counters,
+def masked_sums(
+    i_n, i_p, i_s, i_t0, v, tau, w, scale, bias, residual, part, y, lists, counters,
     T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_bias, s_rt, s_rn, s_ps, s_pt, s_yt,
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
-    BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
+    BT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Block i_n of a product's columns, slice i_s, for tokens from i_t0 on. i_p: among all blocks of the launch."""
     LENGTH: tl.constexpr = KB + BM
-    i_p, i_s = tl.program_id(0), tl.program_id(1)
-    i_n, i_t0 = i_p // TG, i_p % TG * BT
     v += i_t0.to(tl.int64) * s_vt
     p_list = lists + (i_s * tl.num_programs(0) + i_p).to(tl.int64) * ((1 + BT) * LENGTH)
     o_c, m_c = places(i_n, half, N, BN, ACT)
@@ -88,6 +87,23 @@ def masked_gemv_kernel(
             part, y, bias, residual, counters, i_p, i_t0, T, half, o_n, m_n, s_ps, s_pt, s_yt,
             s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
         )  # fmt: skip
+
+
+@triton.jit
+def masked_gemv_kernel(
+    v, tau, w, scale, bias, residual, part, y, lists, counters,
+    T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_bias, s_rt, s_rn, s_ps, s_pt, s_yt,
+    S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_p, i_s = tl.program_id(0), tl.program_id(1)
+    masked_sums(
+        i_p // TG, i_p, i_s, i_p % TG * BT, v, tau, w, scale, bias, residual, part, y, lists, counters,
+        T, K, N, half, s_vt, s_vk, s_tau, s_wk, s_wn, s_sk, s_bias, s_rt, s_rn, s_ps, s_pt, s_yt,
+        S, KS, KB, GROUP, EARLY, BT, BM, BN, RW, SR, STAGES, WHOLE, ACT, HAS_BIAS, HAS_RESIDUAL, PDL,
+    )  # fmt: skip
 
 
 def masked_gemv(
@@ -178,17 +194,12 @@ def _launch(
     blocks = cdiv(half or columns, apart)
     if counters is None:
         counters = counters_for(v.device, blocks * groups)
-    slice_size, row_warps = config.slice_ranks(ranks), row_warps_of(config.warps, block_n, bits)
-    meta.update(
-        S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=config.group,
-        EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
-        BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
-        STAGES=config.stages, WHOLE=(half or columns) % apart == 0, ACT=act, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, PDL=pdl, num_warps=config.warps, **launch_options(pdl, traced),
+    meta |= meta_of(config, tokens, ranks, block_n, bits) | dict(
+        WHOLE=(half or columns) % apart == 0, ACT=act, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, PDL=pdl,
+        **launch_options(pdl, traced),
     )  # fmt: skip
     grid = (blocks * groups, config.splits)
-    entries = grid[0] * grid[1] * (1 + meta["BT"]) * (meta["KB"] + meta["BM"])
-    lists = torch.empty(entries, dtype=torch.int32, device=v.device)
+    lists = lists_for(v, grid, meta)
     strides = (0, 0) if scale is None else (scale.stride(0), scale.stride(1) if group else 0)
     kernel = torch.library.wrap_triton(kernel) if traced else kernel
     with contextlib.nullcontext() if traced else torch.cuda.device_of(v):
@@ -200,3 +211,20 @@ def _launch(
             *tau.stride(), *weight.stride(), *strides[: 1 if bits >= 16 else 2], 0 if bias is None else bias.stride(0),
             *((0, 0) if residual is None else residual.stride()), *part.stride()[:2], y.stride(0), **meta,
         )  # fmt: skip
+
+
+def meta_of(config: Config, tokens: int, ranks: int, block_n: int, bits: int) -> dict[str, int]:
+    """What a launch is compiled for, as far as a config and sizes say it."""
+    groups, slice_size = cdiv(tokens, TOKENS_AT_ONCE), config.slice_ranks(ranks)
+    row_warps = row_warps_of(config.warps, block_n, bits)
+    return dict(
+        S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=config.group,
+        EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
+        BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
+        STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+
+
+def lists_for(v: Tensor, grid: tuple[int, int], meta: dict[str, int]) -> Tensor:
+    """Memory for the lists of a launch's programs (gather.py)."""
+    return torch.empty(grid[0] * grid[1] * (1 + meta["BT"]) * (meta["KB"] + meta["BM"]), dtype=torch.int32, device=v.device)

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +39,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "masked_gemv_gated(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, float density, str activation) -> Tensor"
 )
+_LIBRARY.define("masked_gemv_parts(Tensor v, Tensor[] taus, Tensor[] weights, Tensor[] biases, float density) -> Tensor")
 _LIBRARY.define(
     "normed_router(Tensor x, Tensor? gain, Tensor weight, Tensor? scale=None, float eps=0., float offset=0.) -> Tensor"
 )
@@ -139,6 +140,20 @@ def _finished(
     return y
 
 
+def _masked_gemv_parts(
+    v: Tensor,
+    taus: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    density: float,  # noqa: ARG001
+) -> Tensor:
+    launcher: Any = reference
+    if all(weight.is_floating_point() and weight.stride(1) == 1 for weight in weights) and _kernel("masked_gemv", v, weights[0]):
+        launcher = _module("masked_parts")
+    y: Tensor = launcher.masked_gemv_parts(v, taus, weights, biases)
+    return y
+
+
 def _normed_router(
     x: Tensor, gain: Tensor | None, weight: Tensor, scale: Tensor | None = None, eps: float = 0.0, offset: float = 0.0
 ) -> Tensor:
@@ -151,6 +166,7 @@ def _normed_router(
 
 _LIBRARY.impl("masked_gemv_add", _masked_gemv_add, "CompositeExplicitAutograd")
 _LIBRARY.impl("masked_gemv_gated", _masked_gemv_gated, "CompositeExplicitAutograd")
+_LIBRARY.impl("masked_gemv_parts", _masked_gemv_parts, "CompositeExplicitAutograd")
 _LIBRARY.impl("normed_router", _normed_router, "CompositeExplicitAutograd")
 _LIBRARY.impl("masked_gemv", _masked_gemv, "CompositeExplicitAutograd")
 _LIBRARY.impl("router", _router, "CompositeExplicitAutograd")
@@ -202,6 +218,20 @@ def _fake_masked_gemv_gated(
     columns, unit = y.shape[-1], gated_unit(weight, scale)
     torch._check(columns % unit == 0, lambda: f"{columns} columns: expected a multiple of {unit}")
     return y.new_empty((*y.shape[:-1], columns // 2))
+
+
+@torch.library.register_fake("rana::masked_gemv_parts", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_masked_gemv_parts(
+    v: Tensor,
+    taus: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    density: float,  # noqa: ARG001
+) -> Tensor:
+    count = f"{len(weights)} weights with {len(taus)} thresholds and {len(biases)} biases"
+    torch._check(len(taus) == len(weights) > 0 and len(biases) in (0, len(weights)), lambda: f"{count}: expected as many of each")
+    widths = [_fake_masked_gemv(v, tau, weight).shape[-1] for tau, weight in zip(taus, weights, strict=True)]
+    return v.new_empty((*v.shape[:-1], sum(widths)))
 
 
 @torch.library.register_fake("rana::normed_router", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -256,6 +286,7 @@ torch.library.register_autograd("rana::router", _backward_router, setup_context=
 
 masked_gemv = torch.ops.rana.masked_gemv.default
 masked_gemv_add = torch.ops.rana.masked_gemv_add.default
+masked_gemv_parts = torch.ops.rana.masked_gemv_parts.default
 masked_gemv_gated = torch.ops.rana.masked_gemv_gated.default
 router = torch.ops.rana.router.default
 normed_router = torch.ops.rana.normed_router.default

@@ -5,6 +5,7 @@
     normed_router(h, gain, weight, scale, eps, offset):  the same of x = h / sqrt(mean h^2 + eps) * (gain + offset)
     masked_gemv_add(..., residual):            masked_gemv(...) + residual
     masked_gemv_gated(..., activation):        act(first half) * second half of the N columns of masked_gemv(...)
+    masked_gemv_parts(v, taus, weights, biases):  masked_gemv(v, taus[p], weights[p], biases[p]) beside each other
     w is weight, or what quantize.unpack makes of weight and scale
 
 Legend: T tokens (all leading dims), K ranks or inputs, N outputs, R ranks, D inputs.
@@ -13,7 +14,7 @@ Legend: T tokens (all leading dims), K ranks or inputs, N outputs, R ranks, D in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +77,12 @@ def masked_gemv_gated(
         raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
     first, second = _wide(v, tau_K, weight_KN, bias_N, scale).chunk(2, -1)
     return (ACTIVATIONS[activation](first) * second).to(v.dtype)
+
+
+def masked_gemv_parts(v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """(..., K), (K,) each, (K, N_p) each, (N_p,) each or no biases -> (..., sum of N_p) in v's dtype."""
+    given: Sequence[Tensor | None] = biases or [None] * len(weights)
+    return torch.cat([masked_gemv(v, *part) for part in zip(taus, weights, given, strict=True)], -1)
 
 
 def _wide(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@ In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GP
   becomes
     p = rana.masked_gemv_gated(v, tau, At, c, None, density, "silu")             fuse_gated.py
 
+    products of one tensor, each under its own mask, in one launch               fuse_parts.py
+
 Each is a launch less per layer where launches cost as much as megabytes, and the router can then read its weight while the
 product before it is still running. The norm is told by dataflow, whatever the model calls it: a product of one tensor, the
 reciprocal root of the mean of its own square, and vectors. The factors of a product commute, so how the model groups them does
@@ -34,6 +36,7 @@ from rana_fx.graph import shape_of
 from rana_fx.kernels.config import TOKENS_AT_ONCE
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
 from rana_fx.passes.fuse_gated import ROUNDINGS, gated_of
+from rana_fx.passes.fuse_parts import fuse_parts, operands
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
@@ -53,7 +56,7 @@ class Norm:
 
 def fuse(graph: fx.Graph, *, devices: tuple[str, ...] = ("cuda",)) -> dict[str, int]:
     """Returns how many of each were fused."""
-    counts = {"norm": 0, "residual": 0, "gated": 0}
+    counts = {"norm": 0, "residual": 0, "gated": 0, "parts": 0}
     for node in list(graph.nodes):
         if node.target is router and _few(node.args[0], devices):
             counts["norm"] += _fuse_norm(graph, node)
@@ -62,6 +65,7 @@ def fuse(graph: fx.Graph, *, devices: tuple[str, ...] = ("cuda",)) -> dict[str, 
                 counts["residual"] += 1
             else:
                 counts["gated"] += _fuse_gated(graph, node)
+    counts["parts"] = fuse_parts(graph, lambda node: _few(node, devices))
     if any(counts.values()):
         graph.eliminate_dead_code()
         graph.lint()
@@ -137,8 +141,8 @@ def _fuse_gated(graph: fx.Graph, node: fx.Node) -> int:
 
 def _operands(node: fx.Node) -> tuple[Any, ...]:
     """v, tau, weight, bias, scale, density of a masked product."""
-    given = dict(zip(("v", "tau", "weight", "bias", "scale", "density"), node.args, strict=False)) | dict(node.kwargs)
-    return given["v"], given["tau"], given["weight"], given.get("bias"), given.get("scale"), given.get("density", 0.5)
+    given = operands(node)
+    return tuple(given[name] for name in ("v", "tau", "weight", "bias", "scale", "density"))
 
 
 def _meta(node: fx.Node) -> dict[str, object]:

@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 
-from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
+from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, masked_gemv_parts, normed_router, router
 from rana_fx.passes import lower_cpp, lower_fused, lower_triton
 
 _aten = torch.ops.aten
@@ -31,6 +31,7 @@ def register() -> None:
         register_lowering(router, type_promotion_kind=None)(_router)
         register_lowering(masked_gemv_add, type_promotion_kind=None)(lower_fused.masked_gemv_add)
         register_lowering(masked_gemv_gated, type_promotion_kind=None)(lower_fused.masked_gemv_gated)
+        register_lowering(masked_gemv_parts, type_promotion_kind=None)(lower_fused.masked_gemv_parts)
         register_lowering(normed_router, type_promotion_kind=None)(lower_fused.normed_router)
 
 

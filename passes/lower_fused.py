@@ -1,4 +1,4 @@
-"""Lowers what passes/fuse.py made: ``rana::masked_gemv_add``, ``rana::masked_gemv_gated`` and ``rana::normed_router``.
+"""Lowers what passes/fuse.py made: ``rana::masked_gemv_add``, ``_gated`` and ``_parts``, and ``rana::normed_router``.
 
 In: the fused operations. Out: one launch each; where no kernel applies or it is not expected to win, the parts they were
 made of, for Inductor to fuse as it can.
@@ -6,6 +6,7 @@ made of, for Inductor to fuse as it can.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -45,6 +46,18 @@ def masked_gemv_gated(v: Any, tau: Any, weight: Any, bias: Any, scale: Any, dens
     half, wide = y.get_size()[-1] // 2, torch.promote_types(v.get_dtype(), torch.float32)
     first, second = (to_dtype(lowerings[_aten.slice.Tensor](y, -1, i * half, (i + 1) * half), wide) for i in (0, 1))
     return to_dtype(lowerings[_aten.mul.Tensor](_activated(first, activation), second), v.get_dtype())
+
+
+def masked_gemv_parts(v: Any, taus: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any], density: float) -> Any:
+    """Several masked products of v beside each other, in one launch."""
+    *lead, inner = v.get_size()
+    view = lowerings[_aten.view.default]
+    y_TN = lower_triton.masked_parts(view(v, [sympy.prod(lead), inner]), taus, weights, biases, density)
+    if y_TN is not None:
+        return view(y_TN, [*lead, y_TN.get_size()[1]])
+    given = biases or [None] * len(weights)
+    parts = [lowerings[masked_gemv](v, *part, None, density) for part in zip(taus, weights, given, strict=True)]
+    return lowerings[_aten.cat.default](parts, len(lead))
 
 
 def _activated(x: Any, activation: str) -> Any:

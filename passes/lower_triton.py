@@ -8,6 +8,8 @@ two slices of the result were read (q, k and v; gate and up: 1.8 us), and read b
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -41,17 +43,44 @@ def masked_product(
     if tokens_of(v_TK) is None or not static(v_TK, tau, weight, scale):
         return None
     operands = realized(v_TK, tau, weight, scale)
-    config = _config(operands[0], operands[2], operands[3], density)
+    early = starts_early(operands[0], operands[1:4])
+    config = _config(operands[0], operands[2], operands[3], density, activation, early=early)
     if config is None:
         return None
     operands += [*realized(bias, residual_TN), counters(v_TK.get_device())]
-    early = starts_early(operands[0], operands[1:4])
 
     def launch(v: Any, tau: Any, weight: Any, scale: Any, bias: Any, residual: Any, zeros: Any) -> Any:
         finish: dict[str, Any] = dict(residual=residual, activation=activation, counters=zeros)
         return masked_gemv(v, tau, weight, bias, scale, config=config, traced=True, pdl=early, **finish)
 
     return traced(launch, operands, key=("masked_gemv", config, activation, early))
+
+
+def masked_parts(v_TK: Any, taus: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any], density: float) -> Any:
+    """(T, sum of N) in v's dtype, or None where the kernel does not apply or is not expected to win."""
+    from rana_fx.kernels.masked_parts import masked_gemv_parts
+
+    tokens, count = tokens_of(v_TK), len(weights)
+    if tokens is None or not static(v_TK, *taus, *weights, *biases):
+        return None
+    operands = realized(v_TK, *taus, *weights, *biases)
+    stored = [fake(weight) for weight in operands[1 + count : 1 + 2 * count]]
+    sizes = [tuple(weight.shape) for weight in stored if weight is not None and weight.stride(1) == 1]
+    if len(sizes) < count:
+        return None
+    ranks, columns = sizes[0][0], sum(size for _, size in sizes)
+    whole = torch.empty((ranks, columns), dtype=weights[0].get_dtype(), device="meta")
+    early = starts_early(operands[0], operands[1 : 1 + 2 * count])
+    config = _config_for(ranks, columns, tokens, density, v_TK, whole, None, None, early=early)
+    if config is None:
+        return None
+    operands.append(counters(v_TK.get_device()))
+
+    def launch(v: Any, *rest: Any) -> Any:
+        parts = rest[:count], rest[count : 2 * count], rest[2 * count : -1]
+        return masked_gemv_parts(v, *parts, config=config, counters=rest[-1], traced=True, pdl=early)
+
+    return traced(launch, operands, key=("masked_gemv_parts", config, count, len(biases), early))
 
 
 def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: float | None = None, offset: float = 0.0) -> Any:
@@ -78,42 +107,63 @@ def tokens_of(x_TK: Any) -> int | None:
     return int(tokens) if few and x_TK.get_device().type == "cuda" and x_TK.get_dtype() in _DTYPES else None
 
 
-def _config(v_TK: Any, weight: Any, scale: Any, density: float) -> Config | None:
+def _config(v_TK: Any, weight: Any, scale: Any, density: float, activation: str | None, *, early: bool) -> Config | None:
     """How to launch, or None: not applicable, or the dense product is expected to be faster."""
     tokens, stored = tokens_of(v_TK), fake(weight)
     if tokens is None or stored is None:
         return None
     ranks, columns = shape_of(stored, fake(scale))
-    bits = bits_of(stored)
-    if bits >= 16 and stored.stride(1) != 1:
+    if bits_of(stored) >= 16 and stored.stride(1) != 1:
         return None  # a skipped row would not be a skipped stretch of memory
-    device = cost.nearest(v_TK.get_device())
+    return _config_for(ranks, columns, tokens, density, v_TK, stored, fake(scale), activation, early=early)
+
+
+def _config_for(
+    ranks: int,
+    columns: int,
+    tokens: int,
+    density: float,
+    v_TK: Any,
+    stored: Any,
+    scale: Any,
+    activation: str | None,
+    *,
+    early: bool,
+) -> Config | None:
+    bits, device = bits_of(stored), cost.nearest(v_TK.get_device())
     if not cost.prefers_masked(ranks, columns, tokens, density, device, bits=bits):
         return None
-    config = _chosen(ranks, columns, tokens, density, device.sm_count, bits, v_TK, stored, fake(scale))
-    if cdiv(columns, min(config.block_n, 64)) * cdiv(tokens, TOKENS_AT_ONCE) > COUNTERS:
+    if torch._inductor.config.max_autotune:
+        choices = configs(ranks, columns, tokens, density, device.sm_count, bits=bits)
+        config = _fastest(choices, ranks, columns, tokens, density, v_TK, stored, scale, activation, early=early)
+    else:
+        config = default_config(ranks, columns, tokens, density, device.sm_count, bits=bits)
+    # with room for two parts that end within a block
+    if (cdiv(columns, min(config.block_n, 64)) + 2) * cdiv(tokens, TOKENS_AT_ONCE) > COUNTERS:
         return None
     return config
 
 
-def _chosen(
-    ranks: int, columns: int, tokens: int, density: float, sm_count: int, bits: int, v_TK: Any, stored: Any, scale: Any
-) -> Config:
-    """The default config; with Inductor's ``max_autotune`` the fastest of a few, measured once for all shapes nearly alike."""
-    if not torch._inductor.config.max_autotune:
-        return default_config(ranks, columns, tokens, density, sm_count, bits=bits)
+def _fastest(
+    choices: list[Config], ranks: int, columns: int, tokens: int, density: float, v_TK: Any, stored: Any, scale: Any,
+    activation: str | None, *, early: bool,
+) -> Config:  # fmt: skip
+    """Measured once for all shapes nearly alike (kernels/tune.py)."""
     from rana_fx.kernels.masked_gemv import masked_gemv
 
     def measure(config: Config) -> float:
-        return tune.microseconds(lambda: masked_gemv(v, tau, weight, None, scales, config=config))
+        launch = functools.partial(masked_gemv, v, tau, scale=scales, activation=activation, config=config, pdl=early)
+        return tune.microseconds([functools.partial(launch, weight) for weight in weights])
 
-    key = tune.bucket(ranks, columns, tokens, density, bits, v_TK.get_dtype())
-    choices = configs(ranks, columns, tokens, density, sm_count, bits=bits)
+    bits, dtype, device = bits_of(stored), v_TK.get_dtype(), v_TK.get_device()
+    key = tune.bucket(ranks, columns, tokens, density, bits, dtype)
     with unset_fake_temporarily():
-        device = v_TK.get_device()
-        v = torch.randn(tokens, ranks, device=device).to(v_TK.get_dtype())
+        v = torch.randn(tokens, ranks, device=device).to(dtype)
         level = v.float().square().flatten().quantile(1 - min(max(density, 0.0), 1.0))
         tau = level.expand(ranks).contiguous()
-        weight = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=device).fill_(1)
+        weights = [
+            torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=device).fill_(1)
+            for _ in range(tune.copies_of(ranks * columns * bits / 8))
+        ]
         scales = None if scale is None else torch.ones(scale.shape, dtype=scale.dtype, device=device)
-        return tune.fastest(f"masked_gemv {key}", choices, measure)
+        return tune.fastest(f"masked_gemv {key} {activation or 'linear'}{' early' if early else ''}", choices, measure)

@@ -85,8 +85,8 @@ def test_a_random_plan_in_few_bits_costs_what_was_asked(tiny, router, factor, bu
     assert attached(model) is None
 
 
-@pytest.mark.parametrize("label", ["neuron", "neuron:16/8"])
-def test_a_random_plan_of_masks_has_no_router(tiny, label):
+@pytest.mark.parametrize(("label", "per_layer"), [("neuron", 4), ("neuron:16/8", 4), ("apart", 7)])
+def test_a_random_plan_of_masks_has_no_router(tiny, label, per_layer):
     model, layout = tiny
     (menu,) = menus(label, density=0.5, stacked=True)
     assert menu.label == label
@@ -95,7 +95,7 @@ def test_a_random_plan_of_masks_has_no_router(tiny, label):
         script, expected = reference(variant, prepared, decoder, seed=0)
         plan = prepared.plan
         assert {adapter.kind for adapter in plan.adapters} == {"neuron"}
-        assert len(plan.adapters) == 4 * layers_of(model)
+        assert len(plan.adapters) == per_layer * layers_of(model)
         assert prepared.measured.budget_bytes == pytest.approx(0.24, abs=0.02)
         limit = bound(model.dtype, layers_of(model), 160)
         verdict = judge(lambda: decoder.logits(variant.compiled(model), script), plan, expected, limit=limit)

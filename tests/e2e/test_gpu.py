@@ -25,7 +25,7 @@ def relative(got, expected):
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("recipe", ["paper", "static", "cats", "teal", "wina"])
+@pytest.mark.parametrize("recipe", ["rana", "paper", "static", "cats", "teal", "wina"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_equals_reference(recipe, mode):
     model, batch = adapted(recipe=recipe)

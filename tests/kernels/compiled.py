@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rana_fx.kernels.masked_gemv import masked_gemv_kernel
+from rana_fx.kernels.masked_parts import masked_parts_kernel
 from rana_fx.kernels.packed import masked_gemv_packed_kernel
 from rana_fx.kernels.router import router_kernel
 
@@ -31,11 +32,13 @@ POINTERS |= {
     "lists": "i32",
     "counters": "i32",
 }
+POINTERS |= {f"{name}_{part}": POINTERS[name] for name in ("tau", "w", "bias") for part in range(3)}
 UNIT = {"s_rn", "s_gain", "s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd"}
 GEMV = dict(S=32, KS=128, KB=128, GROUP=16, EARLY=0, BT=1, TG=1, BM=4, BN=512, RW=1, SR=8, STAGES=4, WHOLE=True)
 GEMV |= dict(ACT=0, HAS_BIAS=False, HAS_RESIDUAL=False, PDL=False, num_warps=2)
 PACKED = dict(BN=1024, BM=8, num_warps=4)
 INT8, INT4 = PACKED | dict(BITS=8, QG=1024, PER=4, RW=2), PACKED | dict(BITS=4, QG=64, PER=8, RW=4)
+PARTS = {name: value for name, value in GEMV.items() if name not in ("ACT", "HAS_RESIDUAL")}
 ROUTER = dict(
     BT=1,
     BR=8,
@@ -68,6 +71,8 @@ VARIANTS = {
     "int8 early": (masked_gemv_packed_kernel, "i32", GEMV | INT8 | dict(EARLY=4)),
     "int4 in registers": (masked_gemv_packed_kernel, "i32", GEMV | INT4 | dict(BN=128, BM=32, RW=32, STAGES=1, EARLY=64)),
     "int4 bytes": (masked_gemv_packed_kernel, "u8", GEMV | INT4 | dict(PER=2)),
+    "parts": (masked_parts_kernel, "bf16", PARTS | dict(PDL=True, EARLY=8)),
+    "parts of four tokens": (masked_parts_kernel, "bf16", PARTS | dict(BT=4, HAS_BIAS=True)),
     "router": (router_kernel, "bf16", ROUTER),
     "behind the previous kernel": (masked_gemv_kernel, "bf16", GEMV | dict(EARLY=8, PDL=True, HAS_RESIDUAL=True)),
     "router behind the previous kernel": (router_kernel, "bf16", ROUTER | dict(AHEAD=4, PDL=True, NORM=True, HAS_GAIN=True)),
@@ -96,7 +101,7 @@ def compiled(kernel, weight, choices):
         elif name in UNIT or (name == "T" and choices["BT"] == 1):
             signature[name], constants[name] = "constexpr", 1
         else:
-            signature[name] = "*" + (weight if name == "w" else POINTERS[name]) if name in POINTERS else "i32"
+            signature[name] = "*" + (weight if name.startswith("w") else POINTERS[name]) if name in POINTERS else "i32"
             if name != "T":
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

@@ -2,6 +2,7 @@
 import Triton without its interpreter, so test_lower_triton.py runs it in a process of its own.
 
     out = r + (silu(g) * u) W2   with   [g, u] = mask(router(norm(r))) W
+    or, as "masks",              with   g, u = mask(norm(r)) Wg, mask(norm(r)) Wu
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ def layer(gain, b, tau, w, tau2, w2, r):
     return r + masked_gemv(torch.nn.functional.silu(gate) * up, tau2, w2)
 
 
-def layers(r, *weights):
-    for first in range(0, len(weights), 6):
-        r = layer(*weights[first : first + 6], r)
-    return (r,)
+def layer_of_masks(gain, tau_g, w_g, tau_u, w_u, tau2, w2, r):
+    wide = r.float()
+    x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(r.dtype)
+    gate, up = masked_gemv(x, tau_g, w_g.t()), masked_gemv(x, tau_u, w_u.t())
+    return r + masked_gemv(torch.nn.functional.silu(gate) * up, tau2, w2)
 
 
 class Driver:
@@ -94,7 +96,7 @@ def pretend(stack):
     stack.enter_context(patch.object(hints.DeviceProperties, "create", lambda *_, **__: device))
 
 
-def main(tokens, count):
+def main(tokens, count, kind):
     lower.register()
     code = []
 
@@ -110,10 +112,24 @@ def main(tokens, count):
         def empty(*size, dtype=torch.bfloat16):
             return torch.empty(size, dtype=dtype, device="cuda")
 
+        def tau(ranks):
+            return empty(ranks, dtype=torch.float32)
+
         inputs = [empty(1, tokens, WIDTH)]
         for _ in range(count):
-            first = empty(RANKS, WIDTH), empty(RANKS, dtype=torch.float32), empty(RANKS, 2 * FFN)
-            inputs += [empty(WIDTH), *first, empty(FFN, dtype=torch.float32), empty(FFN, WIDTH)]
+            first = empty(RANKS, WIDTH), tau(RANKS), empty(RANKS, 2 * FFN)
+            if kind == "masks":
+                # (out, in), stored by columns
+                first = tau(WIDTH), empty(WIDTH, FFN).t(), tau(WIDTH), empty(WIDTH, FFN).t()
+            inputs += [empty(WIDTH), *first, tau(FFN), empty(FFN, WIDTH)]
+        one = layer_of_masks if kind == "masks" else layer
+
+        def layers(r, *weights):
+            size = len(weights) // count
+            for first in range(0, len(weights), size):
+                r = one(*weights[first : first + size], r)
+            return (r,)
+
         graph = make_fx(layers, decomposition_table=select_decomp_table())(*inputs)
         fuse(graph.graph)
         graph.recompile()
@@ -129,4 +145,4 @@ def main(tokens, count):
 if __name__ == "__main__":
     import sys
 
-    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1, sys.argv[3] if len(sys.argv) > 3 else "ranks")

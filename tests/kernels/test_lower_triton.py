@@ -3,6 +3,7 @@ GPU, what they compute."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -11,8 +12,10 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import silu
 
-from rana_fx.kernels import reference
+from rana_fx.kernels import reference, tune
+from rana_fx.kernels.config import configs
 from rana_fx.kernels.ops import masked_gemv, router
+from rana_fx.kernels.quantize import pack, unpack
 from rana_fx.passes import lower
 from tests.kernels.test_compiled import run
 
@@ -56,6 +59,18 @@ def test_layers_that_are_alike_share_what_is_traced_and_not_what_is_launched():
     # one fill of counters for all, and two kernels of each kind at most: the first launch of the graph does not start early
     assert len(launches(code)) - len(ours) == 1
     assert len(re.findall(r"^router_kernel\w* = async_compile", code, re.M)) <= 2
+
+
+def test_masks_of_one_tensor_are_one_launch():
+    code = run("tests/kernels/lowered.py", "1", "2", "masks")
+    ours = [first for first, _ in launches(code) if first.startswith("masked")]
+    assert ours == ["masked_parts_kernel", "masked_gemv_kernel"] * 2
+    first, second, *_ = options(code)
+    assert (first["PDL"], second["PDL"]) == ("True", "True")
+    # no weight is copied, and both halves are read where the launch left them
+    assert not re.search(
+        r"\(4096, 11008\)|\(11008, 4096\)", "".join(line for line in code.splitlines() if "empty_strided" in line)
+    )
 
 
 def test_many_tokens_are_dense_products():
@@ -104,6 +119,44 @@ def test_compiled_layer_matches_fp64(tokens, dtype):
     assert _rmse(out, right) < 2 * eps + _flipped(h, tau2, w2, eps)
     again = torch.compile(layer)(x, r)
     assert all(torch.equal(one, two) for one, two in zip((z, y, h, out), again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [16, 8])
+def test_max_autotune_measures_a_shape_once_and_computes_the_same(bits, tmp_path, monkeypatch):
+    ranks, width = 2048, 8192
+    generator = torch.Generator("cuda").manual_seed(0)
+    v, w = (torch.randn(size, generator=generator, device="cuda").bfloat16() for size in ((1, ranks), (ranks, width)))
+    stored, scale = (w, None) if bits == 16 else pack(w, bits)
+    tau = torch.full((ranks,), 0.455, device="cuda")
+    file, measured = tmp_path / "tuned.json", []
+    monkeypatch.setattr(tune, "_file", lambda: file)
+    microseconds = tune.microseconds
+
+    def counted(calls):
+        measured.append(microseconds(calls))
+        return measured[-1]
+
+    monkeypatch.setattr(tune, "microseconds", counted)
+    lower.register()
+
+    def layer(v):
+        y = masked_gemv(v * 2, tau, stored, None, scale)
+        return y, masked_gemv(y[:, :ranks] * 2**-5, tau, stored, None, scale)
+
+    y, z = torch.compile(layer, mode="max-autotune-no-cudagraphs")(v)
+    exact = w.double() if bits == 16 else unpack(stored, scale, torch.float64)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert _rmse(y, reference.masked_gemv(v.double() * 2, tau, exact)) < 2 * eps
+    assert _rmse(z, reference.masked_gemv(y[:, :ranks].double() * 2**-5, tau, exact)) < 2 * eps
+    known = json.loads(file.read_text())
+    assert len(known) == 1  # both products are in one bucket
+    assert len(measured) == len(configs(ranks, width, 1, 0.5, bits=bits))
+    assert all(0 < time < 1e3 for time in measured)
+    torch.compiler.reset()
+    again = torch.compile(layer, mode="max-autotune-no-cudagraphs")(v)
+    assert len(measured) == len(configs(ranks, width, 1, 0.5, bits=bits)), "remembered configs were measured again"
+    assert torch.equal(y, again[0]) and torch.equal(z, again[1])
 
 
 def _rmse(got, exact):

@@ -7,7 +7,15 @@ import torch
 
 from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.kernels import reference
-from rana_fx.kernels.ops import implementation, masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
+from rana_fx.kernels.ops import (
+    implementation,
+    masked_gemv,
+    masked_gemv_add,
+    masked_gemv_gated,
+    masked_gemv_parts,
+    normed_router,
+    router,
+)
 from rana_fx.kernels.quantize import pack, unpack
 from tests.kernels.products import Product, kernels_run_on
 
@@ -64,6 +72,15 @@ def test_opcheck_masked_gemv_gated(bits, lead, activation):
     torch.library.opcheck(masked_gemv_gated, (*operands, activation))
     first, second = masked_gemv(*operands).chunk(2, -1)
     torch.testing.assert_close(masked_gemv_gated(*operands, activation), reference.ACTIVATIONS[activation](first) * second)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_masked_gemv_parts(bias):
+    v, taus, weights = torch.randn(2, 3, 12), [torch.zeros(12), torch.full((12,), 0.5)], [torch.randn(12, 8), torch.randn(12, 5)]
+    biases = [torch.randn(8), torch.randn(5)] if bias else []
+    torch.library.opcheck(masked_gemv_parts, (v, taus, weights, biases, 0.5))
+    apart = [masked_gemv(v, tau, weight, *biases[i : i + 1]) for i, (tau, weight) in enumerate(zip(taus, weights, strict=True))]
+    torch.testing.assert_close(masked_gemv_parts(v, taus, weights, biases, 0.5), torch.cat(apart, -1))
 
 
 @BITS

@@ -49,6 +49,12 @@ def test_what_fails_is_left_out_and_nothing_is_remembered_of_nothing(tmp_path):
     assert set(json.loads(file.read_text())) == {"key of 3"}
 
 
+@pytest.mark.parametrize(("second", "chosen"), [(0.96, "a"), (0.94, "b")])
+def test_a_choice_has_to_win_by_more_than_its_surroundings_change(tmp_path, second, chosen):
+    times = {"a": 1.0, "b": second, "c": 0.99}
+    assert fastest("key", list("abc"), times.__getitem__, file=tmp_path / "tuned.json") == chosen
+
+
 def test_layers_that_differ_by_a_few_ranks_share_a_bucket():
     bf16 = torch.bfloat16
     assert bucket(2448, 12288, 1, 0.5, 16, bf16) == bucket(2560, 12288, 1, 0.52, 16, bf16)

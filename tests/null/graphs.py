@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from rana_fx.passes.fuse import fuse
 
-NONE = {"norm": 0, "residual": 0, "gated": 0}
+NONE = {"norm": 0, "residual": 0, "gated": 0, "parts": 0}
 
 
 def fused(function, *inputs) -> tuple[fx.GraphModule, dict[str, int]]:

@@ -15,7 +15,7 @@ from tests.null.trained import adapted, compiled
 
 
 def test_trained_plan_is_what_the_model_computes(tmp_path):
-    model, batch = adapted()
+    model, batch = adapted(depth=1)
     old = attached(model).plan
     chosen = trainable(model, what="all")
     optimizer = torch.optim.AdamW(chosen.values(), lr=1e-2)

@@ -1,0 +1,88 @@
+"""Products of one tensor under masks of their own, in one launch, against fp64: under Triton's interpreter, and on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from rana_fx.errors import BadOperand
+from rana_fx.kernels.config import Config
+from rana_fx.kernels.masked_parts import masked_gemv_parts
+from tests.kernels.products import DTYPES, assert_close, kernels_run_on
+
+
+@pytest.fixture(autouse=True)
+def _kernels_run(device):
+    kernels_run_on(device)
+
+
+CONFIGS = st.builds(
+    Config,
+    splits=st.sampled_from([1, 3]),
+    block_n=st.sampled_from([64, 128]),
+    block_m=st.sampled_from([1, 8]),
+    warps=st.sampled_from([1, 2]),
+    group=st.sampled_from([1, 16]),
+    early=st.sampled_from([0, 8]),
+)
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_matches_fp64(device, data):
+    dtype, tokens, ranks = (
+        data.draw(st.sampled_from(DTYPES)),
+        data.draw(st.sampled_from([1, 2, 5])),
+        data.draw(st.integers(1, 97)),
+    )
+    sizes = data.draw(st.lists(st.sampled_from([1, 64, 67, 130]), min_size=2, max_size=3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+
+    def randn(*size):
+        return torch.randn(size, generator=generator).to(dtype).to(device)
+
+    v, weights = randn(tokens, ranks), [randn(ranks, size) for size in sizes]
+    # none kept, some, and all
+    taus = [torch.full((ranks,), data.draw(st.sampled_from([0.0, 0.5, torch.inf])), device=device) for _ in sizes]
+    biases = [randn(size) for size in sizes] if data.draw(st.booleans()) else []
+    config = data.draw(st.none() | CONFIGS)
+    y = masked_gemv_parts(v, taus, weights, biases, config=config)
+    assert torch.equal(y, masked_gemv_parts(v, taus, weights, biases, config=config))
+    for index, (got, tau, weight) in enumerate(zip(y.split(sizes, -1), taus, weights, strict=True)):
+        kept = torch.where(v.float().square() >= tau, v.double(), 0)
+        exact, magnitude = kept @ weight.double(), kept.abs() @ weight.double().abs()
+        if biases:
+            exact, magnitude = exact + biases[index].double(), magnitude + biases[index].double().abs()
+        assert_close("y", got, exact, magnitude, terms=ranks + 1)
+
+
+def test_rows_may_lie_apart(device):
+    wide = torch.randn(40, 256, device=device)
+    v, taus, weights = torch.randn(1, 1, 40, device=device), [torch.zeros(40, device=device)] * 2, [wide[:, :64], wide[:, 128:]]
+    y = masked_gemv_parts(v, taus, weights)
+    assert y.shape == (1, 1, 192)
+    torch.testing.assert_close(y, torch.cat([v @ weight for weight in weights], -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"v": torch.randn(17, 8)}, "v"),
+        ({"v": torch.ones(1, 8, dtype=torch.int64)}, "v"),
+        ({"taus": [torch.zeros(8)]}, "weights"),
+        ({"taus": [torch.zeros(8), torch.zeros(7)]}, r"taus\[1\]"),
+        ({"weights": [torch.randn(8, 4)] * 4, "taus": [torch.zeros(8)] * 4}, "weights"),
+        ({"weights": [torch.randn(8, 4), torch.randn(4, 8).t()]}, r"weights\[1\]"),
+        ({"weights": [torch.randn(8, 4), torch.randn(8, 4).double()]}, r"weights\[1\]"),
+        ({"biases": [torch.zeros(4), None]}, r"biases\[1\]"),
+        ({"biases": [torch.zeros(4), torch.zeros(5)]}, r"biases\[1\]"),
+    ],
+)
+def test_wrong_operands_are_refused(change, name):
+    given = {"v": torch.randn(1, 8), "taus": [torch.zeros(8)] * 2, "weights": [torch.randn(8, 4)] * 2, "biases": []} | change
+    with pytest.raises(BadOperand, match=name):
+        masked_gemv_parts(given["v"], given["taus"], given["weights"], given["biases"])
