@@ -7,6 +7,7 @@ trained through a plan that leaves every linear as it is, on the same batches in
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 
 import rana_fx
 from bench.compare import by_document
+from bench.ledger import key_of
 from bench.study import UNREACHABLE, Study
 from bench.training_text import TrainingText, training_text
 from rana_fx._backend import rewrite
@@ -24,7 +26,7 @@ from rana_fx.errors import InvalidOption, LossNotFinite
 from rana_fx.evaluate import load_model
 from rana_fx.measure import measuring
 from rana_fx.training import Settings, add_lora, best_rate, lora_config, merge_lora, rethreshold, train, trainable, trained_plan
-from rana_fx.training.checkpoint import NAME, rate_of
+from rana_fx.training.checkpoint import NAME
 
 METHODS = ("lora", "factors", "full")
 _SETTLING = 32_000  # tokens that thresholds are estimated from, as many as adapt takes
@@ -66,13 +68,15 @@ def finetune(study: Study, tuning: Tuning) -> None:
         raise InvalidOption(name="--method", got=tuning.method, expected="one of " + ", ".join(METHODS))
     points = [("dense", 1.0), *study.setup.points()]
     missing = [point for point in points if not study.ledger.has("finetune", _settings(study, tuning, point))]
-    plans: dict[tuple[str, float], rana_fx.Plan] = {}
+    reached = []
     for point in missing:
         try:
-            plans[point] = study.plan(*point)[0]
+            study.plan(*point)
         except UNREACHABLE as error:
             study.add("finetune", _settings(study, tuning, point), {"unreachable": str(error)})
-    if not plans:
+        else:
+            reached.append(point)
+    if not reached:
         return
     texts, setup = study.texts, study.setup
     text = training_text(
@@ -80,10 +84,13 @@ def finetune(study: Study, tuning: Tuning) -> None:
         batch_size=tuning.batch_size, seed=setup.seed,
     )  # fmt: skip
     study.forget_model()
-    for point, plan in plans.items():
+    for point in reached:
         text.batches.times.clear()
-        facts = _tuned(study, tuning, point, plan, text, texts)
-        study.add("finetune", _settings(study, tuning, point), facts | {"passes": text.passes})
+        # read again, so that no plan but the one that is trained lies on the device
+        facts = _tuned(study, tuning, point, study.plan(*point)[0], text, texts)
+        study.add(
+            "finetune", _settings(study, tuning, point), facts | {"passes": text.passes, "trained_as": _alike(study, tuning)}
+        )
         torch.compiler.reset()
 
 
@@ -99,13 +106,19 @@ def _settings(study: Study, tuning: Tuning, point: tuple[str, float]) -> dict[st
     return setup.of_plan(*point) | tuning.settings() | {"texts": names, "eval_tokens": setup.eval_tokens}
 
 
+def _alike(study: Study, tuning: Tuning) -> str:
+    """What a plan and its dense reference have in common."""
+    settings = _settings(study, tuning, ("", 0.0))
+    return key_of("finetune", {name: value for name, value in settings.items() if name not in ("recipe", "budget", "metric")})
+
+
 def _tuned(
     study: Study, tuning: Tuning, point: tuple[str, float], plan: rana_fx.Plan, text: TrainingText, texts: dict[str, Any]
 ) -> dict[str, Any]:
     setup, folder = study.setup, folders(study, tuning)[point]
     network, tokenizer = load_model(setup.model, dtype=setup.dtype)
     rana_fx.attach(network, plan)
-    before = {name: _losses(network, found) for name, found in texts.items()}
+    before = {name: _known(study, point, name) or _losses(network, found) for name, found in texts.items()}
     if tuning.method == "lora":
         add_lora(network, lora_config(rank=tuning.rank), seed=setup.seed)
     else:
@@ -114,24 +127,17 @@ def _tuned(
     network.compile(backend=rana_fx.backend if tuning.compile else _rewritten)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    facts: dict[str, Any] = {}
-    resume, rate = (folder / NAME).is_file(), tuning.rate
-    began = time.perf_counter()
+    resume, began = (folder / NAME).is_file(), time.perf_counter()
     try:
-        if resume:
-            rate = rate_of(folder)
-        elif rate is None:
-            part = {"held_out": text.held_out, "rates": tuning.rates, "fraction": tuning.fraction, "progress": study.progress}
-            rate, tried = best_rate(network, text.batches, settings=tuning.training(1.0, setup.seed), **part)
-            facts |= {"tried": {f"{key:g}": loss for key, loss in tried.items()}}
+        rate, tried = _rate(study, tuning, network, text, folder)
         searched = time.perf_counter()
         how = {"settings": tuning.training(rate, setup.seed), "folder": folder, "resume": resume}
         done = train(network, text.batches, progress=study.progress, **how)
     except LossNotFinite as error:
-        return facts | {"failed": str(error)}
+        return {"failed": str(error)}
     step = text.batches.seconds_per_step()
-    facts |= {
-        "rate": rate, "steps": len(done.losses), "tokens_trained": done.tokens, "resumed": resume,
+    facts = {
+        "rate": rate, "tried": tried, "steps": len(done.losses), "tokens_trained": done.tokens, "resumed": resume,
         "search_seconds": searched - began, "train_seconds": time.perf_counter() - searched,
         "tokens_per_s": None if step is None else setup.context * tuning.batch_size / step,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
@@ -151,6 +157,27 @@ def _tuned(
         "digest": new.digest()[:12],
         "results": {name: {"before": before[name], "after": after[name]} for name in texts},
     }
+
+
+def _rate(study: Study, tuning: Tuning, network: Any, text: TrainingText, folder: Path) -> tuple[float, dict[str, float]]:
+    """(the rate, losses of those tried); searched once, also where the training itself is resumed."""
+    if tuning.rate is not None:
+        return tuning.rate, {}
+    kept = folder / "rates.json"
+    if not kept.is_file():
+        settings = tuning.training(1.0, study.setup.seed)
+        how = {"held_out": text.held_out, "rates": tuning.rates, "fraction": tuning.fraction, "progress": study.progress}
+        rate, tried = best_rate(network, text.batches, settings=settings, **how)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps([rate, {f"{key:g}": loss for key, loss in tried.items()}]), encoding="utf-8")
+    rate, losses = json.loads(kept.read_text(encoding="utf-8"))
+    return rate, losses
+
+
+def _known(study: Study, point: tuple[str, float], text: str) -> dict[str, Any] | None:
+    """What the stage quality found already: tracing a model takes longer than evaluating a small one."""
+    row = study.ledger.get("quality", study.setup.of_text(*point, text))
+    return None if row is None or "mean_loss" not in row else {"mean_loss": row["mean_loss"], "measured": row["measured"]}
 
 
 def _losses(network: Any, text: Any) -> dict[str, Any]:

@@ -27,8 +27,12 @@ class Ledger:
 
     def has(self, stage: str, settings: Mapping[str, Any]) -> bool:
         """Whether a row of these settings counts."""
+        return self.get(stage, settings) is not None
+
+    def get(self, stage: str, settings: Mapping[str, Any]) -> Row | None:
+        """The last row of these settings that counts."""
         key = key_of(stage, settings)
-        return any(row["key"] == key and self._counts(row) for row in self.rows)
+        return next((row for row in reversed(self.rows) if row["key"] == key and self._counts(row)), None)
 
     def add(self, stage: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
         """Write a row at once."""

@@ -14,7 +14,7 @@ import torch
 
 from bench.compare import interval
 from bench.ledger import Row, latest, whole_rows
-from bench.report_plot import plot
+from bench.report_plot import plot, reference
 from rana_fx.commands.record import cell
 
 _SETTINGS = (
@@ -82,56 +82,28 @@ def _quality(rows: list[Row]) -> Iterable[str]:
 
 
 def _finetune(rows: list[Row]) -> Iterable[str]:
-    found = latest(rows, "recipe", "budget")
-    dense = found.get(("dense", 1.0), {}).get("results")
     lines, runs = [], []
-    for row in _ordered(found.values()):
-        point = (row["recipe"], row["budget"])
+    for row in _ordered(latest(rows, "recipe", "budget").values()):
+        point, base = (row["recipe"], row["budget"]), reference(rows, row)
         if "results" not in row:
             lines.append(("-", *point, _or_why(row, None), *[None] * 7))
             continue
         for text, result in row["results"].items():
-            before, after = result["before"], result["after"]
-            spent = after["measured"][row["metric"]]
-            if dense is None or text not in dense or row["recipe"] == "dense":
-                lines.append((text, *point, spent, before["mean_loss"], after["mean_loss"], *[None] * 5))
-                continue
-            lines.append((text, *point, spent, before["mean_loss"], after["mean_loss"], *left(result, dense[text])))
-        base = found.get(("dense", 1.0), {})
-        faster = _over(row["tokens_per_s"], base.get("tokens_per_s"))
-        runs.append(
-            (
-                *point,
-                f"{row['rate']:g}",
-                row["tokens_trained"],
-                row["tokens_per_s"],
-                faster,
-                row["peak_gb"],
-                _over(row["peak_gb"], base.get("peak_gb")),
-                _tried(row),
-            )
-        )
+            compared = base is not None and row["recipe"] != "dense"
+            apart = left(result, base["results"][text]) if base is not None and compared else (None,) * 5
+            losses = (result["after"]["measured"][row["metric"]], result["before"]["mean_loss"], result["after"]["mean_loss"])
+            lines.append((text, *point, *losses, *apart))
+        ratios = [None if base is None else _over(row[name], base[name]) for name in ("tokens_per_s", "peak_gb")]
+        speed = (row["tokens_per_s"], ratios[0], row["peak_gb"], ratios[1])
+        runs.append((*point, f"{row['rate']:g}", row["tokens_trained"], *speed, _tried(row)))
     yield (
         "Increase before: over the dense model. Increase left: over the dense model trained on the same batches, with its 95 % "
         "interval over documents. Left: one over the other."
     )
-    columns = (
-        "text",
-        "recipe",
-        "budget",
-        "measured",
-        "loss before",
-        "loss after",
-        "increase before",
-        "increase left",
-        "2.5 %",
-        "97.5 %",
-        "left",
-    )
-    yield _table(columns, lines)
-    yield _table(
-        ("recipe", "budget", "rate", "tokens", "tokens/s", "of dense", "peak GB", "of dense", "losses of rates tried"), runs
-    )
+    names = ("text", "recipe", "budget", "measured", "loss before", "loss after")
+    yield _table((*names, "increase before", "increase left", "2.5 %", "97.5 %", "left"), lines)
+    columns = ("recipe", "budget", "rate", "tokens", "tokens/s", "of dense", "peak GB", "of dense", "losses of rates tried")
+    yield _table(columns, runs)
 
 
 def left(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float | None, ...]:

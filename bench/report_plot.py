@@ -54,18 +54,22 @@ def _quality(axis: Any, rows: list[Row]) -> None:
     axis.set(title=f"before training, {text}", ylabel="increase of mean loss, nats", yscale="log", xlabel=_measured(metric))
 
 
+def reference(rows: Sequence[Row], row: Row) -> Row | None:
+    """The dense model trained as a plan was: same text, tokens, method, rate."""
+    alike = [other for other in rows if other["recipe"] == "dense" and other.get("trained_as") == row.get("trained_as")]
+    return alike[-1] if alike and "results" in alike[-1] else None
+
+
 def _finetune(axis: Any, rows: list[Row]) -> None:
-    found = {point: row for point, row in latest(rows, "recipe", "budget").items() if "results" in row}
-    dense = found.pop(("dense", 1.0), None)
     metric = rows[0]["metric"]
-    if dense is not None:
-        text = next(iter(dense["results"]))
-        base, old = (dense["results"][text][when]["mean_loss"] for when in ("after", "before"))
-        points = [(recipe, row["results"][text]) for (recipe, _), row in found.items()]
-        spent = [(recipe, result["after"]["measured"][metric], result) for recipe, result in points]
-        _curves(axis, [(recipe, budget, result["after"]["mean_loss"] - base) for recipe, budget, result in spent])
-        faint = [(recipe, result["before"]["measured"][metric], result["before"]["mean_loss"] - old) for recipe, result in points]
-        _curves(axis, faint, label="{} untrained", linestyle=":", alpha=0.6)
+    found = [row for row in latest(rows, "recipe", "budget").values() if "results" in row and row["recipe"] != "dense"]
+    pairs = [(row, dense) for row in found if (dense := reference(rows, row)) is not None]
+    if pairs:
+        text = next(iter(pairs[0][0]["results"]))
+        for when, style in (("after", {}), ("before", {"label": "{} untrained", "linestyle": ":", "alpha": 0.6})):
+            points = [(row["recipe"], row["results"][text][when], dense["results"][text][when]) for row, dense in pairs]
+            lines = [(name, ours["measured"][metric], ours["mean_loss"] - base["mean_loss"]) for name, ours, base in points]
+            _curves(axis, lines, **style)
         axis.set(title=f"after training, {text}", yscale="log")
     axis.set(ylabel="increase over the dense model trained alike", xlabel=_measured(metric))
 

@@ -64,6 +64,10 @@ class Setup:
             "budget": budget,
         }
 
+    def of_text(self, recipe: str, budget: float, text: str) -> dict[str, Any]:
+        """Settings that the loss of a plan on a text depends on."""
+        return self.of_plan(recipe, budget) | {"eval_tokens": self.eval_tokens, "text": text}
+
     def points(self) -> Iterator[tuple[str, float]]:
         """(recipe, budget) of every plan."""
         for budget in self.budgets:
@@ -101,7 +105,6 @@ class Study:
     def __init__(self, setup: Setup, ledger: Ledger, work: Path) -> None:
         self.setup, self.ledger, self.work = setup, ledger, work
         self.progress = sys.stderr.isatty()
-        self._plans: dict[tuple[str, float], Plan] = {}
         self._dense: dict[str, Quality] = {}
 
     # ---- made once
@@ -138,20 +141,15 @@ class Study:
         return self.work / f"{what}-{recipe}-{budget:g}-{key_of(what, settings)[:8]}"
 
     def plan(self, recipe: str, budget: float) -> tuple[Plan, float]:
-        """(plan, seconds it took to solve; 0 where it was there). Raises what a recipe raises."""
-        began = time.perf_counter()
-        folder, point = self.folder("plan", recipe, budget), (recipe, budget)
-        if point in self._plans:
-            return self._plans[point], 0.0
+        """(plan, seconds it took to solve; 0 where it was there, and then on the CPU). Raises what a recipe raises."""
+        folder = self.folder("plan", recipe, budget)
         if folder.is_dir():
-            self._plans[point] = load_plan(folder)
-            return self._plans[point], 0.0
-        calibrated = self.calibrated
-        began = time.perf_counter()
-        self._plans[point] = calibrated.plan(budget=budget, metric=self.setup.metric, recipe=recipe, progress=self.progress)
+            return load_plan(folder), 0.0
+        calibrated, began = self.calibrated, time.perf_counter()
+        plan = calibrated.plan(budget=budget, metric=self.setup.metric, recipe=recipe, progress=self.progress)
         seconds = time.perf_counter() - began
-        self._plans[point].save(folder)
-        return self._plans[point], seconds
+        plan.save(folder)
+        return plan, seconds
 
     def forget_model(self) -> None:
         """Make room for one that is trained."""
@@ -170,9 +168,8 @@ class Study:
     def quality(self) -> None:
         """Loss of every plan on every text, as ``bench.quality`` has it."""
         names = [Path(source).name for source in self.setup.texts]
-        evaluation = {"eval_tokens": self.setup.eval_tokens}
         for recipe, budget in [("dense", 1.0), *self.setup.points()]:
-            settings = {name: self.setup.of_plan(recipe, budget) | evaluation | {"text": name} for name in names}
+            settings = {name: self.setup.of_text(recipe, budget, name) for name in names}
             missing = [name for name in names if not self.ledger.has("quality", settings[name])]
             if not missing:
                 continue
@@ -227,8 +224,12 @@ class Study:
             for state, folder in (("untrained", None), ("trained", tuned.get((recipe, budget)))):
                 settings = self.setup.of_plan(recipe, budget) | how | {"state": state}
                 settings |= {} if folder is None else {"trained": folder.name}
-                absent = state == "trained" and (folder is None or not (folder / "plan").is_dir())
-                if absent or self.ledger.has("tasks", settings):
+                if (state == "trained" and folder is None) or self.ledger.has("tasks", settings):
+                    continue
+                if folder is not None and not (folder / "plan").is_dir():
+                    print(
+                        f"no tasks of the trained {recipe} {budget:g}: there is no {folder}; finetune first, with the same --work"
+                    )
                     continue
                 try:
                     plan: Any = folder / "plan" if folder is not None else self.plan(recipe, budget)[0]
