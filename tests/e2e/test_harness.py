@@ -28,8 +28,6 @@ from rana_fx.measure import measuring
 from rana_fx.text import load_texts, token_batches
 from tests.e2e.tiny_model import saved_tiny
 
-# lm_eval and what it imports
-pytestmark = pytest.mark.filterwarnings("default")
 
 CHOICE = """
 task: local_choice

@@ -19,8 +19,6 @@ from rana_fx.evaluate import evaluate, load_model
 from rana_fx.text import load_texts
 from tests.e2e.tiny_model import saved_tiny
 
-# lm_eval and what it imports
-pytestmark = pytest.mark.filterwarnings("default")
 
 TASK = """
 task: local_choice
