@@ -28,7 +28,6 @@ from rana_fx.measure import measuring
 from rana_fx.text import load_texts, token_batches
 from tests.e2e.tiny_model import saved_tiny
 
-
 CHOICE = """
 task: local_choice
 dataset_path: json

@@ -19,7 +19,6 @@ from rana_fx.evaluate import evaluate, load_model
 from rana_fx.text import load_texts
 from tests.e2e.tiny_model import saved_tiny
 
-
 TASK = """
 task: local_choice
 dataset_path: json
