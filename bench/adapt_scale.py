@@ -88,7 +88,8 @@ def measure(
         "model": model, "text": text, "recipe": recipe, "budget": budget, "metric": metric, "context": context,
         "batch_size": batch_size, "dtype": dtype, "device": device,
     }  # fmt: skip
-    common = head("adapt_scale") | given | {"model": Path(model).name, "text": None if text is None else Path(text).name}
+    # the head says which device, not only that it is one
+    common = given | head("adapt_scale") | {"model": Path(model).name, "text": None if text is None else Path(text).name}
     start(out)
     rows = []
     for count in tokens.split(","):

@@ -1,12 +1,13 @@
 """Weights in 8 and 4 bits: symmetric, round to nearest; what the stored numbers mean, exactly.
 
     int8:  weight_RC int8,            scale_R   one per row                     w = q * scale,  |q| <= 127
-    int4:  weight uint8 (R, C / 2),   scale_RG  one per row and group of columns  w = (nibble - 8) * scale,  |nibble - 8| <= 7
+    int4:  weight uint8 (R, C / 2),   scale_RG  one per row and group of columns  w = (nibble - 8) * scale
            byte j of a row holds column 2j in its low and 2j + 1 in its high half; the last group may be shorter
+           ``pack`` leaves -8 out; others may use it, and scales of either sign (rana_fx/recipes/rounding.py)
 
 Storage is told by dtype alone: floating, int8, uint8. The group length (64 or 128) follows from the shapes. Rounding takes
 place against the scale as it is stored, so ``unpack`` is the weight and kernels are compared with it, not with the original.
-Error: half a step, |w - unpack| <= scale / 2 (plus what rounding the scale to bfloat16 clips: below 0.4 % of the step's range).
+Error of ``pack``: half a step, |w - unpack| <= scale / 2 (and what rounding the scale to bfloat16 clips: 0.4 % of its range).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], 
     tables = [attachment.factors.lowrank for attachment in attachments if attachment.factors.lowrank is not None]
     if not tables:
         return 0
-    added = {id(addition.matrix): (addition, table) for table in tables for addition in table.additions()}
+    added = {id(addition.matrix): (addition, number) for number, table in enumerate(tables) for addition in table.additions()}
     weights = parameters_of(graph_module, example_inputs)
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     products = {node: found for node in position if (found := _product(node)) is not None}
@@ -55,23 +55,24 @@ def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], 
     for source, parameter in weights.items():
         if id(parameter) not in added:
             continue
-        addition, table = added[id(parameter)]
+        addition, number = added[id(parameter)]
+        table, prefix = tables[number], f"rana_lowrank{number}"
         # no dropout where nothing can be trained: its random numbers would be drawn in vain
         dropout = table.dropout if table.rate and torch.is_grad_enabled() else None
         otherwise = []
         for user in sorted(source.users, key=position.__getitem__):
             if _looks_up(user, source) and not addition.transposed:
-                _look_up(graph_module, user, addition)
+                _look_up(graph_module, user, addition, prefix)
                 changed += 1
                 continue
             reads = _reads(source, user, products, weights, addition)
             for read in reads or ():
-                _multiply(graph_module, read, addition, dropout)
+                _multiply(graph_module, read, addition, dropout, prefix)
             changed += len(reads or ())
             if reads is None:
                 otherwise.append(user)
         if otherwise:
-            _sum(graph_module, source, otherwise, addition)
+            _sum(graph_module, source, otherwise, addition, prefix)
             changed += len(otherwise)
     return changed
 
@@ -112,7 +113,7 @@ def _reads(
     return reads
 
 
-def _multiply(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, dropout: Tensor | None) -> None:
+def _multiply(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, dropout: Tensor | None, prefix: str) -> None:
     emit, wanted = Emitter(graph_module, node), dtype_of(node)
     product = _product(node)  # as it reads now: what it multiplies may have got an addition itself
     assert product is not None
@@ -122,18 +123,18 @@ def _multiply(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, d
         kept = emit.call(torch.ge, emit.call(torch.square, emit.method("float", x)), product.tau)
         x = emit.call(torch.where, kept, x, 0.0)
     if dropout is not None:
-        rate = emit.factor("rana_lowrank_dropout", dropout)
+        rate = emit.factor(f"{prefix}_dropout", dropout)
         drawn = emit.call(torch.rand_like, x, dtype=torch.float32)
         x = emit.call(torch.where, emit.call(torch.ge, drawn, rate), x, 0.0)
         x = emit.call(torch.div, x, emit.call(torch.rsub, rate, 1.0))
-    a, b = _pair(emit, addition, wanted)
+    a, b = _pair(emit, addition, wanted, prefix)
     # scaled where it is smallest
     z = emit.call(torch.mul, emit.call(F.linear, x, a), addition.scaling)
     emit.after(torch.add, node, emit.call(F.linear, z, b))
 
 
-def _pair(emit: Emitter, addition: Addition, wanted: torch.dtype | None) -> tuple[fx.Node, fx.Node]:
-    name = "rana_lowrank_" + "".join(letter if letter.isalnum() else "_" for letter in addition.name)
+def _pair(emit: Emitter, addition: Addition, wanted: torch.dtype | None, prefix: str) -> tuple[fx.Node, fx.Node]:
+    name = f"{prefix}_" + "".join(letter if letter.isalnum() else "_" for letter in addition.name)
     a, b = emit.factor(f"{name}_a", addition.a), emit.factor(f"{name}_b", addition.b)
     return cast(emit, a, wanted), cast(emit, b, wanted)
 
@@ -144,16 +145,16 @@ def _looks_up(user: fx.Node, source: fx.Node) -> bool:
     return op_name(user) == "embedding" and given.get("weight") is source and given.get("max_norm") is None
 
 
-def _look_up(graph_module: fx.GraphModule, node: fx.Node, addition: Addition) -> None:
+def _look_up(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, prefix: str) -> None:
     emit = Emitter(graph_module, node)
-    a, b = _pair(emit, addition, dtype_of(node))
+    a, b = _pair(emit, addition, dtype_of(node), prefix)
     rows = emit.call(F.embedding, node.args[0] if node.args else node.kwargs["input"], b)
     emit.after(torch.add, node, emit.call(torch.matmul, emit.call(torch.mul, rows, addition.scaling), a))
 
 
-def _sum(graph_module: fx.GraphModule, source: fx.Node, users: list[fx.Node], addition: Addition) -> None:
+def _sum(graph_module: fx.GraphModule, source: fx.Node, users: list[fx.Node], addition: Addition, prefix: str) -> None:
     emit = Emitter(graph_module, users[0])
-    a, b = _pair(emit, addition, None)
+    a, b = _pair(emit, addition, None, prefix)
     delta = emit.call(torch.matmul, b, emit.call(torch.mul, a, addition.scaling))
     made: list[Any] = [delta, *delta.args[1:]]
     if addition.transposed:

@@ -1,9 +1,10 @@
 """Rounding to 8 and 4 bits with the least error on given inputs.
 
 In: a matrix whose rows are multiplied by the components of an input, and the second moment of that input. Out: the matrix as
-``kernels/quantize.py`` stores it. In 4 bits, rows are rounded one after the other, and what rounding one does to the output is
-made up for by the rows not rounded yet (optimal brain quantisation in a fixed order: GPTQ, arXiv 2210.17323). Each group's step
-is the best of a few that clip its largest numbers. In 8 bits rounding to nearest is as good.
+``kernels/quantize.py`` stores it. In 4 bits, rows are rounded one after the other, those of most energy first, and what rounding
+one does to the output is made up for by the rows not rounded yet (optimal brain quantisation in a fixed order: GPTQ, arXiv
+2210.17323). Each group's step is the best of a few, of either sign: the numbers reach from -8 to 7, and a step whose sign is that
+of the opposite of the group's largest number puts it at -8. In 8 bits rounding to nearest is as good.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 from rana_fx.kernels.quantize import pack, unpack
 
 GROUP = 64
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
+# the largest number of a group over its step, in eighths: below 1 it is clipped, above 7/8 numbers of the other sign are not
+_CLIPS = (1.12, 1.06, 1.0, 0.94, 0.88, 0.82, 0.76)
+_LOWEST, _HIGHEST = -8, 7
 _DAMP = 0.01  # of the mean energy of an input
 _BLOCK = 128
 
@@ -48,8 +51,9 @@ def rounded(matrix_KN: Tensor, bits: int, moment_KK: Tensor | None = None) -> Pa
         return Packed(*pack(matrix_KN, 8, scale_dtype=torch.bfloat16))
     if moment_KK is None:
         return _packed(*_to_grid(matrix_KN.float()), matrix_KN.shape[1])
-    work_KN = matrix_KN.float().clone()
-    inverse_KK = _inverse_factor(moment_KK).float()
+    order_K = moment_KK.diagonal().argsort(descending=True, stable=True)
+    work_KN = matrix_KN.float()[order_K]
+    inverse_KK = _inverse_factor(moment_KK[order_K][:, order_K]).float()
     numbers, scales = [], []
     rows, columns = work_KN.shape
     for start in range(0, rows, _BLOCK):
@@ -57,17 +61,18 @@ def rounded(matrix_KN: Tensor, bits: int, moment_KK: Tensor | None = None) -> Pa
         # what rows of a block do to each other changes their steps little: one search serves them all
         steps = _to_grid(work_KN[start:stop])[1]
         wide_BN = steps.float().repeat_interleave(GROUP, 1)[:, :columns]
-        safe_BN = torch.where(wide_BN > 0, wide_BN, 1)
+        safe_BN = torch.where(wide_BN != 0, wide_BN, 1)
         chosen_BN, errors_BN = torch.zeros_like(wide_BN), torch.zeros_like(wide_BN)
         for place, row in enumerate(range(start, stop)):
-            number = (work_KN[row] / safe_BN[place]).round_().clamp_(-7, 7)
+            number = (work_KN[row] / safe_BN[place]).round_().clamp_(_LOWEST, _HIGHEST)
             error = (work_KN[row] - number * wide_BN[place]) / inverse_KK[row, row]
             work_KN[row + 1 : stop].addr_(inverse_KK[row, row + 1 : stop], error, alpha=-1)
             chosen_BN[place], errors_BN[place] = number, error
         work_KN[stop:] -= inverse_KK[start:stop, stop:].t() @ errors_BN
         numbers.append(torch.nn.functional.pad(chosen_BN, (0, -columns % GROUP)))
         scales.append(steps)
-    return _packed(torch.cat(numbers), torch.cat(scales), columns)
+    back_K = order_K.argsort()
+    return _packed(torch.cat(numbers)[back_K], torch.cat(scales)[back_K], columns)
 
 
 def _inverse_factor(moment_KK: Tensor) -> Tensor:
@@ -82,14 +87,18 @@ def _inverse_factor(moment_KK: Tensor) -> Tensor:
 def _to_grid(rows_RN: Tensor) -> tuple[Tensor, Tensor]:
     """(integers (R, G, GROUP), steps (R, G) in bfloat16): of a few steps per group, the one with the least squared error."""
     padded = torch.nn.functional.pad(rows_RN, (0, -rows_RN.shape[1] % GROUP)).reshape(len(rows_RN), -1, GROUP)
-    largest = padded.abs().amax(-1)
-    clips = torch.tensor(_CLIPS, device=rows_RN.device).view(-1, 1, 1)
-    steps = (largest * clips / 7).to(torch.bfloat16)
-    safe = torch.where(steps > 0, steps, 1).float().unsqueeze(-1)
-    numbers = (padded / safe).round_().clamp_(-7, 7)
-    best = (numbers * safe - padded).square_().sum(-1).argmin(0)
-    chosen = numbers.gather(0, best[None, :, :, None].expand(1, *padded.shape))[0]
-    return chosen, steps.gather(0, best[None])[0]
+    low, high = padded.aminmax(dim=-1)
+    extreme = torch.where(low.abs() > high, low, high)
+    chosen, least, steps = torch.zeros_like(padded), torch.full_like(extreme, torch.inf), torch.zeros_like(extreme).bfloat16()
+    for clip in _CLIPS:
+        tried = (extreme * (clip / _LOWEST)).to(torch.bfloat16)
+        wide = torch.where(tried != 0, tried, 1).float().unsqueeze(-1)
+        numbers = (padded / wide).round_().clamp_(_LOWEST, _HIGHEST)
+        error = (numbers * wide - padded).square_().sum(-1)
+        better = error < least
+        least, steps = torch.where(better, error, least), torch.where(better, tried, steps)
+        chosen = torch.where(better.unsqueeze(-1), numbers, chosen)
+    return chosen, steps
 
 
 def _packed(numbers: Tensor, steps: Tensor, columns: int) -> Packed:

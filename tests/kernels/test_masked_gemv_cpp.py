@@ -16,7 +16,7 @@ from rana_fx.kernels.quantize import pack, unpack
 from rana_fx.kernels.template_cpp import MAX_TOKENS
 from rana_fx.passes import lower
 from tests.kernels.inductor import GEMV, compiled, poisoned
-from tests.kernels.products import Product, assert_close, products
+from tests.kernels.products import Product, assert_close, every_number, products
 
 FALLBACK = "torch.ops.rana"
 
@@ -29,7 +29,7 @@ def operands(tokens, ranks, outputs, dtype, *, bits=16, density=0.5, seed=0):
     tau = (torch.full((ranks,), cut) * (0.5 + torch.rand(ranks, generator=generator))).nan_to_num(nan=0.0, posinf=math.inf)
     weight = (torch.randn(ranks, outputs, generator=generator) / math.sqrt(ranks)).to(dtype)
     bias = torch.randn(outputs, generator=generator).to(dtype)
-    weight, scale = (weight, None) if bits == 16 else pack(weight, bits)
+    weight, scale = (weight, None) if bits == 16 else every_number(*pack(weight, bits), generator)
     return v, tau, weight, bias, scale
 
 

@@ -48,3 +48,24 @@ def test_a_zero_group_is_stored_as_zeros():
     found = rounded(weight, 4, torch.eye(4)).wide()
     assert torch.equal(found[:, :64], weight[:, :64])
     torch.testing.assert_close(found[:, 64:], weight[:, 64:], rtol=0.01, atol=0)
+
+
+def test_all_sixteen_numbers_are_used():
+    """A group that reaches further to one side has its largest number at -8 steps, whatever its sign."""
+    weight = torch.linspace(-1, 0.875, 64)
+    for side in (weight, -weight):
+        found = rounded(side.expand(3, 64).contiguous(), 4)
+        assert set(torch.cat([found.matrix & 0xF, found.matrix >> 4]).unique().tolist()) == set(range(16))
+        assert bool((found.scale.float() * side[0] < 0).all())
+        # bfloat16 represents an eighth
+        assert float((found.wide() - side).abs().max()) <= 1 / 16 + 1e-6
+
+
+def test_what_is_rounded_first_does_not_depend_on_the_order_of_rows():
+    generator = torch.Generator().manual_seed(3)
+    weight, x = torch.randn(96, 64, generator=generator), correlated(400, 96, generator)
+    x *= torch.linspace(0.2, 3, 96)
+    order = torch.randperm(96, generator=generator)
+    moment = (x.double().t() @ x.double() / len(x)).float()
+    straight, shuffled = rounded(weight, 4, moment), rounded(weight[order], 4, moment[order][:, order])
+    torch.testing.assert_close(shuffled.wide(), straight.wide()[order], rtol=0, atol=0)

@@ -196,6 +196,24 @@ def test_it_survives_a_copy_of_the_model():
     torch.testing.assert_close(run(compiled(twin), batch), run(compiled(model), batch), rtol=1e-4, atol=1e-5)
 
 
+def test_two_models_in_one_graph_keep_their_own():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.ModuleList(adapted("dense", depth=1, name="plain")[0] for _ in range(2))
+
+        def forward(self, input_ids):
+            return torch.stack([model(input_ids) for model in self.both])
+
+    pair, batch = Pair(), ids()
+    for std, model in zip((0.05, 0.2), pair.both, strict=True):
+        add_lora(model, lora_config(rank=2))
+        moved(model, std)
+    pair.eval()
+    expected = torch.stack([run(compiled(model), batch) for model in pair.both])
+    torch.testing.assert_close(run(compiled(pair), batch), expected)
+
+
 def test_it_is_saved_as_peft_does(tmp_path):
     model, batch = adapted(depth=1)
     with pytest.raises(NothingToTrain, match="it has no LoRA; call add_lora|call add_lora"):

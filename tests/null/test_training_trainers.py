@@ -45,10 +45,10 @@ def masked(graphs):
     return sum(str(node.target).startswith("rana.masked_gemv") for gm in graphs for node in gm.graph.nodes)
 
 
-def arguments(folder, **more):
+def arguments(folder, save=0, **more):
     return TrainingArguments(
-        str(folder), per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
-        learning_rate=1e-2, logging_steps=1, **more,
+        str(folder), per_device_train_batch_size=2, report_to=[], save_strategy="steps" if save else "no", save_steps=save or 1,
+        use_cpu=True, disable_tqdm=True, learning_rate=1e-2, logging_steps=1, **more,
     )  # fmt: skip
 
 
@@ -113,6 +113,19 @@ def test_the_trainer_takes_a_compiled_model_and_checkpoints_gradients(graphs, tm
     trainer.train()
     assert masked(graphs) and losses(trainer)[-1] < losses(trainer)[0]
     assert trained_plan(model).digest() != attached(model).plan.digest()
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_trainer_resumes_from_its_own_checkpoints(graphs, tmp_path):
+    found = []
+    for start in (None, str(tmp_path / "checkpoint-2")):
+        model, _ = adapted(depth=1)
+        add_lora(model)
+        model.compile(backend="rana")
+        trainer = Trainer(model, arguments(tmp_path, max_steps=3, save=2), train_dataset=ROWS)
+        trainer.train(resume_from_checkpoint=start)
+        found.append((losses(trainer), trained_plan(model).digest()))
+    assert masked(graphs) and found[0] == found[1]
 
 
 @pytest.mark.filterwarnings("default")
