@@ -66,7 +66,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo 'installing from constraints.txt into $(VENV), a few minutes'
 	$(PIP) setuptools wheel torch
-	$(PIP) --no-build-isolation --editable '.[test,train,bench,lint]'
+	$(PIP) --no-build-isolation --editable '.[test,train,bench,eval,lint]'
 	@touch $@ $(VENV)/.demo
 
 FORCE:

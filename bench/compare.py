@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.documents import Text
 from rana_fx.evaluate import Quality, evaluate
@@ -47,6 +47,26 @@ def compare(
 
     quality = evaluate(forward, text.batches, progress=progress)
     return quality, counter.result(text.unit)
+
+
+def by_document(forward: Callable[..., Any], text: Text, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(sum of the losses, number of targets) of each document: differences of two models' are resampled by ``interval``."""
+    sums = torch.zeros(1 + max(int(documents.max()) for documents in text.documents), dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    with torch.no_grad():
+        for batch, documents_BT in zip(text.batches, text.documents, strict=True):
+            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            logits = forward(**moved).logits
+            for row, ids, mask, documents in zip(
+                logits, moved["input_ids"], moved["attention_mask"], documents_BT.to(device), strict=True
+            ):
+                real = (mask[1:] * mask[:-1]).bool()
+                losses = nn.functional.cross_entropy(row[:-1][real].float(), ids[1:][real], reduction="none")
+                place = documents[1:][real].cpu()
+                sums.index_add_(0, place, losses.double().cpu())
+                counts += place.bincount(minlength=len(counts))
+    found = counts > 0
+    return sums[found], counts[found]
 
 
 class _Counter:

@@ -97,6 +97,8 @@ def compare(run: Run, chosen: list[Variant]) -> None:
     jobs = len(chosen) * len(run.protocol.batches)
     for variant in chosen:
         facts = {"variant": variant.label, "variant_kind": variant.kind, "mode": variant.mode, "budget": variant.budget}
+        # several may have one budget
+        facts |= {} if variant.saved is None else {"plan": variant.saved.name}
         try:
             with on_model(variant, run.model, run.layout, seed=run.protocol.seed) as prepared:
                 for batch in run.protocol.batches:

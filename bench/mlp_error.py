@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from rana_fx.recipes.baselines import _masked_sites, _threshold_block
 from rana_fx.recipes.paper import _adapt_mlp
 from rana_fx.recipes.problem import Problem
 
-_RECIPES = "paper,teal,wina,cats,neuron_ideal,rana,rana_alone"
+RECIPES_OF_BLOCKS = ("paper", "teal", "wina", "cats", "neuron_ideal", "rana", "rana_alone")
 _NEURONS = ("teal", "wina", "cats")
 _BATCHES = 16  # of a block's rows: two are held out, four give gradients
 
@@ -59,7 +59,7 @@ def main(
     calib: Annotated[str, typer.Option(help="Calibration text.")],
     text: Annotated[str, typer.Option(help="Held-out text.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
-    recipes: Annotated[str, typer.Option(help="Recipes, by commas.")] = _RECIPES,
+    recipes: Annotated[str, typer.Option(help="Recipes, by commas.")] = ",".join(RECIPES_OF_BLOCKS),
     budgets: Annotated[str, typer.Option(help="Fractions of the MLP's dense cost, by commas.")] = "0.7,0.58,0.5",
     metric: Annotated[str, typer.Option(help="What cost is: flops (in float32), or bytes of bfloat16.")] = "flops",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_000,
@@ -69,9 +69,9 @@ def main(
 ) -> None:
     """MLP output error per recipe, and ranks needed per input, on held-out text."""
     names = recipes.split(",")
-    unknown = [name for name in names if name not in _RECIPES.split(",")]
+    unknown = [name for name in names if name not in RECIPES_OF_BLOCKS]
     if unknown:
-        raise typer.BadParameter(f"unknown recipes {unknown}: pick of {_RECIPES}")
+        raise typer.BadParameter(f"unknown recipes {unknown}: pick of {', '.join(RECIPES_OF_BLOCKS)}")
     if metric not in METRICS:
         raise typer.BadParameter(f"unknown metric {metric!r}: pick of {', '.join(METRICS)}")
     dtype = "float32" if metric == "flops" else "bfloat16"
@@ -81,22 +81,31 @@ def main(
         network, batches_of(calib, tokenizer, tokens=tokens, context=context), seed=seed, progress=progress
     )
     batches = batches_of(text, tokenizer, tokens=eval_tokens, context=context)
-    _, held, count = calibrate(network, batches, wanted=counted_groups, seed=seed, progress=progress)
+    held_out, count = held_rows(network, calibrated, batches, metric=metric, progress=progress)
     common = calibrated.head("mlp_error", model, calib, context=context, dtype=dtype)
     common |= {"text": Path(text).name, "tokens": count, "metric": metric}
     start(out)
     rows: list[dict[str, Any]] = []
-    held_out = Problem(calibrated.layout, held, 1.0, metric, "dense", progress=False)
+    asked = [float(value) for value in budgets.split(",")]
     with torch.no_grad():
-        for facts in itertools.chain(_errors(network, calibrated, held_out, names, budgets), needs(calibrated, held_out)):
+        for facts in itertools.chain(errors(network, calibrated, held_out, names, asked), needs(calibrated, held_out)):
             append(out, common | facts)
             rows.append(facts)
     _tables(Path(model).name, rows)
 
 
-def _errors(
-    network: nn.Module, calibrated: Calibrated, held_out: Problem, names: list[str], budgets: str
+def held_rows(
+    network: nn.Module, calibrated: Calibrated, batches: Iterable[Any], *, metric: str, progress: bool
+) -> tuple[Problem, int]:
+    """(samples of a held-out text as ``errors`` takes them, its tokens)."""
+    _, held, count = calibrate(network, batches, wanted=counted_groups, seed=calibrated.seed, progress=progress)
+    return Problem(calibrated.layout, held, 1.0, metric, "dense", progress=False), count
+
+
+def errors(
+    network: nn.Module, calibrated: Calibrated, held_out: Problem, names: Sequence[str], budgets: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
+    """One row per block, budget and recipe."""
     for block in calibrated.layout.blocks:
         problem = calibrated.problem(budget=1.0, metric=held_out.metric, recipe="paper")
         alone = _alone(network, problem, block) if "rana_alone" in names else None
@@ -110,7 +119,7 @@ def _errors(
             "rana": partial(_rana, calibrated, block, held_out.metric),
             "rana_alone": partial(_rana_alone, alone, held_out.metric),
         }
-        for budget, recipe in itertools.product((float(value) for value in budgets.split(",")), names):
+        for budget, recipe in itertools.product(budgets, names):
             facts = {"kind": "mlp_error", "site": block.down, "recipe": recipe, "budget": budget}
             try:
                 made = makers[recipe](budget)

@@ -19,7 +19,7 @@ import typer
 from bench.quantised import rounding_of
 from bench.table import Row, figures, read
 
-_COLORS = {
+COLORS = {
     "static": "tab:gray",
     "cats": "tab:green",
     "teal": "tab:orange",
@@ -27,6 +27,8 @@ _COLORS = {
     "slicegpt": "tab:purple",
     "paper": "tab:blue",
     "rana": "black",
+    "rana_alone": "dimgray",
+    "neuron_ideal": "tab:cyan",
 }
 _FLOOR = 1e-4
 _ROUNDED = {False: "tab:brown", True: "tab:cyan"}  # by whether it is optimal
@@ -61,7 +63,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             points = sorted((row for row in here if row["recipe"] == recipe), key=lambda row: row["measured"][metric])
             rounding = rounding_of(recipe)
             if rounding is None:
-                _draw(axis, points, metric, color=_COLORS.get(recipe), marker="o", linestyle="-")
+                _draw(axis, points, metric, color=COLORS.get(recipe), marker="o", linestyle="-")
             else:
                 _draw(axis, points, metric, color=_ROUNDED[rounding.optimal], marker=next(markers), linestyle="none")
         axis.set(xlabel=f"measured budget ({metric}, of dense)", ylabel="increase of mean loss, nats", title=name, yscale="log")

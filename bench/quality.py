@@ -89,7 +89,7 @@ def main(
         if "dense" in names:
             full = {"flops": 1.0, "bytes": 1.0}
             facts = {"recipe": "dense", "budget": 1.0, "expected": full, "measured": full}
-            add(text=name, **facts, **_quality(dense[name], dense[name]), eval_seconds=time.perf_counter() - began)
+            add(text=name, **facts, **against(dense[name], dense[name]), eval_seconds=time.perf_counter() - began)
     maker = Maker(network, calibrated, batches, metric=metric, progress=progress)
     points: list[tuple[str, float | Rounding]] = [
         (name, budget) for budget in asked for name in names if name != "dense" and name not in roundings
@@ -109,14 +109,15 @@ def main(
             continue
         solved = time.perf_counter() - began
         for name, found in texts.items():
-            facts = _evaluated(network, entrant, found, dense[name], progress=progress)
+            facts = evaluated(network, entrant, found, dense[name], progress=progress)
             add(text=name, recipe=recipe, budget=budget, **facts, solve_seconds=solved)
     table(rows)
     if png is not None:
         plot([row for row in rows if row["metric"] == metric], png)
 
 
-def _evaluated(network: Any, entrant: Entrant, text: Text, dense: Quality, *, progress: bool) -> dict[str, Any]:
+def evaluated(network: Any, entrant: Entrant, text: Text, dense: Quality, *, progress: bool) -> dict[str, Any]:
+    """What a row says of an entrant on one text."""
     began = time.perf_counter()
     with entrant.on(network) as running:
         quality, compared = compare(running.adapted, running.dense, text, progress=progress, device=device_of(network))
@@ -124,14 +125,15 @@ def _evaluated(network: Any, entrant: Entrant, text: Text, dense: Quality, *, pr
     return {
         "expected": entrant.expected,
         "measured": measured,
-        **_quality(quality, dense),
+        **against(quality, dense),
         **asdict(compared),
         **entrant.facts,
         "eval_seconds": time.perf_counter() - began,
     }
 
 
-def _quality(found: Quality, dense: Quality) -> dict[str, float]:
+def against(found: Quality, dense: Quality) -> dict[str, float]:
+    """Losses of a model beside those of the dense one."""
     return {
         "mean_loss": found.mean_loss,
         "perplexity": found.perplexity,

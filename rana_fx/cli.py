@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from rana_fx._version import __version__
-from rana_fx.commands import adapt, demo, evaluate, explain, finetune, generate
+from rana_fx.commands import adapt, demo, evaluate, explain, finetune, generate, tasks
 from rana_fx.errors import RanaError
 
 
@@ -71,6 +71,7 @@ app.command("eval")(evaluate.command)
 app.command("finetune")(finetune.command)
 app.command("explain")(explain.command)
 app.command("generate")(generate.command)
+app.command("tasks")(tasks.command)
 
 if __name__ == "__main__":
     app()

@@ -22,11 +22,11 @@ def saved(tmp_path_factory):
 def test_every_recipe_has_rows_at_its_budget(saved, tmp_path, metric, capsys):
     model, text = map(str, saved)
     out = tmp_path / "rows.jsonl"
-    options = {"calib": text, "text": text, "metric": metric, "recipes": mlp_error._RECIPES, "budgets": "0.6"}
+    options = {"calib": text, "text": text, "metric": metric, "recipes": ",".join(mlp_error.RECIPES_OF_BLOCKS), "budgets": "0.6"}
     mlp_error.main(model, out=out, tokens=2560, eval_tokens=512, context=64, seed=0, **options)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     errors = {row["recipe"]: row for row in rows if row["kind"] == "mlp_error"}
-    assert list(errors) == mlp_error._RECIPES.split(",")
+    assert list(errors) == list(mlp_error.RECIPES_OF_BLOCKS)
     for recipe, row in errors.items():
         # in bytes it may have no use for all of them: 8 bits everywhere cost little more than half
         least = 0.5 if metric == "bytes" and "rana" in recipe else 0.55

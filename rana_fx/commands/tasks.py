@@ -1,0 +1,56 @@
+"""``rana-fx tasks``: scores of a model on downstream tasks, dense or, with a plan, adapted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rana_fx.commands import options as o
+from rana_fx.commands.record import facts_of, show, write_json
+
+
+def command(
+    model: o.Model,
+    tasks: Annotated[str, typer.Option(help="Names that lm_eval knows, by commas; paper: the six of the paper.")],
+    plan: o.PlanDir = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Worked examples before a question. Default: the task's own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many documents of each task.")] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of further tasks, in lm_eval's YAML.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the adapted model; --no-compile starts at once and is slower.")] = True,
+    prefill: Annotated[str, typer.Option(help="Which tokens are adapted: masked (all), dense, cheapest, factors.")] = "masked",
+    batch_size: o.BatchSize = 8,
+    seed: o.Seed = 0,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    json: o.Json = None,
+) -> None:
+    """Scores of MODEL on tasks of lm-evaluation-harness; with --plan those of the adapted model."""
+    from rana_fx.harness import RanaLM, language_model, run_tasks
+
+    options = {"batch_size": batch_size, "dtype": dtype, "device": device}
+    made = language_model(model, plan=plan, compile=compile, prefill=prefill, **options)
+    scores = run_tasks(made, tasks.split(","), shots=shots, limit=limit, include=include, seed=seed)
+    facts = facts_of(
+        "tasks", seed=seed, model=model, plan=plan, tasks=tasks, shots=shots, limit=limit, include=include, compile=compile,
+        prefill=prefill, batch_size=batch_size, dtype=dtype, device=str(made.device),
+    )  # fmt: skip
+    adapted = made.plan if isinstance(made, RanaLM) else None
+    facts |= {
+        "scores": scores,
+        "recipe": None if adapted is None else adapted.recipe,
+        "budget": None if adapted is None else {"asked": adapted.budget, "metric": adapted.metric},
+        "digest": None if adapted is None else adapted.digest(),
+    }
+    show(
+        f"{model}, {'dense' if adapted is None else f'plan {adapted.digest()[:12]}'}",
+        ("task", "metric", "score", "standard error"),
+        [
+            (task, metric, value, values.get(f"{metric}_stderr"))
+            for task, values in scores.items()
+            for metric, value in values.items()
+            if not metric.endswith("_stderr")
+        ],
+    )
+    write_json(json, facts)
