@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.documents import Text
 from rana_fx.evaluate import Quality, evaluate
+from rana_fx.running import to_device
 
 _RESAMPLES = 2000
 
@@ -39,7 +40,7 @@ def compare(
     documents = iter(text.documents)
 
     def forward(**batch: Any) -> Any:
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        batch = to_device(batch, device)
         output = adapted(**batch)
         with torch.no_grad():
             counter.add(output.logits, dense(**batch).logits, batch["input_ids"], batch["attention_mask"], next(documents))
@@ -55,7 +56,7 @@ def by_document(forward: Callable[..., Any], text: Text, *, device: torch.device
     counts = torch.zeros_like(sums)
     with torch.no_grad():
         for batch, documents_BT in zip(text.batches, text.documents, strict=True):
-            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            moved = to_device(batch, device)
             logits = forward(**moved).logits
             for row, ids, mask, documents in zip(
                 logits, moved["input_ids"], moved["attention_mask"], documents_BT.to(device), strict=True

@@ -21,15 +21,14 @@ from bench.compare import by_document
 from bench.ledger import key_of
 from bench.study import UNREACHABLE, Study
 from bench.training_text import TrainingText, training_text
-from rana_fx._backend import rewrite
+from rana_fx._backend import rewritten
 from rana_fx.errors import InvalidOption, LossNotFinite
 from rana_fx.evaluate import load_model
 from rana_fx.measure import measuring
-from rana_fx.training import Settings, add_lora, best_rate, lora_config, merge_lora, rethreshold, train, trainable, trained_plan
+from rana_fx.training import Settings, best_rate, lora_config, merge_lora, rethreshold, train, trained_plan
 from rana_fx.training.checkpoint import NAME
-
-METHODS = ("lora", "factors", "full")
-_SETTLING = 32_000  # tokens that thresholds are estimated from, as many as adapt takes
+from rana_fx.training.methods import METHODS, choose
+from rana_fx.training.thresholds import SETTLING
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,10 @@ def _tuned(
     network, tokenizer = load_model(setup.model, dtype=setup.dtype)
     rana_fx.attach(network, plan)
     before = {name: _known(study, point, name) or _losses(network, found) for name, found in texts.items()}
-    if tuning.method == "lora":
-        add_lora(network, lora_config(rank=tuning.rank), seed=setup.seed)
-    else:
-        trainable(network, what="all" if tuning.method == "full" else "factors")
+    config = lora_config(rank=tuning.rank) if tuning.method == "lora" else None
+    choose(network, tuning.method, config=config, seed=setup.seed)
     # whoever is not compiled runs the rewritten graph as it is
-    network.compile(backend=rana_fx.backend if tuning.compile else _rewritten)
+    network.compile(backend=rana_fx.backend if tuning.compile else rewritten)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     resume, began = (folder / NAME).is_file(), time.perf_counter()
@@ -145,7 +142,7 @@ def _tuned(
     }  # fmt: skip
     merge_lora(network)
     if tuning.thresholds and point[0] != "dense":
-        rethreshold(network, text.batches[: -(-_SETTLING // (setup.context * tuning.batch_size))])
+        rethreshold(network, text.batches[: -(-SETTLING // (setup.context * tuning.batch_size))])
     new = trained_plan(network)
     after = {name: _losses(network, found) for name, found in texts.items()}
     rana_fx.detach(network)
@@ -188,11 +185,6 @@ def _losses(network: Any, text: Any) -> dict[str, Any]:
     measured = {"flops": found.budget_flops, "bytes": found.budget_bytes}
     mean = float(sums.sum() / counts.sum())
     return {"mean_loss": mean, "measured": measured, "sums": sums.tolist(), "counts": counts.tolist()}
-
-
-def _rewritten(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-    rewrite(gm, example_inputs)
-    return gm.forward
 
 
 def _thinned(losses: Sequence[float], points: int = 50) -> list[float]:

@@ -25,13 +25,14 @@ from typing import Annotated
 import torch
 import typer
 
-from bench.finetuned import METHODS, Tuning, finetune, folders
+from bench.finetuned import Tuning, finetune, folders
 from bench.ledger import Ledger
 from bench.record import head
 from bench.report import write_report
 from bench.study import Asked, Setup, Study, Timing
 from rana_fx.plan import METRICS
 from rana_fx.recipes import RECIPES
+from rana_fx.training.methods import METHODS
 
 STAGES = ("quality", "mlp", "finetune", "tasks", "latency", "report")
 

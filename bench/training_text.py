@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.errors import TooLittleText
-from rana_fx.text import load_texts
+from rana_fx.text import documents_of, load_texts
 
 _DOCUMENTS = 512  # encoded at a time
 
@@ -85,16 +85,12 @@ def training_text(
 
 def _encoded(texts: list[str], tokenizer: Any, *, enough: int) -> Tensor:
     """Ids of documents one behind the other, int32, of as many as it takes."""
-    end = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
     parts: list[Tensor] = []
     count = 0
     for start in range(0, len(texts), _DOCUMENTS):
         if count >= enough:
             break
-        # verbose: a document longer than the model's context is the rule here, not worth a warning
-        for document in tokenizer(texts[start : start + _DOCUMENTS], verbose=False)["input_ids"]:
-            if end is not None and (not document or document[-1] != end):
-                document.append(end)
+        for document in documents_of(texts[start : start + _DOCUMENTS], tokenizer):
             parts.append(torch.tensor(document, dtype=torch.int32))
             count += len(document)
     return torch.cat(parts)

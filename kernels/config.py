@@ -11,6 +11,7 @@ MAX_TOKENS = 16
 CPU_TOKENS = 8
 TOKENS_AT_ONCE = 4
 H200_SM_COUNT = 132
+MOST_PARTS = 3  # products in one launch: as many pointers as its kernel takes
 # what one warp reads of a row with 16 bytes per thread
 WARP_BYTES = 512
 

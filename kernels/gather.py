@@ -18,8 +18,15 @@ source.
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from rana_fx.errors import BadOperand
+from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -35,6 +42,20 @@ else:
     @triton.jit
     def trips(count):
         return count
+
+
+def few_tokens(name: str, x: Tensor) -> int:
+    """The rows of an operand. Raises BadOperand for more than a launch takes, or none."""
+    tokens = math.prod(x.shape[:-1])
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise BadOperand(name=name, got=f"{tokens} tokens", expected=f"1 to {MAX_TOKENS}", todo="Use the reference for more.")
+    return tokens
+
+
+def sm_count_of(x: Tensor) -> int:
+    """Multiprocessors of the device an operand is on; under the interpreter those of an H200."""
+    count: int = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else H200_SM_COUNT
+    return count
 
 
 def launch_options(pdl: bool, traced: bool) -> dict[str, bool]:

@@ -16,7 +16,6 @@ Error: products and sums in fp32, relative RMSE <= 4 * eps(fp32) * sqrt(log2 K +
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 import triton
@@ -24,11 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_fx.errors import BadOperand, UnknownChoice
-from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
+from rana_fx.kernels.config import TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
 from rana_fx.kernels.finish import ACTIVATIONS, counters_for, finish, hand_over, partials_at_once
 from rana_fx.kernels.gather import (
     add_rows,
     constants_of,
+    few_tokens,
     kept_values,
     launch_options,
     list_ranks,
@@ -37,6 +37,7 @@ from rana_fx.kernels.gather import (
     no_sums,
     places,
     ranks_of,
+    sm_count_of,
     trips,
 )
 from rana_fx.kernels.packed import masked_gemv_packed_kernel, words
@@ -151,7 +152,7 @@ def masked_gemv(
             name="weight", got=f"{columns} columns", expected=f"a multiple of {unit}", todo="Apply the activation apart."
         )
     if config is None:
-        sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else H200_SM_COUNT
+        sm_count = sm_count_of(v)
         config = default_config(v.shape[-1], columns, rows, sm_count=sm_count, bits=bits_of(weight))
     part = torch.empty((config.splits, rows, columns), dtype=torch.float32, device=v.device)
     y = torch.empty((rows, columns // 2 if act else columns), dtype=v.dtype, device=v.device)
@@ -168,9 +169,7 @@ def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tupl
         raise BadOperand(name="v", got=got, expected=f"floating, (..., {ranks})", todo="Its last size is weight's first.")
     if tuple(tau.shape) != (ranks,):
         raise BadOperand(name="tau", got=str(tuple(tau.shape)), expected=f"({ranks},)", todo="One threshold per rank.")
-    tokens = math.prod(v.shape[:-1])
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise BadOperand(name="v", got=f"{tokens} tokens", expected=f"1 to {MAX_TOKENS}", todo="Use the reference for more.")
+    tokens = few_tokens("v", v)
     return tokens, columns
 
 

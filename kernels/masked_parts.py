@@ -9,7 +9,6 @@ Weights are floating, rank-major with unit stride, of one dtype; up to three.   
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, default_config
+from rana_fx.kernels.config import MOST_PARTS, TOKENS_AT_ONCE, Config, cdiv, default_config
 from rana_fx.kernels.finish import counters_for
-from rana_fx.kernels.gather import launch_options
+from rana_fx.kernels.gather import few_tokens, launch_options, sm_count_of
 from rana_fx.kernels.masked_gemv import lists_for, masked_sums, meta_of
-
-MOST_PARTS = 3
 
 
 @triton.jit
@@ -70,7 +67,7 @@ def masked_gemv_parts(
     rows, ranks = v.reshape(tokens, -1), v.shape[-1]
     sizes = [weight.shape[1] for weight in weights]
     if config is None:
-        sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else H200_SM_COUNT
+        sm_count = sm_count_of(v)
         config = default_config(ranks, sum(sizes), tokens, sm_count=sm_count)
     groups, block_n = cdiv(tokens, TOKENS_AT_ONCE), config.block_n
     ends = [sum(cdiv(size, block_n) for size in sizes[: index + 1]) for index in range(len(sizes))]
@@ -120,7 +117,4 @@ def _check(v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases:
         if biases and (bias is None or tuple(bias.shape) != (weight.shape[1],) or not bias.is_contiguous()):
             got = "None" if bias is None else str(tuple(bias.shape))
             raise BadOperand(name=f"biases[{index}]", got=got, expected=f"({weight.shape[1]},)", todo="One number per output.")
-    tokens = math.prod(v.shape[:-1])
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise BadOperand(name="v", got=f"{tokens} tokens", expected=f"1 to {MAX_TOKENS}", todo="Use the reference for more.")
-    return tokens
+    return few_tokens("v", v)

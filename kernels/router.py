@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 
 import torch
 import triton
@@ -19,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.config import H200_SM_COUNT, MAX_TOKENS, TOKENS_AT_ONCE, WARP_BYTES, cdiv
-from rana_fx.kernels.gather import launch_options, no_sums, trips, wait_for_previous
+from rana_fx.kernels.config import H200_SM_COUNT, TOKENS_AT_ONCE, WARP_BYTES, cdiv
+from rana_fx.kernels.gather import few_tokens, launch_options, no_sums, sm_count_of, trips, wait_for_previous
 from rana_fx.kernels.packed import numbers, scales_of, units, words
 from rana_fx.kernels.quantize import bits_of, group_of, shape_of
 
@@ -187,12 +186,10 @@ def router(
         raise BadOperand(name="x", got=got, expected=f"floating, (..., {columns})", todo="Its last size is weight's last.")
     if gain is not None and (tuple(gain.shape) != (columns,) or eps is None):
         raise BadOperand(name="gain", got=str(tuple(gain.shape)), expected=f"({columns},)", todo="One per input, and an eps.")
-    tokens = math.prod(x.shape[:-1])
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise BadOperand(name="x", got=f"{tokens} tokens", expected=f"1 to {MAX_TOKENS}", todo="Use the reference for more.")
+    tokens = few_tokens("x", x)
     bits = bits_of(weight)
     if config is None:
-        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else H200_SM_COUNT
+        sm_count = sm_count_of(x)
         config = default_config(ranks, columns, tokens, sm_count, bits=bits, pdl=pdl)
     group, per_word = 0, 1
     if scale is not None:

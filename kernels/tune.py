@@ -14,12 +14,13 @@ import hashlib
 import json
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from rana_fx.atomic import replacing
 
 C = TypeVar("C")
 _ROTATED_BYTES = 200e6  # an H200 has 50 MiB of L2
@@ -66,9 +67,9 @@ def copies_of(bytes_each: float) -> int:
 
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Median time per call on the current CUDA device of CUDA-graph replays of all of them, as a model decodes: each starts while
-    the one before it ends. Times of single launches favour configs that lose there (Llama-2-7B at half the bytes, H200: 3.49 ms a
-    step with the configs chosen by those, 3.24 without any choice).
+    """Median time per call on the current CUDA device of CUDA-graph replays of all of them, as a model decodes: weights are not in
+    L2, and each starts while the one before it ends. In a model other launches lie between: there a config that was a little faster
+    here may be slower (Llama-2-7B at half the bytes, H200: 3.53 ms a step with those chosen so, without any choice 3.24).
 
     Raises: whatever a launch raises.
     """
@@ -112,6 +113,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-    Path(file.name).replace(path)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1, sort_keys=True).encode())

@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -36,7 +35,7 @@ from rana_fx.graph import shape_of
 from rana_fx.kernels.config import TOKENS_AT_ONCE
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
 from rana_fx.passes.fuse_gated import ROUNDINGS, gated_of
-from rana_fx.passes.fuse_parts import fuse_parts, operands
+from rana_fx.passes.fuse_parts import fuse_parts, meta_of, operands
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
@@ -91,7 +90,7 @@ def _fuse_norm(graph: fx.Graph, node: fx.Node) -> int:
         return 0
     with graph.inserting_before(node):
         fused = graph.call_function(normed_router, (norm.h, norm.gain, weight, scale, norm.eps, norm.offset))
-    fused.meta = _meta(node)
+    fused.meta = meta_of(node)
     node.replace_all_uses_with(fused)
     # x keeps its other routers as users, which are asked one by one
     graph.erase_node(node)
@@ -111,8 +110,8 @@ def _fuse_residual(graph: fx.Graph, node: fx.Node) -> int:
     if not isinstance(residual, Tensor) or residual.shape != value.shape or residual.dtype != value.dtype:
         return 0
     with graph.inserting_before(total):
-        fused = graph.call_function(masked_gemv_add, (*_operands(node), others[0]))
-    fused.meta = _meta(total)
+        fused = graph.call_function(masked_gemv_add, (*operands(node).values(), others[0]))
+    fused.meta = meta_of(total)
     total.replace_all_uses_with(fused)
     graph.erase_node(total)
     graph.erase_node(node)
@@ -127,27 +126,16 @@ def _fuse_gated(graph: fx.Graph, node: fx.Node) -> int:
     value, wanted = node.meta["val"], product.meta["val"]
     shape = (*value.shape[:-1], value.shape[-1] // 2)
     with graph.inserting_before(product):
-        fused = graph.call_function(masked_gemv_gated, (*_operands(node), activation))
+        fused = graph.call_function(masked_gemv_gated, (*operands(node).values(), activation))
         made = value.new_empty(shape)
-        fused.meta = _meta(product) | {"val": made}
+        fused.meta = meta_of(product) | {"val": made}
         result = fused
         if wanted.shape != shape:
             result = graph.call_function(_aten.reshape.default, (fused, list(wanted.shape)))
-            result.meta = _meta(product) | {"val": made.reshape(wanted.shape)}
+            result.meta = meta_of(product) | {"val": made.reshape(wanted.shape)}
     # what it was computed from has no other reader: fuse() removes it
     product.replace_all_uses_with(result)
     return 1
-
-
-def _operands(node: fx.Node) -> tuple[Any, ...]:
-    """v, tau, weight, bias, scale, density of a masked product."""
-    given = operands(node)
-    return tuple(given[name] for name in ("v", "tau", "weight", "bias", "scale", "density"))
-
-
-def _meta(node: fx.Node) -> dict[str, object]:
-    """What holds for a node of the same value. Inductor takes the arguments that AOTAutograd recorded for this one's own."""
-    return {key: value for key, value in node.meta.items() if key != "eager_input_vals"}
 
 
 def norm_of(x: fx.Node) -> Norm | None:

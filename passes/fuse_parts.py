@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, fx
 
 from rana_fx.kernels import cost
+from rana_fx.kernels.config import MOST_PARTS
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_parts
 
 _aten = torch.ops.aten
-# as many pointers as the kernel takes (kernels/masked_parts.py)
-MOST = 3
+_NAMES = ("v", "tau", "weight", "bias", "scale", "density")
+_DEFAULTS = {"bias": None, "scale": None, "density": 0.5}
 _MOVES = {_aten.permute.default, _aten.t.default, _aten.transpose.int, _aten.view.default}
 
 
@@ -37,15 +38,15 @@ def fuse_parts(graph: fx.Graph, few: Callable[[object], bool]) -> int:
             groups.setdefault(key, []).append(node)
     made = 0
     for nodes in groups.values():
-        for start in range(0, len(nodes), MOST):
-            made += _together(graph, nodes[start : start + MOST])
+        for start in range(0, len(nodes), MOST_PARTS):
+            made += _together(graph, nodes[start : start + MOST_PARTS])
     return made
 
 
 def operands(node: fx.Node) -> dict[str, Any]:
-    """Of a masked product, by name."""
-    given = dict(zip(("v", "tau", "weight", "bias", "scale", "density"), node.args, strict=False)) | dict(node.kwargs)
-    return {"bias": None, "scale": None, "density": 0.5} | given
+    """Of a masked product, by name, in the order it takes them."""
+    given = _DEFAULTS | dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+    return {name: given[name] for name in _NAMES}
 
 
 def _fits(node: fx.Node) -> bool:
@@ -78,15 +79,15 @@ def _together(graph: fx.Graph, nodes: list[fx.Node]) -> int:
     with graph.inserting_before(first):
         fused = graph.call_function(masked_gemv_parts, (v, *lists, _density(parts, sizes)))
         whole = value.new_empty((*value.shape[:-1], sum(sizes)))
-        fused.meta = _meta(first) | {"val": whole}
+        fused.meta = meta_of(first) | {"val": whole}
         stop = 0
         for node, size in zip(nodes, sizes, strict=True):
             start, stop = stop, stop + size
             cut = graph.call_function(_aten.slice.Tensor, (fused, value.dim() - 1, start, stop))
-            cut.meta = _meta(node) | {"val": whole.new_empty_strided((*value.shape[:-1], size), whole.stride())}
+            cut.meta = meta_of(node) | {"val": whole.new_empty_strided((*value.shape[:-1], size), whole.stride())}
             # what follows may view it; at one token this costs nothing, at a few it fuses with the consumer
             part = graph.call_function(_aten.clone.default, (cut,), {"memory_format": torch.contiguous_format})
-            part.meta = _meta(node)
+            part.meta = meta_of(node)
             node.replace_all_uses_with(part)
     for node in nodes:
         graph.erase_node(node)
@@ -116,5 +117,6 @@ def _density(parts: list[dict[str, Any]], sizes: list[int]) -> float:
     return kept / sum(sizes)
 
 
-def _meta(node: fx.Node) -> dict[str, object]:
+def meta_of(node: fx.Node) -> dict[str, object]:
+    """What holds for a node of the same value. Inductor takes the arguments that AOTAutograd recorded for this one's own."""
     return {key: value for key, value in node.meta.items() if key != "eager_input_vals"}

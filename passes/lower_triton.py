@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -22,6 +23,29 @@ from rana_fx.kernels.quantize import bits_of, shape_of
 from rana_fx.passes.launch import COUNTERS, counters, fake, realized, starts_early, static, traced
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """What a config is chosen by. stored, scale: the weight as it lies in memory, without its numbers. early: may start early."""
+
+    v_TK: Any
+    stored: torch.Tensor
+    scale: torch.Tensor | None
+    ranks: int
+    columns: int
+    tokens: int
+    density: float
+    activation: str | None
+    early: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.ranks, self.columns, self.tokens
+
+    @property
+    def bits(self) -> int:
+        return bits_of(self.stored)
 
 
 def masked_product(
@@ -44,7 +68,7 @@ def masked_product(
         return None
     operands = realized(v_TK, tau, weight, scale)
     early = starts_early(operands[0], operands[1:4])
-    config = _config(operands[0], operands[2], operands[3], density, activation, early=early)
+    config = _config(_product(operands[0], operands[2], operands[3], density, activation, early=early))
     if config is None:
         return None
     operands += [*realized(bias, residual_TN), counters(v_TK.get_device())]
@@ -71,7 +95,7 @@ def masked_parts(v_TK: Any, taus: Sequence[Any], weights: Sequence[Any], biases:
     ranks, columns = sizes[0][0], sum(size for _, size in sizes)
     whole = torch.empty((ranks, columns), dtype=weights[0].get_dtype(), device="meta")
     early = starts_early(operands[0], operands[1 : 1 + 2 * count])
-    config = _config_for(ranks, columns, tokens, density, v_TK, whole, None, None, early=early)
+    config = _config(_Product(v_TK, whole, None, ranks, columns, tokens, density, None, early))
     if config is None:
         return None
     operands.append(counters(v_TK.get_device()))
@@ -107,63 +131,52 @@ def tokens_of(x_TK: Any) -> int | None:
     return int(tokens) if few and x_TK.get_device().type == "cuda" and x_TK.get_dtype() in _DTYPES else None
 
 
-def _config(v_TK: Any, weight: Any, scale: Any, density: float, activation: str | None, *, early: bool) -> Config | None:
+def _config(product: _Product | None) -> Config | None:
     """How to launch, or None: not applicable, or the dense product is expected to be faster."""
-    tokens, stored = tokens_of(v_TK), fake(weight)
-    if tokens is None or stored is None:
+    if product is None:
         return None
-    ranks, columns = shape_of(stored, fake(scale))
-    if bits_of(stored) >= 16 and stored.stride(1) != 1:
-        return None  # a skipped row would not be a skipped stretch of memory
-    return _config_for(ranks, columns, tokens, density, v_TK, stored, fake(scale), activation, early=early)
-
-
-def _config_for(
-    ranks: int,
-    columns: int,
-    tokens: int,
-    density: float,
-    v_TK: Any,
-    stored: Any,
-    scale: Any,
-    activation: str | None,
-    *,
-    early: bool,
-) -> Config | None:
-    bits, device = bits_of(stored), cost.nearest(v_TK.get_device())
-    if not cost.prefers_masked(ranks, columns, tokens, density, device, bits=bits):
+    shape, device = product.shape, cost.nearest(product.v_TK.get_device())
+    if not cost.prefers_masked(*shape, product.density, device, bits=product.bits):
         return None
     if torch._inductor.config.max_autotune:
-        choices = configs(ranks, columns, tokens, density, device.sm_count, bits=bits)
-        config = _fastest(choices, ranks, columns, tokens, density, v_TK, stored, scale, activation, early=early)
+        config = _fastest(product, configs(*shape, product.density, device.sm_count, bits=product.bits))
     else:
-        config = default_config(ranks, columns, tokens, density, device.sm_count, bits=bits)
+        config = default_config(*shape, product.density, device.sm_count, bits=product.bits)
     # with room for two parts that end within a block
-    if (cdiv(columns, min(config.block_n, 64)) + 2) * cdiv(tokens, TOKENS_AT_ONCE) > COUNTERS:
+    if (cdiv(product.columns, min(config.block_n, 64)) + 2) * cdiv(product.tokens, TOKENS_AT_ONCE) > COUNTERS:
         return None
     return config
 
 
-def _fastest(
-    choices: list[Config], ranks: int, columns: int, tokens: int, density: float, v_TK: Any, stored: Any, scale: Any,
-    activation: str | None, *, early: bool,
-) -> Config:  # fmt: skip
+def _product(v_TK: Any, weight: Any, scale: Any, density: float, activation: str | None, *, early: bool) -> _Product | None:
+    """None where a skipped row would not be a skipped stretch of memory."""
+    tokens, stored = tokens_of(v_TK), fake(weight)
+    if tokens is None or stored is None or (bits_of(stored) >= 16 and stored.stride(1) != 1):
+        return None
+    ranks, columns = shape_of(stored, fake(scale))
+    return _Product(v_TK, stored, fake(scale), ranks, columns, tokens, density, activation, early)
+
+
+def _fastest(product: _Product, choices: list[Config]) -> Config:
     """Measured once for all shapes nearly alike (kernels/tune.py)."""
     from rana_fx.kernels.masked_gemv import masked_gemv
 
     def measure(config: Config) -> float:
-        launch = functools.partial(masked_gemv, v, tau, scale=scales, activation=activation, config=config, pdl=early)
+        launch = functools.partial(
+            masked_gemv, v, tau, scale=scales, activation=product.activation, config=config, pdl=product.early
+        )
         return tune.microseconds([functools.partial(launch, weight) for weight in weights])
 
-    bits, dtype, device = bits_of(stored), v_TK.get_dtype(), v_TK.get_device()
-    key = tune.bucket(ranks, columns, tokens, density, bits, dtype)
+    stored, scale, dtype, device = product.stored, product.scale, product.v_TK.get_dtype(), product.v_TK.get_device()
+    key = tune.bucket(*product.shape, product.density, product.bits, dtype)
+    how = f"{product.activation or 'linear'}{' early' if product.early else ''}"
     with unset_fake_temporarily():
-        v = torch.randn(tokens, ranks, device=device).to(dtype)
-        level = v.float().square().flatten().quantile(1 - min(max(density, 0.0), 1.0))
-        tau = level.expand(ranks).contiguous()
+        v = torch.randn(product.tokens, product.ranks, device=device).to(dtype)
+        level = v.float().square().flatten().quantile(1 - min(max(product.density, 0.0), 1.0))
+        tau = level.expand(product.ranks).contiguous()
         weights = [
             torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=device).fill_(1)
-            for _ in range(tune.copies_of(ranks * columns * bits / 8))
+            for _ in range(tune.copies_of(product.ranks * product.columns * product.bits / 8))
         ]
         scales = None if scale is None else torch.ones(scale.shape, dtype=scale.dtype, device=device)
-        return tune.fastest(f"masked_gemv {key} {activation or 'linear'}{' early' if early else ''}", choices, measure)
+        return tune.fastest(f"masked_gemv {key} {how}", choices, measure)

@@ -16,8 +16,6 @@ from pathlib import Path
 from torch import fx
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
-from rana_fx.aliases import redirect
-from rana_fx.checkpointed import open_checkpoints
 from rana_fx.kernels import reference
 from rana_fx.passes import PIPELINE
 from rana_fx.passes.add_lowrank import add_lowrank
@@ -25,8 +23,7 @@ from rana_fx.passes.beside import check_alone
 from rana_fx.passes.match import Matches, match_plan
 from rana_fx.passes.verify import verify
 from rana_fx.plan import Plan
-from rana_fx.sites import parameters_of
-from rana_fx.unfuse import unfuse
+from rana_fx.prepare import prepare
 
 _dumps = itertools.count()
 
@@ -56,9 +53,7 @@ def run(
     Raises:
         LoraBeside.
     """
-    open_checkpoints(graph_module)
-    redirect(graph_module)
-    unfuse(graph_module, parameters_of(graph_module, example_inputs))
+    prepare(graph_module, example_inputs)
     matches = match_plan(graph_module, example_inputs, plan, prefill)
     replaced = dict.fromkeys((step.__name__ for step in PIPELINE), 0)
     if not matches.found:

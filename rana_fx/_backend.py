@@ -107,6 +107,14 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | N
     return result
 
 
+def rewritten(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A backend that rewrites and runs the graph as it then is, without Inductor: it starts at once. Raises as ``rewrite``."""
+    rewrite(gm, example_inputs, prefill=(options or {}).get("prefill", "masked"))
+    return gm.forward
+
+
 def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
     """Inductor's config patches for a mode and options. Raises InvalidOption."""
     from torch._inductor import list_mode_options

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
-from rana_fx.aliases import redirect
-from rana_fx.checkpointed import open_checkpoints
 from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
 from rana_fx.groups import Fact, Reading, read_graph
 from rana_fx.guards import guard_weights
 from rana_fx.layout import Group, Layout, merge, observed_together
+from rana_fx.prepare import prepare
 from rana_fx.release import is_freed
 from rana_fx.running import (
     bare,
@@ -38,9 +37,8 @@ from rana_fx.running import (
     real_rows,
     to_device,
 )
-from rana_fx.sites import Scan, Skip, find_linears, parameters_of
+from rana_fx.sites import Scan, Skip, find_linears
 from rana_fx.stats import CAPACITY, Keep, Reservoir
-from rana_fx.unfuse import unfuse
 
 _MOST_SEEN = 4096  # tokens of the first batch whose rows are kept before it is known which are wanted
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -61,9 +59,7 @@ class Observer:
         self.operations = 0
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[object], **_: object) -> Callable[..., Any]:
-        open_checkpoints(graph_module)
-        redirect(graph_module)
-        unfuse(graph_module, parameters_of(graph_module, example_inputs))
+        prepare(graph_module, example_inputs)
         scan = find_linears(graph_module, example_inputs, self.names)
         for node, value in zip((n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=False):
             if isinstance(value, Tensor) and not isinstance(value, torch._subclasses.FakeTensor):

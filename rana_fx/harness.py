@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from rana_fx._backend import backend, rewrite
+from rana_fx._backend import backend, rewritten
 from rana_fx.attachment import attach
 from rana_fx.errors import InvalidOption, MissingPackage, ModelError, RanaError
 from rana_fx.plan import Plan, load_plan
@@ -77,7 +77,7 @@ class RanaLM(HFLM):  # type: ignore[misc]
         if compile:
             self.model.compile(backend=backend, options=options, dynamic=True)
         else:
-            self.model.compile(backend=_rewritten, options=options, dynamic=True)
+            self.model.compile(backend=rewritten, options=options, dynamic=True)
         self._takes_cache = "use_cache" in inspect.signature(self.model.forward).parameters
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -95,12 +95,6 @@ class RanaLM(HFLM):  # type: ignore[misc]
         plan = self.plan
         facts = {"plan_digest": plan.digest(), "plan_recipe": plan.recipe, "plan_budget": plan.budget, "plan_metric": plan.metric}
         return {**super().get_model_info(), **facts}
-
-
-def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """A backend that rewrites and leaves the graph as it is."""
-    rewrite(gm, example_inputs, prefill=options["prefill"])
-    return gm.forward
 
 
 def _place() -> str:

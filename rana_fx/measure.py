@@ -20,7 +20,7 @@ from rana_fx.errors import NoPlan
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.kernels.reference import kept
 from rana_fx.plan import Plan
-from rana_fx.running import bare, call, device_of, evaluating, observing, padding_masks, real_rows, to_device
+from rana_fx.running import bare, call, device_of, evaluating, mask_of, observing, padding_masks, real_rows, to_device
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class Meter:
         return gm.forward
 
     def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor) -> None:
-        tokens = v.numel() // v.shape[-1]
-        rows = real_rows(v, next((mask for mask in self._masks.values() if mask.numel() == tokens), None))
+        rows = real_rows(v, mask_of(v, self._masks))
         self._kept[key] = self._kept.get(key, 0.0) + float(kept(rows, tau).sum())
         self._rows[key] = self._rows.get(key, 0) + len(rows)
 

@@ -20,6 +20,7 @@ import safetensors
 import safetensors.torch
 
 from rana_fx.adapters import TENSORS, Adapter, Kind
+from rana_fx.atomic import replacing
 from rana_fx.errors import BadOperand, PlanFileError, PlanVersion, PlanWriteError
 from rana_fx.plan import Plan, SiteRecord
 from rana_fx.sites import Skip
@@ -104,17 +105,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write beside the target and rename over it, once the bytes are on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(content)
 
 
 def read(folder: Path) -> Plan:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rana_fx.aliases import redirect
-from rana_fx.checkpointed import open_checkpoints
 from rana_fx.layout import Layout
+from rana_fx.prepare import prepare
 from rana_fx.running import (
     bare,
     call,
@@ -26,6 +25,7 @@ from rana_fx.running import (
     device_of,
     evaluating,
     leading,
+    mask_of,
     names_of,
     observing,
     padding_masks,
@@ -33,8 +33,7 @@ from rana_fx.running import (
     real_rows,
     to_device,
 )
-from rana_fx.sites import find_linears, parameters_of
-from rana_fx.unfuse import unfuse
+from rana_fx.sites import find_linears
 
 _EVERY = 8
 _MOST_HELD = 2
@@ -67,17 +66,14 @@ class Stage:
 
     def real(self, x: Tensor) -> Tensor:
         """Rows of an activation of the batch that runs, (tokens, features), padding left out."""
-        tokens = x.numel() // x.shape[-1]
-        return real_rows(x, self.mask(tokens))
+        return real_rows(x, self.mask(x))
 
-    def mask(self, tokens: int) -> Tensor | None:
-        """The mask of real tokens among so many, if the batch has one."""
-        return next((mask for mask in self._masks.values() if mask.numel() == tokens), None)
+    def mask(self, x: Tensor) -> Tensor | None:
+        """The mask of real tokens among the rows of x, if the batch has one."""
+        return mask_of(x, self._masks)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        open_checkpoints(gm)
-        redirect(gm)
-        unfuse(gm, parameters_of(gm, example_inputs))
+        prepare(gm, example_inputs)
         through: dict[fx.Node, fx.Node] = {}
         for linear in find_linears(gm, example_inputs, self._names).linears:
             site = self._layout.sites.get(linear.name)

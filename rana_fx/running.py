@@ -200,6 +200,11 @@ def padding_masks(batch: Any) -> dict[str, Tensor]:
     return masks
 
 
+def mask_of(x: Tensor, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """Of a batch's masks the one of as many tokens as an activation has rows."""
+    return next((mask for mask in masks.values() if mask.numel() == x.numel() // x.shape[-1]), None)
+
+
 def real_rows(x: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Rows of an activation (B, T, features), (T, B, features) or (B * T, features) that are not padding."""
     rows = x.detach().reshape(-1, x.shape[-1])

@@ -204,7 +204,7 @@ def _projected(output: Any, stage: Stage, generator: torch.Generator) -> Tensor 
 
 def _rows(values: Tensor, stage: Stage) -> Tensor:
     """As ``real_outputs``, with gradients."""
-    mask = stage.mask(values.numel() // values.shape[-1])
+    mask = stage.mask(values)
     rows = values.reshape(-1, values.shape[-1])
     return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
 

@@ -117,13 +117,19 @@ def token_batches(
 
 
 def _stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    end = _end_of_text(tokenizer)
     for text in texts:
-        # verbose: a document longer than the model's context is the rule here, not worth a warning
-        document: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        yield from document
+        yield from documents_of([text], tokenizer)[0]
+
+
+def documents_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of documents, each as the tokenizer frames it and with its end; encoded together, on all cores if there are many."""
+    end = _end_of_text(tokenizer)
+    # verbose: a document longer than the model's context is the rule here, not worth a warning
+    documents: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    for document in documents:
         if end is not None and (not document or document[-1] != end):
-            yield end
+            document.append(end)
+    return documents
 
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -14,10 +14,7 @@ from rana_fx.commands.memory import explained
 from rana_fx.commands.record import data_batches, facts_of, show, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-METHODS = ("lora", "full", "factors")
-_SETTLING = 32_000  # tokens that thresholds are estimated from, as many as adapt takes
+    from torch import Tensor
 
 
 def command(
@@ -64,10 +61,21 @@ def command(
     from rana_fx import attach, detach, load_plan
     from rana_fx.errors import InvalidOption, TooLittleText, UnknownChoice
     from rana_fx.evaluate import evaluate, evaluate_adapted, load_model
-    from rana_fx.training import Settings, best_rate, checkpoint_gradients, merge_lora, rethreshold, train, trained_plan
+    from rana_fx.training import (
+        Settings,
+        best_rate,
+        checkpoint_gradients,
+        lora_config,
+        merge_lora,
+        rethreshold,
+        train,
+        trained_plan,
+    )
     from rana_fx.training.checkpoint import rate_of
+    from rana_fx.training.methods import METHODS, choose
+    from rana_fx.training.thresholds import SETTLING
 
-    if method not in METHODS:
+    if method not in METHODS:  # before anything is loaded
         raise UnknownChoice(kind="method", got=method, valid=", ".join(METHODS))
     rate = _rate(lr)
     settings = Settings(
@@ -95,7 +103,8 @@ def command(
     batches, rest = _shuffled(batches[:training], seed), batches[training:]
     dense = evaluate(network, rest)
     before, _ = evaluate_adapted(network, rest)
-    _choose(network, method, rank=rank, alpha=alpha, dropout=dropout, targets=target, seed=seed)
+    config = lora_config(rank=rank, alpha=alpha, dropout=dropout, targets=target or None) if method == "lora" else None
+    choose(network, method, config=config, seed=seed)
     if gradient_checkpointing:
         checkpoint_gradients(network)
     rates: dict[float, float] = {}
@@ -112,7 +121,7 @@ def command(
     seconds = time.perf_counter() - started
     merge_lora(network)
     if thresholds:
-        rethreshold(network, batches[: -(-_SETTLING // at_once)])
+        rethreshold(network, batches[: -(-SETTLING // at_once)])
     new = trained_plan(network)
     after, measured = evaluate_adapted(network, rest)
     detach(network)
@@ -178,15 +187,3 @@ def _shuffled(batches: list[dict[str, Tensor]], seed: int) -> list[dict[str, Ten
     rows = {key: torch.cat([batch[key] for batch in batches])[order] for key in batches[0]}
     parts = {key: value.split(len(batches[0]["input_ids"])) for key, value in rows.items()}
     return [{key: value[index] for key, value in parts.items()} for index in range(len(batches))]
-
-
-def _choose(
-    network: nn.Module, method: str, *, rank: int, alpha: float, dropout: float, targets: list[str] | None, seed: int
-) -> None:
-    from rana_fx.training import add_lora, lora_config, trainable
-
-    if method == "lora":
-        config = lora_config(rank=rank, alpha=alpha, dropout=dropout, targets=targets or None)
-        add_lora(network, config, seed=seed)
-    else:
-        trainable(network, what="all" if method == "full" else "factors")

@@ -7,15 +7,14 @@ never meets half a file.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rana_fx.atomic import replacing
 from rana_fx.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -48,22 +47,11 @@ def write_json(path: Path | None, facts: dict[str, Any]) -> None:
     except ValueError:
         # an infinite perplexity has no JSON number
         text = json.dumps(_finite(facts), indent=2) + "\n"
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files for their owner alone
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)
-        Path(temporary).replace(path)
+        with replacing(path) as file:
+            file.write(text.encode())
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise InvalidOption(
             name="--json", got=str(path), expected=f"a file that can be written ({error.strerror or error})"
         ) from error

@@ -6,12 +6,12 @@ whole one. No pickled code: it is read with ``weights_only``.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rana_fx.atomic import replacing
 from rana_fx.errors import CheckpointError
 
 NAME = "checkpoint.pt"
@@ -20,16 +20,11 @@ NAME = "checkpoint.pt"
 def write(folder: Path, state: dict[str, Any]) -> None:
     """Raises CheckpointError."""
     path = folder / NAME
-    temporary = path.with_name(f".{NAME}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             path=path, reason=f"it could not be written ({error})", todo="free space or pick another folder"
         ) from error

@@ -18,9 +18,10 @@ from rana_fx.histogram import Histogram
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.measure import Measurement, measuring
 from rana_fx.passes.rewrite_gated import gate_mask
-from rana_fx.running import bare, call, device_of, evaluating, observing, padding_masks, real_rows, to_device
+from rana_fx.running import bare, call, device_of, evaluating, mask_of, observing, padding_masks, real_rows, to_device
 from rana_fx.training.parameters import attachment_to_train
 
+SETTLING = 32_000  # tokens that are enough, as many as adapt takes
 _TOP = 2.0**40  # histograms reach 56 octaves below; scores over their threshold lie around one
 
 
@@ -92,8 +93,7 @@ class _Scores:
     def _add(self, key: tuple[str, str], v: Tensor, tau: Tensor) -> None:
         if not bool((tau > 0).any()):
             return
-        tokens = v.numel() // v.shape[-1]
-        rows = real_rows(v, next((mask for mask in self._masks.values() if mask.numel() == tokens), None))
+        rows = real_rows(v, mask_of(v, self._masks))
         scores = torch.nan_to_num(rows.float().square() / tau, nan=_TOP, posinf=_TOP).clamp_(max=_TOP)
         if key not in self.seen:
             self.seen[key] = Histogram(torch.zeros(scores.shape[-1], dtype=torch.int64, device=scores.device), _TOP)

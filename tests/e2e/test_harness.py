@@ -26,19 +26,8 @@ from rana_fx.harness import PAPER_TASKS, RanaLM, language_model, run_tasks
 from rana_fx.lm_eval import main as lm_evals_command_line
 from rana_fx.measure import measuring
 from rana_fx.text import load_texts, token_batches
-from tests.e2e.tiny_model import saved_tiny
+from tests.e2e.tiny_model import CHOICE, saved_tiny
 
-CHOICE = """
-task: local_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{start}}}}"
-doc_to_choice: "{{{{ends}}}}"
-doc_to_target: label
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
 ROLLING = """
 task: local_text
 dataset_path: json

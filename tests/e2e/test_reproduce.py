@@ -17,19 +17,7 @@ from bench.report import left
 from rana_fx.commands.record import cell
 from rana_fx.evaluate import evaluate, load_model
 from rana_fx.text import load_texts
-from tests.e2e.tiny_model import saved_tiny
-
-TASK = """
-task: local_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{start}}}}"
-doc_to_choice: "{{{{ends}}}}"
-doc_to_target: label
-metric_list: [{{metric: acc}}]
-"""
+from tests.e2e.tiny_model import CHOICE, saved_tiny
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +30,7 @@ def saved(tmp_path_factory):
     words = load_texts(text)[0].split()
     rows = [{"start": " ".join(words[i : i + 20]), "ends": words[i + 20 : i + 23], "label": 0} for i in range(6)]
     (tasks / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tasks / "choice.yaml").write_text(TASK.format(data=tasks / "rows.jsonl"))
+    (tasks / "choice.yaml").write_text(CHOICE.format(data=tasks / "rows.jsonl"))
     return str(model), str(text), tasks
 
 

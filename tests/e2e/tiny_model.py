@@ -9,6 +9,19 @@ from pathlib import Path
 import torch
 import transformers
 
+# a task of lm_eval on rows {{start, ends, label}} of a file
+CHOICE = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{start}}}}"
+doc_to_choice: "{{{{ends}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
 
 def saved_tiny(folder: Path, *, layers: int) -> tuple[Path, Path]:
     """(the model's folder, the text's file)."""

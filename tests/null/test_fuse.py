@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
@@ -14,7 +13,7 @@ from rana_fx.kernels.ops import masked_gemv, router
 from rana_fx.passes import lower
 from rana_fx.passes.fuse import fuse
 from tests.kernels.products import DTYPES, assert_close
-from tests.null.graphs import NONE, fused, mask, ops_of
+from tests.null.graphs import NONE, Fusing, fused, mask, ops_of
 
 WIDTH, RANKS, FFN, EPS = 48, 20, 32, 1e-5
 
@@ -251,15 +250,7 @@ def test_counts_follow_the_depth(layers):
 
 
 def test_inductor_lowers_what_was_fused():
-    counted = []
-
-    class Fusing(CustomGraphPass):
-        def __call__(self, graph):
-            counted.append(fuse(graph, devices=("cpu",)))
-
-        def uuid(self):
-            return None
-
+    fusing = Fusing()
     run, (r, *layers) = model(1)
     v, tau, w = torch.randn(1, 1, RANKS), mask(RANKS), torch.randn(RANKS, 2 * FFN)
 
@@ -273,8 +264,8 @@ def test_inductor_lowers_what_was_fused():
         return run(r, *layers), *(act(gate) * up for act, (gate, up) in zip(acts, halves, strict=True))
 
     lower.register()
-    compiled = torch.compile(all_of_them, options={"post_grad_custom_pre_pass": Fusing()})
+    compiled = torch.compile(all_of_them, options={"post_grad_custom_pre_pass": fusing})
     with torch.no_grad():
         got = compiled(r, v, tau, w, *layers)
-    assert counted == [{"norm": 1, "residual": 1, "gated": 4, "parts": 0}]
+    assert fusing.counted == [{"norm": 1, "residual": 1, "gated": 4, "parts": 0}]
     torch.testing.assert_close(got, all_of_them(r, v, tau, w, *layers), rtol=1e-4, atol=1e-4)

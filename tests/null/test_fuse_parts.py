@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.functional import silu
 
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_parts
 from rana_fx.kernels.quantize import pack
 from rana_fx.passes import lower
-from rana_fx.passes.fuse import fuse
 from tests.kernels.products import DTYPES, assert_close
-from tests.null.graphs import NONE, fused, mask, ops_of
+from tests.null.graphs import NONE, Fusing, fused, mask, ops_of
 
 K, SIZES = 48, (32, 16, 16)
 
@@ -129,18 +127,10 @@ def test_counts_follow_the_depth(layers):
 
 
 def test_inductor_lowers_it():
-    counted = []
-
-    class Fusing(CustomGraphPass):
-        def __call__(self, graph):
-            counted.append(fuse(graph, devices=("cpu",)))
-
-        def uuid(self):
-            return None
-
+    fusing = Fusing()
     lower.register()
     run, inputs = model(2)
-    with torch.no_grad(), torch._inductor.config.patch(post_grad_custom_pre_pass=Fusing()):
+    with torch.no_grad(), torch._inductor.config.patch(post_grad_custom_pre_pass=fusing):
         got = torch.compile(run)(*inputs)
-    assert [counts["parts"] for counts in counted] == [4]
+    assert [counts["parts"] for counts in fusing.counted] == [4]
     torch.testing.assert_close(got, run(*inputs), rtol=1e-4, atol=1e-4)

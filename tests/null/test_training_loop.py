@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from rana_fx._backend import rewritten
 from rana_fx.errors import CheckpointError, InvalidOption, LossNotFinite, NoBatches, NothingToTrain
 from rana_fx.evaluate import evaluate
 from rana_fx.training import (
@@ -23,7 +24,7 @@ from rana_fx.training import (
     trainable,
     trained_plan,
 )
-from tests.null.trained import SETTINGS, adapted, compiled, eager, relative, texts
+from tests.null.trained import SETTINGS, adapted, compiled, relative, texts
 
 
 @pytest.mark.parametrize(("method", "distill"), [("factors", 0.0), ("all", 0.5), ("lora", 0.0)])
@@ -192,7 +193,7 @@ def test_the_teacher_is_dense_where_the_model_is_compiled_in_place():
         expected = train(compiled(model), batches, settings=settings, progress=False).losses
         model, _ = adapted(depth=1)
         choose(model)
-        model.compile(backend=eager)
+        model.compile(backend=rewritten)
         losses = train(model, batches, settings=settings, progress=False).losses
         assert losses == pytest.approx(expected, rel=1e-4) and losses[0] > 1e-3
 

@@ -13,10 +13,11 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from rana_fx._backend import rewritten
 from rana_fx.attachment import attached
 from rana_fx.errors import MissingPackage
 from rana_fx.training import add_lora, lora_config, register_with_accelerate, train, trainable, trained_plan
-from tests.null.trained import SETTINGS, adapted, compiled, eager, gradients, texts
+from tests.null.trained import SETTINGS, adapted, compiled, gradients, texts
 
 ROWS = [{"input_ids": row, "labels": row} for batch in texts(8) for row in batch["input_ids"]]
 
@@ -61,7 +62,7 @@ def test_a_model_compiled_in_place_trains():
     chosen = trainable(model)
     _, expected = gradients(model, compiled(model), batch)
     torch._dynamo.reset()
-    model.compile(backend=eager)
+    model.compile(backend=rewritten)
     _, got = gradients(model, model, batch)
     assert set(got) == set(chosen)
     for name, grad in got.items():

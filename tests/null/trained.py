@@ -8,18 +8,12 @@ import functools
 import torch
 
 import rana_fx
-from rana_fx._backend import rewrite
+from rana_fx._backend import rewritten
 from rana_fx.training import Settings
 from tests.architectures import build, ids, output
 
 EPS = torch.finfo(torch.float32).eps
 SETTINGS = Settings(rate=1e-2, warmup=0.1, accumulate=2)
-
-
-def eager(gm, example_inputs):
-    """The backend without Inductor: autograd of the ops runs as they are called."""
-    rewrite(gm, example_inputs)
-    return gm.forward
 
 
 @functools.cache
@@ -37,7 +31,7 @@ def adapted(recipe="paper", depth=2, budget=0.7, dtype=torch.float32, name="llam
     return copy.deepcopy(model), batch
 
 
-def compiled(model, how=eager):
+def compiled(model, how=rewritten):
     torch._dynamo.reset()
     return torch.compile(model, backend=how)
 

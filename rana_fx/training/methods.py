@@ -1,0 +1,32 @@
+"""The ways to train an adapted model that the command line and the benches offer by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from rana_fx.errors import UnknownChoice
+from rana_fx.training.lora import add_lora
+from rana_fx.training.parameters import trainable
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+METHODS = ("lora", "full", "factors")
+
+
+def choose(model: nn.Module, method: str, *, config: LoraConfig | None = None, seed: int = 0) -> dict[str, nn.Parameter]:
+    """What a method trains, by name: low-rank additions, everything, or the plan's matrices.
+
+    Args:
+        config, seed: of ``add_lora``, for "lora".
+
+    Raises:
+        UnknownChoice, and what ``add_lora`` and ``trainable`` raise.
+    """
+    if method not in METHODS:
+        raise UnknownChoice(kind="method", got=method, valid=", ".join(METHODS))
+    if method == "lora":
+        return add_lora(model, config, seed=seed)
+    return trainable(model, what="all" if method == "full" else "factors")
