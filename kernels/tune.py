@@ -67,9 +67,9 @@ def copies_of(bytes_each: float) -> int:
 
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Median time per call on the current CUDA device of CUDA-graph replays of all of them, as a model decodes: weights are not in
-    L2, and each starts while the one before it ends. In a model other launches lie between: there a config that was a little faster
-    here may be slower (Llama-2-7B at half the bytes, H200: 3.53 ms a step with those chosen so, without any choice 3.24).
+    """Median time per call on the current CUDA device of CUDA-graph replays of all of them, as a model decodes: weights are not
+    in L2, and each starts while the one before it ends. In a model other launches lie between: there a config that was a little
+    faster here may be slower (Llama-2-7B at half the bytes, H200: 3.53 ms a step with those chosen so, without any choice 3.24).
 
     Raises: whatever a launch raises.
     """
