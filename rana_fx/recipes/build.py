@@ -30,7 +30,12 @@ def build(problem: Problem, unit: Unit, menu: Menu, point: Point) -> list[Adapte
         masks = zip(unit, menu.bars(point), point.parts, strict=True)
         return [_neuron(problem, name, tau_I, kept, storage) for name, tau_I, kept in masks]
     assert menu.router_DI is not None and menu.factor_DO is not None
-    router, factor = menu.router_DI[: point.ranks], menu.factor_DO[: point.ranks]
+    router, factor, units = menu.router_DI[: point.ranks], menu.factor_DO[: point.ranks], menu.units_D[: point.ranks]
+    tau = menu.bar(point) * units.square()
+    if storage.router or storage.factor:
+        # components share scales, which they do best in units of loss
+        router, factor = (router / units[:, None]).to(router.dtype), (factor * units[:, None]).to(factor.dtype)
+        tau = torch.full_like(tau, menu.bar(point))
     packed_router, packed_factor = storage.router_of(router), storage.factor_of(factor)
     masked = point.router_kept is not None
     made = Adapter(
@@ -39,7 +44,7 @@ def build(problem: Problem, unit: Unit, menu: Menu, point: Point) -> list[Adapte
         sites=unit,
         ranks=point.ranks,
         kept=point.kept,
-        tau=torch.full((point.ranks,), menu.bar(point), dtype=torch.float32),
+        tau=tau,
         # behind a mask it lies input-major
         router=packed_router.matrix if packed_router else router.t() if masked else router,
         router_scale=_scale(packed_router),

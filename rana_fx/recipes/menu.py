@@ -61,7 +61,9 @@ class Point:
 class Menu:
     """Points of one unit, priced on rows of its input. ``parts``: its sites. ``storages``: the first is the model's own.
 
-    ``router_DI``, ``factor_DO``: the basis, W = factor^T router; None: no components.
+    ``router_DI``, ``factor_DO``: the basis, W = factor^T router; None: no components. Factors are about as long as 1 and routers
+    ``units_D`` times what they are in units of loss, powers of two: there they are so small, and factors so large, that 16-bit
+    floats would cut them off and one learning rate would not suit both.
     """
 
     def __init__(
@@ -88,9 +90,11 @@ class Menu:
         self.router_DI: Tensor | None = None
         self.factor_DO: Tensor | None = None
         if basis is not None:
-            self.router_DI, self.factor_DO = basis.b_DI.to(dtype), basis.a_OD.t().contiguous().to(dtype)
-            self._z_TD = (x_TI @ basis.b_DI.t()).to(dtype)
-            z2_TD = self._z_TD.float().square()
+            self.units_D = _powers_of_two(torch.linalg.vector_norm(basis.a_OD, dim=0))
+            router_DI = basis.b_DI * self.units_D[:, None]
+            self.router_DI, self.factor_DO = router_DI.to(dtype), (basis.a_OD / self.units_D).t().contiguous().to(dtype)
+            self._z_TD = (x_TI @ router_DI.t()).to(dtype)
+            z2_TD = (self._z_TD.float() / self.units_D).square()
             self._z2_D = z2_TD.mean(0).cpu()
             self._z_tails = Tails(z2_TD, z2_TD.new_ones(z2_TD.shape[1]))
 
@@ -140,14 +144,18 @@ class Menu:
         if point.kind == "neuron":
             given = [(2 * point.price * rates.weight * part.out, part.norms_I) for part in self.parts]
         else:
-            assert self.router_DI is not None
-            given = [(2 * point.price * rates.router * point.ranks, _norms(self.router_DI, point.ranks))]
+            given = [(2 * point.price * rates.router * point.ranks, self._router_norms(point.ranks))]
         # a zero column is never needed
         return [torch.where(norms_I > 0, bar / norms_I, torch.inf) for bar, norms_I in given]
 
     def bar(self, point: Point) -> float:
-        """The threshold on squared components."""
+        """The threshold on squared components, in units of loss."""
         return 0.0 if point.kind == "static" else 2 * point.price * self.storages[point.storage].rates.factor * self.out
+
+    def _router_norms(self, ranks: int) -> Tensor:
+        """What dropping a unit of each input does to the first components, in units of loss."""
+        assert self.router_DI is not None
+        return (self.router_DI[:ranks].float() / self.units_D[:ranks, None]).square().sum(0)
 
     def _neuron(self, price: float, storage: int) -> Point:
         rates = self.storages[storage].rates
@@ -196,7 +204,7 @@ class Menu:
         if kind == "static":
             ranks = self._even(int((self._z2_D >= factor_bar + row_price).sum()), stored)
             return self._costed(kind, price, storage, ranks, ranks, None, float(self._z2_D[ranks:].sum()) / 2)
-        z_TD = self._z_TD.float()
+        z_TD = self._z_TD.float() / self.units_D
         gain_D = (z_TD.square() - factor_bar).clamp_min_(0).mean(0)
         ranks = self._even(int((gain_D > row_price).sum()), stored)
         lost, router_kept, z_TR = float(self._z2_D[ranks:].sum()), None, z_TD[:, :ranks]
@@ -205,9 +213,9 @@ class Menu:
             # an accelerator multiplies 16-bit numbers many times as fast, a CPU does not
             precision = torch.float32 if self._x_TI.device.type == "cpu" else self._x_TI.dtype
             router_RI, x_TI = self.router_DI[:ranks].to(precision), self._x_TI.to(precision)
-            inputs_TI = x_TI.float().square().mul_(_norms(self.router_DI, ranks)) >= 2 * price * stored.rates.router * ranks
+            inputs_TI = x_TI.float().square().mul_(self._router_norms(ranks)) >= 2 * price * stored.rates.router * ranks
             router_kept = float(inputs_TI.count_nonzero()) / max(1, len(x_TI))
-            z_TR = ((x_TI * inputs_TI) @ router_RI.t()).float()
+            z_TR = ((x_TI * inputs_TI) @ router_RI.t()).float() / self.units_D[:ranks]
         kept_TR = z_TR.square() >= factor_bar
         kept = float(kept_TR.count_nonzero()) / max(1, len(kept_TR))
         lost += float((z_TD[:, :ranks] - z_TR * kept_TR).square_().sum()) / max(1, len(kept_TR))
@@ -218,8 +226,9 @@ class Menu:
         return ranks + ranks % 2 if stored.even else ranks
 
 
-def _norms(router_DI: Tensor, ranks: int) -> Tensor:
-    return router_DI[:ranks].float().square().sum(0)
+def _powers_of_two(norms_D: Tensor) -> Tensor:
+    """The nearest ones: multiplying by them rounds nothing."""
+    return torch.exp2(norms_D.clamp(1e-30, 1e30).log2().round())
 
 
 def _interplay(geometry: Geometry, x_TI: Tensor, norms_I: Tensor) -> list[tuple[float, float]]:

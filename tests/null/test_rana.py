@@ -115,6 +115,21 @@ def test_what_a_menu_holds_is_in_the_models_dtype():
     torch.testing.assert_close(menu.factor_DO.t().float() @ menu.router_DI.float(), weight, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
+def test_components_survive_16_bits_however_small_an_error_is_in_units_of_loss(size):
+    weight, x, gradients = draw(24, 10)
+    found = geometry(weight, moment_of(weight, gradients * size))
+    basis = loss_basis(found, x.double().t() @ x.double() / len(x))
+    menu = Menu(found, basis, x.half(), [own(1.0)], dtype=torch.float16)
+    lengths = torch.linalg.vector_norm(menu.factor_DO.float(), dim=1)
+    assert lengths.min() > 0.7 and lengths.max() < 1.42
+    # fp16 rounds each of the two by at most 2^-11, and 10 products are added
+    bound = 2 * 2**-11 * menu.factor_DO.t().float().abs() @ menu.router_DI.float().abs()
+    assert ((menu.factor_DO.t().float() @ menu.router_DI.float() - weight).abs() <= bound + 1e-5).all()
+    # rows, components and their energies are those of the loss
+    assert float(menu._z2_D.sum()) == pytest.approx(float((x @ found.read_DI.t()).square().sum(1).mean()), rel=1e-2)
+
+
 def test_no_entry_is_better_than_its_bound():
     weight, x, gradients = draw(64, 32)
     found = geometry(weight, moment_of(weight, gradients))
