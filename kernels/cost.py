@@ -6,6 +6,7 @@
     masked, us         masked_fixed + bytes / bandwidth * slower (1 + more (min(T, 4) - 1)) [+ launch for anything done apart]
                        slower 2.2 in 4 bits, 1.45 in 8 bits and blocks below 1024: numbers take longer to make than to read
                        more 0.25 in blocks of 512 outputs, 0.55 in narrower ones, 2 in 8 and 4 bits: tokens multiply in turn
+    rows, us           dense_fixed + bytes / bandwidth * (1 + 0.55 (min(T, 4) - 1))    masked_rows: no partials, T values a row
     dense, bytes       K * N * bits / 8 + scales
     dense, us          dense_fixed + launch + bytes / bandwidth  the launch puts the masked input into memory
 
@@ -15,6 +16,7 @@ products of Llama-2-7B at 0, 50 and 70 % masked (bench/results/kernels-h200.json
 the model is a third or more too high, where dense wins anyway. Of masked_fixed, two to three microseconds are the hand-over of
 partials to the last program (memory fence, counter, reading them), the rest is launch and ramp, as in a dense product. Constants
 of the H100 are the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured.
+Nor is masked_rows: it hands nothing over, and its tokens are taken to cost what they cost narrow masked products.
 """
 
 from __future__ import annotations
@@ -75,6 +77,12 @@ def masked_us(K: int, N: int, T: int, density: float, device: Device = H200, *, 
     return fixed + traffic / device.bytes_per_us * slower + (launches - 1) * device.launch_us
 
 
+def rows_us(N: int, K: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> float:
+    """Time of ``masked_rows``: of N rows of K columns those that T tokens with independent masks keep."""
+    traffic = weight_bytes(rows_read(N, T, density), K, bits) + T * (4 * N + 2 * K)
+    return device.dense_fixed_us + traffic / device.bytes_per_us * (1 + 0.55 * (min(T, TOKENS_AT_ONCE) - 1))
+
+
 def dense_us(K: int, N: int, device: Device = H200, *, bits: int = 16, launches: int = 1) -> float:
     """Time of the dense product for a few tokens, which read the weight once."""
     return device.dense_fixed_us + weight_bytes(K, N, bits) / device.bytes_per_us + (launches - 1) * device.launch_us
@@ -83,6 +91,21 @@ def dense_us(K: int, N: int, device: Device = H200, *, bits: int = 16, launches:
 def prefers_masked(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> bool:
     """Whether skipping rows is expected to be faster than a dense product of a weight stored alike."""
     return masked_us(K, N, T, density, device, bits=bits) < dense_us(K, N, device, bits=bits, launches=2)
+
+
+def prefers_rows(N: int, K: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> bool:
+    """Whether ``masked_rows`` is expected to be faster than the dense product. Both are one launch: what is pointwise in front of
+    it or behind it is another one either way. Above a few tokens a matrix product reads a weight as fast, and multiplies faster.
+    """
+    return T <= TOKENS_AT_ONCE and rows_us(N, K, T, density, device, bits=bits) < dense_us(K, N, device, bits=bits)
+
+
+def prefers_rows_on_cpu(T: int, density: float, *, bits: int = 16) -> bool:
+    """The same on a CPU, where each of T tokens multiplies the rows that any of them keeps, and a matrix product in 16 bits has
+    instructions of its own: up to 6 times the weight in 32 bits, 1.6 times in 16 (2048 x 5632 on one core of an AMD EPYC, 1 to 8
+    tokens, densities 0.2 to 0.9: up to there the template was the faster one, beyond it never by more than a tenth).
+    """
+    return T * (1 - math.pow(1 - density, T)) <= (6.0 if bits >= 32 else 1.6)
 
 
 def tokens_that_pay(K: int, N: int, density: float, device: torch.device, *, bits: int = 16) -> int:

@@ -1,4 +1,4 @@
-"""Declares ``rana::masked_gemv``, ``rana::router`` and their fused forms: schema, fake tensor rule, autograd, who computes them.
+"""Declares ``rana::masked_gemv``, ``router``, ``masked_rows`` and fused forms: schema, fake tensor rule, autograd, who computes.
 
 Weights are floating, int8 or packed 4-bit; scale and dtype tell which (quantize.py). The mask is a constant in the backward
 pass (the paper's rule): gradients reach v where it is kept, the kept rows of a floating weight, and the bias; thresholds and
@@ -32,6 +32,8 @@ _LIBRARY.define(
     "masked_gemv(Tensor v, Tensor tau, Tensor weight, Tensor? bias=None, Tensor? scale=None, float density=0.5) -> Tensor"
 )
 _LIBRARY.define("router(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor")
+# rows of x and of a are the same tokens, in the same order; the result has a's shape
+_LIBRARY.define("masked_rows(Tensor x, Tensor a, Tensor weight, Tensor? bias=None, float density=0.5) -> Tensor")
 # what passes/fuse.py makes of the two in a graph that is past autograd: they have no backward
 _LIBRARY.define(
     "masked_gemv_add(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, float density, Tensor residual) -> Tensor"
@@ -106,6 +108,18 @@ def _router(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     return z
 
 
+def _masked_rows(
+    x: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    density: float = 0.5,  # noqa: ARG001
+) -> Tensor:
+    launcher: Any = _kernel("masked_rows", x, weight) or reference
+    h: Tensor = launcher.masked_rows(x, a, weight, bias)
+    return h
+
+
 def _masked_gemv_add(
     v: Tensor,
     tau: Tensor,
@@ -170,6 +184,7 @@ _LIBRARY.impl("masked_gemv_parts", _masked_gemv_parts, "CompositeExplicitAutogra
 _LIBRARY.impl("normed_router", _normed_router, "CompositeExplicitAutograd")
 _LIBRARY.impl("masked_gemv", _masked_gemv, "CompositeExplicitAutograd")
 _LIBRARY.impl("router", _router, "CompositeExplicitAutograd")
+_LIBRARY.impl("masked_rows", _masked_rows, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rana::masked_gemv", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -193,6 +208,23 @@ def _fake_router(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tens
     ranks, columns = shape_of(weight, scale)
     torch._check(x.shape[-1] == columns, lambda: f"x {tuple(x.shape)}: expected (..., {columns})")
     return x.new_empty((*x.shape[:-1], ranks))
+
+
+@torch.library.register_fake("rana::masked_rows", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_masked_rows(
+    x: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,  # noqa: ARG001
+    density: float = 0.5,  # noqa: ARG001
+) -> Tensor:
+    shapes = f"x {tuple(x.shape)}, a {tuple(a.shape)}, weight {tuple(weight.shape)}: expected (..., K), (..., N), (N, K)"
+    torch._check(weight.dim() == 2 and x.dim() >= 1 and a.dim() >= 1, lambda: shapes)
+    torch._check(x.shape[-1] == weight.shape[1], lambda: shapes)
+    torch._check(a.shape[-1] == weight.shape[0], lambda: shapes)
+    torch._check(math.prod(x.shape[:-1]) == math.prod(a.shape[:-1]), lambda: f"{shapes}, as many rows of x as of a")
+    torch._check(x.dtype == a.dtype, lambda: f"x {x.dtype}, a {a.dtype}: expected one dtype")
+    return a.new_empty(a.shape)
 
 
 @torch.library.register_fake("rana::masked_gemv_add", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -281,12 +313,36 @@ def _backward_router(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, None
 
 
+def _save_masked_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _backward_masked_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, a, weight, bias = ctx.saved_tensors
+    zero = grad.new_zeros(())
+    grad_x = grad_a = grad_weight = grad_bias = None
+    rows = torch.where(a != 0, grad * a, zero).reshape(-1, a.shape[-1])
+    if ctx.needs_input_grad[0]:
+        grad_x = (rows @ weight.to(grad.dtype)).reshape(x.shape)
+    if ctx.needs_input_grad[1]:
+        # made again: as much memory as the hidden rows of an MLP would otherwise wait for this
+        up = reference.router(x, weight) if bias is None else reference.router(x, weight) + bias.to(x.dtype)
+        grad_a = torch.where(a != 0, grad * up.reshape(a.shape), zero)
+    if ctx.needs_input_grad[2]:
+        grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+    if bias is not None and ctx.needs_input_grad[3]:
+        grad_bias = rows.sum(0).to(bias.dtype)
+    return grad_x, grad_a, grad_weight, grad_bias, None
+
+
 torch.library.register_autograd("rana::masked_gemv", _backward_masked_gemv, setup_context=_save_masked_gemv, lib=_LIBRARY)
 torch.library.register_autograd("rana::router", _backward_router, setup_context=_save_router, lib=_LIBRARY)
+torch.library.register_autograd("rana::masked_rows", _backward_masked_rows, setup_context=_save_masked_rows, lib=_LIBRARY)
 
 masked_gemv = torch.ops.rana.masked_gemv.default
 masked_gemv_add = torch.ops.rana.masked_gemv_add.default
 masked_gemv_parts = torch.ops.rana.masked_gemv_parts.default
 masked_gemv_gated = torch.ops.rana.masked_gemv_gated.default
+masked_rows = torch.ops.rana.masked_rows.default
 router = torch.ops.rana.router.default
 normed_router = torch.ops.rana.normed_router.default

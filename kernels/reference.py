@@ -2,6 +2,7 @@
 
     masked_gemv(v, tau, weight, bias, scale):  y = bias + sum over k with v_k^2 >= tau_k of v_k * w[k, :]
     router(x, weight, scale):                  z = x @ w^T
+    masked_rows(x, a, weight, bias):           h = a * (x @ w^T + bias) where a is not zero, 0 elsewhere
     normed_router(h, gain, weight, scale, eps, offset):  the same of x = h / sqrt(mean h^2 + eps) * (gain + offset)
     masked_gemv_add(..., residual):            masked_gemv(...) + residual
     masked_gemv_gated(..., activation):        act(first half) * second half of the N columns of masked_gemv(...)
@@ -48,6 +49,16 @@ def masked_gemv(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | No
 def router(x: Tensor, weight_RD: Tensor, scale: Tensor | None = None) -> Tensor:
     """(..., D), (R, D) -> (..., R) in x's dtype."""
     return torch.nn.functional.linear(x, unpack(weight_RD, scale, x.dtype))
+
+
+def masked_rows(x: Tensor, a: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """(..., K), (..., N), (N, K), (N,) -> a's shape, in x's dtype, which is a's.
+
+    By selection, so that what an output that is dropped would have been does not matter, were it infinite.
+    """
+    bias = None if bias_N is None else bias_N.to(x.dtype)
+    up = torch.nn.functional.linear(x, weight_NK.to(x.dtype), bias).reshape(a.shape)
+    return torch.where(a != 0, a * up, a.new_zeros(()))
 
 
 def normed_router(

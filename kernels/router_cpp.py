@@ -19,10 +19,10 @@ from torch._inductor import ir
 from rana_fx.kernels.quantize import GROUPS
 from rana_fx.kernels.template_cpp import RowsTemplate, index_of
 
-_SUMS = 8  # vectors of sums in flight: half of what AVX2 has as registers
+SUMS = 8  # vectors of sums in flight: half of what AVX2 has as registers
 
-_OPEN = r"""
-  // rana_router
+OPEN = r"""
+  // {{marker}}
   #pragma omp parallel num_threads({{threads}})
   {
     constexpr int64_t D = {{D}}, TOKENS = {{tokens}};
@@ -51,14 +51,15 @@ _OPEN = r"""
     };
 """
 
-_FLOATS = r"""
+# {{row}}: the number of row i of those from ``first`` on; {{value}}: what becomes of its sum
+FLOATS = r"""
     auto dot = [&](auto rows, int64_t first) {
       constexpr int R = decltype(rows)::value;
       Vec sum[R][TOKENS];
       for (auto& s : sum) for (auto& a : s) a = Vec(0.0f);
       auto step = [&](int64_t d, int64_t n) {
         Vec w[R];
-        for (int i = 0; i < R; i++) w[i] = load(W + (first + i) * {{row_stride}}L + d, n);
+        for (int i = 0; i < R; i++) w[i] = load(W + {{row}} * {{row_stride}}L + d, n);
         for (int64_t t = 0; t < TOKENS; t++) {
           const Vec a = Vec::loadu(x.get() + t * PAD + d, n);
           for (int i = 0; i < R; i++) sum[i][t] = at::vec::fmadd(w[i], a, sum[i][t]);
@@ -68,8 +69,8 @@ _FLOATS = r"""
       for (; d + VL <= D; d += VL) step(d, VL);
       if (d < D) step(d, D - d);
       for (int i = 0; i < R; i++) {
-        [[maybe_unused]] const int64_t r = first + i;
-        for (int64_t t = 0; t < TOKENS; t++) result[t * N + r] = total(sum[i][t]){{row_scale}};
+        const int64_t r = {{row}};
+        for (int64_t t = 0; t < TOKENS; t++) result[t * N + r] = {{value}};
       }
     };
 """
@@ -120,7 +121,7 @@ _CLOSE = r"""
 class RouterTemplate(RowsTemplate):
     """Inputs: x (T, D), weight (R rows, contiguous) and, where it is quantised, its scale. T is a number."""
 
-    body: ClassVar[str] = _OPEN + "{% if packed %}" + _PACKED + "{% else %}" + _FLOATS + "{% endif %}" + _CLOSE
+    body: ClassVar[str] = OPEN + "{% if packed %}" + _PACKED + "{% else %}" + FLOATS + "{% endif %}" + _CLOSE
 
     def __init__(self, x: Any, weight: Any, scale: Any, layout: ir.Layout) -> None:
         tokens, rows = (int(size) for size in layout.size)
@@ -132,14 +133,17 @@ class RouterTemplate(RowsTemplate):
             inputs,
             layout,
             products=rows * width,
+            marker="rana_router",
             D=width,
             tokens=tokens,
-            rows=max(1, min(4, _SUMS // tokens)),
+            rows=max(1, min(4, SUMS // tokens)),
             packed=packed,
             group=next(g for g in GROUPS if -(-width // g) == int(scale.get_size()[1])) if packed else 0,
             row_stride=int(weight.get_stride()[0]),
             x_index=index_of(x, "t", "d"),
             x_step=int(x.get_stride()[1]),
-            row_scale="" if scale is None or packed else f" * static_cast<float>(Scale[{index_of(scale, 'r')}])",
+            row="(first + i)",
+            value="total(sum[i][t])"
+            + ("" if scale is None or packed else f" * static_cast<float>(Scale[{index_of(scale, 'r')}])"),
             scale_index=index_of(scale, "r", "g") if packed else "",
         )

@@ -4,6 +4,7 @@
   becomes
     m = where(v^2 >= tau, v, 0); z = linear(dropout(m), a) * scaling; y = rana.masked_gemv(v, tau, weight, ...) + linear(z, b)
   and, without the mask, so do y = rana.router(x, weight), y = linear(x, weight, bias) and other ways to write it;
+    h = rana.masked_rows(x, a, weight)     becomes     z = ...; h = rana.masked_rows(x, a, weight) + a * linear(z, b)
     y = embedding(i, weight)     becomes     y = embedding(i, weight) + embedding(i, b) * scaling @ a
 
 Behind the same mask, so that merging changes nothing but rounding, and without the sum of the matrices, which would take as much
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from rana_fx.attachment import Attachment
 from rana_fx.graph import op_name
-from rana_fx.kernels.ops import masked_gemv, router
+from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.lowrank import Addition
 from rana_fx.passes.emit import Emitter, dtype_of
 from rana_fx.passes.stacked import cast
@@ -34,12 +35,13 @@ from rana_fx.weights import MOVEMENT, Operand, operand
 
 @dataclass(frozen=True)
 class _Product:
-    """``x`` times ``weight``, which is (in, out) if ``transposed``, at the places that ``tau`` keeps."""
+    """``x``, at the places that ``tau`` keeps, times ``weight``, which is (in, out) if ``transposed``, times ``gate``."""
 
     x: fx.Node
     weight: fx.Node
     transposed: bool
     tau: fx.Node | None = None
+    gate: fx.Node | None = None
 
 
 def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], attachments: Sequence[Attachment]) -> int:
@@ -81,6 +83,9 @@ def _product(node: fx.Node) -> _Product | None:
     if node.target is masked_gemv:
         x, tau, weight = node.args[:3]
         return _Product(x, weight, True, tau)  # type: ignore[arg-type]
+    if node.target is masked_rows:
+        x, gate, weight = node.args[:3]
+        return _Product(x, weight, False, gate=gate)  # type: ignore[arg-type]
     if node.target is router:
         return _Product(node.args[0], node.args[1], False)  # type: ignore[arg-type]
     found = operands_of(node) if node.op in ("call_function", "call_method") else None
@@ -130,7 +135,10 @@ def _multiply(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, d
     a, b = _pair(emit, addition, wanted, prefix)
     # scaled where it is smallest
     z = emit.call(torch.mul, emit.call(F.linear, x, a), addition.scaling)
-    emit.after(torch.add, node, emit.call(F.linear, z, b))
+    added = emit.call(F.linear, z, b)
+    if product.gate is not None:
+        added = emit.call(torch.mul, emit.method("view_as", added, product.gate), product.gate)
+    emit.after(torch.add, node, added)
 
 
 def _pair(emit: Emitter, addition: Addition, wanted: torch.dtype | None, prefix: str) -> tuple[fx.Node, fx.Node]:

@@ -1,10 +1,10 @@
-"""Lowers ``rana::masked_gemv`` and ``rana::router`` in Inductor.
+"""Lowers ``rana::masked_gemv``, ``rana::router`` and ``rana::masked_rows`` in Inductor.
 
 In: the operations as AOTAutograd left them in the graph. Out: Inductor IR, one of
 
     a Triton kernel (GPU, few tokens, where the cost model expects it to win): lower_triton.py
     a C++ template (CPU, few tokens): reads only the rows that are kept; lower_cpp.py
-    a matrix product on the masked input (everything else): the mask fuses into what precedes it
+    a matrix product (everything else): a mask of its input fuses into what precedes it, one of its output into what follows
 
 A lowering and not a decomposition: decompositions handed to ``compile_fx`` become part of the FX cache's key, operators
 among them cannot be pickled (torch 2.13), and the whole compile is then never cached.
@@ -18,7 +18,15 @@ import sympy
 import torch
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 
-from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, masked_gemv_parts, normed_router, router
+from rana_fx.kernels.ops import (
+    masked_gemv,
+    masked_gemv_add,
+    masked_gemv_gated,
+    masked_gemv_parts,
+    masked_rows,
+    normed_router,
+    router,
+)
 from rana_fx.passes import lower_cpp, lower_fused, lower_triton
 
 _aten = torch.ops.aten
@@ -29,6 +37,7 @@ def register() -> None:
     if masked_gemv not in lowerings:
         register_lowering(masked_gemv, type_promotion_kind=None)(_masked_gemv)
         register_lowering(router, type_promotion_kind=None)(_router)
+        register_lowering(masked_rows, type_promotion_kind=None)(_masked_rows)
         register_lowering(masked_gemv_add, type_promotion_kind=None)(lower_fused.masked_gemv_add)
         register_lowering(masked_gemv_gated, type_promotion_kind=None)(lower_fused.masked_gemv_gated)
         register_lowering(masked_gemv_parts, type_promotion_kind=None)(lower_fused.masked_gemv_parts)
@@ -46,6 +55,22 @@ def _router(x: Any, weight: Any, scale: Any = None) -> Any:
     if z_TR is None:
         z_TR = lowerings[_aten.mm.default](x_TI, lowerings[_aten.permute.default](weight, [1, 0]))
     return lowerings[_aten.view.default](to_dtype(z_TR, x.get_dtype()), [*lead, z_TR.get_size()[1]])
+
+
+def _masked_rows(x: Any, a: Any, weight: Any, bias: Any = None, density: float = 0.5) -> Any:
+    view = lowerings[_aten.view.default]
+    (*lead, inner), (*places, columns) = x.get_size(), a.get_size()
+    x_TK, a_TN = view(x, [sympy.prod(lead), inner]), view(a, [sympy.prod(places), columns])
+    h_TN = lower_triton.rows_product(x_TK, a_TN, weight, bias, density)
+    if h_TN is None:
+        h_TN = lower_cpp.rows_product(x_TK, a_TN, weight, bias, density)
+    if h_TN is None:
+        up_TN = lowerings[_aten.mm.default](x_TK, lowerings[_aten.permute.default](to_dtype(weight, x.get_dtype()), [1, 0]))
+        if bias is not None:
+            up_TN = lowerings[_aten.add.Tensor](up_TN, to_dtype(bias, x.get_dtype()))
+        product = lowerings[_aten.mul.Tensor](a_TN, up_TN)
+        h_TN = lowerings[_aten.where.self](lowerings[_aten.ne.Scalar](a_TN, 0), product, 0)
+    return view(to_dtype(h_TN, x.get_dtype()), a.get_size())
 
 
 def _masked_gemv(v: Any, tau: Any, weight: Any, bias: Any = None, scale: Any = None, density: float = 0.5) -> Any:

@@ -1,4 +1,4 @@
-"""``rana::masked_gemv`` and ``rana::router`` on a CPU: the C++ templates of rana_fx.kernels, where they apply.
+"""``rana::masked_gemv``, ``router`` and ``masked_rows`` on a CPU: the C++ templates of rana_fx.kernels, where they apply.
 
 In: Inductor IR of the operands. Out: IR of the result in fp32, without a bias, that what follows is fused into; or None for
 more than a few tokens, for dtypes the templates do not know, for a weight of symbolic size, and for a floating weight whose rows
@@ -14,7 +14,9 @@ import torch
 from torch._inductor import ir
 from torch._inductor.virtualized import V
 
+from rana_fx.kernels.cost import prefers_rows_on_cpu
 from rana_fx.kernels.masked_gemv_cpp import MaskedGemvTemplate
+from rana_fx.kernels.masked_rows_cpp import MaskedRowsTemplate
 from rana_fx.kernels.router_cpp import RouterTemplate
 from rana_fx.kernels.template_cpp import DTYPES, MAX_TOKENS
 
@@ -37,13 +39,27 @@ def masked_product(v_TK: Any, tau: Any, weight: Any, scale: Any) -> Any:
 def router_product(x_TD: Any, weight: Any, scale: Any) -> Any:
     """(T, R), or None."""
     tokens = x_TD.get_size()[0]
-    if not isinstance(tokens, (int, sympy.Integer)) or not 1 <= int(tokens) <= MAX_TOKENS or not _known(x_TD, weight):
-        return None
-    rows = _rows(weight)
+    rows = _rows(weight) if _few(tokens) and _known(x_TD, weight) else None
     if rows is None:
         return None
     template: Any = RouterTemplate(_realized(x_TD), rows, _realized(scale), _layout(weight, tokens, weight.get_size()[0]))
     return template.generate().output_node()
+
+
+def rows_product(x_TK: Any, a_TN: Any, weight: Any, bias: Any, density: float) -> Any:
+    """(T, N) of ``masked_rows``, bias and all, or None, also where masks are expected to cover too much."""
+    tokens, bits = x_TK.get_size()[0], 8 * weight.get_dtype().itemsize
+    pays = _few(tokens) and prefers_rows_on_cpu(int(tokens), density, bits=bits)
+    rows = _rows(weight) if pays and _known(x_TK, weight) else None
+    if rows is None:
+        return None
+    layout = _layout(weight, tokens, weight.get_size()[0])
+    template: Any = MaskedRowsTemplate(_realized(x_TK), _realized(a_TN), rows, _realized(bias), layout)
+    return template.generate().output_node()
+
+
+def _few(tokens: Any) -> bool:
+    return isinstance(tokens, (int, sympy.Integer)) and 1 <= int(tokens) <= MAX_TOKENS
 
 
 def _known(x: Any, weight: Any) -> bool:

@@ -1,4 +1,4 @@
-"""``rana::masked_gemv``, ``rana::router`` and their fused forms on a GPU: which kernel, with which config.
+"""``rana::masked_gemv``, ``rana::router``, ``rana::masked_rows`` and fused forms on a GPU: which kernel, with which config.
 
 In: Inductor IR of the operands, a few tokens. Out: IR of the result, or None where a kernel does not apply or is not expected to
 win. The launch adds its partial sums up itself. Left to Inductor as a pointwise sum they were a kernel of their own as soon as
@@ -122,6 +122,31 @@ def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: fl
         return router(x, weight, scale, gain=gain, eps=eps, offset=offset, traced=True, pdl=early)
 
     return traced(launch, operands, key=("router", eps, offset, early))
+
+
+def rows_product(x_TK: Any, a_TN: Any, weight: Any, bias: Any, density: float) -> Any:
+    """(T, N) of ``masked_rows`` in x's dtype, or None where the kernel does not apply or is not expected to win."""
+    from rana_fx.kernels.masked_rows import masked_rows
+
+    tokens = tokens_of(x_TK)
+    if tokens is None or not static(x_TK, a_TN, weight):
+        return None
+    (rows,) = realized(weight)
+    stored = fake(rows)
+    assert stored is not None
+    columns, width = stored.shape
+    device, bits = cost.nearest(x_TK.get_device()), bits_of(stored)
+    # what a skipped row would be is no stretch of memory, or masks cover too much
+    if stored.stride(1) != 1 or not cost.prefers_rows(columns, width, tokens, density, device, bits=bits):
+        return None
+    operands = [*realized(x_TK, a_TN), rows, *realized(bias)]
+    # it reads nothing before the kernel that made a is done
+    early = starts_early(operands[1], ())
+
+    def launch(x: Any, a: Any, weight: Any, bias: Any) -> Any:
+        return masked_rows(x, a, weight, bias, traced=True, pdl=early)
+
+    return traced(launch, operands, key=("masked_rows", early))
 
 
 def tokens_of(x_TK: Any) -> int | None:

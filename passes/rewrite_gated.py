@@ -1,11 +1,14 @@
-"""Zero the activated gate where it is small, as CATS does, and skip the zeros in the down projection.
+"""Zero the activated gate where it is small, as CATS does, and multiply by no row of up or down that the zeros make useless.
 
     y = linear(act(linear(x, w_gate)) * linear(x, w_up), w_down)
   becomes
-    a = act(linear(x, w_gate)); a = where(a^2 >= t^2, a, 0); y = rana.masked_gemv(a * linear(x, w_up), 0+, w_down.t())
+    a = act(linear(x, w_gate)); a = where(a^2 >= t^2, a, 0)
+    h = rana.masked_rows(x, a, w_up); y = rana.masked_gemv(h, 0+, w_down.t())
 
-The rows of w_up that the mask makes useless are still multiplied here; a plan's cost counts them as skipped, as the
-published kernel does.
+so that a decoded token costs what the plan counts. Both multiply by the model's own weights. Up is left as it was, and only down
+skips, where up's linear has an adapter of its own, serves others too (gate and up in one), or is not all that a is multiplied
+by; where something is written between the two; and where gradients flow: there tokens are many, and what a backward pass needs
+of up would have to be made again.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from rana_fx.graph import is_pointwise, is_row_view, op_name, tensor_inputs
-from rana_fx.kernels.ops import masked_gemv
+from rana_fx.aliases import Writes, written
+from rana_fx.graph import is_pointwise, is_reshape, is_row_view, op_name, shape_of, statically_equal, tensor_inputs, value_of
+from rana_fx.kernels.ops import masked_gemv, masked_rows
 from rana_fx.kernels.reference import kept
-from rana_fx.passes.emit import Emitter
+from rana_fx.passes.emit import Emitter, dtype_of
 from rana_fx.passes.match import Match
-from rana_fx.sites import Linear
+from rana_fx.passes.stacked import cast
+from rana_fx.sites import Linear, operands_of
 
 _TINY = torch.finfo(torch.float32).tiny  # as a threshold: exactly the zeros are skipped
 
@@ -47,6 +52,9 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
         masked = emit.call(gate_mask, gate, tau)
         masked.meta["rana_adapter"] = match.adapter.name
         product.replace_input_with(gate, masked)
+        chain = _chain_to_up(product, masked, match)
+        if chain:
+            _skip_rows(emit, product, masked, chain, match)
         emit = Emitter(graph_module, linear.node)
         tiny = torch.full((match.adapter.ranks,), _TINY, device=value.device)
         zeros = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_zeros", tiny)
@@ -58,6 +66,62 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
         graph_module.graph.erase_node(linear.node)
         replaced += 1
     return replaced
+
+
+def _chain_to_up(product: fx.Node, masked: fx.Node, match: Match) -> list[fx.Node]:
+    """The other factor of the product and what it is a reshape of, down to up's linear; empty where that must stay."""
+    others = [node for node in product.args if node is not masked]
+    value = value_of(product)
+    if len(others) != 1 or product.kwargs or written(product) is not None or not isinstance(value, torch.Tensor):
+        return []
+    trained = any(factor.requires_grad for factor in match.attachment.factors.parameters())
+    if torch.is_grad_enabled() and (value.requires_grad or trained):
+        return []
+    node: object = others[0]
+    chain: list[fx.Node] = []
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        chain.append(node)
+        if node in match.named:
+            fits = match.attachment.adapter(match.named[node]) is None and _alike(product, masked, node)
+            return chain if fits and not _rewritten_between(node, product) else []
+        node = node.args[0] if is_reshape(node) else None
+    return []
+
+
+def _alike(product: fx.Node, masked: fx.Node, up: fx.Node) -> bool:
+    """Whether nothing is broadcast or cast."""
+    shapes = [shape_of(product), shape_of(masked)]
+    if len({dtype_of(node) for node in (product, masked, up)}) != 1 or any(shape is None for shape in shapes):
+        return False
+    first, second = (tuple(shape or ()) for shape in shapes)
+    return len(first) == len(second) and all(statically_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _rewritten_between(up: fx.Node, product: fx.Node) -> bool:
+    """Whether what up's linear reads is written between it and the product, where it shall be read instead."""
+    writes = Writes()
+    before: list[fx.Node | None] = []
+    for node in product.graph.nodes:
+        if node is up:
+            before = [writes.last(source) for source in up.all_input_nodes]
+        if node is product:
+            break
+        writes.add(node)
+    return before != [writes.last(source) for source in up.all_input_nodes]
+
+
+def _skip_rows(emit: Emitter, product: fx.Node, masked: fx.Node, chain: list[fx.Node], match: Match) -> None:
+    """Put ``rana.masked_rows`` in the place of the product, of which up is the end of the chain."""
+    found = operands_of(chain[-1])
+    assert found is not None
+    x, matrix, bias, by_rows = found
+    assert isinstance(x, fx.Node)
+    weight = matrix if by_rows else emit.call(torch.t, matrix)
+    h = emit.call(masked_rows, cast(emit, x, dtype_of(product)), masked, weight, bias, match.adapter.density)
+    h.meta["rana_adapter"] = match.adapter.name
+    product.replace_all_uses_with(h)
+    for node in (product, *chain):
+        product.graph.erase_node(node)
 
 
 def _activated_gate(down: Linear, match: Match) -> tuple[fx.Node, fx.Node] | None:

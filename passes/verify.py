@@ -11,7 +11,7 @@ from torch import fx
 
 from rana_fx.passes.match import Matches
 
-_KNOWN = {"rana::masked_gemv", "rana::router"}
+_KNOWN = {"rana::masked_gemv", "rana::masked_rows", "rana::router"}
 
 
 def verify(graph_module: fx.GraphModule, matches: Matches, replaced: int) -> None:

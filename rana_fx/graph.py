@@ -139,6 +139,11 @@ def is_row_view(node: fx.Node) -> bool:
     return False
 
 
+def is_reshape(node: fx.Node) -> bool:
+    """A row view that keeps the rows' number and order."""
+    return is_row_view(node) and op_name(node) not in _PERMUTE | {"expand"}
+
+
 def _permutation_keeps_last(node: fx.Node) -> bool:
     shape = shape_of(node)
     assert shape is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import rana_fx
 from rana_fx.measure import measuring
@@ -36,6 +37,20 @@ def test_compiled_equals_reference(recipe, mode):
         for _ in range(3):  # CUDA graphs record on the second call and replay on the third
             got = output(compiled(**batch)).clone()
     assert relative(got, expected) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoded_token_of_a_gated_plan_reads_kept_rows(dtype):
+    model, batch = adapted(dtype, recipe="cats")
+    batch = {key: value[:1, :1] for key, value in batch.items()}
+    with measuring(model) as meter:
+        expected = output(meter.run(batch)).clone()
+    with torch.no_grad():
+        got, (code, *_) = run_and_get_code(torch.compile(model, backend=rana_fx.backend), **batch)
+    # one kernel per layer, or one for all layers that are alike
+    assert "def masked_rows_kernel" in code and code.count("masked_rows_kernel") > 2
+    # in bf16 a gate within rounding of its threshold may fall on either side
+    assert relative(output(got), expected) < (1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_bfloat16():

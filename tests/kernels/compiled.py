@@ -19,10 +19,11 @@ from triton.compiler import ASTSource
 
 from rana_fx.kernels.masked_gemv import masked_gemv_kernel
 from rana_fx.kernels.masked_parts import masked_parts_kernel
+from rana_fx.kernels.masked_rows import masked_rows_kernel
 from rana_fx.kernels.packed import masked_gemv_packed_kernel
 from rana_fx.kernels.router import router_kernel
 
-POINTERS = {"v": "bf16", "x": "bf16", "z": "bf16", "y": "bf16", "bias": "bf16", "w": "bf16"}
+POINTERS = {name: "bf16" for name in ("v", "x", "a", "z", "y", "h", "bias", "w")}
 POINTERS |= {
     "residual": "bf16",
     "gain": "bf16",
@@ -33,7 +34,7 @@ POINTERS |= {
     "counters": "i32",
 }
 POINTERS |= {f"{name}_{part}": POINTERS[name] for name in ("tau", "w", "bias") for part in range(3)}
-UNIT = {"s_rn", "s_gain", "s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd"}
+UNIT = {"s_rn", "s_gain", "s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd", "s_xk", "s_an", "s_wc"}
 GEMV = dict(S=32, KS=128, KB=128, GROUP=16, EARLY=0, BT=1, TG=1, BM=4, BN=512, RW=1, SR=8, STAGES=4, WHOLE=True)
 GEMV |= dict(ACT=0, HAS_BIAS=False, HAS_RESIDUAL=False, PDL=False, num_warps=2)
 PACKED = dict(BN=1024, BM=8, num_warps=4)
@@ -57,6 +58,8 @@ ROUTER = dict(
     num_warps=2,
 )
 
+ROWS = dict(BT=1, BR=4, BK=512, STAGES=4, HAS_BIAS=False, PDL=False, num_warps=2)
+
 VARIANTS = {
     "default": (masked_gemv_kernel, "bf16", GEMV),
     "in registers": (masked_gemv_kernel, "bf16", GEMV | dict(BM=8, STAGES=1, EARLY=8)),
@@ -77,6 +80,9 @@ VARIANTS = {
     "behind the previous kernel": (masked_gemv_kernel, "bf16", GEMV | dict(EARLY=8, PDL=True, HAS_RESIDUAL=True)),
     "router behind the previous kernel": (router_kernel, "bf16", ROUTER | dict(AHEAD=4, PDL=True, NORM=True, HAS_GAIN=True)),
     "router four tokens": (router_kernel, "bf16", ROUTER | dict(BT=4)),
+    "rows": (masked_rows_kernel, "bf16", ROWS),
+    "rows of four tokens": (masked_rows_kernel, "bf16", ROWS | dict(BT=4, HAS_BIAS=True)),
+    "rows behind the previous kernel": (masked_rows_kernel, "bf16", ROWS | dict(PDL=True)),
     "router int8": (router_kernel, "i32", ROUTER | dict(BITS=8, BD=256, QG=1024, PER=4)),
     "router int4": (router_kernel, "i32", ROUTER | dict(BITS=4, BD=256, QG=64, PER=8)),
 }

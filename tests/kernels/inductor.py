@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._inductor.utils import run_and_get_code
 from rana_fx.kernels import template_cpp
 from rana_fx.passes import lower
 
-GEMV, ROUTER = "// rana_masked_gemv", "// rana_router"
+GEMV, ROUTER, ROWS = "// rana_masked_gemv", "// rana_router", "// rana_masked_rows"
 _UNINITIALISED = "new float[count]"
 
 
@@ -40,3 +41,10 @@ def poisoned():
         patch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", empty)
         with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
             yield
+
+
+def calls(code, marker):
+    """How often the written module calls a kernel whose source has the marker: kernels that are alike are written once."""
+    pieces = re.split(r"^(\w+) = async_compile\.cpp_pybinding\(", code, flags=re.M)
+    names = [name for name, source in zip(pieces[1::2], pieces[2::2], strict=True) if marker in source.partition("''')")[0]]
+    return sum(len(re.findall(rf"^\s+{name}\(", code, re.M)) for name in names)

@@ -3,6 +3,7 @@ import Triton without its interpreter, so test_lower_triton.py runs it in a proc
 
     out = r + (silu(g) * u) W2   with   [g, u] = mask(router(norm(r))) W
     or, as "masks",              with   g, u = mask(norm(r)) Wg, mask(norm(r)) Wu
+    or, as "gate",      r + (mask(silu(g)) * u) W2   with   g, u = norm(r) Wg, norm(r) Wu
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
-from rana_fx.kernels.ops import masked_gemv, router
+from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.passes import lower
 from rana_fx.passes.fuse import fuse
 
@@ -43,6 +44,14 @@ def layer_of_masks(gain, tau_g, w_g, tau_u, w_u, tau2, w2, r):
     x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(r.dtype)
     gate, up = masked_gemv(x, tau_g, w_g.t()), masked_gemv(x, tau_u, w_u.t())
     return r + masked_gemv(torch.nn.functional.silu(gate) * up, tau2, w2)
+
+
+def layer_of_a_gate(gain, w_g, w_u, tau2, w2, r):
+    wide = r.float()
+    x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(r.dtype)
+    gate = torch.nn.functional.silu(torch.nn.functional.linear(x, w_g))
+    gate = torch.where(gate.float().square() >= 0.01, gate, 0.0)
+    return r + masked_gemv(masked_rows(x, gate, w_u), tau2, w2)
 
 
 class Driver:
@@ -118,11 +127,13 @@ def main(tokens, count, kind):
         inputs = [empty(1, tokens, WIDTH)]
         for _ in range(count):
             first = empty(RANKS, WIDTH), tau(RANKS), empty(RANKS, 2 * FFN)
-            if kind == "masks":
+            if kind == "gate":
+                first = empty(FFN, WIDTH), empty(FFN, WIDTH)
+            elif kind == "masks":
                 # (out, in), stored by columns
                 first = tau(WIDTH), empty(WIDTH, FFN).t(), tau(WIDTH), empty(WIDTH, FFN).t()
             inputs += [empty(WIDTH), *first, tau(FFN), empty(FFN, WIDTH)]
-        one = layer_of_masks if kind == "masks" else layer
+        one = {"ranks": layer, "masks": layer_of_masks, "gate": layer_of_a_gate}[kind]
 
         def layers(r, *weights):
             size = len(weights) // count

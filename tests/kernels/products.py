@@ -62,6 +62,45 @@ class Product:
         assert_close("y", y, acted * second, magnitude, terms=self.v.shape[-1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Operands of one product of kept rows. x (T, K), a (T, N), weight (N, K), bias (N,) or None."""
+
+    x: torch.Tensor
+    a: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def to(self, device):
+        return Rows(*(value if value is None else _moved(value, device) for value in vars(self).values()))
+
+    @property
+    def operands(self):
+        return self.x, self.a, self.weight, self.bias
+
+    @property
+    def kept(self):
+        """Rows of weight that some token keeps."""
+        return (self.a != 0).any(0)
+
+    def poisoned(self):
+        """The same with NaN in all rows that no token keeps."""
+        weight = self.weight.clone(memory_format=torch.preserve_format)
+        weight[~self.kept] = math.nan
+        return dataclasses.replace(self, weight=weight)
+
+    def check(self, h):
+        """h is the product in x's dtype, within the bound, and zero where a is."""
+        w, bias = self.weight.double(), torch.zeros((), dtype=torch.float64, device=h.device)
+        bias = bias if self.bias is None else self.bias.double()
+        a, zero = self.a.double(), torch.zeros((), dtype=torch.float64, device=h.device)
+        exact = torch.where(a != 0, a * (self.x.double() @ w.t() + bias), zero)
+        magnitude = torch.where(a != 0, a.abs() * (self.x.double().abs() @ w.abs().t() + bias.abs()), zero)
+        assert h.dtype == self.x.dtype
+        assert bool((h[a == 0] == 0).all())
+        assert_close("h", h, exact, magnitude, terms=self.x.shape[-1])
+
+
 def assert_close(name, got, exact, magnitude, *, terms):
     eps, rounded = torch.finfo(torch.float32).eps, torch.finfo(got.dtype)
     step = rounded.eps if got.dtype == torch.bfloat16 and got.device.type == "cpu" else rounded.eps / 2
@@ -117,6 +156,25 @@ def products(draw, *, bits=16, tokens=(1, 2, 3, 4, 5, 16), halves=False):
         tau = tau[:1].expand(k)
     bias = torch.randn(n, generator=generator).to(dtype) if draw(st.booleans()) else None
     return Product(v, tau, weight, scale, bias)
+
+
+def masked_by(density, *shape, generator):
+    """Values of which about that share is not zero."""
+    a = torch.randn(shape, generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < density, a, 0.0)
+
+
+@st.composite
+def row_products(draw, *, tokens=(1, 2, 3, 4, 5, 16), rows=SIZES):
+    """NaN lies in every row of the weight that no token keeps."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    t, n, k = draw(st.sampled_from(tokens)), draw(st.sampled_from(rows)), draw(st.sampled_from(SIZES))
+    dtype = draw(st.sampled_from(DTYPES))
+    x = strided(torch.randn(t, k, generator=generator).to(dtype), draw(STRIDES))
+    a = masked_by(draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), t, n, generator=generator)
+    weight = strided((torch.randn(n, k, generator=generator) / k**0.5).to(dtype), draw(STRIDES))
+    bias = torch.randn(n, generator=generator).to(dtype) if draw(st.booleans()) else None
+    return Rows(x, strided(a.to(dtype), draw(STRIDES)), weight, bias)
 
 
 def kernels_run_on(device):

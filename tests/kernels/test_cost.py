@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from rana_fx.errors import InvalidOption
 from rana_fx.kernels.config import Config, cdiv, configs, default_config, row_warps_of
-from rana_fx.kernels.cost import H100, H200, dense_us, masked_us, prefers_masked, rows_read
+from rana_fx.kernels.cost import (
+    H100,
+    H200,
+    dense_us,
+    masked_us,
+    prefers_masked,
+    prefers_rows,
+    prefers_rows_on_cpu,
+    rows_read,
+    rows_us,
+)
 
 # K, N, then medians in us on an H200 (bf16, one token): a dense product with the rank-major weight; the best masked launch of a
 # sweep at 0, 50 and 70 % masked
@@ -39,6 +49,28 @@ def test_masks_pay_at_half_and_not_at_nothing(k, n):
         assert masked_us(k, n, 1, 1.0, device) > dense_us(k, n, device)
         for tokens in (4, 8, 16):
             assert not prefers_masked(k, n, tokens, 0.5, device)
+
+
+@pytest.mark.parametrize(("k", "n"), [(4096, 11008), (2048, 5632)])
+def test_rows_that_are_skipped_pay_until_their_union_is_the_weight(k, n):
+    for device in (H100, H200):
+        assert prefers_rows(n, k, 1, 0.5, device) and prefers_rows(n, k, 2, 0.3, device)
+        assert not prefers_rows(n, k, 1, 1.0, device)
+        for tokens in (4, 5, 16):
+            assert not prefers_rows(n, k, tokens, 0.5, device)
+        assert not prefers_rows(n, k, 5, 0.01, device)
+        # half of the rows, half of the bytes
+        saved = dense_us(k, n, device) - rows_us(n, k, 1, 0.5, device)
+        assert saved == pytest.approx(k * n / device.bytes_per_us, rel=0.01)
+
+
+@given(T=SHAPES["T"], density=st.floats(0, 1), bits=st.sampled_from([16, 32]))
+def test_rows_on_a_cpu_pay_for_fewer_tokens_and_less_density(T, density, bits):
+    if prefers_rows_on_cpu(T, density, bits=bits):
+        assert prefers_rows_on_cpu(max(T - 1, 1), density, bits=bits) and prefers_rows_on_cpu(T, density / 2, bits=bits)
+        assert prefers_rows_on_cpu(T, density, bits=32)
+    assert prefers_rows_on_cpu(1, density, bits=bits)
+    assert not prefers_rows_on_cpu(8, 1.0, bits=bits)
 
 
 @given(k=SHAPES["K"], t=SHAPES["T"], density=SHAPES["density"])

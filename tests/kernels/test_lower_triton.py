@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 from rana_fx.kernels import reference, tune
 from rana_fx.kernels.config import configs
-from rana_fx.kernels.ops import masked_gemv, router
+from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.kernels.quantize import pack, unpack
 from rana_fx.passes import lower
 from tests.kernels.test_compiled import run
@@ -73,6 +73,24 @@ def test_masks_of_one_tensor_are_one_launch():
     )
 
 
+def test_a_masked_gate_reads_kept_rows_of_up_and_down():
+    code = run("tests/kernels/lowered.py", "1", "2", "gate")
+    names = [first or second for first, second in launches(code)]
+    ours = [name for name in names if not name.startswith("triton")]
+    # the gate's product is dense and decides what the others read
+    assert ours == ["extern_kernels.mm", "masked_rows_kernel", "masked_gemv_kernel"] * 2
+    assert [launch["PDL"] for launch in options(code)] == ["True"] * 4
+    assert [launch.get("launch_pdl") for launch in options(code)] == ["True"] * 4
+    assert [launch.get("HAS_RESIDUAL") for launch in options(code)] == [None, "True"] * 2
+    assert not re.search(r"empty_strided\w*\(\((4096, 11008|11008, 4096)\)", code)
+
+
+def test_masks_that_cover_too_much_are_dense_products_of_up():
+    names = [first or second for first, second in launches(run("tests/kernels/lowered.py", "4", "1", "gate"))]
+    assert not any(name.startswith("masked_rows") for name in names)
+    assert sum("extern" in name or "tem" in name for name in names) >= 2
+
+
 def test_many_tokens_are_dense_products():
     names = [first or second for first, second in launches(run("tests/kernels/lowered.py", "64"))]
     assert not any(name.startswith(("router", "masked_gemv")) for name in names)
@@ -119,6 +137,41 @@ def test_compiled_layer_matches_fp64(tokens, dtype):
     assert _rmse(out, right) < 2 * eps + _flipped(h, tau2, w2, eps)
     again = torch.compile(layer)(x, r)
     assert all(torch.equal(one, two) for one, two in zip((z, y, h, out), again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_compiled_masked_gate_matches_fp64(tokens, bias, dtype):
+    width, ffn, density = 2048, 4096, 0.2
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*size, scale=1.0):
+        return (torch.randn(size, generator=generator, device="cuda") * scale).to(dtype)
+
+    x, r = randn(1, tokens, width), randn(1, tokens, width)
+    w_g, w_u = randn(ffn, width, scale=width**-0.5), randn(ffn, width, scale=width**-0.5)
+    w2, c = randn(ffn, width, scale=ffn**-0.5), randn(ffn) if bias else None
+    # about a fifth of the gates are that large
+    level, tiny = 0.46**2, torch.full((ffn,), torch.finfo(torch.float32).tiny, device="cuda")
+
+    def layer(x, r):
+        gate = silu(torch.nn.functional.linear(x, w_g))
+        gate = torch.where(gate.float().square() >= level, gate, 0.0)
+        h = masked_rows(x, gate, w_u, c, density)
+        return gate, h, r + masked_gemv(h, tiny, w2, None, None, density)
+
+    lower.register()
+    (gate, h, out), (code, *_) = run_and_get_code(torch.compile(layer), x, r)
+    assert "def masked_rows_kernel" in code
+    assert 0.1 < float((gate != 0).float().mean()) < 0.35
+    eps = torch.finfo(dtype).eps
+    exact = reference.masked_rows(x.double(), gate.double(), w_u.double(), None if c is None else c.double())
+    assert _rmse(h, exact) < 2 * eps + 1e-6
+    assert _rmse(out, r.double() + reference.masked_gemv(h.double(), tiny, w2.double())) < 2 * eps + 1e-6
+    again = torch.compile(layer)(x, r)
+    assert all(torch.equal(one, two) for one, two in zip((gate, h, out), again, strict=True))
 
 
 @pytest.mark.gpu

@@ -13,11 +13,12 @@ from rana_fx.kernels.ops import (
     masked_gemv_add,
     masked_gemv_gated,
     masked_gemv_parts,
+    masked_rows,
     normed_router,
     router,
 )
 from rana_fx.kernels.quantize import pack, unpack
-from tests.kernels.products import Product, kernels_run_on
+from tests.kernels.products import Product, Rows, kernels_run_on, masked_by
 
 
 def stored(rows, columns, bits):
@@ -51,6 +52,18 @@ def test_opcheck_router(bits, kind):
     if bits == 16:
         weight.requires_grad_()
     torch.library.opcheck(router, (x[kind].requires_grad_(), weight, scale))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [((), ()), ((3,), (3,)), ((10,), (2, 5))])
+@pytest.mark.parametrize("kind", ["plain", "transposed"])
+def test_opcheck_masked_rows(bias, lead, kind):
+    x, a = torch.randn(*lead[0], 6), torch.randn(*lead[1], 8)
+    weight = torch.randn(8, 6) if kind == "plain" else torch.randn(6, 8).t()
+    given = x, torch.where(a.abs() > 0.5, a, 0.0), weight, torch.randn(8) if bias else None
+    torch.library.opcheck(masked_rows, tuple(None if one is None else one.detach().requires_grad_() for one in given))
+    up = torch.nn.functional.linear(x, weight, given[3]).view(a.shape)
+    torch.testing.assert_close(masked_rows(*given), given[1] * up)
 
 
 @BITS
@@ -104,6 +117,24 @@ def test_gradcheck_router():
     assert torch.autograd.gradcheck(router, (x, weight))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck_masked_rows(bias):
+    """The mask is a constant: where a was dropped, nothing reaches it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (6, 5), (2, 3, 4), (4, 5), (4,)
+    x, a, weight, c = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    kept = torch.rand(2, 3, 4, generator=generator) < 0.5
+
+    def function(x, a, weight, *rest):
+        return masked_rows(x, torch.where(kept, a, 0.0), weight, *rest)
+
+    given = (x, a, weight, c) if bias else (x, a, weight)
+    assert torch.autograd.gradcheck(function, given)
+    dropped = torch.where(kept, a, 0.0).detach().requires_grad_()
+    masked_rows(x, dropped, weight).sum().backward()
+    assert bool((dropped.grad[~kept] == 0).all()) and bool((dropped.grad[kept] != 0).all())
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gradcheck_through_quantised_weights(bits):
     generator = torch.Generator().manual_seed(0)
@@ -139,6 +170,18 @@ def test_kernels_compute_the_same(device, bits):
         z = router(x, weight, scale)
     # fp32 sums of at most 62 terms in two orders
     torch.testing.assert_close(z, reference.router(x, weight, scale), rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_compute_the_same_rows(device):
+    kernels_run_on(device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 62), (34, 62), (34,)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    rows = Rows(x, masked_by(0.5, 2, 34, generator=generator), weight, bias).to(device)
+    with implementation("triton"):
+        rows.check(masked_rows(*rows.poisoned().operands))
+    with implementation("reference"):
+        rows.check(masked_rows(*rows.poisoned().operands))
 
 
 @BITS
@@ -205,6 +248,16 @@ def test_shapes_of_fused_forms_are_checked_while_tracing():
             masked_gemv_gated(*operands, "silu")
         with pytest.raises(RuntimeError, match="residual"):
             masked_gemv_add(*operands, torch.empty(5))
+
+
+def test_rows_of_other_shapes_or_dtypes_are_refused_while_tracing():
+    x, a, weight = (2, 5), (2, 3), (3, 5)
+    with torch._subclasses.FakeTensorMode():
+        for shapes in [((2, 4), a, weight), (x, (2, 4), weight), (x, (3, 3), weight)]:
+            with pytest.raises(RuntimeError, match="expected"):
+                masked_rows(*map(torch.empty, shapes))
+        with pytest.raises(RuntimeError, match="one dtype"):
+            masked_rows(torch.empty(x), torch.empty(a, dtype=torch.bfloat16), torch.empty(weight))
 
 
 def test_a_missing_scale_is_refused():
