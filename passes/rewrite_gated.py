@@ -2,10 +2,10 @@
 
     y = linear(act(linear(x, w_gate)) * linear(x, w_up), w_down)
   becomes
-    a = act(linear(x, w_gate)); a = where(a^2 >= t^2, a, 0); y = rana.masked_gemv(a * linear(x, w_up), 0+, w_down.t())
+    a = act(linear(x, w_gate)); a = where(a^2 >= tau, a, 0); y = rana.masked_gemv(a * linear(x, w_up), 0+, w_down.t())
 
-The rows of w_up that the mask makes useless are still multiplied here; a plan's cost counts them as skipped, as the
-published kernel does.
+tau is one number, or one for each neuron. The rows of w_up that the mask makes useless are still multiplied here; a plan's cost
+counts them as skipped, as the published kernel does.
 """
 
 from __future__ import annotations

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 
 from rana_fx.adapters import Adapter
 from rana_fx.errors import BudgetUnreachable
-from rana_fx.recipes.allocate import Choice, Unit, allocate, points_at, price_for
+from rana_fx.recipes.allocate import Choice, allocate, points_at, price_for
 from rana_fx.recipes.build import build, settled
-from rana_fx.recipes.menu import Menu, Point
+from rana_fx.recipes.cut import cuts_of
+from rana_fx.recipes.menu import Menu
+from rana_fx.recipes.point import Point, Unit
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.trial import Outcome, attempt
 from rana_fx.rehearse import Stage
@@ -85,10 +87,11 @@ class _Search:
         adapters = []
         with self._problem.within("build"):
             for unit, point in best.points.items():
-                made = build(self._problem, unit, self._menus.pop(unit), point)
+                menu = self._menus.pop(unit)
+                made = build(self._problem, unit, menu, point)
                 adapters += [settled(self._problem, _as_found(adapter, best.outcome)) for adapter in made]
                 if not made:
-                    self._problem.skips += [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
+                    self._problem.skips += _left_dense(unit, menu, point)
         return adapters
 
     def _best(self) -> _Found:
@@ -109,7 +112,18 @@ class _Search:
         fraction = self._asked / (self._total - self._left)
         alone = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._menus.items()}
         prices = {unit: price for unit, (price, _) in alone.items()}
-        return self._settle(1.0, {unit: found[unit] for unit, (_, found) in alone.items()}, prices)
+        chosen = {unit: found[unit] for unit, (_, found) in alone.items()}
+        for cut in cuts_of({unit: menu.cut for unit, menu in self._menus.items()}):
+            menus = {unit: self._menus[unit] for unit in cut.of.units}
+            given = fraction * sum(menu.dense_cost for menu in menus.values())
+            gated = dict.fromkeys(menus, Choice("gated"))
+            price = price_for(menus, gated, given)
+            whole, apart = points_at(menus, gated, price), points_at(menus, chosen, 1.0, scale=prices)
+            # what its gate costs may be more than the fraction
+            reached = sum(point.cost for point in whole.values()) <= 1.01 * given
+            if reached and sum(point.loss for point in whole.values()) < sum(point.loss for point in apart.values()):
+                chosen, prices = chosen | gated, prices | dict.fromkeys(menus, price)
+        return self._settle(1.0, chosen, prices)
 
     def _settle(self, price: float, chosen: Mapping[Unit, Choice], scale: Mapping[Unit, float] | None) -> _Found:
         best, aim = None, self._asked
@@ -120,7 +134,7 @@ class _Search:
             adapters = {unit: build(self._problem, unit, self._menus[unit], point) for unit, point in points.items()}
             flat = [adapter for made in adapters.values() for adapter in made]
             outcome = attempt(self._stage, self._problem.layout, flat, self._held, self._dense)
-            found = _Found(points, outcome, self._spent(adapters, outcome))
+            found = _Found(points, outcome, self._spent(points, adapters, outcome))
             # with few rounds left what is nearest counts: one that spends too much is none
             if best is None or self._distance(found) < self._distance(best):
                 best = found
@@ -136,11 +150,11 @@ class _Search:
     def _distance(self, found: _Found) -> tuple[bool, float]:
         return found.spent > self._most, abs(found.spent - self._asked)
 
-    def _spent(self, adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
+    def _spent(self, points: Mapping[Unit, Point], adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
         spent = 0.0
         for unit, made in adapters.items():
             if not made:
-                spent += self._menus[unit].dense_cost
+                spent += points[unit].cost  # what is left of it is dense
             for adapter in made:
                 kept, router = outcome.kept.get(adapter.name), outcome.router_kept.get(adapter.name)
                 spent += adapter.cost(self._problem.metric, kept, router)
@@ -163,3 +177,12 @@ def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
     kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
     flops, weight_bytes = (adapter.cost(metric, kept, router) for metric in ("flops", "bytes"))
     return replace(adapter, kept=kept, router_kept=router, flops=flops, bytes=weight_bytes)
+
+
+def _left_dense(unit: Unit, menu: Menu, point: Point) -> list[Skip]:
+    """Why: of a cut's units the gate alone is dense."""
+    if point.kind != "gated":
+        return [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
+    assert menu.cut is not None
+    cut = menu.cut.cut.of
+    return [Skip(name, f"it tells which neurons {cut.down} needs: it stays dense") for name in unit if name == cut.gate]
