@@ -33,16 +33,20 @@ class Choice:
 
 
 def allocate(
-    menus: Mapping[Unit, Menu], cost: float, *, scale: Mapping[Unit, float] | None = None
+    menus: Mapping[Unit, Menu], cost: float, *, scale: Mapping[Unit, float] | None = None, cut: bool = True
 ) -> tuple[float, dict[Unit, Choice]]:
-    """The price at which all points cost ``cost``, and what every unit is there. ``scale``: a unit's price over the common."""
+    """The price at which all points cost ``cost``, and what every unit is there.
 
-    cuts = cuts_of({unit: menu.cut for unit, menu in menus.items()})
+    Args:
+        scale: a unit's price over the common. cut: False: no block is cut.
+    """
+
+    cuts = cuts_of({unit: menu.cut for unit, menu in menus.items()}) if cut else []
 
     def best(logarithm: float) -> dict[Unit, Point]:
         points = {unit: _best(menu, math.exp(logarithm) * scale_of(scale, unit)) for unit, menu in menus.items()}
-        for cut in cuts:
-            shares = {unit: cut.point(unit, points[unit].price) for unit in cut.of.units}
+        for found in cuts:
+            shares = {unit: found.point(unit, points[unit].price) for unit in found.of.units}
             if sum(point.total for point in shares.values()) < sum(points[unit].total for unit in shares):
                 points |= shares
         return points

@@ -99,7 +99,7 @@ def _gated(problem: Problem, cut: Cut, point: Point) -> Adapter:
         sites=(cut.of.down,),
         ranks=cut.width,
         kept=point.kept,
-        tau=cut.tau_F(point.price),
+        tau=cut.tau_F(point.bar),
         gate=cut.of.gate,
         also=(cut.of.up,),
         dense_flops=problem.flops(masked),

@@ -61,11 +61,12 @@ class Cuttable:
 
 
 class Cut:
-    """A cut through one block, priced on rows."""
+    """A cut through one block, priced on rows. ``surcharge``: how many times as much as its rows tell it costs (search.py)."""
 
     def __init__(self, problem: Problem, cuttable: Cuttable, rows_TI: Tensor, geometry: Geometry) -> None:
         """``rows_TI``: of the block's input. ``geometry``: of down."""
         self.of = cuttable
+        self.surcharge = 1.0
         self.width = problem.layout.sites[cuttable.down].in_features
         self.row_cost = problem.size((cuttable.up, cuttable.down)) / self.width
         self.gate_cost = problem.size((cuttable.gate,))
@@ -83,16 +84,13 @@ class Cut:
         """The share of one of its units: that of down holds the loss and all that is skipped, that of the gate its dense cost."""
         if unit != self.of.lead:
             return Point("gated", price, self.gate_cost if unit == self.of.source else 0.0, 0.0)
-        bar = self._bar(price)
+        bar = 2 * price * self.row_cost / self.surcharge
         kept, lost = self._tails.at(bar)
-        return Point("gated", price, kept * self.row_cost, lost / 2 * self._interplay.at(bar), kept)
+        return Point("gated", price, kept * self.row_cost, self.surcharge * lost / 2 * self._interplay.at(bar), kept, bar=bar)
 
-    def tau_F(self, price: float) -> Tensor:
+    def tau_F(self, bar: float) -> Tensor:
         """Thresholds on act(gate)^2. A neuron that is worth nothing is never needed."""
-        return torch.where(self.worth_F > 0, self._bar(price) / self.worth_F, torch.inf)
-
-    def _bar(self, price: float) -> float:
-        return 2 * price * self.row_cost
+        return torch.where(self.worth_F > 0, bar / self.worth_F, torch.inf)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,10 @@ Unit = tuple[str, ...]  # sites that read one tensor, stacked
 
 @dataclass(frozen=True)
 class Point:
-    """``cost`` per token, ``loss``: expected increase, ``ranks``: rows of the router, ``parts``: inputs that each site keeps."""
+    """``cost`` per token, ``loss``: expected increase, ``ranks``: rows of the router, ``parts``: inputs that each site keeps.
+
+    ``bar``: of a cut, on what a neuron is worth.
+    """
 
     kind: str
     price: float
@@ -20,6 +23,7 @@ class Point:
     parts: tuple[float, ...] = ()
     storage: int = 0
     router_kept: float | None = None
+    bar: float = 0.0
 
     @property
     def total(self) -> float:

@@ -29,6 +29,7 @@ ALLOCATIONS = ("price", "fraction")  # one for the whole model, one for every un
 _ROUNDS = 4
 _MOST_ROUNDS = 10  # where the model still spends more than asked
 _CLOSE = 0.002  # of the dense cost: near enough to what was asked
+_MOST_SURCHARGE = 4.0
 _TOLERATED = 0.01  # of it, and a tenth of what was asked: more than asked by so much is not taken
 
 
@@ -99,14 +100,26 @@ class _Search:
         settle = {"price": self._by_price, "fraction": self._by_fraction}
         tried = [settle[name]() for name in self._allocations]
         # what costs more than asked is no answer
-        best = min(tried, key=lambda found: (found.spent > self._most, found.outcome.divergence))
+        best = min(tried, key=self._rank)
         if best.spent > self._most:
             least = min(found.spent for found in tried)
             raise self._unreachable((least + self._left) / self._total, "masks keep no less than that in the adapted model")
         return best
 
+    def _rank(self, found: _Found) -> tuple[bool, float]:
+        return found.spent > self._most, found.outcome.divergence
+
     def _by_price(self) -> _Found:
-        return self._settle(*allocate(self._menus, self._asked), None)
+        """With cuts, without, and where these lose more than expected, with as many as that leaves worthwhile."""
+        tried = [self._settle(*allocate(self._menus, self._asked), None)]
+        if any(point.kind == "gated" for point in tried[0].points.values()):
+            tried.append(self._settle(*allocate(self._menus, self._asked, cut=False), None))
+            surcharge = _surcharge(*tried)
+            if surcharge > 1:
+                for cut in cuts_of({unit: menu.cut for unit, menu in self._menus.items()}):
+                    cut.surcharge = surcharge
+                tried.append(self._settle(*allocate(self._menus, self._asked), None))
+        return min(tried, key=self._rank)
 
     def _by_fraction(self) -> _Found:
         fraction = self._asked / (self._total - self._left)
@@ -177,6 +190,19 @@ def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
     kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
     flops, weight_bytes = (adapter.cost(metric, kept, router) for metric in ("flops", "bytes"))
     return replace(adapter, kept=kept, router_kept=router, flops=flops, bytes=weight_bytes)
+
+
+def _surcharge(whole: _Found, apart: _Found) -> float:
+    """What cuts lose over what their menus tell, other entries being as much dearer as they are without cuts.
+
+    What a cut drops is alike from token to token, more than what a mask of inputs does, and adds up (docs/recipes.md).
+    """
+    cuts = sum(point.loss for point in whole.points.values() if point.kind == "gated")
+    rest = sum(point.loss for point in whole.points.values()) - cuts
+    told = sum(point.loss for point in apart.points.values())
+    if cuts <= 0 or apart.outcome.divergence <= 0:
+        return 1.0
+    return min(_MOST_SURCHARGE, (whole.outcome.divergence * told / apart.outcome.divergence - rest) / cuts)
 
 
 def _left_dense(unit: Unit, menu: Menu, point: Point) -> list[Skip]:

@@ -14,8 +14,11 @@ from rana_fx.recipes.allocate import Choice, allocate, points_at
 from rana_fx.recipes.cut import Cut, Share, cuttables
 from rana_fx.recipes.geometry import geometry
 from rana_fx.recipes.menu import Menu
-from rana_fx.recipes.rana import units_of
+from rana_fx.recipes.point import Point
+from rana_fx.recipes.rana import Rana, units_of
+from rana_fx.recipes.search import _Found, _surcharge
 from rana_fx.recipes.storage import own
+from rana_fx.recipes.trial import Outcome, attempt
 from tests.null.test_rana import Classifier, rehearsed
 
 WIDTH, FFN = 16, 40
@@ -81,7 +84,7 @@ def test_points_cost_and_lose_what_they_say(activation, bias, metric):
         ((low * high) ** 0.5, (first, second)) for (low, first), (high, second) in zip(measured, measured[1:], strict=False)
     ]
     for price, ratios in [*((price, (ratio, ratio)) for price, ratio in measured), *between]:
-        tau = cut.tau_F(price)
+        tau = cut.tau_F(cut.point(cut.of.lead, price).bar)
         torch.testing.assert_close(tau.double(), 2 * price * row_cost / worth, rtol=1e-4, atol=0)
         mask = active.square() >= tau
         dropped = hidden * ~mask
@@ -189,3 +192,48 @@ def test_a_block_is_cut_whole_or_not_at_all_where_that_loses_less(fraction):
         assert sum(point.loss for point in points.values()) <= 1.02 * min(ways)
     # one of the two gates costs a sixth of all
     assert bool(cut) == (fraction > 1 / 6)
+
+
+def test_a_surcharge_makes_a_cut_dearer_and_its_thresholds_lower():
+    cut, _, _ = cut_of(problem_of(seeded()))
+    price = math.exp(cut._interplay._points[3][0]) / cut.row_cost
+    told = cut.point(cut.of.lead, price / 3)
+    cut.surcharge = 3.0
+    found = cut.point(cut.of.lead, price)
+    assert (found.kept, found.bar, found.loss) == pytest.approx((told.kept, told.bar, 3 * told.loss))
+    assert cut.point(cut.of.source, price).cost == cut.gate_cost
+
+
+@pytest.mark.parametrize(
+    ("whole", "apart", "expected"),
+    [
+        # masks lose half as much again as told, and so do cuts
+        ((1.0, 2.0, 4.5), (5.0, 7.5), 1.0),
+        # what is more than that is the cuts': (6 / 1.5 - 1) / 2
+        ((1.0, 2.0, 6.0), (5.0, 7.5), 1.5),
+        ((1.0, 2.0, 60.0), (5.0, 7.5), 4.0),
+        ((1.0, 0.0, 6.0), (5.0, 7.5), 1.0),
+        ((1.0, 2.0, 6.0), (5.0, 0.0), 1.0),
+    ],
+)
+def test_the_surcharge_is_what_cuts_lose_over_what_was_told(whole, apart, expected):
+    masks, cuts, moved = whole
+    points = {("up",): Point("neuron", 1.0, 1.0, masks), ("down",): Point("gated", 1.0, 1.0, cuts)}
+    told = {("up",): Point("neuron", 1.0, 1.0, apart[0])}
+    found = [_Found(given, Outcome({}, {}, value), 1.0) for given, value in ((points, moved), (told, apart[1]))]
+    assert _surcharge(*found) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("budget", [0.7, 0.5, 0.4])
+def test_a_cut_is_taken_only_where_held_out_batches_lose_less_by_it(budget):
+    moved, cut = [], []
+    for kinds in (("dense", "neuron"), ("dense", "neuron", "gated")):
+        problem = problem_of(seeded(), budget=budget)
+        with torch.no_grad():
+            made = Rana(kinds=kinds, allocations=("price",)).solve(problem)
+            with problem.rehearsal.opened(problem.layout) as stage:
+                dense = [stage.run(batch) for batch in problem.rehearsal.held]
+                moved.append(attempt(stage, problem.layout, made, problem.rehearsal.held, dense).divergence)
+        cut.append(any(adapter.kind == "gated" for adapter in made))
+    assert cut[0] is False
+    assert moved[1] < moved[0] if cut[1] else moved[1] == pytest.approx(moved[0], rel=1e-6)
