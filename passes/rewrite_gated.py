@@ -2,13 +2,13 @@
 
     y = linear(act(linear(x, w_gate)) * linear(x, w_up), w_down)
   becomes
-    a = act(linear(x, w_gate)); a = where(a^2 >= t^2, a, 0)
+    a = act(linear(x, w_gate)); a = where(a^2 >= tau, a, 0)
     h = rana.masked_rows(x, a, w_up); y = rana.masked_gemv(h, 0+, w_down.t())
 
-so that a decoded token costs what the plan counts. Both multiply by the model's own weights. Up is left as it was, and only down
-skips, where up's linear has an adapter of its own, serves others too (gate and up in one), or is not all that a is multiplied
-by; where something is written between the two; and where gradients flow: there tokens are many, and what a backward pass needs
-of up would have to be made again.
+tau is one number, or one for each neuron. So a decoded token costs what the plan counts. Both multiply by the model's own
+weights. Up is left as it was, and only down skips, where up's linear has an adapter of its own, serves others too (gate and up in
+one), or is not all that a is multiplied by; where something is written between the two; and where gradients flow: there tokens
+are many, and what a backward pass needs of up would have to be made again.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every kind is the same computation, y = c + sum over kept k of v_k Wt[k, :], kept where v_k^2 >= tau_k:
 
     rank     v = B x, tau = t (one value), Wt = A^T         static   the same with tau = 0 and fewer ranks
-    neuron   v = x, tau_k = t^2 / |W_:,k|^2, Wt = W^T       gated    v = h, where act(gate) is zeroed below t (CATS)
+    neuron   v = x, tau_k = t^2 / |W_:,k|^2, Wt = W^T       gated    v = h, where act(gate)_k^2 >= tau_k (CATS)
     stored   v = x, tau = 0, Wt = W^T in fewer bits: every input is kept, weights are only stored in less memory
 
 A neuron adapter multiplies by the model's own weight, or by a Wt of its own, which may be in fewer bits and stack several sites.
@@ -44,7 +44,7 @@ class Adapter:
         ranks: rows of Wt: ranks of a router, inputs where there is none.
         router: B, (ranks, in), or (in, ranks) with ``router_tau``; None when v = x.
         weight: Wt, (ranks, out), or None for the model's own W^T.
-        tau: thresholds on v^2, fp32, (ranks,). For ``gated``: one value, the threshold on |act(gate)|.
+        tau: thresholds on v^2, fp32, (ranks,). For ``gated``: on act(gate)^2, (ranks,) or one for all, (1,).
         bias: c, (out,), or None. It stands for the linears' own biases wherever the adapter has a weight or this is given.
         kept: expected number of kept ranks per token, over the calibration tokens.
         flops: expected multiply-adds per token, router included. dense_flops: of the layers replaced.
@@ -88,7 +88,8 @@ class Adapter:
         assert self.shift is None or self.bias is not None, f"{self.name}: what a shift leaves out belongs into the bias"
         assert (self.router_tau is None) == (self.router_kept is None), f"{self.name}: router_tau and router_kept come together"
         assert self.router_tau is None or self.router is not None, f"{self.name}: router_tau without a router"
-        _check_vector(self, "tau", 1 if self.kind == "gated" else self.ranks, torch.float32)
+        alike = self.kind == "gated" and tuple(self.tau.shape) == (1,)
+        _check_vector(self, "tau", 1 if alike else self.ranks, torch.float32)
         if self.weight is not None:
             rows, columns = _stored_shape(self, "weight")
             _check(self, "weight", str((rows, columns)), rows == self.ranks, f"{self.ranks} rows, one per rank")

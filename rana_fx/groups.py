@@ -289,7 +289,10 @@ def _extract(chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node
 def _activation(
     chain: list[fx.Node], leaves: list[fx.Node], constants: set[fx.Node], result: fx.Node
 ) -> tuple[int, fx.GraphModule | None]:
-    """With two ups, the product's factor that went through the activation: ``act(gate)`` in ``act(gate) * up``."""
+    """With two ups, the product's factor that went through the activation: ``act(gate)`` in ``act(gate) * up``.
+
+    Nothing may come between the product and down: where the factor is zero, so must be what down reads.
+    """
     if len(leaves) != 2:
         return 0, None
     depends: dict[fx.Node, set[int]] = {leaf: {i} for i, leaf in enumerate(leaves)}
@@ -300,9 +303,9 @@ def _activation(
         curved[node] = any(curved[s] for s in sources) or (
             is_pointwise(node) and not is_row_view(node) and op_name(node) not in ("mul", "div")
         )
-        if op_name(node) == "mul" and len(sources) == 2 and depends[node] == {0, 1}:
+        if node is row_source(result) and op_name(node) == "mul" and len(sources) == 2 and depends[node] == {0, 1}:
             for factor, other in (sources, sources[::-1]):
-                if curved[factor] and not curved[other] and len(depends[factor]) == 1:
+                if curved[factor] and not curved[other] and len(depends[factor]) == len(depends[other]) == 1:
                     (gate,) = depends[factor]
                     needed = [n for n in chain[: chain.index(node)] if depends.get(n) == {gate}]
                     return gate, _extract(needed, [leaves[gate]], constants, factor)

@@ -118,10 +118,16 @@ def _memory(plan: Plan | None) -> dict[str, int]:
 def _row(site: Site, plan: Plan | None) -> Row:
     shape = (site.out_features, site.in_features)
     adapter = None if plan is None else plan.adapter_of(site.name)
+    beside = None if plan is None else next((made for made in plan.adapters if site.name in made.also), None)
+    if adapter is None and beside is not None:
+        detail = f"rows of neurons that {beside.name} drops are not needed"
+        flops, read = beside.flops / beside.dense_flops, beside.bytes / beside.dense_bytes
+        return Row(site.name, site.role, site.op, shape, beside.kind, detail, flops, read, None)
     if plan is None or adapter is None:
         reason = _reason(site, plan)
         return Row(site.name, site.role, site.op, shape, "dense", reason, 1.0, 1.0, None)
     detail = f"{adapter.kept:.1f} of {adapter.ranks} kept"
+    detail += f" by the output of {adapter.gate}" if adapter.gate is not None else ""
     detail += storage(adapter)
     if len(adapter.sites) > 1:
         detail += f", {'input' if adapter.router is None else 'router'} shared by {len(adapter.sites)}"

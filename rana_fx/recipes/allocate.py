@@ -1,23 +1,24 @@
 """One price for the whole model: the allocation of a budget over units.
 
 In: a menu per unit and a budget. Out: a point per unit, at the one price of a unit of cost (a Lagrange multiplier) at which all
-points together cost the budget; each unit is of the kind that is cheapest at that price, loss and cost taken together. Cost falls
-as the price rises, so bisection finds it. Where kinds jump, as between storages, the last step is taken unit by unit.
+points together cost the budget; each unit is of the kind that is cheapest at that price, loss and cost taken together; where a
+cut through several units (cut.py) is cheaper than the best of each, they all take it. Cost falls as the price rises, so bisection
+finds it. Where kinds jump, as between storages, the last step is taken unit by unit, or cut by cut.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rana_fx.recipes.menu import Menu, Point
+from rana_fx.recipes.cut import Cut, cuts_of
+from rana_fx.recipes.menu import Menu
+from rana_fx.recipes.point import Point, Unit
 
 _STEP = 0.1  # of the logarithm, between the prices that kinds are chosen at
 _LOWEST, _HIGHEST = -60.0, 10.0  # logarithms of the price
 _PRECISION = 5e-3
-
-Unit = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,23 @@ class Choice:
 
 
 def allocate(
-    menus: Mapping[Unit, Menu], cost: float, *, scale: Mapping[Unit, float] | None = None
+    menus: Mapping[Unit, Menu], cost: float, *, scale: Mapping[Unit, float] | None = None, cut: bool = True
 ) -> tuple[float, dict[Unit, Choice]]:
-    """The price at which all points cost ``cost``, and what every unit is there. ``scale``: a unit's price over the common."""
+    """The price at which all points cost ``cost``, and what every unit is there.
+
+    Args:
+        scale: a unit's price over the common. cut: False: no block is cut.
+    """
+
+    cuts = cuts_of({unit: menu.cut for unit, menu in menus.items()}) if cut else []
 
     def best(logarithm: float) -> dict[Unit, Point]:
-        return {unit: _best(menu, math.exp(logarithm) * scale_of(scale, unit)) for unit, menu in menus.items()}
+        points = {unit: _best(menu, math.exp(logarithm) * scale_of(scale, unit)) for unit, menu in menus.items()}
+        for found in cuts:
+            shares = {unit: found.point(unit, points[unit].price) for unit in found.of.units}
+            if sum(point.total for point in shares.values()) < sum(points[unit].total for unit in shares):
+                points |= shares
+        return points
 
     start = math.log(price_for(menus, dict.fromkeys(menus, Choice("neuron")), cost, scale=scale))
     low, high = start - 1.0, start + 1.0
@@ -57,7 +69,7 @@ def allocate(
             high, poor = middle, found
     # with few units the corners are coarse: masks alone may bridge them better than kinds
     made = [{unit: _choice(point) for unit, point in points.items()} for points in (rich, poor)]
-    return _cheapest(menus, [_between(rich, poor, cost), *made], cost, scale, math.exp(high))
+    return _cheapest(menus, [_between(rich, poor, cost, cuts), *made], cost, scale, math.exp(high))
 
 
 def _cheapest(
@@ -74,16 +86,26 @@ def _cheapest(
     return best
 
 
-def _between(rich: Mapping[Unit, Point], poor: Mapping[Unit, Point], cost: float) -> dict[Unit, Choice]:
+def _between(rich: Mapping[Unit, Point], poor: Mapping[Unit, Point], cost: float, cuts: Sequence[Cut]) -> dict[Unit, Choice]:
     """Kinds jump where a unit's hull has a corner: those of the lower price, the most worthwhile first, while there is room."""
     spent, chosen = _cost(poor), {unit: _choice(point) for unit, point in poor.items()}
-    jumps = [unit for unit in poor if chosen[unit] != _choice(rich[unit]) and rich[unit].cost > poor[unit].cost]
-    jumps.sort(key=lambda unit: (rich[unit].loss - poor[unit].loss) / (rich[unit].cost - poor[unit].cost))
-    for unit in jumps:
-        more = rich[unit].cost - poor[unit].cost
+    jumps = []
+    for units in _movable(rich, poor, cuts):
+        more = sum(rich[unit].cost - poor[unit].cost for unit in units)
+        if more > 0 and any(chosen[unit] != _choice(rich[unit]) for unit in units):
+            jumps.append((sum(rich[unit].loss - poor[unit].loss for unit in units) / more, more, units))
+    for _, more, units in sorted(jumps, key=lambda jump: jump[0]):
         if spent + more <= cost:
-            spent, chosen[unit] = spent + more, _choice(rich[unit])
+            spent += more
+            chosen |= {unit: _choice(rich[unit]) for unit in units}
     return chosen
+
+
+def _movable(rich: Mapping[Unit, Point], poor: Mapping[Unit, Point], cuts: Sequence[Cut]) -> list[tuple[Unit, ...]]:
+    """Units that take their kinds of the lower price together: those of a cut that one of both makes, any other by itself."""
+    joined = [cut.of.units for cut in cuts if "gated" in (rich[cut.of.lead].kind, poor[cut.of.lead].kind)]
+    inside = {unit for units in joined for unit in units}
+    return [*joined, *((unit,) for unit in poor if unit not in inside)]
 
 
 def _cost(points: Mapping[Unit, Point]) -> float:
@@ -104,9 +126,8 @@ def _best(menu: Menu, price: float) -> Point:
         if bound >= least:
             break
         point = menu.point(kind, price, storage=storage)
-        found = point.loss + price * point.cost
-        if found < least:
-            best, least = point, found
+        if point.total < least:
+            best, least = point, point.total
     assert best is not None
     return best
 

@@ -1,8 +1,9 @@
 """Points of a menu as adapters.
 
 In: a unit, its menu and the point chosen. Out: the adapters that replace it: none where it stays dense, one with a router for the
-whole unit, or one mask of inputs for each of its linears. Costs and kept ranks are those expected over the sample. Their tensors
-are views of the menu's, on the model's device: a plan gets copies of its own (``settled``).
+whole unit, one mask of inputs for each of its linears, or, for all units of a cut at that of down, one mask of neurons. Costs and
+kept ranks are those expected over the sample. Their tensors are views of the menu's, on the model's device: a plan gets copies of
+its own (``settled``).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from rana_fx.adapters import Adapter
-from rana_fx.recipes.allocate import Unit
-from rana_fx.recipes.menu import Menu, Point
+from rana_fx.recipes.cut import Cut
+from rana_fx.recipes.menu import Menu
+from rana_fx.recipes.point import Point, Unit
 from rana_fx.recipes.problem import Problem, stack_name
 from rana_fx.recipes.rounding import Packed
 from rana_fx.recipes.storage import Storage
@@ -23,6 +25,9 @@ from rana_fx.recipes.storage import Storage
 def build(problem: Problem, unit: Unit, menu: Menu, point: Point) -> list[Adapter]:
     if point.kind == "dense":
         return []
+    if point.kind == "gated":
+        assert menu.cut is not None
+        return [_gated(problem, menu.cut.cut, point)] if unit == menu.cut.cut.of.lead else []
     storage = menu.storages[point.storage]
     if point.kind == "stored":
         return [replace(_neuron(problem, name, None, 0.0, storage), kind="stored") for name in unit]
@@ -87,6 +92,23 @@ def _neuron(problem: Problem, name: str, tau_I: Tensor | None, kept: float, stor
         bias=None if packed is None else problem.bias((name,)),
         dense_flops=problem.flops((name,)),
         dense_bytes=problem.bytes((name,)),
+    )
+    return made.costed()
+
+
+def _gated(problem: Problem, cut: Cut, point: Point) -> Adapter:
+    masked = (cut.of.down, cut.of.up)
+    made = Adapter(
+        name=cut.of.down,
+        kind="gated",
+        sites=(cut.of.down,),
+        ranks=cut.width,
+        kept=point.kept,
+        tau=cut.tau_F(point.bar),
+        gate=cut.of.gate,
+        also=(cut.of.up,),
+        dense_flops=problem.flops(masked),
+        dense_bytes=problem.bytes(masked),
     )
     return made.costed()
 

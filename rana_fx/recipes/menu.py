@@ -10,6 +10,7 @@ left out is kept where what it saves, half its squared size in the loss's coordi
     hybrid   as rank, and input j of the router where x_j^2 |B_:,j|^2 >= 2 price (rows of the router)
     static   component k                  where mean z_k^2   >= 2 price (in + out)
     stored   all of it, in fewer bits
+    gated    its share of a cut through all units of an MLP (cut.py)
 
 A storage in fewer bits (storage.py) makes entries cheaper and adds what rounding does to the loss. Masks of inputs are counted
 once for all prices (tails.py). Components are priced on a grid of prices, each the first time it is asked for, and
@@ -25,14 +26,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rana_fx.recipes.cut import Share
 from rana_fx.recipes.geometry import Geometry, LossBasis
+from rana_fx.recipes.interplay import Interplay
+from rana_fx.recipes.point import Point
 from rana_fx.recipes.storage import Storage
 from rana_fx.recipes.tails import Tails
 
 _OF_BASIS = ("rank", "hybrid", "static")
 _STEP = 0.1  # of the price's logarithm, between two points of the grid
-_DROPPED = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.995)  # shares of inputs at which their interplay is measured
-_INTERPLAY_ROWS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,27 +45,12 @@ class Part:
     norms_I: Tensor
 
 
-@dataclass(frozen=True)
-class Point:
-    """``cost`` per token, ``loss``: expected increase, ``ranks``: rows of the router, ``parts``: inputs that each site keeps."""
-
-    kind: str
-    price: float
-    cost: float
-    loss: float
-    kept: float = 0.0
-    ranks: int = 0
-    parts: tuple[float, ...] = ()
-    storage: int = 0
-    router_kept: float | None = None
-
-
 class Menu:
     """Points of one unit, priced on rows of its input. ``parts``: its sites. ``storages``: the first is the model's own.
 
     ``router_DI``, ``factor_DO``: the basis, W = factor^T router; None: no components. Factors are about as long as 1 and routers
     ``units_D`` times what they are in units of loss, powers of two: there they are so small, and factors so large, that 16-bit
-    floats would cut them off and one learning rate would not suit both.
+    floats would cut them off and one learning rate would not suit both. ``cut``: where one goes through the unit.
     """
 
     def __init__(
@@ -81,11 +68,12 @@ class Menu:
         self.out, self.width = geometry.lift_OD.shape[0], geometry.read_DI.shape[1]
         norms_I = geometry.norms_I
         self.parts = tuple(parts) or (Part(self.out, norms_I),)
-        self._x_TI = rows_TI
+        self.rows_TI = rows_TI
         x_TI = rows_TI.float()
         squares_TI = x_TI.square()
         self._tails = [Tails(squares_TI, part.norms_I) for part in self.parts]
-        self._interplay = _interplay(geometry, x_TI[:: max(1, len(x_TI) // _INTERPLAY_ROWS)], norms_I)
+        self._interplay = Interplay(geometry, x_TI)
+        self.cut: Share | None = None
         self._grid: dict[tuple[str, int, int], Point] = {}
         self.router_DI: Tensor | None = None
         self.factor_DO: Tensor | None = None
@@ -100,7 +88,7 @@ class Menu:
 
     @property
     def entries(self) -> list[tuple[str, int]]:
-        """(kind, index of a storage) of all that can be had here: components need a basis."""
+        """(kind, index of a storage) of all that can be had here: components need a basis, and a cut takes other units, too."""
         return [
             (kind, index)
             for index, storage in enumerate(self.storages)
@@ -122,6 +110,9 @@ class Menu:
             return Point(kind, price, stored.rates.weight * self.out * self.width, loss, float(self.width), storage=storage)
         if kind == "neuron":
             return self._neuron(price, storage)
+        if kind == "gated":
+            assert self.cut is not None
+            return self.cut.point(price)
         place = math.log(price) / _STEP
         left, share = math.floor(place), place - math.floor(place)
         first = self._at(kind, left, storage)
@@ -132,8 +123,7 @@ class Menu:
     def least(self, kind: str, price: float, *, storage: int = 0) -> float:
         """What loss + price x cost of the entry is at least: for components, what it were if the router cost nothing."""
         if kind not in _OF_BASIS:
-            point = self.point(kind, price, storage=storage)
-            return point.loss + price * point.cost
+            return self.point(kind, price, storage=storage).total
         worth = price * self.storages[storage].rates.factor * self.out
         kept, lost = self._z_tails.at(2 * worth)
         return lost / 2 + kept * worth
@@ -162,7 +152,7 @@ class Menu:
         found = [tails.at(2 * price * rates.weight * part.out) for part, tails in zip(self.parts, self._tails, strict=True)]
         kept = tuple(count for count, _ in found)
         reads = sum(count * part.out for count, part in zip(kept, self.parts, strict=True))
-        lost = sum(energy for _, energy in found) / 2 * _between(self._interplay, math.log(2 * price * rates.weight * self.out))
+        lost = sum(energy for _, energy in found) / 2 * self._interplay.at(2 * price * rates.weight * self.out)
         rounding = self.storages[storage].rounding("neuron", 0)
         return Point("neuron", price, rates.weight * reads, lost + rounding, reads / self.out, parts=kept, storage=storage)
 
@@ -211,8 +201,8 @@ class Menu:
         if kind == "hybrid":
             assert self.router_DI is not None
             # an accelerator multiplies 16-bit numbers many times as fast, a CPU does not
-            precision = torch.float32 if self._x_TI.device.type == "cpu" else self._x_TI.dtype
-            router_RI, x_TI = self.router_DI[:ranks].to(precision), self._x_TI.to(precision)
+            precision = torch.float32 if self.rows_TI.device.type == "cpu" else self.rows_TI.dtype
+            router_RI, x_TI = self.router_DI[:ranks].to(precision), self.rows_TI.to(precision)
             inputs_TI = x_TI.float().square().mul_(self._router_norms(ranks)) >= 2 * price * stored.rates.router * ranks
             router_kept = float(inputs_TI.count_nonzero()) / max(1, len(x_TI))
             z_TR = ((x_TI * inputs_TI) @ router_RI.t()).float() / self.units_D[:ranks]
@@ -229,30 +219,3 @@ class Menu:
 def _powers_of_two(norms_D: Tensor) -> Tensor:
     """The nearest ones: multiplying by them rounds nothing."""
     return torch.exp2(norms_D.clamp(1e-30, 1e30).log2().round())
-
-
-def _interplay(geometry: Geometry, x_TI: Tensor, norms_I: Tensor) -> list[tuple[float, float]]:
-    """Loss of dropping inputs together over the sum of what dropping each would cost, by the threshold's logarithm."""
-    scores_TI = x_TI.square() * norms_I
-    tails = Tails(x_TI.square(), norms_I)
-    found = []
-    for share in _DROPPED:
-        bar = tails.bar(share)
-        dropped_TI = scores_TI < bar
-        each = float((scores_TI * dropped_TI).sum())
-        if each > 0 and bar > 0:
-            together = float(((x_TI * dropped_TI) @ geometry.read_DI.t()).square_().sum())
-            found.append((math.log(bar), together / each))
-    return found
-
-
-def _between(points: list[tuple[float, float]], place: float) -> float:
-    """Linear between points in ascending order, constant outside; 1 where there are none."""
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
-        if place < left:
-            break
-        if place < right:
-            return low + (high - low) * (place - left) / (right - left)
-    else:
-        return points[-1][1] if points else 1.0
-    return points[0][1]

@@ -2,7 +2,7 @@
 
 unit        all linears of the budget that read one tensor: they share a router, or a mask of their input
 loss        errors are weighed by what they do to the loss: second moments of gradients (sensitivity.py, geometry.py)
-menu        dense, input thresholds, rank, rank behind a masked router, static rank (menu.py)
+menu        dense, input thresholds, rank, rank behind a masked router, static rank (menu.py); a cut through a gated MLP (cut.py)
 allocation  one price of a unit of cost for the whole model (allocate.py), or one fraction for every unit: what moves the
             model's output less on held-out batches
 budget      the price is set where the adapted model, not the dense one, keeps what was asked
@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from rana_fx.adapters import Adapter
 from rana_fx.decompose import second_moment
 from rana_fx.layout import Layout
-from rana_fx.recipes.allocate import Unit
+from rana_fx.recipes.cut import Cut, Share, cuttables
 from rana_fx.recipes.geometry import Geometry, geometry, loss_basis, site_norms
 from rana_fx.recipes.menu import Menu, Part
+from rana_fx.recipes.point import Unit
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.search import ALLOCATIONS, search
 from rana_fx.recipes.storage import KINDS, in_fewer_bits, own
@@ -139,16 +140,22 @@ def _even(weight: Tensor, moment: Tensor) -> float:
 def _menus(recipe: Rana, problem: Problem, units: list[Unit], found: Sensitivity, even: float | None) -> dict[Unit, Menu]:
     """Samples kept on the host, those of a large model, are given back as they have served."""
     last = {problem.sample(unit[0]): unit for unit in units}
-    menus = {}
+    cuttable = {found.lead: found for found in cuttables(problem.layout, units)} if "gated" in recipe.kinds else {}
+    menus: dict[Unit, Menu] = {}
     for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
-        menus[unit] = _menu(recipe, problem, unit, found, even)
+        menus[unit], shape = _menu(recipe, problem, unit, found, even)
+        if unit in cuttable and all(other in menus for other in cuttable[unit].units):
+            cut = Cut(problem, cuttable[unit], menus[cuttable[unit].source].rows_TI, shape)
+            for other in cuttable[unit].units:
+                menus[other].cut = Share(cut, other)
+        del shape
         sample = problem.sample(unit[0])
         if sample is not None and sample.host and last[sample] == unit:
             sample.forget()
     return menus
 
 
-def _menu(recipe: Rana, problem: Problem, unit: Unit, found: Sensitivity, even: float | None) -> Menu:
+def _menu(recipe: Rana, problem: Problem, unit: Unit, found: Sensitivity, even: float | None) -> tuple[Menu, Geometry]:
     """Its basis is from other rows than those it is priced on: principal directions of some text fit other text less well."""
     weight = problem.matrix(unit)
     out, width = weight.shape
@@ -173,7 +180,7 @@ def _menu(recipe: Rana, problem: Problem, unit: Unit, found: Sensitivity, even: 
             shape, basis, weights, whole_II, one=one, uses=site.uses, bits=recipe.bits, carried=recipe.carried
         )
     storages = [replace(storage, kinds=tuple(kind for kind in storage.kinds if kind in recipe.kinds)) for storage in storages]
-    return Menu(shape, basis, rows, storages, _parts(problem, unit, found, shape), dtype=site.weight.dtype)
+    return Menu(shape, basis, rows, storages, _parts(problem, unit, found, shape), dtype=site.weight.dtype), shape
 
 
 def _directions(rows_TI: Tensor) -> int:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 
 from rana_fx.adapters import Adapter
 from rana_fx.errors import BudgetUnreachable
-from rana_fx.recipes.allocate import Choice, Unit, allocate, points_at, price_for
+from rana_fx.recipes.allocate import Choice, allocate, points_at, price_for
 from rana_fx.recipes.build import build, settled
-from rana_fx.recipes.menu import Menu, Point
+from rana_fx.recipes.cut import cuts_of
+from rana_fx.recipes.menu import Menu
+from rana_fx.recipes.point import Point, Unit
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.trial import Outcome, attempt
 from rana_fx.rehearse import Stage
@@ -27,6 +29,7 @@ ALLOCATIONS = ("price", "fraction")  # one for the whole model, one for every un
 _ROUNDS = 4
 _MOST_ROUNDS = 10  # where the model still spends more than asked
 _CLOSE = 0.002  # of the dense cost: near enough to what was asked
+_MOST_SURCHARGE = 4.0
 _TOLERATED = 0.01  # of it, and a tenth of what was asked: more than asked by so much is not taken
 
 
@@ -85,10 +88,11 @@ class _Search:
         adapters = []
         with self._problem.within("build"):
             for unit, point in best.points.items():
-                made = build(self._problem, unit, self._menus.pop(unit), point)
+                menu = self._menus.pop(unit)
+                made = build(self._problem, unit, menu, point)
                 adapters += [settled(self._problem, _as_found(adapter, best.outcome)) for adapter in made]
                 if not made:
-                    self._problem.skips += [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
+                    self._problem.skips += _left_dense(unit, menu, point)
         return adapters
 
     def _best(self) -> _Found:
@@ -96,20 +100,43 @@ class _Search:
         settle = {"price": self._by_price, "fraction": self._by_fraction}
         tried = [settle[name]() for name in self._allocations]
         # what costs more than asked is no answer
-        best = min(tried, key=lambda found: (found.spent > self._most, found.outcome.divergence))
+        best = min(tried, key=self._rank)
         if best.spent > self._most:
             least = min(found.spent for found in tried)
             raise self._unreachable((least + self._left) / self._total, "masks keep no less than that in the adapted model")
         return best
 
+    def _rank(self, found: _Found) -> tuple[bool, float]:
+        return found.spent > self._most, found.outcome.divergence
+
     def _by_price(self) -> _Found:
-        return self._settle(*allocate(self._menus, self._asked), None)
+        """With cuts, without, and where these lose more than expected, with as many as that leaves worthwhile."""
+        tried = [self._settle(*allocate(self._menus, self._asked), None)]
+        if any(point.kind == "gated" for point in tried[0].points.values()):
+            tried.append(self._settle(*allocate(self._menus, self._asked, cut=False), None))
+            surcharge = _surcharge(*tried)
+            if surcharge > 1:
+                for cut in cuts_of({unit: menu.cut for unit, menu in self._menus.items()}):
+                    cut.surcharge = surcharge
+                tried.append(self._settle(*allocate(self._menus, self._asked), None))
+        return min(tried, key=self._rank)
 
     def _by_fraction(self) -> _Found:
         fraction = self._asked / (self._total - self._left)
         alone = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._menus.items()}
         prices = {unit: price for unit, (price, _) in alone.items()}
-        return self._settle(1.0, {unit: found[unit] for unit, (_, found) in alone.items()}, prices)
+        chosen = {unit: found[unit] for unit, (_, found) in alone.items()}
+        for cut in cuts_of({unit: menu.cut for unit, menu in self._menus.items()}):
+            menus = {unit: self._menus[unit] for unit in cut.of.units}
+            given = fraction * sum(menu.dense_cost for menu in menus.values())
+            gated = dict.fromkeys(menus, Choice("gated"))
+            price = price_for(menus, gated, given)
+            whole, apart = points_at(menus, gated, price), points_at(menus, chosen, 1.0, scale=prices)
+            # what its gate costs may be more than the fraction
+            reached = sum(point.cost for point in whole.values()) <= 1.01 * given
+            if reached and sum(point.loss for point in whole.values()) < sum(point.loss for point in apart.values()):
+                chosen, prices = chosen | gated, prices | dict.fromkeys(menus, price)
+        return self._settle(1.0, chosen, prices)
 
     def _settle(self, price: float, chosen: Mapping[Unit, Choice], scale: Mapping[Unit, float] | None) -> _Found:
         best, aim = None, self._asked
@@ -120,7 +147,7 @@ class _Search:
             adapters = {unit: build(self._problem, unit, self._menus[unit], point) for unit, point in points.items()}
             flat = [adapter for made in adapters.values() for adapter in made]
             outcome = attempt(self._stage, self._problem.layout, flat, self._held, self._dense)
-            found = _Found(points, outcome, self._spent(adapters, outcome))
+            found = _Found(points, outcome, self._spent(points, adapters, outcome))
             # with few rounds left what is nearest counts: one that spends too much is none
             if best is None or self._distance(found) < self._distance(best):
                 best = found
@@ -136,11 +163,11 @@ class _Search:
     def _distance(self, found: _Found) -> tuple[bool, float]:
         return found.spent > self._most, abs(found.spent - self._asked)
 
-    def _spent(self, adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
+    def _spent(self, points: Mapping[Unit, Point], adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
         spent = 0.0
         for unit, made in adapters.items():
             if not made:
-                spent += self._menus[unit].dense_cost
+                spent += points[unit].cost  # what is left of it is dense
             for adapter in made:
                 kept, router = outcome.kept.get(adapter.name), outcome.router_kept.get(adapter.name)
                 spent += adapter.cost(self._problem.metric, kept, router)
@@ -163,3 +190,25 @@ def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
     kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
     flops, weight_bytes = (adapter.cost(metric, kept, router) for metric in ("flops", "bytes"))
     return replace(adapter, kept=kept, router_kept=router, flops=flops, bytes=weight_bytes)
+
+
+def _surcharge(whole: _Found, apart: _Found) -> float:
+    """What cuts lose over what their menus tell, other entries being as much dearer as they are without cuts.
+
+    What a cut drops is alike from token to token, more than what a mask of inputs does, and adds up (docs/recipes.md).
+    """
+    cuts = sum(point.loss for point in whole.points.values() if point.kind == "gated")
+    rest = sum(point.loss for point in whole.points.values()) - cuts
+    told = sum(point.loss for point in apart.points.values())
+    if cuts <= 0 or apart.outcome.divergence <= 0:
+        return 1.0
+    return min(_MOST_SURCHARGE, (whole.outcome.divergence * told / apart.outcome.divergence - rest) / cuts)
+
+
+def _left_dense(unit: Unit, menu: Menu, point: Point) -> list[Skip]:
+    """Why: of a cut's units the gate alone is dense."""
+    if point.kind != "gated":
+        return [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
+    assert menu.cut is not None
+    cut = menu.cut.cut.of
+    return [Skip(name, f"it tells which neurons {cut.down} needs: it stays dense") for name in unit if name == cut.gate]

@@ -1,7 +1,7 @@
 """How many scores reach a threshold, and how much the others hold, for any threshold at once.
 
-In: scores of inputs, squares in units of loss, (tokens, inputs). Out: means per token over the threshold, from counts in bins
-of the fp32 number's leading bits, 128 to an octave; scores are taken to lie evenly inside a bin.
+In: scores of inputs, squares in units of loss, (tokens, inputs), perhaps what each really holds. Out: means per token over the
+threshold, from counts in bins of the fp32 number's leading bits, 128 to an octave; scores are taken to lie evenly inside a bin.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ _CHUNK = 512  # tokens at a time
 class Tails:
     """Counts and sums above and below every threshold."""
 
-    def __init__(self, squares_TI: Tensor, norms_I: Tensor) -> None:
-        """Of the scores ``squares_TI * norms_I``."""
+    def __init__(self, squares_TI: Tensor, norms_I: Tensor, held_TI: Tensor | None = None) -> None:
+        """Of the scores ``squares_TI * norms_I``. ``held_TI``: what is summed; default: the scores."""
         bins = (0x7F800000 >> _SHIFT) + 1
         counts = torch.zeros(bins, dtype=torch.float64, device=squares_TI.device)
         sums = torch.zeros_like(counts)
-        for chunk in squares_TI.split(_CHUNK):
+        for start, chunk in zip(range(0, len(squares_TI), _CHUNK), squares_TI.split(_CHUNK), strict=False):
             flat = (chunk * norms_I).reshape(-1)
             index = flat.view(torch.int32) >> _SHIFT
             counts += torch.bincount(index, minlength=bins)
-            sums += torch.bincount(index, weights=flat.double(), minlength=bins)
+            held = flat if held_TI is None else held_TI[start : start + _CHUNK].reshape(-1)
+            sums += torch.bincount(index, weights=held.double(), minlength=bins)
         rows = max(1, len(squares_TI))
         used = counts.nonzero().flatten()
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
@@ -37,7 +38,7 @@ class Tails:
         self.total = self._below[-1]
 
     def at(self, bar: float) -> tuple[float, float]:
-        """(scores >= bar, sum of those below), per token."""
+        """(scores >= bar, sum over those below), per token."""
         at, share = self._place(bar)
         below = self._below[at] + share * (self._below[at + 1] - self._below[at])
         return self.total - below, self._lost[at] + share * (self._lost[at + 1] - self._lost[at])

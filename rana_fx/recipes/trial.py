@@ -1,7 +1,8 @@
 """Try adapters on a model before there is a plan: what they really keep, and how far the model's output moves.
 
 In: a stage, batches and adapters. Out: an ``Outcome``. Adapters act in place of linears as their definition says, in plain
-PyTorch; each reads what the adapted linears before it produce, so kept ranks are those of the adapted model.
+PyTorch; each reads what the adapted linears before it produce, so kept ranks are those of the adapted model. A gated one has its
+mask from its gate's output, which comes first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Troupe:
     def __init__(self, stage: Stage, layout: Layout, adapters: Sequence[Adapter]) -> None:
         self._stage = stage
         self._of = {name: adapter for adapter in adapters for name in adapter.sites}
+        self._activations = {block.down: block.activation for block in layout.blocks}
+        self._gated = {adapter.gate: adapter for adapter in adapters if adapter.gate is not None}
         self._parts: dict[str, dict[str, Tensor | None]] = {}
         self._matrices: dict[str, dict[str, tuple[Tensor, Tensor | None]]] = {}  # as stored
         self._columns: dict[str, tuple[int, int]] = {}
@@ -42,6 +45,7 @@ class Troupe:
         for adapter in adapters:
             self._prepare(layout, adapter)
         self._last: dict[str, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[str, list[Tensor]] = {}  # that down has not met yet, first come first
         self.sums: dict[tuple[str, str], float] = {}
         self.tokens: dict[str, int] = {}
 
@@ -69,6 +73,8 @@ class Troupe:
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """For ``Stage.run``."""
+        if name in self._gated:
+            self._gate(self._gated[name], y)
         adapter = self._of.get(name)
         if adapter is None:
             return y
@@ -81,6 +87,13 @@ class Troupe:
     def forget(self) -> None:
         """Before another batch: its tensors may lie where those of the last one lay."""
         self._last.clear()
+        self._masks.clear()
+
+    def _gate(self, adapter: Adapter, y: Tensor) -> None:
+        activation, tau = self._activations[adapter.name], self._parts[adapter.name]["tau"]
+        assert activation is not None and tau is not None
+        kept = activation(y.reshape(-1, y.shape[-1])).float().square() >= tau
+        self._masks.setdefault(adapter.name, []).append(kept)
 
     def _act(self, adapter: Adapter, x: Tensor) -> Tensor:
         parts, matrices = self._parts[adapter.name], self._matrices[adapter.name]
@@ -97,11 +110,18 @@ class Troupe:
             v = v @ router.t()
         if parts["shift"] is not None:
             v = v - parts["shift"]
-        out = self._masked(adapter.name, "kept", v, tau) @ unpack(*matrices["weight"], dtype)
+        if adapter.kind == "gated":
+            v = self._only(adapter.name, "kept", v, self._masks[adapter.name].pop(0).view(v.shape))
+        else:
+            v = self._masked(adapter.name, "kept", v, tau)
+        out = v @ unpack(*matrices["weight"], dtype)
         return out if parts["bias"] is None else out + parts["bias"].to(out.dtype)
 
     def _masked(self, name: str, part: str, v: Tensor, tau: Tensor) -> Tensor:
-        mask = v.float().square() >= tau
+        return self._only(name, part, v, v.float().square() >= tau)
+
+    def _only(self, name: str, part: str, v: Tensor, mask: Tensor) -> Tensor:
+        """v where the mask is set, counted."""
         self.sums[name, part] = self.sums.get((name, part), 0.0) + float(self._stage.real(mask).sum())
         return torch.where(mask, v, v.new_zeros(()))
 

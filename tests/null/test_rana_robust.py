@@ -157,7 +157,7 @@ def test_low_budgets_are_kept(budget):
 
 def test_a_budget_that_the_adapted_model_does_not_keep_is_unreachable(monkeypatch):
     """Masks that keep more in the adapted model than was asked, at any price."""
-    monkeypatch.setattr(search._Search, "_spent", lambda self, adapters, outcome: 0.4 * self._total)  # noqa: ARG005
+    monkeypatch.setattr(search._Search, "_spent", lambda self, points, adapters, outcome: 0.4 * self._total)  # noqa: ARG005
     torch.manual_seed(0)
     with pytest.raises(BudgetUnreachable, match=r"budget=0\.200 .* lowest reachable budget is 0\.410 .*adapted model"):
         rana_fx.adapt(Classifier(), batches(), budget=0.2, progress=False)
