@@ -46,7 +46,8 @@ class Cast:
         assert block.activation is not None
         mask = block.activation(ups[block.gate]).float().square() >= last.tau
         self._count(self.kept, last, mask)
-        return linear(hidden * mask, self._problem.matrix((block.down,)), self._problem.bias((block.down,)))
+        bias = self._problem.bias((block.down,)) if last.bias is None else last.bias.float()
+        return linear(hidden * mask, self._problem.matrix((block.down,)), bias)
 
     def _linears(self, names: Sequence[str], x_TI: Tensor) -> list[Tensor]:
         """Outputs of sites that read one input; an adapter of several acts once."""

@@ -60,7 +60,10 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
         zeros = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_zeros", tiny)
         factor, transposed = linear.factor
         weight = factor if transposed else emit.call(torch.t, factor)
-        y = emit.call(masked_gemv, linear.x, zeros, weight, linear.bias_node, None, match.adapter.density)
+        bias, own = linear.bias_node, match.attachment.tensor(match.index, "bias")
+        if own is not None:
+            bias = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_bias", own)
+        y = emit.call(masked_gemv, linear.x, zeros, weight, bias, None, match.adapter.density)
         y.meta["rana_adapter"] = match.adapter.name
         linear.node.replace_all_uses_with(y)
         graph_module.graph.erase_node(linear.node)

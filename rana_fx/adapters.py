@@ -37,7 +37,7 @@ class Adapter:
     """Adapter of ``sites`` (stacked in this order).
 
     Invariants, checked when it is made: a router needs a weight; "rank" and "static" have a router, the others have none;
-    "stored" has a weight, "gated" has neither weight nor bias nor shift; scales are there for what is quantised and nothing else;
+    "stored" has a weight, "gated" has neither weight nor shift; scales are there for what is quantised and nothing else;
     ``router_tau`` and ``router_kept`` come together; a shift needs the bias that holds what it leaves out.
 
     Args:
@@ -83,7 +83,7 @@ class Adapter:
         assert (self.router is not None) == (self.kind in ("rank", "static")), f"{self.name}: a {self.kind} adapter's router"
         assert self.router is None or self.weight is not None, f"{self.name}: a router needs a weight"
         assert self.weight is not None or self.kind != "stored", f"{self.name}: a stored adapter has a weight"
-        plain = self.weight is None and self.bias is None and self.shift is None
+        plain = self.weight is None and self.shift is None
         assert plain or self.kind != "gated", f"{self.name}: a gated adapter multiplies by the model's own weight"
         assert self.shift is None or self.bias is not None, f"{self.name}: what a shift leaves out belongs into the bias"
         assert (self.router_tau is None) == (self.router_kept is None), f"{self.name}: router_tau and router_kept come together"

@@ -105,6 +105,7 @@ def _gated(problem: Problem, cut: Cut, point: Point) -> Adapter:
         ranks=cut.width,
         kept=point.kept,
         tau=cut.tau_F(point.bar),
+        bias=cut.bias_O(point.bar),
         gate=cut.of.gate,
         also=(cut.of.up,),
         dense_flops=problem.flops(masked),

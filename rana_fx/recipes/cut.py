@@ -6,7 +6,8 @@ when the gate stays dense and the other two skip the same neurons: rows of up an
     neuron i of this token   where act(gate)_i^2 worth_i >= 2 price (inputs of up + outputs of down)
 
 worth_i = n_i E[u_i^2]: dropping the hidden value h_i = act(gate)_i u_i costs half of h_i^2 n_i, but the mask is made before up is
-multiplied, so that only the size of u_i in general is known. What is lost is nevertheless counted from the h_i themselves.
+multiplied, so that only the size of u_i in general is known. What is lost is nevertheless counted from the h_i themselves. Their
+mean over tokens is not lost: it goes through down into its bias.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Cut:
     def __init__(self, problem: Problem, cuttable: Cuttable, rows_TI: Tensor, geometry: Geometry) -> None:
         """``rows_TI``: of the block's input. ``geometry``: of down."""
         self.of = cuttable
+        self._problem, self._rows_TI = problem, rows_TI
         self.surcharge = 1.0
         self.width = problem.layout.sites[cuttable.down].in_features
         self.row_cost = problem.size((cuttable.up, cuttable.down)) / self.width
@@ -78,7 +80,7 @@ class Cut:
         sizes_F = sizes_TF.sum(0) / (squares_TF > 0).sum(0).clamp_min(1)
         self.worth_F = sizes_F * geometry.norms_I
         self._tails = Tails(squares_TF, self.worth_F, held_TF.mul_(geometry.norms_I))
-        self._interplay = Interplay(geometry, hidden_TF, squares_TF * self.worth_F)
+        self._interplay = Interplay(geometry, hidden_TF, squares_TF * self.worth_F, centred=True)
 
     def point(self, unit: Unit, price: float) -> Point:
         """The share of one of its units: that of down holds the loss and all that is skipped, that of the gate its dense cost."""
@@ -91,6 +93,14 @@ class Cut:
     def tau_F(self, bar: float) -> Tensor:
         """Thresholds on act(gate)^2. A neuron that is worth nothing is never needed."""
         return torch.where(self.worth_F > 0, bar / self.worth_F, torch.inf)
+
+    def bias_O(self, bar: float) -> Tensor:
+        """Down's, and what it makes of the mean of all that is dropped."""
+        gates_TF, hidden_TF = _activations(self._problem, self.of.block, self._rows_TI)
+        dropped_TF = gates_TF.square_() < self.tau_F(bar)
+        own = self._problem.bias((self.of.down,))
+        made: Tensor = self._problem.matrix((self.of.down,)) @ (hidden_TF * dropped_TF).mean(0)
+        return made if own is None else made + own
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ _ROWS = 512
 class Interplay:
     """Measured at a few thresholds; linear in their logarithm between two of them, constant outside, 1 where there are none."""
 
-    def __init__(self, geometry: Geometry, x_TI: Tensor, scores_TI: Tensor | None = None) -> None:
-        """``scores_TI``: default: what dropping each input would cost, doubled."""
+    def __init__(self, geometry: Geometry, x_TI: Tensor, scores_TI: Tensor | None = None, *, centred: bool = False) -> None:
+        """``scores_TI``: default: what dropping each input would cost, doubled. ``centred``: its mean is not lost."""
         step = max(1, len(x_TI) // _ROWS)
         x_TI = x_TI[::step]
         each_TI = x_TI.square() * geometry.norms_I
@@ -33,7 +33,8 @@ class Interplay:
             dropped_TI = scores_TI < bar
             each = float((each_TI * dropped_TI).sum())
             if each > 0 and bar > 0:
-                together = float(((x_TI * dropped_TI) @ geometry.read_DI.t()).square_().sum())
+                lost_TD = (x_TI * dropped_TI) @ geometry.read_DI.t()
+                together = float((lost_TD - lost_TD.mean(0) if centred else lost_TD).square().sum())
                 self._points.append((math.log(bar), together / each))
 
     def at(self, bar: float) -> float:

@@ -195,7 +195,7 @@ def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
 def _surcharge(whole: _Found, apart: _Found) -> float:
     """What cuts lose over what their menus tell, other entries being as much dearer as they are without cuts.
 
-    What a cut drops is alike from token to token, more than what a mask of inputs does, and adds up (docs/recipes.md).
+    What a cut drops is more alike from token to token than what a mask of inputs drops, and adds up (docs/recipes.md).
     """
     cuts = sum(point.loss for point in whole.points.values() if point.kind == "gated")
     rest = sum(point.loss for point in whole.points.values()) - cuts

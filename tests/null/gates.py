@@ -7,18 +7,18 @@ from dataclasses import replace
 import torch
 
 import rana_fx
-from tests.architectures import build, ids, output
+from tests.architectures import WIDTH, build, ids, output
 
 
 def per_neuron(name="gemma", *, depth=2):
-    """(a model with attention dense and every MLP cut, thresholds from none to infinite, a batch, its plan)."""
+    """(a model with attention dense and every MLP cut, a batch, its plan): thresholds from zero to infinite, and biases."""
     model, batch = build(name, depth)
     plan = rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.8, recipe="cats", progress=False)
     adapters = []
     for adapter in plan.adapters:
         tau = adapter.tau * torch.linspace(0.2, 3, adapter.ranks)
         tau[2], tau[5] = torch.inf, 0
-        adapters.append(replace(adapter, tau=tau))
+        adapters.append(replace(adapter, tau=tau, bias=torch.randn(WIDTH)))
     rana_fx.detach(model)
     plan = replace(plan, adapters=tuple(adapters))
     rana_fx.attach(model, plan)
@@ -37,7 +37,8 @@ def by_hand(model, plan, batch):
             active = mlp.act_fn(mlp.gate_proj(args[0]))
             mask = active.square() >= adapter.tau
             seen[adapter.name] = seen.get(adapter.name, 0) + float(mask.sum())
-            return mlp.down_proj(torch.where(mask, active, 0.0) * mlp.up_proj(args[0]))
+            hidden = torch.where(mask, active, 0.0) * mlp.up_proj(args[0])
+            return torch.nn.functional.linear(hidden, mlp.down_proj.weight, adapter.bias)
 
         handles.append(mlp.register_forward_hook(forward))
     with torch.no_grad():

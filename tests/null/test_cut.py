@@ -97,8 +97,12 @@ def test_points_cost_and_lose_what_they_say(activation, bias, metric):
         assert lead.cost == row_cost * lead.kept
         assert (source.cost, source.loss) == (row_cost * FFN / 2, 0.0)
         assert 0.99 * min(ratios) * each <= lead.loss <= 1.01 * max(ratios) * each
+        down = model.downs[0]
+        mean = (down.weight @ dropped.mean(0) + down.bias).detach()
+        torch.testing.assert_close(cut.bias_O(lead.bar).double(), mean, rtol=0, atol=1e-5 * float(mean.abs().max()))
         if price in dict(measured):
-            together = float((dropped @ shape.read_DI.double().t()).square().sum(1).mean()) / 2
+            lost = dropped @ shape.read_DI.double().t()
+            together = float((lost - lost.mean(0)).square().sum(1).mean()) / 2
             assert lead.loss == pytest.approx(together, rel=1e-3)
 
 
