@@ -84,7 +84,6 @@ def finetune(study: Study, tuning: Tuning) -> None:
     )  # fmt: skip
     study.forget_model()
     for point in reached:
-        text.batches.times.clear()
         # read again, so that no plan but the one that is trained lies on the device
         facts = _tuned(study, tuning, point, study.plan(*point)[0], text, texts)
         study.add(
@@ -132,7 +131,7 @@ def _tuned(
         done = train(network, text.batches, progress=study.progress, **how)
     except LossNotFinite as error:
         return {"failed": str(error)}
-    step = text.batches.seconds_per_step()
+    step = done.seconds_per_step()
     facts = {
         "rate": rate, "tried": tried, "steps": len(done.losses), "tokens_trained": done.tokens, "resumed": resume,
         "search_seconds": searched - began, "train_seconds": time.perf_counter() - searched,

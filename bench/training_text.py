@@ -8,9 +8,8 @@ Documents are framed and packed as ``rana_fx.text.token_batches`` packs them, an
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,29 +25,21 @@ Batch = dict[str, Tensor]
 
 @dataclass(eq=False)
 class Batches(Sequence[Batch]):
-    """Rows of ``ids_ST`` in an ``order``, ``size`` at a time. ``times``: when each step's batch was taken."""
+    """Rows of ``ids_ST`` in an ``order``, ``size`` at a time."""
 
     ids_ST: Tensor
     order: Tensor
     size: int
-    times: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.order) // self.size
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            if index.start is not None:  # a step of the loop; the loop also looks at all of them, from no start
-                self.times.append(time.perf_counter())
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
         return {"input_ids": self.ids_ST[self.order[index * self.size : (index + 1) * self.size]].long()}
-
-    def seconds_per_step(self) -> float | None:
-        """Median over the steps but the first ones, which compile."""
-        gaps = sorted(after - before for before, after in zip(self.times[2:], self.times[3:], strict=False))
-        return gaps[len(gaps) // 2] if gaps else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,12 +32,19 @@ from rana_fx.training.settings import Settings
 
 @dataclass
 class Training:
-    """What happened: tokens seen, the loss of each step, and (step, mean loss on the held-out text) of each evaluation."""
+    """What happened: tokens seen, the loss and the seconds of each step, and (step, mean loss on the held-out text) of each
+    evaluation. ``seconds``: evaluations and checkpoints included.
+    """
 
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+
+    def seconds_per_step(self) -> float | None:
+        """Median over the steps but the first ones, which compile; None where there are no others."""
+        return statistics.median(self.step_seconds[2:]) if len(self.step_seconds) > 2 else None
 
 
 def train(
@@ -91,7 +99,7 @@ def train(
         if held_out and not first:
             done.evaluations.append((0, _held_out(forward, held_out)))
         for step in range(first, steps):
-            rate = settings.rate_at(step, steps)
+            begun, rate = time.perf_counter(), settings.rate_at(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             part = batches[step * settings.accumulate : (step + 1) * settings.accumulate]
@@ -106,6 +114,7 @@ def train(
             optimizer.zero_grad()
             done.losses.append(loss)
             done.tokens += (seen := sum(batch["input_ids"].numel() for batch in part))
+            done.step_seconds.append(time.perf_counter() - begun)
             done.seconds = before + time.perf_counter() - started
             bar.update(seen)
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}")
@@ -228,4 +237,5 @@ def _restore(state: dict[str, Any], chosen: dict[str, nn.Parameter], optimizer: 
         torch.cuda.set_rng_state_all(state["rng"][1:])
     done.tokens, done.losses, done.seconds = state["done"]["tokens"], state["done"]["losses"], state["done"]["seconds"]
     done.evaluations = [(step, loss) for step, loss in state["done"]["evaluations"]]
+    done.step_seconds = state["done"]["step_seconds"]
     return len(done.losses)

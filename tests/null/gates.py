@@ -10,15 +10,16 @@ import rana_fx
 from tests.architectures import WIDTH, build, ids, output
 
 
-def per_neuron(name="gemma", *, depth=2):
+def per_neuron(name="gemma", *, depth=2, dtype=torch.float32):
     """(a model with attention dense and every MLP cut, a batch, its plan): thresholds from zero to infinite, and biases."""
     model, batch = build(name, depth)
+    model = model.to(dtype)
     plan = rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.8, recipe="cats", progress=False)
     adapters = []
     for adapter in plan.adapters:
         tau = adapter.tau * torch.linspace(0.2, 3, adapter.ranks)
         tau[2], tau[5] = torch.inf, 0
-        adapters.append(replace(adapter, tau=tau, bias=torch.randn(WIDTH)))
+        adapters.append(replace(adapter, tau=tau, bias=torch.randn(WIDTH, dtype=dtype)))
     rana_fx.detach(model)
     plan = replace(plan, adapters=tuple(adapters))
     rana_fx.attach(model, plan)

@@ -14,6 +14,7 @@ from rana_fx.attachment import attached, renew
 from rana_fx.errors import NoPlan, NothingToTrain, UnknownChoice
 from rana_fx.training import add_lora, lora_config, trainable
 from tests.architectures import build, ids
+from tests.null.gates import per_neuron
 from tests.null.trained import EPS, adapted, compiled, gradients, relative
 
 
@@ -120,6 +121,21 @@ def test_what_is_trained():
     assert not any("q_proj" in name or "gate_proj" in name for name in everything)
     _, got = gradients(model, compiled(model), batch)
     assert set(got) == set(everything)
+
+
+def test_biases_of_cuts_are_trained():
+    model, batch, plan = per_neuron(depth=1, dtype=torch.float64)
+    (name,) = [name for name in trainable(model) if name.startswith("rana_fx.")]
+    forward = compiled(model)
+    bias, got = model.get_parameter(name), gradients(model, forward, batch)[1][name]
+    assert bias.shape == plan.adapters[0].bias.shape
+    losses, step = [], 1e-2 * got / got.norm()
+    for sign in (1, -2):
+        with torch.no_grad():
+            bias += sign * step
+        losses.append(gradients(model, forward, batch)[0])
+    # a central difference is off by the square of the step, and Gemma's norms round to fp32: 1e-7 over the step
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(got.norm()), rel=1e-3)
 
 
 def test_compiled_code_notices():

@@ -36,6 +36,8 @@ def test_a_few_steps_lower_the_loss(method, distill):
     settings = replace(SETTINGS, distill=distill)
     done = train(compiled(model), batches[:10], settings=settings, held_out=batches[10:], progress=False)
     assert len(done.losses) == 5 and done.tokens == 10 * 24
+    assert len(done.step_seconds) == 5 and 0 < sum(done.step_seconds) <= done.seconds
+    assert done.seconds_per_step() == sorted(done.step_seconds[2:])[1]  # the first two compile
     (first, before), (last, after) = done.evaluations
     assert (first, last) == (0, 5) and after < before
     assert after == pytest.approx(evaluate(compiled(model), batches[10:], progress=False).mean_loss, rel=1e-5)
@@ -97,6 +99,7 @@ def test_resuming_is_exact(tmp_path):
         and done.losses == whole.losses
         and done.evaluations == whole.evaluations
         and done.tokens == whole.tokens
+        and len(done.step_seconds) == 6
     )
     assert trained_plan(second).digest() == trained_plan(model).digest()
 

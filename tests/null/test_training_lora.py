@@ -16,6 +16,7 @@ from rana_fx.attachment import attached
 from rana_fx.errors import CheckpointError, InvalidOption, LoraBeside, MissingPackage, NoPlan, NothingToTrain, UnknownTarget
 from rana_fx.training import add_lora, load_lora, lora_config, merge_lora, save_lora, train, trainable, trained_plan
 from tests.architectures import build, ids, output
+from tests.null.gates import per_neuron
 from tests.null.trained import SETTINGS, adapted, compiled, gradients, relative, texts
 
 # peft 0.21 asks transformers 5.23 by an old name
@@ -78,6 +79,7 @@ CASES = {
     "ranks": lambda: adapted(depth=1, dtype=torch.float64),
     "inputs": lambda: adapted("wina", depth=1, dtype=torch.float64),
     "gates": lambda: adapted("cats", depth=1, dtype=torch.float64),
+    "cuts": lambda: per_neuron(depth=1, dtype=torch.float64)[:2],
     "tied": lambda: adapted("teal", depth=1, dtype=torch.float64, name="gemma"),  # one matrix as table and as head
     "transposed": lambda: adapted("teal", depth=1, dtype=torch.float64, name="gpt2"),  # stored (in, out)
     "other reads": reader,

@@ -68,14 +68,13 @@ def test_the_seed_decides(given):
     assert rows(first.held_out) == rows(second.held_out) != rows(other.held_out)
 
 
-def test_slices_are_lists_of_batches_and_steps_are_timed(given):
+def test_slices_are_lists_of_batches(given):
     batches = made(given, 8 * CONTEXT * SIZE).batches
-    assert len(batches) == 8 and batches.seconds_per_step() is None
-    assert [batch["input_ids"].shape for batch in batches[:3]] == [(SIZE, CONTEXT)] * 3 and not batches.times
+    assert len(batches) == 8
+    assert [batch["input_ids"].shape for batch in batches[:3]] == [(SIZE, CONTEXT)] * 3
     for step in range(8):
         (batch,) = batches[step : step + 1]
         assert torch.equal(batch["input_ids"], batches[step]["input_ids"]) and batch["input_ids"].dtype == torch.int64
-    assert len(batches.times) == 8 and batches.seconds_per_step() >= 0
 
 
 def test_too_little_text_is_told(given):
