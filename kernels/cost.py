@@ -11,13 +11,13 @@
     dense, us          dense_fixed + launch + bytes / bandwidth  the launch puts the masked input into memory
 
 Constants of the H200 are fitted to medians of CUDA-graph replays in bf16 over buffers beyond L2 (torch 2.11, Triton 3.6) of the
-products of Llama-2-7B at 0, 50 and 70 % masked (bench/results/kernels-h200.jsonl): within 20 % of each for one and two tokens in 16
-bits, and for one in 8 and 4 bits, but for 4096 x 12288 in 8 bits, whose config is newer than its rows; within 30 % of those of
-Llama-3-8B, Gemma-2B and Pythia-1.4B, which they were not fitted to (one token, 16 bits). At four tokens and more the model is a
-third or more too high, where dense wins anyway. Of masked_fixed, two to three microseconds are the hand-over of partials to the
-last program (memory fence, counter, reading them), the rest is launch and ramp, as in a dense product. Constants of the H100 are
-the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured. Nor is masked_rows:
-it hands nothing over, and its tokens are taken to cost what they cost narrow masked products.
+products of Llama-2-7B at 0, 50 and 70 % masked (bench/results/kernels-h200.jsonl): within 20 % of each for one and two tokens in
+16 bits, and for one in 8 and 4 bits, but for 4096 x 12288 in 8 bits, whose config is newer than its rows; within 30 % of those
+of Llama-3-8B, Gemma-2B and Pythia-1.4B, which they were not fitted to (one token, 16 bits). At four tokens and more the model is
+a third or more too high, where dense wins anyway. Of masked_fixed, two to three microseconds are the hand-over of partials to
+the last program (memory fence, counter, reading them), the rest is launch and ramp, as in a dense product. Constants of the H100
+are the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured. Nor is
+masked_rows: it hands nothing over, and its tokens are taken to cost what they cost narrow masked products.
 """
 
 from __future__ import annotations
