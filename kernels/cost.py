@@ -104,7 +104,7 @@ def prefers_rows(N: int, K: int, T: int, density: float, device: Device = H200, 
 def prefers_rows_on_cpu(T: int, density: float, *, bits: int = 16) -> bool:
     """The same on a CPU, where each of T tokens multiplies the rows that any of them keeps, and a matrix product in 16 bits has
     instructions of its own: up to 6 times the weight in 32 bits, 1.6 times in 16 (2048 x 5632 on one core of an AMD EPYC, 1 to 8
-    tokens, densities 0.2 to 0.9: up to there the template was the faster one, beyond it never by more than a tenth).
+    tokens, densities 0.2 to 0.9: up to there the template was faster or within a tenth, beyond it not faster).
     """
     return T * (1 - math.pow(1 - density, T)) <= (6.0 if bits >= 32 else 1.6)
 

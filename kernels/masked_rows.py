@@ -11,7 +11,6 @@ their sums are.   Error: as masked_gemv.py, over K.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import torch
 import triton
@@ -19,29 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.config import H200_SM_COUNT, TOKENS_AT_ONCE, WARP_BYTES, cdiv
+from rana_fx.kernels.config import H200_SM_COUNT, TOKENS_AT_ONCE, cdiv
 from rana_fx.kernels.gather import few_tokens, launch_options, no_sums, sm_count_of, trips, wait_for_previous
-from rana_fx.kernels.router import add_products
+from rana_fx.kernels.router import RouterConfig, add_products
+from rana_fx.kernels.router import default_config as router_config
 
 
-@dataclasses.dataclass(frozen=True)
-class RowsConfig:
-    """block_n: rows of a program. block_k: columns at a time; without shuffles where they are whole warps' 512 bytes."""
-
-    block_n: int = 4
-    block_k: int = 512
-    warps: int = 2
-    stages: int = 4
-
-
-def default_config(N: int, K: int, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> RowsConfig:
-    """As the router's, with half of its rows: those that are dropped leave as much of the GPU's loads in flight unused, which
-    more programs on a multiprocessor make up for. Not from a sweep.
+def default_config(N: int, K: int, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> RouterConfig:
+    """The router's for several tokens, so with half of its rows for one: those that are dropped leave as much of the GPU's loads
+    in flight unused, which more programs on a multiprocessor make up for. Not from a sweep.
     """
-    block_n = 4
-    while block_n > 1 and cdiv(N, block_n) < 4 * sm_count:
-        block_n //= 2
-    return RowsConfig(block_n, max(min(2 * WARP_BYTES * 8 // bits, 1 << max(K - 1, 0).bit_length()), 16))
+    return router_config(N, K, TOKENS_AT_ONCE, sm_count, bits=bits)
 
 
 @triton.jit
@@ -86,14 +73,14 @@ def masked_rows_kernel(
 
 def masked_rows(
     x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None, *,
-    config: RowsConfig | None = None, traced: bool = False, pdl: bool = False,
+    config: RouterConfig | None = None, traced: bool = False, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """The product in a's shape and x's dtype, in one launch.
 
     Args:
         x: (..., K) floating, T <= 16 rows in all. a: (..., N), as many rows. weight: (N, K) floating, any strides; rows that are
             not kept are not read where K has unit stride. bias: (N,).
-        config: the default one if None.
+        config: a router's, of N rows and K columns; nothing is read ahead. The default one if None.
         traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
         pdl: start before the previous kernel of the stream is done (programmatic dependent launch, compute capability 9.0).
             Nothing is read before it ends.
@@ -121,10 +108,10 @@ def masked_rows(
     kernel = torch.library.wrap_triton(masked_rows_kernel) if traced else masked_rows_kernel
     with contextlib.nullcontext() if traced else torch.cuda.device_of(x):
         # an argument that a variant never reads still needs a pointer
-        kernel[(cdiv(columns, config.block_n), groups)](
+        kernel[(cdiv(columns, config.block_r), groups)](
             rows, gate, weight, x if bias is None else bias, h, tokens, columns, width,
             *rows.stride(), *gate.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), h.stride(0),
-            BT=cdiv(tokens, groups), BR=config.block_n, BK=config.block_k, STAGES=config.stages, HAS_BIAS=bias is not None,
+            BT=cdiv(tokens, groups), BR=config.block_r, BK=config.block_d, STAGES=config.stages, HAS_BIAS=bias is not None,
             PDL=pdl, num_warps=config.warps, **launch_options(pdl, traced),
         )  # fmt: skip
     return h.reshape(a.shape)

@@ -24,7 +24,7 @@ from rana_fx.kernels.ops import masked_gemv, masked_rows
 from rana_fx.kernels.reference import kept
 from rana_fx.passes.emit import Emitter, dtype_of
 from rana_fx.passes.match import Match
-from rana_fx.passes.stacked import cast
+from rana_fx.passes.stacked import Factors, cast
 from rana_fx.sites import Linear, operands_of
 
 _TINY = torch.finfo(torch.float32).tiny  # as a threshold: exactly the zeros are skipped
@@ -39,8 +39,6 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
     """Rewrite one match; returns how many linears it replaced."""
     if match.adapter.kind != "gated":
         return 0
-    value = match.attachment.tensor(match.index, "tau")
-    assert value is not None
     replaced = 0
     for linear in match.linears:
         found = _activated_gate(linear, match)
@@ -48,21 +46,21 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
             continue
         product, gate = found
         emit = Emitter(graph_module, product)
-        tau = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_tau", value)
-        masked = emit.call(gate_mask, gate, tau)
+        factors = Factors(emit, match)
+        masked = emit.call(gate_mask, gate, factors["tau"])
         masked.meta["rana_adapter"] = match.adapter.name
         product.replace_input_with(gate, masked)
         chain = _chain_to_up(product, masked, match)
         if chain:
             _skip_rows(emit, product, masked, chain, match)
         emit = Emitter(graph_module, linear.node)
-        tiny = torch.full((match.adapter.ranks,), _TINY, device=value.device)
+        tau, bias = factors.value("tau"), Factors(emit, match)["bias"]
+        assert tau is not None
+        tiny = torch.full((match.adapter.ranks,), _TINY, device=tau.device)
         zeros = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_zeros", tiny)
         factor, transposed = linear.factor
         weight = factor if transposed else emit.call(torch.t, factor)
-        bias, own = linear.bias_node, match.attachment.tensor(match.index, "bias")
-        if own is not None:
-            bias = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_bias", own)
+        bias = linear.bias_node if bias is None else bias
         y = emit.call(masked_gemv, linear.x, zeros, weight, bias, None, match.adapter.density)
         y.meta["rana_adapter"] = match.adapter.name
         linear.node.replace_all_uses_with(y)

@@ -120,11 +120,10 @@ class Cats:
         if problem.budget >= 1:
             return []
         blocks = [block for block in problem.layout.blocks if problem.calibrated(block.sites, 1)]
-        masked = {block.down: _masked_sites(block) for block in blocks}
-        adaptable = tuple(name for names in masked.values() for name in names)
+        adaptable = tuple(name for block in blocks for name in _masked_sites(block))
         fraction = problem.fraction(adaptable, why="CATS leaves attention and the gate of every MLP dense")
         problem.skips += [Skip(name, "dense in CATS") for name in problem.counted() if name not in adaptable]
-        return [_threshold_block(problem, block, masked[block.down], min(1.0, fraction)) for block in blocks]
+        return [_threshold_block(problem, block, min(1.0, fraction)) for block in blocks]
 
 
 def _masked_sites(block: MlpBlock) -> tuple[str, ...]:
@@ -134,7 +133,7 @@ def _masked_sites(block: MlpBlock) -> tuple[str, ...]:
     return (block.down, block.ups[1 - block.gate])
 
 
-def _threshold_block(problem: Problem, block: MlpBlock, masked: tuple[str, ...], fraction: float) -> Adapter:
+def _threshold_block(problem: Problem, block: MlpBlock, fraction: float) -> Adapter:
     rows = problem.rows(block.ups[0])
     down = problem.layout.sites[block.down]
     ones = torch.ones(down.in_features, device=down.weight.device)
@@ -145,18 +144,4 @@ def _threshold_block(problem: Problem, block: MlpBlock, masked: tuple[str, ...],
     weight, bias = problem.matrix((gate,)), problem.bias((gate,))
     chunks = [block.activation(torch.nn.functional.linear(chunk.float(), weight, bias)).float() for chunk in rows.split(2048)]
     threshold = neuron_threshold(importance_profile(torch.cat(chunks), ones), fraction)
-    width = problem.layout.sites[block.down].in_features
-    return Adapter(
-        name=block.down,
-        kind="gated",
-        sites=(block.down,),
-        ranks=width,
-        kept=fraction * width,
-        tau=torch.tensor([threshold], dtype=torch.float32),
-        flops=fraction * problem.flops(masked),
-        dense_flops=problem.flops(masked),
-        bytes=fraction * problem.bytes(masked),
-        dense_bytes=problem.bytes(masked),
-        gate=gate,
-        also=masked[1:],
-    )
+    return problem.gated_adapter(block, torch.tensor([threshold], dtype=torch.float32), fraction * down.in_features)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from rana_fx.adapters import Adapter
-from rana_fx.recipes.cut import Cut
 from rana_fx.recipes.menu import Menu
 from rana_fx.recipes.point import Point, Unit
 from rana_fx.recipes.problem import Problem, stack_name
@@ -27,7 +26,10 @@ def build(problem: Problem, unit: Unit, menu: Menu, point: Point) -> list[Adapte
         return []
     if point.kind == "gated":
         assert menu.cut is not None
-        return [_gated(problem, menu.cut.cut, point)] if unit == menu.cut.cut.of.lead else []
+        cut = menu.cut.cut
+        if unit != cut.of.lead:
+            return []
+        return [problem.gated_adapter(cut.of.block, cut.tau_F(point.bar), point.kept, cut.bias_O(point.bar))]
     storage = menu.storages[point.storage]
     if point.kind == "stored":
         return [replace(_neuron(problem, name, None, 0.0, storage), kind="stored") for name in unit]
@@ -92,24 +94,6 @@ def _neuron(problem: Problem, name: str, tau_I: Tensor | None, kept: float, stor
         bias=None if packed is None else problem.bias((name,)),
         dense_flops=problem.flops((name,)),
         dense_bytes=problem.bytes((name,)),
-    )
-    return made.costed()
-
-
-def _gated(problem: Problem, cut: Cut, point: Point) -> Adapter:
-    masked = (cut.of.down, cut.of.up)
-    made = Adapter(
-        name=cut.of.down,
-        kind="gated",
-        sites=(cut.of.down,),
-        ranks=cut.width,
-        kept=point.kept,
-        tau=cut.tau_F(point.bar),
-        bias=cut.bias_O(point.bar),
-        gate=cut.of.gate,
-        also=(cut.of.up,),
-        dense_flops=problem.flops(masked),
-        dense_bytes=problem.bytes(masked),
     )
     return made.costed()
 

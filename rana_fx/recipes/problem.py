@@ -166,6 +166,25 @@ class Problem:
             dense_bytes=self.bytes((name,)),
         )
 
+    def gated_adapter(self, block: MlpBlock, tau: Tensor, kept: float, bias: Tensor | None = None) -> Adapter:
+        """Keep neuron j, its row of up and its column of down, where act(gate)_j^2 >= tau_j, one threshold or one for each."""
+        gate, up = block.ups[block.gate], block.ups[1 - block.gate]
+        masked = (block.down, up)
+        made = Adapter(
+            name=block.down,
+            kind="gated",
+            sites=(block.down,),
+            ranks=self.layout.sites[block.down].in_features,
+            kept=kept,
+            tau=tau,
+            bias=bias,
+            dense_flops=self.flops(masked),
+            dense_bytes=self.bytes(masked),
+            gate=gate,
+            also=(up,),
+        )
+        return made.costed()
+
 
 def stack_name(names: tuple[str, ...]) -> str:
     """``a.q_proj``, ``a.k_proj`` -> ``a.q_proj+k_proj``."""

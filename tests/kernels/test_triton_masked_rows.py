@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.masked_rows import RowsConfig, default_config, masked_rows
+from rana_fx.kernels.masked_rows import default_config, masked_rows
+from rana_fx.kernels.router import RouterConfig
 from tests.kernels.products import Rows, kernels_run_on, masked_by, row_products
 
 CONFIGS = st.builds(
-    RowsConfig,
-    block_n=st.sampled_from([1, 4, 16]),
-    block_k=st.sampled_from([16, 64, 128]),
+    RouterConfig,
+    block_r=st.sampled_from([1, 4, 16]),
+    block_d=st.sampled_from([16, 64, 128]),
     warps=st.just(4),
     stages=st.sampled_from([1, 3]),
 )
@@ -91,15 +92,15 @@ def test_reads_kept_rows_alone(device, monkeypatch, tokens, density):
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
     # several rows a program: some of them kept, some dropped
-    rows.check(masked_rows(*rows.operands, config=RowsConfig(4, 64)))
+    rows.check(masked_rows(*rows.operands, config=RouterConfig(4, 64)))
     assert sum(read) == int(rows.kept.sum()) * 130
 
 
 def test_programs_fill_the_gpu_and_rows_are_whole_loads():
     wide = default_config(11008, 4096)
-    assert wide.block_n * 4 * 132 <= 11008 and wide.block_k * 2 == 512 * wide.warps
-    assert default_config(500, 4096).block_n == 1
-    assert default_config(500, 3).block_k == 16
+    assert wide.block_r * 4 * 132 <= 11008 and wide.block_d * 2 == 512 * wide.warps
+    assert default_config(500, 4096).block_r == 1
+    assert default_config(500, 3).block_d == 16
 
 
 @pytest.mark.parametrize(
