@@ -186,7 +186,7 @@ def _cats(problem: Problem, block: MlpBlock, fraction: float) -> list[Adapter] |
     masked = _masked_sites(block)
     total, part = problem.flops(block.sites), problem.flops(masked)
     left = (fraction * total - (total - part)) / part
-    return None if left <= 0 else [_threshold_block(problem, block, masked, min(1.0, left))]
+    return None if left <= 0 else [_threshold_block(problem, block, min(1.0, left))]
 
 
 def _ideal(problem: Problem, block: MlpBlock, fraction: float) -> list[Adapter]:
