@@ -41,7 +41,7 @@ class Sensitivity:
 
 
 def sensitivities(stage: Stage, layout: Layout, units: Sequence[Unit], batches: Iterable[Any], *, seed: int = 0) -> Sensitivity:
-    """Mean gradient moments over the real tokens of ``batches``."""
+    """Mean gradient moments over the real tokens of ``batches``. A site may be in several units."""
     collector = _Collector(stage, layout, units)
     generator: torch.Generator | None = None
     waiting = list(batches)[::-1]
@@ -78,7 +78,10 @@ class _Collector:
 
     def __init__(self, stage: Stage, layout: Layout, units: Sequence[Unit]) -> None:
         self._stage, self._layout = stage, layout
-        self._unit_of = {name: unit for unit in units for name in unit}
+        self._units_of: dict[str, list[Unit]] = {}
+        for unit in units:
+            for name in unit:
+                self._units_of.setdefault(name, []).append(unit)
         self._outs = {unit: [layout.sites[name].out_features for name in unit] for unit in units}
         self._moments: dict[Unit, Tensor] = {}
         self._columns: dict[str, Tensor] = {}
@@ -94,23 +97,25 @@ class _Collector:
         if not y.requires_grad:
             self.leaves.append(y.detach().requires_grad_())
             y = self.leaves[-1] * 1  # what follows may write into it
-        if name in self._unit_of:
+        if name in self._units_of:
             use = self._uses[name] = self._uses.get(name, -1) + 1
             y.register_hook(partial(self._take, name, use))
         return y
 
     def _take(self, name: str, use: int, gradient: Tensor) -> None:
-        unit = self._unit_of[name]
         site = self._layout.sites[name]
         rows = self._stage.real(gradient)
         inner = rows @ site.view.to(rows.dtype)
         _add(self._squares, name, inner.float().square().sum(0))
-        if sum(self._outs[unit]) > site.in_features:
-            _add(self._rows, (unit, use), inner)
-            return
-        held = self._rows.setdefault((unit, use), rows.new_zeros(len(rows), sum(self._outs[unit])))
-        start = sum(self._outs[unit][: unit.index(name)])
-        held[:, start : start + rows.shape[1]] += rows
+        for unit in self._units_of[name]:
+            if sum(self._outs[unit]) > site.in_features:
+                # in place: no two units may add to one tensor
+                held = self._rows.setdefault((unit, use), torch.zeros_like(inner))
+                held += inner
+                continue
+            held = self._rows.setdefault((unit, use), rows.new_zeros(len(rows), sum(self._outs[unit])))
+            start = sum(self._outs[unit][: unit.index(name)])
+            held[:, start : start + rows.shape[1]] += rows
 
     def settle(self) -> None:
         """After the backward pass of a batch."""

@@ -44,7 +44,7 @@ def allocate(
     cuts = cuts_of({unit: menu.cut for unit, menu in menus.items()}) if cut else []
 
     def best(logarithm: float) -> dict[Unit, Point]:
-        points = {unit: _best(menu, math.exp(logarithm) * scale_of(scale, unit)) for unit, menu in menus.items()}
+        points = {unit: menu.best(math.exp(logarithm) * scale_of(scale, unit)) for unit, menu in menus.items()}
         for found in cuts:
             shares = {unit: found.point(unit, points[unit].price) for unit in found.of.units}
             if sum(point.total for point in shares.values()) < sum(points[unit].total for unit in shares):
@@ -103,7 +103,7 @@ def _between(rich: Mapping[Unit, Point], poor: Mapping[Unit, Point], cost: float
 
 def _movable(rich: Mapping[Unit, Point], poor: Mapping[Unit, Point], cuts: Sequence[Cut]) -> list[tuple[Unit, ...]]:
     """Units that take their kinds of the lower price together: those of a cut that one of both makes, any other by itself."""
-    joined = [cut.of.units for cut in cuts if "gated" in (rich[cut.of.lead].kind, poor[cut.of.lead].kind)]
+    joined = [cut.of.units for cut in cuts if cut.of.kind in (rich[cut.of.lead].kind, poor[cut.of.lead].kind)]
     inside = {unit for units in joined for unit in units}
     return [*joined, *((unit,) for unit in poor if unit not in inside)]
 
@@ -114,22 +114,6 @@ def _cost(points: Mapping[Unit, Point]) -> float:
 
 def _choice(point: Point) -> Choice:
     return Choice(point.kind, point.storage)
-
-
-def _best(menu: Menu, price: float) -> Point:
-    """The entry with the least loss plus price times cost."""
-    best, least = None, math.inf
-    # components take longest to price: only where they may yet be better
-    for bound, kind, storage in sorted(
-        (menu.least(kind, price, storage=storage), kind, storage) for kind, storage in menu.entries
-    ):
-        if bound >= least:
-            break
-        point = menu.point(kind, price, storage=storage)
-        if point.total < least:
-            best, least = point, point.total
-    assert best is not None
-    return best
 
 
 def points_at(

@@ -1,9 +1,8 @@
 """Points of a menu as adapters.
 
 In: a unit, its menu and the point chosen. Out: the adapters that replace it: none where it stays dense, one with a router for the
-whole unit, one mask of inputs for each of its linears, or, for all units of a cut at that of down, one mask of neurons. Costs and
-kept ranks are those expected over the sample. Their tensors are views of the menu's, on the model's device: a plan gets copies of
-its own (``settled``).
+whole unit, one mask of inputs for each of its linears, or what a cut makes of the unit (cut.py). Costs and kept ranks are those
+expected over the sample. Tensors are views of the menu's, on the model's device: a plan gets copies of its own (``settled``).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from rana_fx.adapters import Adapter
 from rana_fx.recipes.menu import Menu
-from rana_fx.recipes.point import Point, Unit
+from rana_fx.recipes.point import CUTS, Point, Unit
 from rana_fx.recipes.problem import Problem, stack_name
 from rana_fx.recipes.rounding import Packed
 from rana_fx.recipes.storage import Storage
@@ -24,12 +23,9 @@ from rana_fx.recipes.storage import Storage
 def build(problem: Problem, unit: Unit, menu: Menu, point: Point) -> list[Adapter]:
     if point.kind == "dense":
         return []
-    if point.kind == "gated":
+    if point.kind in CUTS:
         assert menu.cut is not None
-        cut = menu.cut.cut
-        if unit != cut.of.lead:
-            return []
-        return [problem.gated_adapter(cut.of.block, cut.tau_F(point.bar), point.kept, cut.bias_O(point.bar))]
+        return menu.cut.cut.adapters(unit, point)
     storage = menu.storages[point.storage]
     if point.kind == "stored":
         return [replace(_neuron(problem, name, None, 0.0, storage), kind="stored") for name in unit]

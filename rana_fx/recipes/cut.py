@@ -1,47 +1,54 @@
-"""The cut: one more way to adapt a gated MLP, by the units of its gate, up and down at once, as CATS does (COLM 2024).
+"""A cut: a way to adapt an MLP by all of its units at once, since what one of them says of a neuron decides what others do.
 
-In: a block, rows of its input and the geometry of its down projection. Out: what each of its units pays and loses at any price
-when the gate stays dense and the other two skip the same neurons: rows of up and columns of down.
+In: a block, rows of its input, a menu of its gate alone (the linear that tells which neurons matter) and the geometry of its down
+projection. Out: what each of its units pays and loses at any price. What is lost is measured at a few prices, by running the
+adapted block on the rows: all that the hidden values change, through down's geometry. Their mean change over tokens is not
+lost: it goes through down into its bias. Which neurons are kept, and of what, is up to the kinds:
 
-    neuron i of this token   where act(gate)_i^2 worth_i >= 2 price (inputs of up + outputs of down)
-
-worth_i = n_i E[u_i^2]: dropping the hidden value h_i = act(gate)_i u_i costs half of h_i^2 n_i, but the mask is made before up is
-multiplied, so that only the size of u_i in general is known. What is lost is nevertheless counted from the h_i themselves. Their
-mean over tokens is not lost: it goes through down into its bias.
+    gated   behind an activated gate, as CATS does: rows of up and columns of down (gated.py)
+    exact   where there is no gate: rows of up beside an approximation of all of it (exact.py)
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from rana_fx.adapters import Adapter
 from rana_fx.layout import Layout, MlpBlock
 from rana_fx.recipes.geometry import Geometry
-from rana_fx.recipes.interplay import Interplay
+from rana_fx.recipes.menu import Menu
 from rana_fx.recipes.point import Point, Unit
 from rana_fx.recipes.problem import Problem
+from rana_fx.recipes.replay import outputs
 from rana_fx.recipes.tails import Tails
 
-_CHUNK = 512  # rows at a time
+_DROPPED = (0.02, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.78, 0.85, 0.91, 0.95, 0.98, 0.995)  # shares of neurons at which it is measured
+_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class Cuttable:
-    """A block that a cut may go through: what its sites are, and the units that hold them, no other site among these."""
+    """A block that a cut may go through, of which kind, and the units that hold its sites, no other site among these."""
 
+    kind: str
     block: MlpBlock
     units: tuple[Unit, ...]
 
     @property
     def gate(self) -> str:
+        """What tells which neurons matter."""
         return self.block.ups[self.block.gate]
 
     @property
     def up(self) -> str:
-        return self.block.ups[1 - self.block.gate]
+        """The linear whose rows are skipped; without a gate, it is the same."""
+        return next((up for up in self.block.ups if up != self.gate), self.gate)
 
     @property
     def down(self) -> str:
@@ -49,7 +56,7 @@ class Cuttable:
 
     @property
     def lead(self) -> Unit:
-        """The unit of down, which a cut's mask acts in."""
+        """The unit of down, which holds the loss."""
         return self._unit(self.down)
 
     @property
@@ -61,46 +68,152 @@ class Cuttable:
         return next(unit for unit in self.units if site in unit)
 
 
-class Cut:
-    """A cut through one block, priced on rows. ``surcharge``: how many times as much as its rows tell it costs (search.py)."""
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a block's input, and what the dense model makes of them: outputs of its ups, and down's input."""
 
-    def __init__(self, problem: Problem, cuttable: Cuttable, rows_TI: Tensor, geometry: Geometry) -> None:
-        """``rows_TI``: of the block's input. ``geometry``: of down."""
-        self.of = cuttable
-        self._problem, self._rows_TI = problem, rows_TI
+    x_TI: Tensor
+    ups: list[Tensor]
+    hidden_TF: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Acted:
+    """What the adapted block makes of rows: down's input, dropped neurons zero, and means per token.
+
+    ``kept``: neurons that down reads. ``exact``: rows of up beside its approximation. ``tau_F``: thresholds that tell which.
+    """
+
+    hidden_TF: Tensor
+    kept: float
+    tau_F: Tensor
+    exact: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Level:
+    """What was measured at a price: the entry of the gate's menu, what is kept, and what all of it loses."""
+
+    place: float  # the price's logarithm
+    gate: tuple[str, int]
+    kept: float
+    exact: float
+    lost: float
+
+
+class Cut(ABC):
+    """A cut through one block, priced on rows. ``surcharge``: how many times as much as its rows tell it costs (search.py).
+
+    ``kinds``: entries of the gate's menu that it may be. ``at_gate``: the price there over the block's.
+    """
+
+    kinds: Sequence[str] | None = None
+    at_gate = 1.0
+
+    def __init__(self, problem: Problem, cuttable: Cuttable, gate: Menu, rows_TI: Tensor, geometry: Geometry) -> None:
+        """``gate``: of the gate alone. ``rows_TI``: of the block's input. ``geometry``: of down."""
+        self.of, self.gate = cuttable, gate
+        self.problem, self.norms_F = problem, geometry.norms_I
         self.surcharge = 1.0
         self.width = problem.layout.sites[cuttable.down].in_features
-        self.row_cost = problem.size((cuttable.up, cuttable.down)) / self.width
-        self.gate_cost = problem.size((cuttable.gate,))
-        gates_TF, hidden_TF = _activations(problem, cuttable.block, rows_TI)
-        squares_TF = gates_TF.square_()
-        held_TF = hidden_TF.square()
-        # where the gate is zero nothing is known of up, and nothing needs to be
-        sizes_TF = torch.where(squares_TF > 0, held_TF / squares_TF, 0.0)
-        sizes_F = sizes_TF.sum(0) / (squares_TF > 0).sum(0).clamp_min(1)
-        self.worth_F = sizes_F * geometry.norms_I
-        self._tails = Tails(squares_TF, self.worth_F, held_TF.mul_(geometry.norms_I))
-        self._interplay = Interplay(geometry, hidden_TF, squares_TF * self.worth_F, centred=True)
+        self.up_cost, self.down_cost = (problem.size((name,)) / self.width for name in (cuttable.up, cuttable.down))
+        self._rows_TI = rows_TI
+        rows = self._dense()
+        self.prepare(rows)
+        self._levels = self._measured(rows, geometry)
+
+    # ---- what a kind of cut decides
+
+    @abstractmethod
+    def prepare(self, rows: Rows) -> None:
+        """Read off the dense model's rows what thresholds need."""
+
+    @abstractmethod
+    def scores(self, rows: Rows) -> tuple[Tensor, Tensor, float]:
+        """(squares_TF, worth_F, cost): a neuron is dropped where squares times worth are below twice the price times cost."""
+
+    @abstractmethod
+    def act(self, rows: Rows, gate_TF: Tensor, price: float) -> Acted:
+        """The adapted block at a price, for given outputs of the gate."""
+
+    @abstractmethod
+    def row_cost(self) -> float:
+        """Of each neuron that down reads."""
+
+    @abstractmethod
+    def adapters(self, unit: Unit, point: Point) -> list[Adapter]:
+        """Those of one of its units."""
+
+    # ---- points
 
     def point(self, unit: Unit, price: float) -> Point:
-        """The share of one of its units: that of down holds the loss and all that is skipped, that of the gate its dense cost."""
-        if unit != self.of.lead:
-            return Point("gated", price, self.gate_cost if unit == self.of.source else 0.0, 0.0)
-        bar = 2 * price * self.row_cost / self.surcharge
-        kept, lost = self._tails.at(bar)
-        return Point("gated", price, kept * self.row_cost, self.surcharge * lost / 2 * self._interplay.at(bar), kept, bar=bar)
+        """The share of a unit: that of down holds the loss and what down reads, that of the gate what is computed before."""
+        charged = price / self.surcharge
+        left, right, share = self._around(math.log(charged))
 
-    def tau_F(self, bar: float) -> Tensor:
-        """Thresholds on act(gate)^2. A neuron that is worth nothing is never needed."""
-        return torch.where(self.worth_F > 0, bar / self.worth_F, torch.inf)
+        def mean(name: str) -> float:
+            low, high = getattr(left, name), getattr(right, name)
+            return float(low + share * (high - low))
 
-    def bias_O(self, bar: float) -> Tensor:
-        """Down's, and what it makes of the mean of all that is dropped."""
-        gates_TF, hidden_TF = _activations(self._problem, self.of.block, self._rows_TI)
-        dropped_TF = gates_TF.square_() < self.tau_F(bar)
-        own = self._problem.bias((self.of.down,))
-        made: Tensor = self._problem.matrix((self.of.down,)) @ (hidden_TF * dropped_TF).mean(0)
-        return made if own is None else made + own
+        kind, storage = (left if share < 0.5 else right).gate
+        if unit not in (self.of.lead, self.of.source):
+            return Point(self.of.kind, price, 0.0, 0.0)
+        gate = self.gate.point(kind, charged * self.at_gate, storage=storage)
+        if unit == self.of.lead:
+            kept = mean("kept")
+            return Point(
+                self.of.kind, price, kept * self.row_cost(), self.surcharge * mean("lost"), kept, charged=charged, gate=gate
+            )
+        return Point(self.of.kind, price, gate.cost + mean("exact") * self.up_cost, 0.0, charged=charged, gate=gate)
+
+    def acted(self, point: Point) -> tuple[Acted, Tensor]:
+        """(the block as it is at a point, down's bias with what it makes of the mean change of hidden values)."""
+        assert point.gate is not None
+        rows = self._dense()
+        found = self.act(rows, self._gate(rows, point.gate), point.charged)
+        made: Tensor = self.problem.matrix((self.of.down,)) @ (rows.hidden_TF - found.hidden_TF).mean(0)
+        own = self.problem.bias((self.of.down,))
+        return found, made if own is None else made + own
+
+    def _measured(self, rows: Rows, geometry: Geometry) -> list[_Level]:
+        squares_TF, worth_F, cost = self.scores(rows)
+        tails = Tails(squares_TF, worth_F)
+        levels: list[_Level] = []
+        for share in _DROPPED:
+            bar = tails.bar(share)
+            if bar <= 0 or (levels and math.log(bar / (2 * cost)) <= levels[-1].place):
+                continue
+            price = bar / (2 * cost)
+            gate = self.gate.best(price * self.at_gate, kinds=self.kinds)
+            found = self.act(rows, self._gate(rows, gate), price)
+            lost_TD = (rows.hidden_TF - found.hidden_TF) @ geometry.read_DI.t()
+            lost = float((lost_TD - lost_TD.mean(0)).square().sum()) / (2 * max(1, len(lost_TD)))
+            levels.append(_Level(math.log(price), (gate.kind, gate.storage), found.kept, found.exact, lost))
+        return levels or [_Level(0.0, ("dense", 0), 0.0, 0.0, 0.0)]  # all neurons are zero
+
+    def _around(self, place: float) -> tuple[_Level, _Level, float]:
+        """(the level below, the one above, where between them); outside of all the nearest."""
+        for left, right in zip(self._levels, self._levels[1:], strict=False):
+            if place < left.place:
+                return left, left, 0.0
+            if place < right.place:
+                return left, right, (place - left.place) / (right.place - left.place)
+        return self._levels[-1], self._levels[-1], 0.0
+
+    def _gate(self, rows: Rows, gate: Point) -> Tensor:
+        """Outputs of the gate, as it is at a point."""
+        name = (self.of.gate,)
+        if gate.kind == "dense":
+            return rows.ups[self.of.block.gate]
+        bias = self.problem.bias(name)
+        found = outputs(self.gate, gate, self.problem.matrix(name), rows.x_TI)
+        return found if bias is None else found + bias
+
+    def _dense(self) -> Rows:
+        step = max(1, len(self._rows_TI) // _ROWS)
+        x_TI = self._rows_TI[::step].float()
+        ups = [linear(x_TI, self.problem.matrix((up,)), self.problem.bias((up,))) for up in self.of.block.ups]
+        return Rows(x_TI, ups, self.of.block.pointwise(*ups).float())
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,18 +227,19 @@ class Share:
         return self.cut.point(self.unit, price)
 
 
-def cuttables(layout: Layout, units: Iterable[Unit]) -> list[Cuttable]:
-    """Blocks with a gate, whose units hold nothing else and are met equally often by a token."""
+def cuttables(layout: Layout, units: Iterable[Unit], kinds: Sequence[str] = ("gated", "exact")) -> list[Cuttable]:
+    """Blocks whose units hold nothing else and are met equally often by a token, one neuron for each output of every up."""
     unit_of = {name: unit for unit in units for name in unit}
     found = []
     for block in layout.blocks:
-        if block.activation is None or not all(name in unit_of for name in block.sites):
+        kind = "gated" if block.activation is not None else "exact" if len(block.ups) == 1 else None
+        if kind is None or kind not in kinds or not all(name in unit_of for name in block.sites):
             continue
         held = tuple(dict.fromkeys(unit_of[name] for name in block.sites))
         widths = {*(layout.sites[up].out_features for up in block.ups), layout.sites[block.down].in_features}
         uses = {layout.sites[name].uses for name in block.sites}
         if len(widths) == len(uses) == 1 and {name for unit in held for name in unit} == set(block.sites):
-            found.append(Cuttable(block, held))
+            found.append(Cuttable(kind, block, held))
     return found
 
 
@@ -133,16 +247,3 @@ def cuts_of(shares: Mapping[Unit, Share | None]) -> list[Cut]:
     """The cuts all of whose units are here."""
     cuts = dict.fromkeys(share.cut for share in shares.values() if share is not None)
     return [cut for cut in cuts if all(unit in shares for unit in cut.of.units)]
-
-
-def _activations(problem: Problem, block: MlpBlock, rows_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """act(gate) and the input of down of the dense model, (tokens, neurons), fp32."""
-    assert block.activation is not None
-    weights = [(problem.matrix((up,)), problem.bias((up,))) for up in block.ups]
-    gates: list[Tensor] = []
-    hidden: list[Tensor] = []
-    for chunk in rows_TI.split(_CHUNK):
-        outs: Sequence[Tensor] = [torch.nn.functional.linear(chunk.float(), weight, bias) for weight, bias in weights]
-        gates.append(block.activation(outs[block.gate]).float())
-        hidden.append(block.pointwise(*outs).float())
-    return torch.cat(gates), torch.cat(hidden)

@@ -1,6 +1,6 @@
 """How what dropping several inputs costs differs from the sum of what dropping each would.
 
-In: a unit's geometry, rows of its input, and the scores by which inputs are dropped. Out: the ratio of both, for any threshold.
+In: a unit's geometry and rows of its input, of which those that cost least are dropped. Out: the ratio of both, at any threshold.
 """
 
 from __future__ import annotations
@@ -20,25 +20,22 @@ _ROWS = 512
 class Interplay:
     """Measured at a few thresholds; linear in their logarithm between two of them, constant outside, 1 where there are none."""
 
-    def __init__(self, geometry: Geometry, x_TI: Tensor, scores_TI: Tensor | None = None, *, centred: bool = False) -> None:
-        """``scores_TI``: default: what dropping each input would cost, doubled. ``centred``: its mean is not lost."""
+    def __init__(self, geometry: Geometry, x_TI: Tensor) -> None:
         step = max(1, len(x_TI) // _ROWS)
         x_TI = x_TI[::step]
-        each_TI = x_TI.square() * geometry.norms_I
-        scores_TI = each_TI if scores_TI is None else scores_TI[::step]
-        tails = Tails(scores_TI, torch.ones_like(scores_TI[:1]))
+        each_TI = x_TI.square() * geometry.norms_I  # what dropping each input would cost, doubled
+        tails = Tails(each_TI, torch.ones_like(each_TI[:1]))
         self._points: list[tuple[float, float]] = []
         for share in _DROPPED:
             bar = tails.bar(share)
-            dropped_TI = scores_TI < bar
+            dropped_TI = each_TI < bar
             each = float((each_TI * dropped_TI).sum())
             if each > 0 and bar > 0:
-                lost_TD = (x_TI * dropped_TI) @ geometry.read_DI.t()
-                together = float((lost_TD - lost_TD.mean(0) if centred else lost_TD).square().sum())
+                together = float(((x_TI * dropped_TI) @ geometry.read_DI.t()).square().sum())
                 self._points.append((math.log(bar), together / each))
 
     def at(self, bar: float) -> float:
-        """Loss of dropping all inputs with scores below ``bar`` together, over the sum of what dropping each would cost."""
+        """Loss of dropping all that cost less than half of ``bar`` together, over the sum of what dropping each would cost."""
         place = math.log(bar)
         for (left, low), (right, high) in zip(self._points, self._points[1:], strict=False):
             if place < left:

@@ -10,7 +10,7 @@ left out is kept where what it saves, half its squared size in the loss's coordi
     hybrid   as rank, and input j of the router where x_j^2 |B_:,j|^2 >= 2 price (rows of the router)
     static   component k                  where mean z_k^2   >= 2 price (in + out)
     stored   all of it, in fewer bits
-    gated    its share of a cut through all units of an MLP (cut.py)
+    gated, exact   its share of a cut through all units of an MLP (cut.py)
 
 A storage in fewer bits (storage.py) makes entries cheaper and adds what rounding does to the loss. Masks of inputs are counted
 once for all prices (tails.py). Components are priced on a grid of prices, each the first time it is asked for, and
@@ -22,16 +22,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rana_fx.recipes.cut import Share
 from rana_fx.recipes.geometry import Geometry, LossBasis
 from rana_fx.recipes.interplay import Interplay
-from rana_fx.recipes.point import Point
+from rana_fx.recipes.point import CUTS, Point
 from rana_fx.recipes.storage import Storage
 from rana_fx.recipes.tails import Tails
+
+if TYPE_CHECKING:
+    from rana_fx.recipes.cut import Share
 
 _OF_BASIS = ("rank", "hybrid", "static")
 _STEP = 0.1  # of the price's logarithm, between two points of the grid
@@ -96,9 +99,18 @@ class Menu:
             if self.router_DI is not None or kind not in _OF_BASIS
         ]
 
+    def offers(self, kinds: Sequence[str]) -> bool:
+        """Whether there is an entry of one of these kinds."""
+        return any(kind in kinds for kind, _ in self.entries)
+
     @property
     def dense_cost(self) -> float:
         return self.storages[0].rates.weight * self.out * self.width
+
+    def park(self) -> None:
+        """The factor goes to the host, until an adapter needs it: menus of all units are held at once."""
+        if self.factor_DO is not None:
+            self.factor_DO = self.factor_DO.cpu()
 
     # ---- points
 
@@ -110,7 +122,7 @@ class Menu:
             return Point(kind, price, stored.rates.weight * self.out * self.width, loss, float(self.width), storage=storage)
         if kind == "neuron":
             return self._neuron(price, storage)
-        if kind == "gated":
+        if kind in CUTS:
             assert self.cut is not None
             return self.cut.point(price)
         place = math.log(price) / _STEP
@@ -119,6 +131,23 @@ class Menu:
         if share < 1e-6:
             return replace(first, price=price)
         return self._blend(first, self._at(kind, left + 1, storage), share, price)
+
+    def best(self, price: float, *, kinds: Sequence[str] | None = None) -> Point:
+        """The entry, of these kinds, with the least loss plus price times cost."""
+        best, least = None, math.inf
+        # components take longest to price: only where they may yet be better
+        for bound, kind, storage in sorted(
+            (self.least(kind, price, storage=storage), kind, storage)
+            for kind, storage in self.entries
+            if kinds is None or kind in kinds
+        ):
+            if bound >= least:
+                break
+            point = self.point(kind, price, storage=storage)
+            if point.total < least:
+                best, least = point, point.total
+        assert best is not None
+        return best
 
     def least(self, kind: str, price: float, *, storage: int = 0) -> float:
         """What loss + price x cost of the entry is at least: for components, what it were if the router cost nothing."""

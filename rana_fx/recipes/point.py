@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CUTS = ("gated", "exact")  # kinds that all units of a block are of, or none (cut.py)
+
 Unit = tuple[str, ...]  # sites that read one tensor, stacked
 
 
@@ -11,7 +13,7 @@ Unit = tuple[str, ...]  # sites that read one tensor, stacked
 class Point:
     """``cost`` per token, ``loss``: expected increase, ``ranks``: rows of the router, ``parts``: inputs that each site keeps.
 
-    ``bar``: of a cut, on what a neuron is worth.
+    ``charged``: of a cut, the price that its masks are made at. ``gate``: what its gate is.
     """
 
     kind: str
@@ -23,7 +25,8 @@ class Point:
     parts: tuple[float, ...] = ()
     storage: int = 0
     router_kept: float | None = None
-    bar: float = 0.0
+    charged: float = 0.0
+    gate: Point | None = None
 
     @property
     def total(self) -> float:

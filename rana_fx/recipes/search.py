@@ -17,7 +17,7 @@ from rana_fx.recipes.allocate import Choice, allocate, points_at, price_for
 from rana_fx.recipes.build import build, settled
 from rana_fx.recipes.cut import cuts_of
 from rana_fx.recipes.menu import Menu
-from rana_fx.recipes.point import Point, Unit
+from rana_fx.recipes.point import CUTS, Point, Unit
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.trial import Outcome, attempt
 from rana_fx.rehearse import Stage
@@ -112,7 +112,7 @@ class _Search:
     def _by_price(self) -> _Found:
         """With cuts, without, and where these lose more than expected, with as many as that leaves worthwhile."""
         tried = [self._settle(*allocate(self._menus, self._asked), None)]
-        if any(point.kind == "gated" for point in tried[0].points.values()):
+        if any(point.kind in CUTS for point in tried[0].points.values()):
             tried.append(self._settle(*allocate(self._menus, self._asked, cut=False), None))
             surcharge = _surcharge(*tried)
             if surcharge > 1:
@@ -129,7 +129,7 @@ class _Search:
         for cut in cuts_of({unit: menu.cut for unit, menu in self._menus.items()}):
             menus = {unit: self._menus[unit] for unit in cut.of.units}
             given = fraction * sum(menu.dense_cost for menu in menus.values())
-            gated = dict.fromkeys(menus, Choice("gated"))
+            gated = dict.fromkeys(menus, Choice(cut.of.kind))
             price = price_for(menus, gated, given)
             whole, apart = points_at(menus, gated, price), points_at(menus, chosen, 1.0, scale=prices)
             # what its gate costs may be more than the fraction
@@ -197,7 +197,7 @@ def _surcharge(whole: _Found, apart: _Found) -> float:
 
     What a cut drops is more alike from token to token than what a mask of inputs drops, and adds up (docs/recipes.md).
     """
-    cuts = sum(point.loss for point in whole.points.values() if point.kind == "gated")
+    cuts = sum(point.loss for point in whole.points.values() if point.kind in CUTS)
     rest = sum(point.loss for point in whole.points.values()) - cuts
     told = sum(point.loss for point in apart.points.values())
     if cuts <= 0 or apart.outcome.divergence <= 0:
@@ -207,7 +207,7 @@ def _surcharge(whole: _Found, apart: _Found) -> float:
 
 def _left_dense(unit: Unit, menu: Menu, point: Point) -> list[Skip]:
     """Why: of a cut's units the gate alone is dense."""
-    if point.kind != "gated":
+    if point.kind not in CUTS:
         return [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
     assert menu.cut is not None
     cut = menu.cut.cut.of

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from rana_fx.recipes.geometry import Geometry, LossBasis
+from rana_fx.recipes.point import CUTS
 from rana_fx.recipes.rounding import GROUP, Packed, rounded
 
-KINDS = ("dense", "neuron", "rank", "hybrid", "static", "stored", "gated")  # entries of the menu, and the cut
+KINDS = ("dense", "neuron", "rank", "hybrid", "static", "stored", "gated", "exact")  # entries of the menu, and cuts
 
 _SCALE = 2.0  # bytes of a scale
 _MIXES = ((8, 0), (8, 8), (4, 8), (8, 4), (4, 4))  # bits of router and factor; 0: the model's own
@@ -78,7 +79,7 @@ class Storage:
 
 def own(one: float) -> Storage:
     """Everything in the model's own numbers; ``one``: what a number costs."""
-    return Storage(tuple(kind for kind in KINDS if kind not in ("stored", "gated")), Rates(one, one, one))
+    return Storage(tuple(kind for kind in KINDS if kind not in ("stored", *CUTS)), Rates(one, one, one))
 
 
 def in_fewer_bits(

@@ -73,16 +73,16 @@ class Troupe:
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """For ``Stage.run``."""
+        adapter = self._of.get(name)
+        if adapter is not None:
+            held = self._last.get(adapter.name)
+            if held is None or held[0].data_ptr() != x.data_ptr() or held[0].shape != x.shape:
+                held = self._last[adapter.name] = (x, self._act(adapter, x))
+            start, stop = self._columns[name]
+            y = held[1][..., start:stop].reshape(y.shape).to(y.dtype)
         if name in self._gated:
             self._gate(self._gated[name], y)
-        adapter = self._of.get(name)
-        if adapter is None:
-            return y
-        held = self._last.get(adapter.name)
-        if held is None or held[0].data_ptr() != x.data_ptr() or held[0].shape != x.shape:
-            held = self._last[adapter.name] = (x, self._act(adapter, x))
-        start, stop = self._columns[name]
-        return held[1][..., start:stop].reshape(y.shape).to(y.dtype)
+        return y
 
     def forget(self) -> None:
         """Before another batch: its tensors may lie where those of the last one lay."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch.nn.functional import gelu, relu, silu
 
 from rana_fx.recipes import Problem
 from rana_fx.recipes.allocate import Choice, allocate, points_at
-from rana_fx.recipes.cut import Cut, Share, cuttables
-from rana_fx.recipes.geometry import geometry
+from rana_fx.recipes.cut import Share, cuttables
+from rana_fx.recipes.gated import GatedCut
+from rana_fx.recipes.geometry import geometry, loss_basis
 from rana_fx.recipes.menu import Menu
 from rana_fx.recipes.point import Point
 from rana_fx.recipes.rana import Rana, units_of
@@ -51,13 +53,22 @@ def problem_of(model, *, metric="flops", budget=0.6):
     return Problem(layout, samples, budget, metric, "rana", False, rehearsal=rehearsal)
 
 
-def cut_of(problem, *, shared=True):
+def cut_of(problem, *, shared=True, gates=True):
     """(a cut of the first block, rows it is priced on, the geometry of down)."""
     (first, _) = cuttables(problem.layout, units_of(problem.layout, shared=shared))
-    rows = problem.rows(first.gate)[:512]  # as many as are taken to see how dropped neurons add up
+    rows = problem.rows(first.gate)[:1024]  # as many as it is measured on
     gradients = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 1, WIDTH)
     shape = geometry(problem.matrix((first.down,)), gradients.t() @ gradients / 400)
-    return Cut(problem, first, rows, shape), rows, shape
+    return GatedCut(problem, first, gate_menu(problem, first.gate, rows, adapted=gates), rows, shape), rows, shape
+
+
+def gate_menu(problem, gate, rows, *, adapted=True):
+    weight = problem.matrix((gate,))
+    storage = own(1.0 if problem.metric == "flops" else 4.0)
+    if not adapted:
+        storage = replace(storage, kinds=("dense",))
+    shape = geometry(weight, None)
+    return Menu(shape, loss_basis(shape, rows.t() @ rows / len(rows)), rows, [storage])
 
 
 def seeded(**options):
@@ -68,42 +79,59 @@ def seeded(**options):
 @pytest.mark.parametrize("activation", [gelu, silu, relu, torch.tanh])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("metric", ["flops", "bytes"])
-def test_points_cost_and_lose_what_they_say(activation, bias, metric):
+@pytest.mark.parametrize("gates", [False, True])
+def test_points_cost_and_lose_what_they_say(activation, bias, metric, gates):
     model = seeded(activation=activation, bias=bias)
-    cut, rows, shape = cut_of(problem_of(model, metric=metric))
-    model.double()
+    cut, rows, shape = cut_of(problem_of(model, metric=metric), gates=gates)
     with torch.no_grad():
-        active, up = activation(model.gates[0](rows.double())), model.ups[0](rows.double())
+        active, up = activation(model.gates[0](rows)).double(), model.ups[0](rows).double()
     hidden, met = active * up, active != 0
     worth = (up.square() * met).sum(0) / met.sum(0) * shape.norms_I.double()
     row_cost = 2 * WIDTH * (1 if metric == "flops" else 4)
-    # at these thresholds how neurons dropped together add up is measured, and none lies within a bin of the tables
-    measured = [(math.exp(place) / (2 * row_cost), ratio) for place, ratio in cut._interplay._points]
-    assert len(measured) >= 4
-    between = [
-        ((low * high) ** 0.5, (first, second)) for (low, first), (high, second) in zip(measured, measured[1:], strict=False)
-    ]
-    for price, ratios in [*((price, (ratio, ratio)) for price, ratio in measured), *between]:
-        tau = cut.tau_F(cut.point(cut.of.lead, price).bar)
-        torch.testing.assert_close(tau.double(), 2 * price * row_cost / worth, rtol=1e-4, atol=0)
-        mask = active.square() >= tau
-        dropped = hidden * ~mask
-        each = float((dropped.square() * shape.norms_I.double()).sum(1).mean()) / 2
+    assert len(cut._levels) >= 6 and cut.row_cost() == row_cost
+    assert any(level.gate[0] != "dense" for level in cut._levels) == gates
+    for level in cut._levels:
+        price = math.exp(level.place)
         points = {unit: cut.point(unit, price) for unit in cut.of.units}
         lead, source = points[cut.of.lead], points[cut.of.source]
-        kept = float(mask.sum(1).double().mean())
-        # a bin is 0.8 % wide, in scores
-        assert lead.kept == pytest.approx(kept, rel=4e-3, abs=1e-2)
+        found, bias_O = cut.acted(lead)
+        torch.testing.assert_close(found.tau_F.double(), 2 * price * row_cost / worth, rtol=1e-4, atol=0)
+        # the gate as its adapter would make it
+        adapters = cut.adapters(cut.of.source, source)
+        gate = model.gates[0](rows).detach() if not adapters else acts(adapters[0], rows, model.gates[0])
+        mask = activation(gate).double().square() >= found.tau_F
+        changed = hidden - activation(gate).double() * up * mask
+        lost = changed @ shape.read_DI.double().t()
+        together = float((lost - lost.mean(0)).square().sum(1).mean()) / 2
+        # in fp32 some scores lie on the other side of a threshold
+        assert lead.kept == pytest.approx(float(mask.sum(1).double().mean()), abs=2 * FFN / len(rows))
         assert lead.cost == row_cost * lead.kept
-        assert (source.cost, source.loss) == (row_cost * FFN / 2, 0.0)
-        assert 0.99 * min(ratios) * each <= lead.loss <= 1.01 * max(ratios) * each
+        assert lead.loss == pytest.approx(together, rel=2e-2, abs=1e-9)
+        if not gates:
+            assert (source.cost, source.loss) == (row_cost * FFN / 2, 0.0)
+        else:
+            kept = source.gate
+            assert source.cost == kept.cost and kept.price == pytest.approx(0.7 * price)
         down = model.downs[0]
-        mean = (down.weight @ dropped.mean(0) + down.bias).detach()
-        torch.testing.assert_close(cut.bias_O(lead.bar).double(), mean, rtol=0, atol=1e-5 * float(mean.abs().max()))
-        if price in dict(measured):
-            lost = dropped @ shape.read_DI.double().t()
-            together = float((lost - lost.mean(0)).square().sum(1).mean()) / 2
-            assert lead.loss == pytest.approx(together, rel=1e-3)
+        mean = (down.weight.double() @ changed.mean(0) + down.bias).detach()
+        torch.testing.assert_close(bias_O.double(), mean, rtol=0, atol=1e-3 * float(mean.abs().max()))
+    # between two of them: between what was measured there
+    for low, high in zip(cut._levels, cut._levels[1:], strict=False):
+        point = cut.point(cut.of.lead, math.exp((low.place + high.place) / 2))
+        assert point.kept == pytest.approx((low.kept + high.kept) / 2)
+        assert point.loss == pytest.approx((low.lost + high.lost) / 2)
+
+
+def acts(adapter, rows, linear):
+    """An adapter's outputs, from its own tensors."""
+    v = rows
+    if adapter.router is not None:
+        if adapter.router_tau is not None:
+            v = v * (v.square() >= adapter.router_tau)
+        v = v @ (adapter.router if adapter.router_tau is not None else adapter.router.t())
+    weight = linear.weight.detach().t() if adapter.weight is None else adapter.weight
+    out = (v * (v.square() >= adapter.tau)) @ weight
+    return out if linear.bias is None else out + linear.bias.detach()
 
 
 def test_a_neuron_that_is_worth_nothing_is_never_needed():
@@ -112,7 +140,7 @@ def test_a_neuron_that_is_worth_nothing_is_never_needed():
         model.downs[0].weight[:, 3] = 0
         model.ups[0].weight[5], model.ups[0].bias[5] = 0, 0
     cut, _, _ = cut_of(problem_of(model))
-    tau = cut.tau_F(1e-30)
+    tau = cut.acted(cut.point(cut.of.lead, 1e-30))[0].tau_F
     assert tau.isinf().nonzero().flatten().tolist() == [3, 5] and bool((tau > 0).all())
 
 
@@ -126,7 +154,9 @@ def test_a_cut_needs_the_product_in_front_of_down_and_units_of_its_own():
     assert blocks_cut(seeded(), shared=False) == ["downs.0", "downs.1"]
     # what follows the product may turn zeros into anything, and the rewrite masks a factor of what down reads
     assert blocks_cut(seeded(scale=1.5)) == []
-    assert blocks_cut(Classifier()) == []
+    layout = problem_of(Classifier()).layout
+    kinds = [cuttables(layout, units_of(layout), given) for given in (("gated", "exact"), ("exact",), ("gated",))]
+    assert [[found.kind for found in cuts] for cuts in kinds] == [["exact", "exact"], ["exact", "exact"], []]
 
     class Parallel(Gated):
         """Another linear reads what gate and up read."""
@@ -145,7 +175,7 @@ def test_a_cut_needs_the_product_in_front_of_down_and_units_of_its_own():
 
 
 def test_units_of_their_own_pay_for_the_gate_once():
-    cut, _, _ = cut_of(problem_of(seeded()), shared=False)
+    cut, _, _ = cut_of(problem_of(seeded()), shared=False, gates=False)
     assert [cut.point(unit, 1e-3).cost for unit in (("gates.0",), ("ups.0",))] == [WIDTH * FFN, 0.0]
 
 
@@ -157,7 +187,8 @@ def menus_with_cuts(worth):
         shapes = {unit: geometry(problem.matrix(unit), None, even=weight) for unit in found.units}
         for unit, shape in shapes.items():
             menus[unit] = Menu(shape, None, problem.rows(unit[0])[:2048], [own(1.0)])
-        cut = Cut(problem, found, problem.rows(found.gate)[:2048], shapes[found.lead])
+        rows = problem.rows(found.gate)[:2048]
+        cut = GatedCut(problem, found, gate_menu(problem, found.gate, rows, adapted=False), rows, shapes[found.lead])
         for unit in found.units:
             menus[unit].cut = Share(cut, unit)
     return menus
@@ -200,12 +231,12 @@ def test_a_block_is_cut_whole_or_not_at_all_where_that_loses_less(fraction):
 
 def test_a_surcharge_makes_a_cut_dearer_and_its_thresholds_lower():
     cut, _, _ = cut_of(problem_of(seeded()))
-    price = math.exp(cut._interplay._points[3][0]) / cut.row_cost
-    told = cut.point(cut.of.lead, price / 3)
+    price = 3 * math.exp(cut._levels[3].place)
+    told, gate = cut.point(cut.of.lead, price / 3), cut.point(cut.of.source, price / 3)
     cut.surcharge = 3.0
     found = cut.point(cut.of.lead, price)
-    assert (found.kept, found.bar, found.loss) == pytest.approx((told.kept, told.bar, 3 * told.loss))
-    assert cut.point(cut.of.source, price).cost == cut.gate_cost
+    assert (found.kept, found.charged, found.loss) == pytest.approx((told.kept, told.charged, 3 * told.loss))
+    assert cut.point(cut.of.source, price).cost == pytest.approx(gate.cost)
 
 
 @pytest.mark.parametrize(

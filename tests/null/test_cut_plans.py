@@ -19,25 +19,27 @@ from tests.architectures import ids
 from tests.null.gates import per_neuron
 from tests.null.test_cut import FFN, WIDTH, batches, problem_of, seeded
 
-MASKS_AND_CUTS = Rana(kinds=("dense", "neuron", "gated"))
+MASKS_AND_CUTS = Rana(kinds=("dense", "neuron", "gated"), gates=False)
+KINDS = {False: ["gated", "gated"], True: ["neuron", "gated", "neuron", "gated"]}
 
 
-@pytest.fixture
-def cut(monkeypatch):
-    """(a model of two blocks behind gates that are zero for half of the neurons, its plan: both are cut)."""
-    monkeypatch.setitem(RECIPES, "rana", MASKS_AND_CUTS)
+@pytest.fixture(params=[False, True], ids=["dense gates", "adapted gates"])
+def cut(monkeypatch, request):
+    """(a model of two blocks behind gates that are zero for half of the neurons, its plan: both are cut; the recipe)."""
+    recipe = replace(MASKS_AND_CUTS, gates=request.param)
+    monkeypatch.setitem(RECIPES, "rana", recipe)
     model = seeded(activation=relu)
     torch.manual_seed(0)
     plan = rana_fx.adapt(model, batches(), budget=0.6, progress=False)
-    assert [adapter.kind for adapter in plan.adapters] == ["gated", "gated"]
-    return model, plan
+    assert [adapter.kind for adapter in plan.adapters] == KINDS[request.param]
+    return model, plan, recipe
 
 
 def test_trial_keeps_and_loses_what_the_attached_plan_does(cut):
-    model, plan = cut
+    model, plan, recipe = cut
     problem = problem_of(seeded(activation=relu), budget=0.6)
     with torch.no_grad():
-        adapters = MASKS_AND_CUTS.solve(problem)
+        adapters = recipe.solve(problem)
         with problem.rehearsal.opened(problem.layout) as stage:
             dense = [stage.run(batch) for batch in problem.rehearsal.held]
             outcome = attempt(stage, problem.layout, adapters, problem.rehearsal.held, dense)
@@ -53,19 +55,22 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does(cut):
 
 
 def test_the_plan_says_what_a_cut_keeps_and_costs(cut, tmp_path):
-    model, plan = cut
-    kept = sum(adapter.kept for adapter in plan.adapters)
-    expected = (2 * WIDTH * FFN + 2 * WIDTH * kept) / (2 * 3 * WIDTH * FFN)
+    model, plan, recipe = cut
+    cuts = [adapter for adapter in plan.adapters if adapter.kind == "gated"]
+    gates = sum(FFN * adapter.kept for adapter in plan.adapters if adapter.kind == "neuron") or 2 * WIDTH * FFN
+    expected = (gates + 2 * WIDTH * sum(adapter.kept for adapter in cuts)) / (2 * 3 * WIDTH * FFN)
     assert plan.expected_budget("flops") == pytest.approx(expected) == pytest.approx(plan.expected_budget("bytes"))
     plan.save(tmp_path)
     again = rana_fx.load_plan(tmp_path)
     assert again.digest() == plan.digest() and again.to_dict() == plan.to_dict()
     assert all(torch.equal(ours.tau, theirs.tau) for ours, theirs in zip(plan.adapters, again.adapters, strict=True))
-    assert {tuple(adapter.tau.shape) for adapter in again.adapters} == {(FFN,)}
+    assert {tuple(adapter.tau.shape) for adapter in again.adapters if adapter.kind == "gated"} == {(FFN,)}
     rows = {row.site: row for row in rana_fx.explain(model, batches()[0]).rows}
-    share = plan.adapters[0].kept / FFN
-    assert [rows[name].action for name in ("gates.0", "ups.0", "downs.0")] == ["dense", "gated", "gated"]
-    assert rows["gates.0"].detail == "it tells which neurons downs.0 needs: it stays dense" and rows["gates.0"].flops == 1
+    share = cuts[0].kept / FFN
+    gate = "neuron" if recipe.gates else "dense"
+    assert [rows[name].action for name in ("gates.0", "ups.0", "downs.0")] == [gate, "gated", "gated"]
+    dense = rows["gates.0"].detail == "it tells which neurons downs.0 needs: it stays dense" and rows["gates.0"].flops == 1
+    assert dense == (not recipe.gates)
     assert rows["ups.0"].detail == "rows of neurons that downs.0 drops are not needed"
     assert f"{share * FFN:.1f} of {FFN} kept by the output of gates.0" in rows["downs.0"].detail
     assert rows["ups.0"].flops == rows["downs.0"].flops == pytest.approx(share)
@@ -88,6 +93,7 @@ def test_one_fraction_for_all_may_be_a_cut_in_every_block():
     problem = problem_of(seeded(activation=relu), budget=0.3)
     with torch.no_grad():
         made = replace(MASKS_AND_CUTS, allocations=("fraction",)).solve(problem)
+    # which is too much here
     assert {adapter.kind for adapter in made} == {"neuron"}
 
 
