@@ -23,7 +23,7 @@ _ROWS = 1024  # at a time
 
 
 class Cast:
-    """Adapters of one block. ``kept``, ``router_kept``: sums over the rows seen, by adapter."""
+    """Adapters of one block. ``kept``, ``router_kept``, ``exact_kept``: sums over the rows seen, by adapter."""
 
     def __init__(self, problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> None:
         self._problem, self._block = problem, block
@@ -34,6 +34,7 @@ class Cast:
         assert not outside, f"not of the block: {outside}"
         self.kept: dict[str, float] = {}
         self.router_kept: dict[str, float] = {}
+        self.exact_kept: dict[str, float] = {}
 
     def output(self, x_TI: Tensor) -> Tensor:
         """Of the block, biases included."""
@@ -77,7 +78,12 @@ class Cast:
             v = v - adapter.shift
         self._count(self.kept, adapter, v.square() >= adapter.tau)
         weight = self._problem.matrix(adapter.sites).t() if own else unpack(adapter.weight, adapter.weight_scale)
-        return masked_gemv(v, adapter.tau, weight, None if bias is None else bias.float())
+        y = masked_gemv(v, adapter.tau, weight, None if bias is None else bias.float())
+        if adapter.exact_tau is None:
+            return y
+        large = y >= adapter.exact_tau
+        self._count(self.exact_kept, adapter, large)
+        return torch.where(large, linear(x_TI, self._problem.matrix(adapter.sites), self._problem.bias(adapter.sites)), y)
 
     @staticmethod
     def _count(sums: dict[str, float], adapter: Adapter, mask: Tensor) -> None:
@@ -96,6 +102,7 @@ def score(problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> tup
         error += float(moved.square().sum(dtype=torch.float64))
     total = cost = problem.size(block.sites)
     for adapter in cast.adapters:
-        means = [sums[adapter.name] / len(rows) if adapter.name in sums else None for sums in (cast.kept, cast.router_kept)]
+        counted = (cast.kept, cast.router_kept, cast.exact_kept)
+        means = [sums[adapter.name] / len(rows) if adapter.name in sums else None for sums in counted]
         cost += adapter.cost(problem.metric, *means) - (adapter.dense_flops if problem.metric == "flops" else adapter.dense_bytes)
     return error / max(energy, 1e-30), cost / total

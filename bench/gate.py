@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
     """Relative RMSE; infinite where a value is not finite."""
     wide = expected.double()
     error = float((got.double() - wide).norm() / wide.norm())
-    return error if error == error else float("inf")
+    return error if error == error else inf
 
 
 def expect(run: Callable[[], Tensor], model: nn.Module, plan: Plan | None, *, dtype: torch.dtype, seed: int = 0) -> Expected:
@@ -89,7 +90,7 @@ def judge(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, l
     with fixed_masks(plan, seed=seed):
         fixed_error = relative(run(), expected.fixed)
     allowed = _TIMES_NOISE * max(expected.noise, limit)
-    within = masked_error <= allowed if allowed <= _MEANINGFUL else masked_error < float("inf")
+    within = masked_error <= allowed if allowed <= _MEANINGFUL else masked_error < inf
     return Verdict(
         passed=fixed_error <= limit and within,
         masked_error=masked_error,
@@ -102,19 +103,22 @@ def judge(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, l
 
 @contextmanager
 def fixed_masks(plan: Plan, *, seed: int) -> Iterator[None]:
-    """Thresholds of the attached plan, in place: 0 with the probability of the density, else infinity."""
-    masks = [(adapter.tau, adapter.density) for adapter in plan.adapters]
+    """Thresholds of the attached plan, in place: 0 with the probability of the density, else infinity; on outputs, which may be
+    negative, minus infinity for 0.
+    """
+    masks = [(adapter.tau, adapter.density, 0.0) for adapter in plan.adapters]
     # in front of routers
-    masks += [(adapter.router_tau, adapter.router_density) for adapter in plan.adapters if adapter.router_tau is not None]
-    saved = [tau.clone() for tau, _ in masks]
+    masks += [(adapter.router_tau, adapter.router_density, 0.0) for adapter in plan.adapters if adapter.router_tau is not None]
+    masks += [(adapter.exact_tau, adapter.exact_density, -inf) for adapter in plan.adapters if adapter.exact_tau is not None]
+    saved = [tau.clone() for tau, _, _ in masks]
     try:
-        for index, (tau, density) in enumerate(masks):
+        for index, (tau, density, always) in enumerate(masks):
             generator = torch.Generator(tau.device).manual_seed(seed + index)
             draw = torch.rand(tau.shape, generator=generator, device=tau.device)
-            tau.copy_(torch.where(draw < density, 0.0, float("inf")))
+            tau.copy_(torch.where(draw < density, always, inf))
         yield
     finally:
-        for (tau, _), old in zip(masks, saved, strict=True):
+        for (tau, _, _), old in zip(masks, saved, strict=True):
             tau.copy_(old)
 
 

@@ -107,8 +107,8 @@ def measured(
         for rule, leading in rules.items():
             troupe = Troupe(stage, layout, plan.adapters)
             more = _losses(stage, text, troupe, leading) - dense
-            kept, router = troupe.means("kept"), troupe.means("router_kept")
-            budget = plan.expected_budget(plan.metric, kept=kept, router_kept=router)
+            kept, router, exact = (troupe.means(part) for part in ("kept", "router_kept", "exact_kept"))
+            budget = plan.expected_budget(plan.metric, kept=kept, router_kept=router, exact_kept=exact)
             row = {"rule": rule, "dense_positions": leading, "measured": budget}
             row["cost"] = budget + (1 - budget) * leading / context
             for name, window in (("delta", places >= 0), ("second_half", places >= context // 2)):

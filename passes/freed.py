@@ -41,8 +41,8 @@ def _unread(node: fx.Node) -> bool:
 
 
 def _replaced(match: Match, weight: str) -> bool:
-    """Whether every linear of a weight, also those in other graphs, has an adapter that brings its own."""
+    """Whether every linear of a weight, also those in other graphs, has an adapter that brings its own and reads no other."""
     plan = match.attachment.plan
     sites = {record.name for record in plan.sites if base_name(record.name) == weight}
-    own = {site for adapter in plan.adapters if adapter.weight is not None for site in adapter.sites}
+    own = {site for adapter in plan.adapters if not adapter.reads_model for site in adapter.sites}
     return sites <= own and not any(base_name(skip.site) == weight for skip in plan.skips)

@@ -11,11 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from rana_fx.adapters import Adapter
 from rana_fx.attachment import Attachment, attachment_of
-from rana_fx.graph import row_source, shape_of
+from rana_fx.graph import row_source, shape_of, value_of
 from rana_fx.kernels.config import MAX_TOKENS
 from rana_fx.option import attachment_for
 from rana_fx.plan import Plan
@@ -92,6 +93,13 @@ def match_plan(
     )
     missing = scan.linears[0].name if scan.linears and not attachments else None
     return Matches(scan, tuple(attachments), found, missing)
+
+
+def gradients_flow(match: Match, node: fx.Node) -> bool:
+    """Whether a node of the traced graph, or what a rewrite puts in its place, has a backward pass."""
+    value = value_of(node)
+    flows = isinstance(value, torch.Tensor) and value.requires_grad
+    return torch.is_grad_enabled() and (flows or any(factor.requires_grad for factor in match.attachment.factors.parameters()))
 
 
 def _at_most(x: fx.Node, tokens: int) -> bool:

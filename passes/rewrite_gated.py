@@ -23,7 +23,7 @@ from rana_fx.graph import is_pointwise, is_reshape, is_row_view, op_name, shape_
 from rana_fx.kernels.ops import masked_gemv, masked_rows
 from rana_fx.kernels.reference import kept
 from rana_fx.passes.emit import Emitter, dtype_of
-from rana_fx.passes.match import Match
+from rana_fx.passes.match import Match, gradients_flow
 from rana_fx.passes.stacked import Factors, cast
 from rana_fx.sites import Linear, operands_of
 
@@ -75,8 +75,7 @@ def _chain_to_up(product: fx.Node, masked: fx.Node, match: Match) -> list[fx.Nod
     value = value_of(product)
     if len(others) != 1 or product.kwargs or written(product) is not None or not isinstance(value, torch.Tensor):
         return []
-    trained = any(factor.requires_grad for factor in match.attachment.factors.parameters())
-    if torch.is_grad_enabled() and (value.requires_grad or trained):
+    if gradients_flow(match, product):
         return []
     node: object = others[0]
     chain: list[fx.Node] = []

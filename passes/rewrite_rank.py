@@ -5,6 +5,7 @@
     z = rana.router(x, B, B_scale); y = rana.masked_gemv(z - shift, tau, At, c, At_scale); q, k, v = y[..., :a], ...
   or, where the router is masked by its input and stored transposed,
     z = rana.masked_gemv(x, router_tau, B^T, None, B_scale); ...
+  and, where the adapter has thresholds on its outputs, large ones are computed again (``exact_rows``).
 
 RaNA Algorithm 3. One router serves all linears of the adapter that read one tensor. Where only some of them are in
 the graph, each takes its own columns of At (``stacked``).
@@ -17,6 +18,7 @@ from torch import fx
 
 from rana_fx.kernels.ops import masked_gemv, router
 from rana_fx.passes.emit import Emitter, dtype_of
+from rana_fx.passes.exact_rows import exact_rows
 from rana_fx.passes.match import Match
 from rana_fx.passes.stacked import Factors, cast, products, shifted
 
@@ -32,7 +34,7 @@ def rewrite_rank(graph_module: fx.GraphModule, match: Match) -> int:
     z = cast(emit, _router(emit, match, factors, wanted), wanted)
     outs = products(emit, match, factors, shifted(emit, factors, z))
     for linear, out in outs.items():
-        linear.node.replace_all_uses_with(out)
+        linear.node.replace_all_uses_with(exact_rows(graph_module, match, linear, out))
         graph_module.graph.erase_node(linear.node)
     return len(outs)
 

@@ -13,6 +13,11 @@ may itself be masked by its input (hybrid): it then lies input-major, so that an
     z = masked_gemv(x, router_tau, router, None, router_scale, router_density)
 
 With ``shift``, v = z - shift (or x - shift) is what is masked and multiplied, and c contains what the shift leaves out, W mu.
+
+A rank or static adapter of one linear may correct itself. In front of an activation that is near zero for negative inputs (GELU,
+SiLU, ReLU) only large outputs matter: those are computed anew from the model's own W and b, reading these rows of W alone,
+
+    y_j = (W x + b)_j   where y_j >= exact_tau_j
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from rana_fx.kernels.quantize import bits_of, shape_of
 Kind = Literal["rank", "static", "neuron", "gated", "stored"]
 
 MATRICES = ("router", "weight")
-TENSORS = ("tau", "router", "router_scale", "router_tau", "weight", "weight_scale", "bias", "shift")
+TENSORS = ("tau", "router", "router_scale", "router_tau", "weight", "weight_scale", "bias", "shift", "exact_tau")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +43,8 @@ class Adapter:
 
     Invariants, checked when it is made: a router needs a weight; "rank" and "static" have a router, the others have none;
     "stored" has a weight, "gated" has neither weight nor shift; scales are there for what is quantised and nothing else;
-    ``router_tau`` and ``router_kept`` come together; a shift needs the bias that holds what it leaves out.
+    ``router_tau`` and ``router_kept`` come together; a shift needs the bias that holds what it leaves out; ``exact_tau`` and
+    ``exact_kept`` come together, too, and only where a "rank" or "static" adapter has one site and no shift.
 
     Args:
         ranks: rows of Wt: ranks of a router, inputs where there is none.
@@ -54,6 +60,8 @@ class Adapter:
         router_scale, weight_scale: of a router or weight in 8 or 4 bits, as ``quantize.pack`` gives them.
         router_tau: thresholds on x^2, fp32, (in,), in front of the router. router_kept: expected number of inputs it keeps.
         shift: (ranks,), subtracted from v before the mask, in the model's dtype.
+        exact_tau: thresholds on y, c included, fp32, (out,): from there on an output is the model's own. Infinity: never, minus
+            infinity: always. exact_kept: expected number of such outputs per token.
     """
 
     name: str
@@ -77,6 +85,8 @@ class Adapter:
     router_tau: Tensor | None = None
     router_kept: float | None = None
     shift: Tensor | None = None
+    exact_tau: Tensor | None = None
+    exact_kept: float | None = None
 
     def __post_init__(self) -> None:
         assert self.sites and self.ranks > 0 and 0 <= self.kept <= self.ranks, self.name
@@ -108,6 +118,18 @@ class Adapter:
         else:
             _check(self, "router_scale", "a scale", self.router_scale is None, "None: there is no router")
         _check_vector(self, "shift", self.ranks)
+        self._check_exact()
+
+    def _check_exact(self) -> None:
+        assert (self.exact_tau is None) == (self.exact_kept is None), f"{self.name}: exact_tau and exact_kept come together"
+        if self.exact_kept is None:
+            return
+        assert self.kind in ("rank", "static"), f"{self.name}: a {self.kind} adapter has no outputs to make exact"
+        assert len(self.sites) == 1, f"{self.name}: exact outputs are those of one linear"
+        assert self.shift is None, f"{self.name}: exact outputs beside a shift"
+        assert self.out is not None
+        _check_vector(self, "exact_tau", self.out, torch.float32)
+        assert 0 <= self.exact_kept <= self.out, f"{self.name}: exact_kept"
 
     @property
     def density(self) -> float:
@@ -133,23 +155,40 @@ class Adapter:
         """Expected fraction of inputs the router reads: 1 where nothing masks them."""
         return 1.0 if self.router_kept is None else self.router_kept / self.width
 
+    @property
+    def exact_density(self) -> float:
+        """Expected fraction of outputs that are computed from the model's own weight: 0 where none can be."""
+        return 0.0 if self.exact_kept is None or self.out is None else self.exact_kept / self.out
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether it multiplies by the model's own weight, or by rows of it: that weight cannot be freed."""
+        return self.weight is None or self.exact_tau is not None
+
     def bits(self) -> dict[str, int]:
         """Bits per number of each matrix it stores: ``{"router": 8, "weight": 16}``."""
         found = {key: getattr(self, key) for key in MATRICES}
         return {key: bits_of(value) for key, value in found.items() if value is not None}
 
-    def cost(self, metric: str, kept: float | None = None, router_kept: float | None = None) -> float:
+    def cost(
+        self, metric: str, kept: float | None = None, router_kept: float | None = None, exact_kept: float | None = None
+    ) -> float:
         """Cost per token in ``metric`` ("flops" or "bytes").
 
         Without further arguments what the maker said (``flops``, ``bytes``). With ``kept``, counted from what is stored: the
-        router's rows that are read, and of each of ``kept`` ranks a row of the weight, scales included.
+        router's rows that are read, of each of ``kept`` ranks a row of the weight, scales included, and ``exact_kept`` rows of
+        the model's own.
         """
-        if kept is None and router_kept is None:
+        dense = self.dense_flops if metric == "flops" else self.dense_bytes
+        if kept is None and router_kept is None and exact_kept is None:
             return self.flops if metric == "flops" else self.bytes
         kept = self.kept if kept is None else kept
         if self.weight is None:
-            return (self.dense_flops if metric == "flops" else self.dense_bytes) * kept / self.ranks
-        return self.fixed(metric, router_kept) + self._uses * kept * _row(self.weight, self.weight_scale, metric)
+            return dense * kept / self.ranks
+        exact = 0.0
+        if self.exact_kept is not None:
+            exact = (self.exact_kept if exact_kept is None else exact_kept) * dense / shape_of(self.weight, self.weight_scale)[1]
+        return self.fixed(metric, router_kept) + self._uses * kept * _row(self.weight, self.weight_scale, metric) + exact
 
     def fixed(self, metric: str, router_kept: float | None = None) -> float:
         """The part of the cost that does not depend on ``tau``: the router's, when it keeps ``router_kept`` inputs."""

@@ -25,7 +25,7 @@ from rana_fx.running import bare, device_of, weights_of
 from rana_fx.weights import base_name
 
 MODULE = "rana_fx"
-FIXED = ("tau", "router_tau", "router_scale", "weight_scale")  # floating, and yet neither trained nor cast
+FIXED = ("tau", "router_tau", "router_scale", "weight_scale", "exact_tau")  # floating, and yet neither trained nor cast
 
 
 class Factors(nn.Module):
@@ -131,9 +131,10 @@ def renew(model: nn.Module) -> None:
 def attach(model: nn.Module, plan: Plan) -> None:
     """Attach ``plan`` to ``model``; replaces a plan that is attached. Functions compiled before recompile by themselves.
 
-    Weights of the model that the plan skips columns of (neuron adapters without a weight of their own) are stored by columns
-    from then on: values, shapes and memory stay, strides change, and ``detach`` changes them back. (Libraries that save tensors
-    as they lie, such as safetensors, want ``.contiguous()`` ones; ``save_pretrained`` sees to that.)
+    Weights of the model that the plan skips columns of (neuron adapters without a weight of their own; exact outputs, where the
+    weight is stored (in, out)) are stored by columns from then on: values, shapes and memory stay, strides change, and ``detach``
+    changes them back. (Libraries that save tensors as they lie, such as safetensors, want ``.contiguous()`` ones;
+    ``save_pretrained`` sees to that.)
 
     A ``copy.deepcopy`` of the model is adapted, too; a pickled and loaded one (or one whose Parameters were replaced) is
     not: attach the plan again. ``state_dict`` includes the factors, as ``rana_fx.*``: ``detach`` first for one without.
@@ -161,7 +162,10 @@ def place(model: nn.Module, plan: Plan, *, copy: bool = True) -> None:
     for record in plan.sites:
         weight = base_name(record.name)
         names[id(parameters[weight])] = weight
-    own = (site for adapter in plan.adapters if adapter.weight is None for site in adapter.sites)
+    own = {site for adapter in plan.adapters if adapter.weight is None for site in adapter.sites}
+    # an output computed exactly reads its row of W, which is a column of a weight that is stored (in, out)
+    transposed = {record.name for record in plan.sites if record.transposed}
+    own |= {site for adapter in plan.adapters if adapter.exact_tau is not None for site in adapter.sites} & transposed
     with torch.inference_mode(False):  # what is made inside it could never be trained
         attachment = Attachment(plan, Factors(plan, device_of(model), parameters, copy=copy), names)
         relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from rana_fx._backend import rewrite
 from rana_fx.attachment import attached
 from rana_fx.errors import NoPlan
-from rana_fx.kernels.ops import masked_gemv
+from rana_fx.kernels.ops import masked_gemv, masked_rows
 from rana_fx.kernels.reference import kept
 from rana_fx.plan import Plan
 from rana_fx.running import bare, call, device_of, evaluating, mask_of, observing, padding_masks, real_rows, to_device
@@ -27,7 +27,8 @@ from rana_fx.running import bare, call, device_of, evaluating, mask_of, observin
 class Measurement:
     """Over ``tokens`` real tokens: kept fraction per adapter, and cost per token over the dense model's.
 
-    ``router_density``: the fraction of its inputs that a masked router reads, for adapters that have one.
+    ``router_density``: the fraction of its inputs that a masked router reads, for adapters that have one. ``exact_density``: the
+    fraction of its outputs that are computed exactly, likewise.
     """
 
     tokens: int
@@ -35,6 +36,7 @@ class Measurement:
     budget_flops: float
     budget_bytes: float
     router_density: dict[str, float]
+    exact_density: dict[str, float]
 
 
 class Meter:
@@ -44,7 +46,7 @@ class Meter:
         self._model, self._prefill = model, prefill
         self._plan = plan
         self._compiled = torch.compile(model, backend=self._backend)
-        # by name and part of the adapter: "tau" masks its ranks, "router_tau" what its router reads
+        # by name and part of the adapter: "tau" masks its ranks, "router_tau" what its router reads, "exact_tau" its outputs
         self._kept: dict[tuple[str, str], float] = {}
         self._rows: dict[tuple[str, str], int] = {}
         self._masks: dict[str, Tensor] = {}
@@ -65,32 +67,38 @@ class Meter:
         mean = {key: self._kept[key] / self._rows[key] for key in self._kept if self._rows[key]}
         kept = {name: value for (name, part), value in mean.items() if part == "tau"}
         inputs = {name: value for (name, part), value in mean.items() if part == "router_tau"}
+        exact = {name: value for (name, part), value in mean.items() if part == "exact_tau"}
         adapters = {adapter.name: adapter for adapter in self._plan.adapters}
+        outs = {adapter.name: adapter.out for adapter in self._plan.adapters}
         return Measurement(
             tokens=max(self._rows.values(), default=0),
             density={name: value / adapters[name].ranks for name, value in kept.items()},
-            budget_flops=self._plan.expected_budget("flops", kept=kept, router_kept=inputs),
-            budget_bytes=self._plan.expected_budget("bytes", kept=kept, router_kept=inputs),
+            budget_flops=self._plan.expected_budget("flops", kept=kept, router_kept=inputs, exact_kept=exact),
+            budget_bytes=self._plan.expected_budget("bytes", kept=kept, router_kept=inputs, exact_kept=exact),
             router_density={name: value / adapters[name].width for name, value in inputs.items()},
+            exact_density={name: value / (outs[name] or 1) for name, value in exact.items()},
         )
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         rewrite(gm, example_inputs, prefill=self._prefill)
         counted: set[tuple[fx.Node, str, str]] = set()
         for node in list(gm.graph.nodes):
-            if node.target is not masked_gemv:
-                continue
-            name, part = node.meta["rana_adapter"], node.meta.get("rana_part", "tau")
-            if (node.args[0], name, part) not in counted:
-                counted.add((node.args[0], name, part))
+            name, part = node.meta.get("rana_adapter"), node.meta.get("rana_part", "tau")
+            exact = node.target is masked_rows and part == "exact_tau"
+            # what masks: v by its thresholds, or outputs by a gate of zeros and ones
+            mask = node.args[1] if exact else node.args[0] if node.target is masked_gemv else None
+            if mask is not None and (mask, name, part) not in counted:
+                counted.add((mask, name, part))
+                given = (mask,) if exact else node.args[:2]
                 with gm.graph.inserting_before(node):
-                    gm.graph.call_function(self._count, ((name, part), node.args[0], node.args[1]))
+                    gm.graph.call_function(self._count, ((name, part), *given))
         gm.recompile()
         return gm.forward
 
-    def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor) -> None:
+    def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor | None = None) -> None:
+        """Of v what ``tau`` keeps, or what is not zero."""
         rows = real_rows(v, mask_of(v, self._masks))
-        self._kept[key] = self._kept.get(key, 0.0) + float(kept(rows, tau).sum())
+        self._kept[key] = self._kept.get(key, 0.0) + float((rows != 0 if tau is None else kept(rows, tau)).sum())
         self._rows[key] = self._rows.get(key, 0) + len(rows)
 
 

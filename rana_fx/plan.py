@@ -76,16 +76,19 @@ class Plan:
         *,
         kept: Mapping[str, float] | None = None,
         router_kept: Mapping[str, float] | None = None,
+        exact_kept: Mapping[str, float] | None = None,
     ) -> float:
         """Cost per token over the dense cost.
 
         Args:
             kept: mean kept ranks by adapter name; default as calibrated. router_kept: mean inputs that masked routers keep.
+                exact_kept: mean outputs computed exactly.
         """
         metric = metric or self.metric
         dense = sum(site.cost(metric) for site in self.sites if site.counted)
+        counts = [means or {} for means in (kept, router_kept, exact_kept)]
         change = sum(
-            adapter.cost(metric, (kept or {}).get(adapter.name), (router_kept or {}).get(adapter.name))
+            adapter.cost(metric, *(means.get(adapter.name) for means in counts))
             - (adapter.dense_flops if metric == "flops" else adapter.dense_bytes)
             for adapter in self.adapters
         )
@@ -142,7 +145,7 @@ class Plan:
         lines += [f"  note: {text}" for text in self.remarks()]
         for adapter in self.adapters:
             error = "" if adapter.error is None else f", error {adapter.error:.4f}"
-            lines.append(f"  {adapter.name}: {adapter.kind}, {adapter.kept:.1f} of {adapter.ranks} kept{storage(adapter)}{error}")
+            lines.append(f"  {adapter.name}: {adapter.kind}, {adapter.kept:.1f} of {adapter.ranks} kept{details(adapter)}{error}")
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
@@ -170,15 +173,19 @@ def load_plan(path: str | Path) -> Plan:
 def adapter_facts(adapter: Adapter) -> dict[str, Any]:
     """An adapter's facts without tensors."""
     facts = {field.name: getattr(adapter, field.name) for field in fields(adapter) if field.name not in TENSORS}
+    if adapter.exact_kept is None:
+        del facts["exact_kept"]  # so that plans from before there were exact outputs keep their digest
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
 
-def storage(adapter: Adapter) -> str:
-    """How its matrices are stored and what masks its router, for people: ", router 8 bit, factors 16 bit"."""
+def details(adapter: Adapter) -> str:
+    """How its matrices are stored, what masks its router and which outputs are exact, for people: ", router 8 bit, ..."."""
     names = {"router": "router", "weight": "factors" if adapter.router is not None else "weights"}
     parts = [f"{names[key]} {bits} bit" for key, bits in adapter.bits().items()]
     if adapter.router_kept is not None:
         parts.insert(1, f"which reads {adapter.router_kept:.1f} of {adapter.width} inputs")
+    if adapter.exact_kept is not None:
+        parts.append(f"{adapter.exact_kept:.1f} of {adapter.out} outputs exact")
     return "".join(f", {part}" for part in parts)
 
 

@@ -25,7 +25,8 @@ from rana_fx.errors import BadOperand, PlanFileError, PlanVersion, PlanWriteErro
 from rana_fx.plan import Plan, SiteRecord
 from rana_fx.sites import Skip
 
-FORMAT = 2  # 2: factors in 8 and 4 bits, weights of neuron adapters, masked routers, shifts
+FORMAT = 3  # 3: exact outputs of rank adapters
+BEFORE = 2  # factors in 8 and 4 bits, weights of neuron adapters, masked routers, shifts; written where no output is exact
 HEADER = "plan.json"
 
 
@@ -44,6 +45,7 @@ class _AdapterFacts:
     gate: str | None
     also: tuple[str, ...]
     router_kept: float | None
+    exact_kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ _SCHEMA = pydantic.TypeAdapter(_Facts)
 def write(plan: Plan, folder: Path) -> None:
     """Write atomically. Raises PlanWriteError."""
     tensors = {f"{i}.{key}": value.cpu().contiguous() for i, a in enumerate(plan.adapters) for key, value in a.tensors().items()}
-    content = safetensors.torch.save(tensors, metadata={"rana_fx": str(FORMAT)})
+    number = FORMAT if any(adapter.exact_tau is not None for adapter in plan.adapters) else BEFORE
+    content = safetensors.torch.save(tensors, metadata={"rana_fx": str(number)})
     name = f"plan-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    header = {"format": FORMAT, "digest": plan.digest(), "tensors": name, "plan": plan.to_dict()}
+    header = {"format": number, "digest": plan.digest(), "tensors": name, "plan": plan.to_dict()}
     created = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +143,7 @@ def _parse(folder: Path, content: bytes) -> Plan:
         raise PlanFileError(path=folder / HEADER, reason=f"it is not JSON ({error})") from error
     if not isinstance(header, dict) or "format" not in header:
         raise PlanFileError(path=folder / HEADER, reason="it has no format number")
-    if header["format"] != FORMAT:
+    if header["format"] not in (BEFORE, FORMAT):
         newer = isinstance(header["format"], int) and header["format"] > FORMAT
         todo = "Upgrade rana_fx." if newer else "Make the plan again with rana_fx.adapt."
         raise PlanVersion(path=folder, got=header["format"], expected=FORMAT, todo=todo)

@@ -9,7 +9,8 @@
     "factors"    as "masked"                                        r * (in + out); the dense weight is freed, for good
 
 A product of many tokens reads every row, so that a mask saves nothing there and only the rank does. Adapters that multiply by the
-model's own weight (neuron, gated) cost what the dense linear costs, take no memory, and keep their weight in every mode.
+model's own weight (neuron, gated) cost what the dense linear costs, take no memory, and keep their weight in every mode. So does
+the weight that exact outputs are computed from, which make an adapter dearer than dense in a prompt whatever its rank.
 """
 
 from __future__ import annotations
@@ -46,14 +47,16 @@ def memory_of(plan: Plan) -> Memory:
         record.name: record.out_features * record.in_features * getattr(torch, record.dtype).itemsize for record in plan.sites
     }
     factors = sum(value.numel() * value.element_size() for adapter in plan.adapters for value in adapter.tensors().values())
-    replaced = sum(sizes[site] for adapter in plan.adapters if adapter.weight is not None for site in adapter.sites)
+    replaced = sum(sizes[site] for adapter in plan.adapters if not adapter.reads_model for site in adapter.sites)
     return Memory(sum(sizes.values()), factors, replaced)
 
 
 def costs_more(plan: Plan, adapter: Adapter) -> bool:
-    """Whether its factors, unmasked, take more multiply-adds than the linears they replace."""
+    """Whether what it multiplies by, unmasked, takes more multiply-adds than the linears it replaces."""
     if adapter.router is None:
         return False
+    if adapter.exact_tau is not None:
+        return True  # among many tokens every output is exact for some: the whole weight, and the factors
     sites = [record for record in plan.sites if record.name in adapter.sites]
     inputs, outputs = sites[0].in_features, sum(record.out_features for record in sites)
     return adapter.ranks * (inputs + outputs) > inputs * outputs

@@ -13,7 +13,7 @@ from torch import nn
 from rana_fx.attachment import attached
 from rana_fx.calibrate import calibrate
 from rana_fx.layout import Site
-from rana_fx.plan import Plan, storage
+from rana_fx.plan import Plan, details
 from rana_fx.prefill import MODES, costs_more, memory_of, tokens_masked
 from rana_fx.running import bare
 
@@ -128,7 +128,7 @@ def _row(site: Site, plan: Plan | None) -> Row:
         return Row(site.name, site.role, site.op, shape, "dense", reason, 1.0, 1.0, None)
     detail = f"{adapter.kept:.1f} of {adapter.ranks} kept"
     detail += f" by the output of {adapter.gate}" if adapter.gate is not None else ""
-    detail += storage(adapter)
+    detail += details(adapter)
     if len(adapter.sites) > 1:
         detail += f", {'input' if adapter.router is None else 'router'} shared by {len(adapter.sites)}"
     if adapter.error is not None:

@@ -80,6 +80,8 @@ def _sites(plan: Plan, measured: Measurement) -> list[dict[str, Any]]:
             "density_measured": measured.density.get(adapter.name),
             "router_density_expected": adapter.router_density if adapter.router_tau is not None else None,
             "router_density_measured": measured.router_density.get(adapter.name),
+            "exact_density_expected": adapter.exact_density if adapter.exact_tau is not None else None,
+            "exact_density_measured": measured.exact_density.get(adapter.name),
         }
         for adapter in plan.adapters
         for site in adapter.sites
@@ -87,10 +89,12 @@ def _sites(plan: Plan, measured: Measurement) -> list[dict[str, Any]]:
 
 
 def _columns(sites: list[dict[str, Any]]) -> list[str]:
-    """With what masked routers read of their inputs, where there are such."""
+    """With what masked routers read of their inputs, and how many outputs are exact, where there are such."""
     columns = ["site", "kind", "ranks", "density expected", "density measured"]
-    masked = any(row["router_density_expected"] is not None for row in sites)
-    return [*columns, "router density expected", "router density measured"] if masked else columns
+    for part in ("router", "exact"):
+        if any(row[f"{part}_density_expected"] is not None for row in sites):
+            columns += [f"{part} density expected", f"{part} density measured"]
+    return columns
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:

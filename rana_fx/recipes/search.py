@@ -169,8 +169,8 @@ class _Search:
             if not made:
                 spent += points[unit].cost  # what is left of it is dense
             for adapter in made:
-                kept, router = outcome.kept.get(adapter.name), outcome.router_kept.get(adapter.name)
-                spent += adapter.cost(self._problem.metric, kept, router)
+                means = (outcome.kept, outcome.router_kept, outcome.exact_kept)
+                spent += adapter.cost(self._problem.metric, *(found.get(adapter.name) for found in means))
         return spent
 
     def _unreachable(self, lowest: float, why: str) -> BudgetUnreachable:
@@ -184,12 +184,13 @@ class _Search:
 
 
 def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
-    """With the ranks and inputs that it kept in the adapted model."""
+    """With the ranks, inputs and exact outputs that it kept in the adapted model."""
     if adapter.name not in outcome.kept:
         return adapter  # a layer that no held-out batch reached
     kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
-    flops, weight_bytes = (adapter.cost(metric, kept, router) for metric in ("flops", "bytes"))
-    return replace(adapter, kept=kept, router_kept=router, flops=flops, bytes=weight_bytes)
+    exact = outcome.exact_kept.get(adapter.name)
+    flops, weight_bytes = (adapter.cost(metric, kept, router, exact) for metric in ("flops", "bytes"))
+    return replace(adapter, kept=kept, router_kept=router, exact_kept=exact, flops=flops, bytes=weight_bytes)
 
 
 def _surcharge(whole: _Found, apart: _Found) -> float:

@@ -23,11 +23,14 @@ from rana_fx.sensitivity import divergence
 
 @dataclass(frozen=True)
 class Outcome:
-    """Means over tokens: kept ranks and router inputs by adapter, and the divergence of the outputs from the dense model's."""
+    """Means over tokens: kept ranks, router inputs and exact outputs by adapter, and the divergence of the model's outputs from
+    the dense model's.
+    """
 
     kept: dict[str, float]
     router_kept: dict[str, float]
     divergence: float
+    exact_kept: dict[str, float]
 
 
 class Troupe:
@@ -69,6 +72,10 @@ class Troupe:
         if bias is None and adapter.weight is None and any(site.bias is not None for site in sites):
             bias = torch.cat([first.new_zeros(s.out_features) if s.bias is None else s.bias.detach() for s in sites])
         vectors = {"tau": adapter.tau, "router_tau": adapter.router_tau, "bias": bias, "shift": adapter.shift}
+        if adapter.exact_tau is not None:  # it has one site
+            matrices["exact"] = (sites[0].view.detach(), None)
+            own = sites[0].bias
+            vectors |= {"exact_tau": adapter.exact_tau, "exact_bias": None if own is None else own.detach()}
         self._parts[adapter.name] = {key: _on(value, first) for key, value in vectors.items()}
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -99,7 +106,7 @@ class Troupe:
         parts, matrices = self._parts[adapter.name], self._matrices[adapter.name]
         tau, dtype = parts["tau"], self._dtype[adapter.name]
         assert tau is not None
-        v = x.to(dtype)
+        given = v = x.to(dtype)
         self.tokens[adapter.name] = self.tokens.get(adapter.name, 0) + len(self._stage.real(v))
         if "router" in matrices:
             # what is stored in few bits is unpacked here and dropped: all of a model at once would be a second model
@@ -115,15 +122,28 @@ class Troupe:
         else:
             v = self._masked(adapter.name, "kept", v, tau)
         out = v @ unpack(*matrices["weight"], dtype)
-        return out if parts["bias"] is None else out + parts["bias"].to(out.dtype)
+        out = out if parts["bias"] is None else out + parts["bias"].to(out.dtype)
+        return out if "exact" not in matrices else self._exact(adapter.name, given, out)
+
+    def _exact(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y with the model's own outputs in the place of those that reach their thresholds, counted."""
+        parts, (matrix, _) = self._parts[name], self._matrices[name]["exact"]
+        tau, bias = parts["exact_tau"], parts["exact_bias"]
+        assert tau is not None
+        mask = y >= tau
+        self._count(name, "exact_kept", mask)
+        return torch.where(mask, torch.nn.functional.linear(x, matrix, bias), y)
 
     def _masked(self, name: str, part: str, v: Tensor, tau: Tensor) -> Tensor:
         return self._only(name, part, v, v.float().square() >= tau)
 
     def _only(self, name: str, part: str, v: Tensor, mask: Tensor) -> Tensor:
         """v where the mask is set, counted."""
-        self.sums[name, part] = self.sums.get((name, part), 0.0) + float(self._stage.real(mask).sum())
+        self._count(name, part, mask)
         return torch.where(mask, v, v.new_zeros(()))
+
+    def _count(self, name: str, part: str, mask: Tensor) -> None:
+        self.sums[name, part] = self.sums.get((name, part), 0.0) + float(self._stage.real(mask).sum())
 
     def means(self, part: str) -> dict[str, float]:
         return {name: total / max(1, self.tokens[name]) for (name, which), total in self.sums.items() if which == part}
@@ -139,7 +159,7 @@ def attempt(stage: Stage, layout: Layout, adapters: Sequence[Adapter], batches: 
         if index < len(dense):
             found, count = divergence(output, dense[index], stage)
             moved, rows = moved + found, rows + count
-    return Outcome(troupe.means("kept"), troupe.means("router_kept"), moved / max(1, rows))
+    return Outcome(troupe.means("kept"), troupe.means("router_kept"), moved / max(1, rows), troupe.means("exact_kept"))
 
 
 def _on(value: Tensor | None, like: Tensor) -> Tensor | None:

@@ -36,7 +36,7 @@ def trainable(model: nn.Module, *, what: str = "factors") -> dict[str, nn.Parame
     factors = {f"{MODULE}.{name}": factor for name, factor in found.factors.named_parameters()}
     weights = weights_to_train(model, found)
     dead = {id(weights[name]) for name in replaced(found.plan)}
-    own = {id(weights[base_name(site)]) for adapter in found.plan.adapters if adapter.weight is None for site in adapter.sites}
+    own = {id(weights[base_name(site)]) for adapter in found.plan.adapters if adapter.reads_model for site in adapter.sites}
     chosen = dict(factors)
     for name, parameter in model.named_parameters():
         live = parameter.is_floating_point() and id(parameter) not in dead
@@ -76,8 +76,8 @@ def weights_to_train(model: nn.Module, found: Attachment) -> dict[str, nn.Parame
 
 
 def replaced(plan: Plan) -> set[str]:
-    """Weights, all of whose linears have an adapter with a weight of its own: the adapted model does not read them."""
-    own = {site for adapter in plan.adapters if adapter.weight is not None for site in adapter.sites}
+    """Weights, all of whose linears have an adapter with a weight of its own alone: the adapted model does not read them."""
+    own = {site for adapter in plan.adapters if not adapter.reads_model for site in adapter.sites}
     sites: dict[str, set[str]] = {}
     for record in plan.sites:
         sites.setdefault(base_name(record.name), set()).add(record.name)

@@ -10,6 +10,7 @@ import rana_fx
 from rana_fx.measure import measuring
 from rana_fx.passes.runner import run
 from tests.architectures import build, ids, output
+from tests.null.exact import plan_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -50,6 +51,23 @@ def test_a_decoded_token_of_a_gated_plan_reads_kept_rows(dtype):
     # one kernel per layer, or one for all layers that are alike
     assert "def masked_rows_kernel" in code and code.count("masked_rows_kernel") > 2
     # in bf16 a gate within rounding of its threshold may fall on either side
+    assert relative(output(got), expected) < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoded_token_computes_large_outputs_by_their_rows(dtype):
+    model, batch = build("gpt_neox", 2)
+    model = model.to(dtype)
+    plan = plan_for(model, batch, ("dense_h_to_4h",), ranks=8)
+    rana_fx.attach(model.to("cuda"), plan)
+    batch = {key: value[:1, :1].cuda() for key, value in batch.items()}
+    with measuring(model) as meter:
+        expected = output(meter.run(batch)).clone()
+    assert all(0 < share < 1 for share in meter.result().exact_density.values())
+    with torch.no_grad():
+        got, (code, *_) = run_and_get_code(torch.compile(model, backend=rana_fx.backend), **batch)
+    assert "def masked_rows_kernel" in code and code.count("masked_rows_kernel") > 2
+    # in bf16 an output within rounding of its threshold may fall on either side
     assert relative(output(got), expected) < (1e-4 if dtype == torch.float32 else 0.1)
 
 

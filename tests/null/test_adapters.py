@@ -39,9 +39,20 @@ def row_bytes(columns, bits):
     return {16: 2 * columns, 8: columns + 4, 4: columns / 2 + -(-columns // 64) * 4}[bits]
 
 
-@given(st.sampled_from([16, 8, 4]), st.sampled_from([16, 8, 4]), st.booleans(), st.floats(0, RANKS), st.floats(0, WIDTH))
-def test_costs_are_what_is_read(router_bits, bits, hybrid, kept, inputs):
-    adapter = rank(router_bits, bits, hybrid=hybrid)
+def exact(**changes):
+    return {"exact_tau": torch.zeros(OUT), "exact_kept": 31.5} | changes
+
+
+@given(
+    st.sampled_from([16, 8, 4]),
+    st.sampled_from([16, 8, 4]),
+    st.booleans(),
+    st.floats(0, RANKS),
+    st.floats(0, WIDTH),
+    st.none() | st.floats(0, OUT),
+)
+def test_costs_are_what_is_read(router_bits, bits, hybrid, kept, inputs, rows):
+    adapter = rank(router_bits, bits, hybrid=hybrid, **({} if rows is None else exact()))
     uses = 2  # from the dense cost
     if hybrid:
         flops, read = inputs * RANKS, inputs * row_bytes(RANKS, router_bits)
@@ -49,17 +60,20 @@ def test_costs_are_what_is_read(router_bits, bits, hybrid, kept, inputs):
         flops, read = RANKS * WIDTH, RANKS * row_bytes(WIDTH, router_bits)
     assert adapter.fixed("flops", inputs) == pytest.approx(uses * flops)
     assert adapter.fixed("bytes", inputs) == pytest.approx(uses * read)
-    assert adapter.cost("flops", kept, inputs) == pytest.approx(uses * (flops + kept * OUT))
-    assert adapter.cost("bytes", kept, inputs) == pytest.approx(uses * (read + kept * row_bytes(OUT, bits)))
+    own = 0 if rows is None else rows * WIDTH  # of the model's weight, in 16 bits
+    assert adapter.cost("flops", kept, inputs, rows) == pytest.approx(uses * (flops + kept * OUT + own))
+    assert adapter.cost("bytes", kept, inputs, rows) == pytest.approx(uses * (read + kept * row_bytes(OUT, bits) + 2 * own))
 
 
+@pytest.mark.parametrize("more", [{}, exact()])
 @pytest.mark.parametrize("hybrid", [False, True])
-def test_costed_and_cost_agree(hybrid):
-    adapter = rank(8, 4, hybrid=hybrid).costed()
+def test_costed_and_cost_agree(hybrid, more):
+    adapter = rank(8, 4, hybrid=hybrid, **more).costed()
     for metric, said in (("flops", adapter.flops), ("bytes", adapter.bytes)):
         assert (
             adapter.cost(metric) == said == adapter.cost(metric, adapter.kept) == adapter.cost(metric, None, adapter.router_kept)
         )
+        assert adapter.cost(metric, None, None, adapter.exact_kept) == said
     # what the maker says stays what it says
     assert replace(adapter, bytes=7.0).cost("bytes") == 7.0
 
@@ -84,6 +98,11 @@ def test_storage_says_itself():
     assert made.bits() == {"router": 4, "weight": 8}
     assert (made.width, made.out) == (WIDTH, OUT)
     assert made.router_density == 20.5 / WIDTH
+    assert made.exact_density == 0 and not made.reads_model
+    corrected = rank(**exact())
+    assert corrected.exact_density == 31.5 / OUT and corrected.reads_model
+    assert replace(made, kind="neuron", router=None, router_scale=None, router_tau=None, router_kept=None,
+                   weight=None, weight_scale=None).reads_model  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -96,6 +115,8 @@ def test_storage_says_itself():
         ({"tau": torch.zeros(RANKS, dtype=torch.float64)}, r"a: tau is \(6,\) torch.float64: expected \(6,\) torch.float32"),
         ({"bias": torch.zeros(7)}, r"a: bias is \(7,\) torch.float32: expected \(130,\) floating"),
         ({"bias": torch.zeros(OUT), "shift": torch.zeros(7)}, r"a: shift is \(7,\)"),
+        (exact(exact_tau=torch.zeros(7)), r"a: exact_tau is \(7,\) torch.float32: expected \(130,\) torch.float32"),
+        (exact(exact_tau=torch.zeros(OUT).half()), r"a: exact_tau is \(130,\) torch.float16: expected \(130,\) torch.float32"),
         ({"router_tau": torch.zeros(WIDTH), "router_kept": 3.0}, r"a: router is \(6, 70\): expected 6 columns, input-major"),
         (
             {"kind": "neuron", "router": None, "weight": None, "weight_scale": None},
@@ -118,6 +139,12 @@ def test_what_does_not_belong_together_is_refused(changes, message):
         ({"kind": "gated", "router": None}, "multiplies by the model's own weight"),
         ({"shift": torch.zeros(RANKS)}, "belongs into the bias"),
         ({"router_kept": 3.0}, "come together"),
+        (exact(exact_tau=None), "a: exact_tau and exact_kept come together"),
+        (exact(exact_kept=None), "a: exact_tau and exact_kept come together"),
+        (exact(kind="stored", router=None), "a: a stored adapter has no outputs to make exact"),
+        (exact(sites=("a", "b")), "a: exact outputs are those of one linear"),
+        (exact(bias=torch.zeros(OUT), shift=torch.zeros(RANKS)), "a: exact outputs beside a shift"),
+        (exact(exact_kept=OUT + 1.0), "a: exact_kept"),
         ({"kept": 7.0}, "a"),
     ],
 )
@@ -128,6 +155,7 @@ def test_invariants(changes, message):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_casts_leave_stored_numbers_alone(dtype):
+    assert rank(**exact()).to(dtype).on("cpu").exact_tau.dtype == torch.float32
     before = rank(8, 4, hybrid=True, bias=torch.randn(OUT), shift=torch.randn(RANKS))
     after = before.to(dtype)
     for key in ("tau", "router", "router_scale", "router_tau", "weight", "weight_scale"):

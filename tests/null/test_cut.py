@@ -255,7 +255,7 @@ def test_the_surcharge_is_what_cuts_lose_over_what_was_told(whole, apart, expect
     masks, cuts, moved = whole
     points = {("up",): Point("neuron", 1.0, 1.0, masks), ("down",): Point("gated", 1.0, 1.0, cuts)}
     told = {("up",): Point("neuron", 1.0, 1.0, apart[0])}
-    found = [_Found(given, Outcome({}, {}, value), 1.0) for given, value in ((points, moved), (told, apart[1]))]
+    found = [_Found(given, Outcome({}, {}, value, {}), 1.0) for given, value in ((points, moved), (told, apart[1]))]
     assert _surcharge(*found) == pytest.approx(expected)
 
 

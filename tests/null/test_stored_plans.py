@@ -56,6 +56,8 @@ def plans(draw):
         if draw(st.booleans()):
             fields["bias"] = torch.randn(sum(outs), dtype=model_dtype)
             fields["shift"] = torch.randn(ranks, dtype=model_dtype) if draw(st.booleans()) else None
+        if "router" in fields and len(outs) == 1 and fields.get("shift") is None and draw(st.booleans()):
+            fields["exact_tau"], fields["exact_kept"] = torch.randn(outs[0]), draw(st.floats(0, outs[0]))
         adapters.append(
             Adapter(
                 name="+".join(names),
@@ -84,7 +86,7 @@ def test_round_trip_is_bit_identical(plan):
         for key, value in ours.tensors().items():
             assert value.dtype == theirs.tensors()[key].dtype
             assert torch.equal(value, theirs.tensors()[key]), key
-        assert theirs.router_kept == ours.router_kept
+        assert (theirs.router_kept, theirs.exact_kept) == (ours.router_kept, ours.exact_kept)
     assert plan.adapters[0].name in plan.summary()
 
 
