@@ -28,7 +28,23 @@ from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.replay import outputs
 from rana_fx.recipes.tails import Tails
 
-_DROPPED = (0.02, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.78, 0.85, 0.91, 0.95, 0.98, 0.995)  # shares of neurons at which it is measured
+_DROPPED = (
+    0.02,
+    0.06,
+    0.12,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.78,
+    0.85,
+    0.91,
+    0.95,
+    0.98,
+    0.995,
+)  # shares of neurons at which it is measured
 _ROWS = 1024
 
 

@@ -1,4 +1,4 @@
-"""The cut of an MLP without a gate: rows of up that are computed exactly beside its approximation; its price, and what it becomes."""
+"""The cut of an MLP without a gate: rows of up computed exactly beside its approximation; its price, and what it becomes."""
 
 from __future__ import annotations
 
