@@ -11,7 +11,8 @@ the whole recipe. Variants:
     no-hybrid     no masks before routers
     no-rank       no components behind a whole router; behind a masked one there are
     no-basis      input thresholds alone, and cuts
-    no-gated      no cut through a gated MLP by its activated gate
+    no-cuts       no cut through an MLP, gated or not
+    dense-gates   gates of cuts stay dense
     alone         every linear a unit of its own: no shared routers
     unsettled     the price is not set again on the adapted model: read its row at the budget that was measured
     no-bits, no-4-bits, nearest    with --metric bytes: 16 bits alone, 16 and 8, and 4 bits rounded to nearest
@@ -58,7 +59,8 @@ VARIANTS = {
     "no-hybrid": Rana(kinds=_without("hybrid")),
     "no-rank": Rana(kinds=_without("rank", "static")),
     "no-basis": Rana(kinds=_without("rank", "static", "hybrid")),
-    "no-gated": Rana(kinds=_without("gated")),
+    "no-cuts": Rana(kinds=_without("gated", "exact")),
+    "dense-gates": Rana(gates=False),
     "alone": Rana(shared=False),
     "unsettled": Rana(settles=False),
 }
