@@ -93,17 +93,26 @@ def _finetune(rows: list[Row]) -> Iterable[str]:
             apart = left(result, base["results"][text]) if base is not None and compared else (None,) * 5
             losses = (result["after"]["measured"][row["metric"]], result["before"]["mean_loss"], result["after"]["mean_loss"])
             lines.append((text, *point, *losses, *apart))
-        ratios = [None if base is None else _over(row[name], base[name]) for name in ("tokens_per_s", "peak_gb")]
-        speed = (row["tokens_per_s"], ratios[0], row["peak_gb"], ratios[1])
+        speed = (
+            row["tokens_per_s"],
+            _over(row["tokens_per_s"], base["tokens_per_s"]) if base is not None and _alike(row, base) else None,
+            row["peak_gb"],
+            None if base is None else _over(row["peak_gb"], base["peak_gb"]),
+        )
         runs.append((*point, f"{row['rate']:g}", row["tokens_trained"], *speed, _tried(row)))
     yield (
         "Increase before: over the dense model. Increase left: over the dense model trained on the same batches, with its 95 % "
-        "interval over documents. Left: one over the other."
+        "interval over documents. Left: one over the other. Tokens/s are compared where devices and threads were alike."
     )
     names = ("text", "recipe", "budget", "measured", "loss before", "loss after")
     yield _table((*names, "increase before", "increase left", "2.5 %", "97.5 %", "left"), lines)
     columns = ("recipe", "budget", "rate", "tokens", "tokens/s", "of dense", "peak GB", "of dense", "losses of rates tried")
     yield _table(columns, runs)
+
+
+def _alike(row: Row, base: Row) -> bool:
+    """Whether both were timed on a machine of one kind."""
+    return all(row.get(name) == base.get(name) for name in ("device", "threads"))
 
 
 def left(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float | None, ...]:

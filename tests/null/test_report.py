@@ -47,6 +47,9 @@ def test_the_reference_is_the_dense_model_of_the_same_settings(tmp_path):
     (line,) = [line for line in markdown(rows, None, "rows.jsonl").splitlines() if line.startswith("| valid | paper")]
     assert line.split(" | ")[6:] == ["0.5000", "0.3000", "0.3000", "0.3000", "0.6000 |"]
     assert "| paper | 0.5000 | 0.001 | 640 | 75.0000 | 0.7500 |" in markdown(rows, None, "rows.jsonl")
+    # two machines tell nothing of two models
+    elsewhere = markdown([rows[0] | {"device": "another"}, *rows[1:]], None, "rows.jsonl")
+    assert "| paper | 0.5000 | 0.001 | 640 | 75.0000 | - |" in elsewhere and "0.6000 |" in elsewhere
     (alone,) = [line for line in markdown(rows[1:], None, "x").splitlines() if line.startswith("| valid | paper")]
     assert alone.endswith("| - | - | - | - | - |")
     out = tmp_path / "rows.jsonl"
