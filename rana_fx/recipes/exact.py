@@ -20,6 +20,9 @@ from rana_fx.recipes.cut import Acted, Cut, Rows
 from rana_fx.recipes.point import Point, Unit
 
 
+_ALIKE = 1e-5  # of an output's largest value
+
+
 class ExactCut(Cut):
     """Kind "exact"."""
 
@@ -56,12 +59,16 @@ class ExactCut(Cut):
         ]
 
     def _thresholds(self, rows: Rows, gate_TF: Tensor, price: float) -> Tensor:
-        """theta_F: +inf where no row pays."""
+        """theta_F, between two of the block's values, which other roundings may not tell apart; +inf where no row pays."""
         without_TF = self._paid(rows, self.of.block.pointwise(gate_TF).float(), price)
         saved_TF = without_TF - self._paid(rows, rows.hidden_TF, price) - price * self.up_cost
-        order_TF = gate_TF.argsort(0, descending=True)
-        best_F, at_F = saved_TF.gather(0, order_TF).cumsum(0).max(0)
-        theta_F = gate_TF.gather(0, order_TF).gather(0, at_F[None])[0]
+        values_TF, order_TF = gate_TF.sort(0, descending=True)
+        next_TF = torch.cat([values_TF[1:], torch.full_like(values_TF[:1], -torch.inf)])
+        # tokens of one value, as far as roundings tell, are exact together or not at all
+        alike_TF = values_TF - next_TF <= _ALIKE * values_TF.abs().amax(0)
+        sums_TF = saved_TF.gather(0, order_TF).cumsum(0).masked_fill(alike_TF, -torch.inf)
+        best_F, at_F = sums_TF.max(0)
+        theta_F = ((values_TF + next_TF) / 2).gather(0, at_F[None])[0]
         return torch.where(best_F > 0, theta_F, torch.inf)
 
     def _paid(self, rows: Rows, hidden_TF: Tensor, price: float) -> Tensor:

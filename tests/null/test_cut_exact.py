@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, relu, silu
 import rana_fx
 from rana_fx.measure import measuring
 from rana_fx.recipes import RECIPES
-from rana_fx.recipes.cut import cuttables
+from rana_fx.recipes.cut import Rows, cuttables
 from rana_fx.recipes.exact import ExactCut
 from rana_fx.recipes.geometry import geometry, loss_basis
 from rana_fx.recipes.menu import Menu
@@ -102,6 +102,22 @@ def test_a_threshold_is_the_one_that_pays_best(share):
     found = total(theta)
     for other in [*rough[:: len(rough) // 50], torch.full_like(theta, torch.inf), torch.full_like(theta, -torch.inf)]:
         assert bool((found <= total(other) * (1 + 1e-5) + 1e-12).all())
+
+
+def test_a_threshold_lies_between_values_that_roundings_tell_apart():
+    model = seeded()
+    cut, _, _ = cut_of(problem_of(model), model)
+    price = math.exp(cut._levels[len(cut._levels) // 2].place)
+    dense = cut._dense()
+    # few different tokens, as in a first layer, each many times and differently rounded
+    some = torch.randint(0, 20, (len(dense.x_TI),), generator=torch.Generator().manual_seed(0))
+    noise = torch.Generator().manual_seed(1)
+    repeated = Rows(dense.x_TI[some], [dense.ups[0][some]], dense.hidden_TF[some])
+    rough = 0.7 * repeated.ups[0] * (1 + 1e-7 * torch.randn(repeated.ups[0].shape, generator=noise))
+    theta = cut._thresholds(repeated, rough, price)
+    assert 0.1 < float(theta.isfinite().float().mean())
+    for scale in (1 - 1e-6, 1 + 1e-6):
+        assert torch.equal(rough * scale >= theta, rough >= theta)
 
 
 @pytest.mark.parametrize("budget", [0.6, 0.4])
