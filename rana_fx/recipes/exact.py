@@ -19,7 +19,6 @@ from rana_fx.recipes.build import build
 from rana_fx.recipes.cut import Acted, Cut, Rows
 from rana_fx.recipes.point import Point, Unit
 
-
 _ALIKE = 1e-5  # of an output's largest value
 
 
