@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from rana_fx.decompose import second_moment
 from rana_fx.layout import Layout
-from rana_fx.recipes.cut import Cut, Cuttable, Share
+from rana_fx.recipes.cut import Cut, Share
+from rana_fx.recipes.cuttable import Cuttable
 from rana_fx.recipes.exact import ExactCut
 from rana_fx.recipes.gated import GatedCut
 from rana_fx.recipes.geometry import Geometry, geometry, loss_basis, site_norms

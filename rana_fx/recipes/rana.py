@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from rana_fx.adapters import Adapter
 from rana_fx.layout import Layout
-from rana_fx.recipes.cut import Cuttable, cuttables
+from rana_fx.recipes.cuttable import Cuttable, cuttables
 from rana_fx.recipes.menus import ROWS, average, has_basis, menus_of, shape_of_unit
 from rana_fx.recipes.point import Unit
 from rana_fx.recipes.problem import Problem

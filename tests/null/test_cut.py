@@ -12,7 +12,8 @@ from torch.nn.functional import gelu, relu, silu
 
 from rana_fx.recipes import Problem
 from rana_fx.recipes.allocate import Choice, allocate, points_at
-from rana_fx.recipes.cut import Share, cuttables
+from rana_fx.recipes.cut import Share
+from rana_fx.recipes.cuttable import cuttables
 from rana_fx.recipes.gated import GatedCut
 from rana_fx.recipes.geometry import geometry, loss_basis
 from rana_fx.recipes.menu import Menu

@@ -11,7 +11,8 @@ from torch.nn.functional import gelu, relu, silu
 import rana_fx
 from rana_fx.measure import measuring
 from rana_fx.recipes import RECIPES
-from rana_fx.recipes.cut import Rows, cuttables
+from rana_fx.recipes.cut import Rows
+from rana_fx.recipes.cuttable import cuttables
 from rana_fx.recipes.exact import ExactCut
 from rana_fx.recipes.geometry import geometry, loss_basis
 from rana_fx.recipes.menu import Menu
