@@ -184,7 +184,7 @@ class Watch(Meter):
         """Forget what was counted."""
         self._kept, self._rows = {}, {}
 
-    def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor) -> None:
+    def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor | None = None) -> None:
         name, part = key
         if self.rows is not None and part == "tau":
             self.rows.setdefault(name, []).append(v.detach().float().square().flatten())
