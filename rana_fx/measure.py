@@ -69,14 +69,13 @@ class Meter:
         inputs = {name: value for (name, part), value in mean.items() if part == "router_tau"}
         exact = {name: value for (name, part), value in mean.items() if part == "exact_tau"}
         adapters = {adapter.name: adapter for adapter in self._plan.adapters}
-        outs = {adapter.name: adapter.out for adapter in self._plan.adapters}
         return Measurement(
             tokens=max(self._rows.values(), default=0),
             density={name: value / adapters[name].ranks for name, value in kept.items()},
             budget_flops=self._plan.expected_budget("flops", kept=kept, router_kept=inputs, exact_kept=exact),
             budget_bytes=self._plan.expected_budget("bytes", kept=kept, router_kept=inputs, exact_kept=exact),
             router_density={name: value / adapters[name].width for name, value in inputs.items()},
-            exact_density={name: value / (outs[name] or 1) for name, value in exact.items()},
+            exact_density={name: value / (adapters[name].out or 1) for name, value in exact.items()},
         )
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from torch.nn.functional import linear
 
 from rana_fx.adapters import Adapter
 from rana_fx.recipes.cuttable import Cuttable
@@ -28,23 +27,8 @@ from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.replay import outputs
 from rana_fx.recipes.tails import Tails
 
-_DROPPED = (
-    0.02,
-    0.06,
-    0.12,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.78,
-    0.85,
-    0.91,
-    0.95,
-    0.98,
-    0.995,
-)  # shares of neurons at which it is measured
+# shares of neurons at which it is measured
+_DROPPED = (0.02, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.78, 0.85, 0.91, 0.95, 0.98, 0.995)
 _ROWS = 1024
 
 
@@ -100,18 +84,18 @@ class Cut(ABC):
         self._rows_TI = rows_TI
         self._last: tuple[tuple[float, Point], tuple[Acted, Tensor]] | None = None
         rows = self._dense()
-        self.prepare(rows)
+        self.worth_F = self.worth(rows)
         self._levels = self._measured(rows, geometry)
 
     # ---- what a kind of cut decides
 
     @abstractmethod
-    def prepare(self, rows: Rows) -> None:
-        """Read off the dense model's rows what thresholds need."""
+    def squares(self, rows: Rows) -> Tensor:
+        """(tokens, neurons): a neuron is dropped where this times its worth is below twice the price times ``row_cost``."""
 
     @abstractmethod
-    def scores(self, rows: Rows) -> tuple[Tensor, Tensor, float]:
-        """(squares_TF, worth_F, cost): a neuron is dropped where squares times worth are below twice the price times cost."""
+    def worth(self, rows: Rows) -> Tensor:
+        """(neurons,), of the dense model's rows."""
 
     @abstractmethod
     def act(self, rows: Rows, gate_TF: Tensor, price: float) -> Acted:
@@ -129,6 +113,8 @@ class Cut(ABC):
 
     def point(self, unit: Unit, price: float) -> Point:
         """The share of a unit: that of down holds the loss and what down reads, that of the gate what is computed before."""
+        if unit not in (self.of.lead, self.of.source):
+            return Point(self.of.kind, price, 0.0, 0.0)
         charged = price / self.surcharge
         left, right, share = self._around(math.log(charged))
 
@@ -137,8 +123,6 @@ class Cut(ABC):
             return float(low + share * (high - low))
 
         kind, storage = (left if share < 0.5 else right).gate
-        if unit not in (self.of.lead, self.of.source):
-            return Point(self.of.kind, price, 0.0, 0.0)
         gate = self.gate.point(kind, charged * self.at_gate, storage=storage)
         if unit == self.of.lead:
             kept = mean("kept")
@@ -162,14 +146,13 @@ class Cut(ABC):
         return result
 
     def _measured(self, rows: Rows, geometry: Geometry) -> list[_Level]:
-        squares_TF, worth_F, cost = self.scores(rows)
-        tails = Tails(squares_TF, worth_F)
+        tails = Tails(self.squares(rows), self.worth_F)
         levels: list[_Level] = []
         for share in _DROPPED:
             bar = tails.bar(share)
-            if bar <= 0 or (levels and math.log(bar / (2 * cost)) <= levels[-1].place):
+            price = bar / (2 * self.row_cost())
+            if bar <= 0 or (levels and math.log(price) <= levels[-1].place):
                 continue
-            price = bar / (2 * cost)
             gate = self.gate.best(price * self.at_gate, kinds=self.kinds)
             found = self.act(rows, self._gate(rows, gate), price)
             lost_TD = (rows.hidden_TF - found.hidden_TF) @ geometry.read_DI.t()
@@ -198,7 +181,7 @@ class Cut(ABC):
     def _dense(self) -> Rows:
         step = max(1, len(self._rows_TI) // _ROWS)
         x_TI = self._rows_TI[::step].float()
-        ups = [linear(x_TI, self.problem.matrix((up,)), self.problem.bias((up,))) for up in self.of.block.ups]
+        ups = self.problem.ups(self.of.block, x_TI)
         return Rows(x_TI, ups, self.of.block.pointwise(*ups).float())
 
 

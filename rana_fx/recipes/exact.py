@@ -17,6 +17,7 @@ from torch import Tensor
 from rana_fx.adapters import Adapter
 from rana_fx.recipes.build import build
 from rana_fx.recipes.cut import Acted, Cut, Rows
+from rana_fx.recipes.menu import OF_BASIS
 from rana_fx.recipes.point import Point, Unit
 
 _ALIKE = 1e-5  # of an output's largest value
@@ -25,13 +26,13 @@ _ALIKE = 1e-5  # of an output's largest value
 class ExactCut(Cut):
     """Kind "exact"."""
 
-    kinds = ("rank", "hybrid", "static")
+    kinds = OF_BASIS
 
-    def prepare(self, rows: Rows) -> None:
-        pass
+    def squares(self, rows: Rows) -> Tensor:
+        return rows.hidden_TF.square()
 
-    def scores(self, rows: Rows) -> tuple[Tensor, Tensor, float]:
-        return rows.hidden_TF.square(), self.norms_F, self.row_cost()
+    def worth(self, rows: Rows) -> Tensor:  # noqa: ARG002
+        return self.norms_F
 
     def act(self, rows: Rows, gate_TF: Tensor, price: float) -> Acted:
         theta_F = self._thresholds(rows, gate_TF, price)

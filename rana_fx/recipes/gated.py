@@ -23,15 +23,15 @@ class GatedCut(Cut):
 
     at_gate = 0.7  # a unit of cost there has to save less, since its error also moves masks
 
-    def prepare(self, rows: Rows) -> None:
-        squares_TF = self._active(rows.ups[self.of.block.gate]).square()
+    def squares(self, rows: Rows) -> Tensor:
+        return self._active(rows.ups[self.of.block.gate]).square()
+
+    def worth(self, rows: Rows) -> Tensor:
+        squares_TF = self.squares(rows)
         # where the gate is zero nothing is known of up, and nothing needs to be
         sizes_TF = torch.where(squares_TF > 0, rows.hidden_TF.square() / squares_TF, 0.0)
         sizes_F = sizes_TF.sum(0) / (squares_TF > 0).sum(0).clamp_min(1)
-        self.worth_F = sizes_F * self.norms_F
-
-    def scores(self, rows: Rows) -> tuple[Tensor, Tensor, float]:
-        return self._active(rows.ups[self.of.block.gate]).square(), self.worth_F, self.row_cost()
+        return sizes_F * self.norms_F
 
     def act(self, rows: Rows, gate_TF: Tensor, price: float) -> Acted:
         # a neuron that is worth nothing is never needed

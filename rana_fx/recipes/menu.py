@@ -36,7 +36,7 @@ from rana_fx.recipes.tails import Tails
 if TYPE_CHECKING:
     from rana_fx.recipes.cut import Share
 
-_OF_BASIS = ("rank", "hybrid", "static")
+OF_BASIS = ("rank", "hybrid", "static")
 _STEP = 0.1  # of the price's logarithm, between two points of the grid
 
 
@@ -96,7 +96,7 @@ class Menu:
             (kind, index)
             for index, storage in enumerate(self.storages)
             for kind in storage.kinds
-            if self.router_DI is not None or kind not in _OF_BASIS
+            if self.router_DI is not None or kind not in OF_BASIS
         ]
 
     def offers(self, kinds: Sequence[str]) -> bool:
@@ -151,7 +151,7 @@ class Menu:
 
     def least(self, kind: str, price: float, *, storage: int = 0) -> float:
         """What loss + price x cost of the entry is at least: for components, what it were if the router cost nothing."""
-        if kind not in _OF_BASIS:
+        if kind not in OF_BASIS:
             return self.point(kind, price, storage=storage).total
         worth = price * self.storages[storage].rates.factor * self.out
         kept, lost = self._z_tails.at(2 * worth)

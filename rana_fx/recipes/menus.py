@@ -73,10 +73,11 @@ def menus_of(recipe: Rana, problem: Problem, units: list[Unit], found: Sensitivi
             gates[unit] = _gate_menu(recipe, problem, sources[unit], menus[unit], found, even)
         if unit in leads:
             shapes[unit] = shape
-        for cut in [cut for cut in cuts if cut.lead in shapes and all(other in menus for other in cut.units)]:
-            if cut.kind == "exact" and not gates[cut.source].offers(ExactCut.kinds):
+        for cut in [cut for cut in cuts if unit in cut.units and all(other in menus for other in cut.units)]:
+            gate, of_down = gates.pop(cut.source), shapes.pop(cut.lead)
+            if cut.kind == "exact" and not gate.offers(ExactCut.kinds):
                 continue
-            made = _CUTS[cut.kind](problem, cut, gates.pop(cut.source), menus[cut.source].rows_TI, shapes.pop(cut.lead))
+            made = _CUTS[cut.kind](problem, cut, gate, menus[cut.source].rows_TI, of_down)
             for other in cut.units:
                 menus[other].cut = Share(made, other)
             sample = problem.sample(cut.gate)

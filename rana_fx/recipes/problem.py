@@ -115,10 +115,13 @@ class Problem:
         parts = [site.weight.new_zeros(site.out_features) if site.bias is None else site.bias.detach() for site in sites]
         return torch.cat([part.float() for part in parts])
 
+    def ups(self, block: MlpBlock, rows_TI: Tensor) -> list[Tensor]:
+        """The dense model's outputs of ``block.ups`` for given rows of the block's input, fp32."""
+        return [torch.nn.functional.linear(rows_TI.float(), self.matrix((up,)), self.bias((up,))) for up in block.ups]
+
     def dense_rows(self, block: MlpBlock, rows_TI: Tensor) -> Tensor:
         """The dense model's input of ``block.down`` for given rows of the block's input, fp32."""
-        outs = [torch.nn.functional.linear(rows_TI.float(), self.matrix((up,)), self.bias((up,))) for up in block.ups]
-        return block.pointwise(*outs).float()
+        return block.pointwise(*self.ups(block, rows_TI)).float()
 
     # ---- adapters
 
