@@ -22,7 +22,7 @@ demo: $(VENV)/.demo ## adapt, compile, measure and let generate the embedded mod
 
 test: lint pytest ## everything that CI runs
 
-pytest: $(VENV)/.test ## the tests alone; PYTEST_ARGS="tests/null -x" narrows them
+pytest: $(VENV)/.test ## the tests alone; PYTEST_ARGS="tests/unit -x" narrows them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## ruff, mypy --strict, import-linter

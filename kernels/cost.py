@@ -27,7 +27,7 @@ import math
 
 import torch
 
-from rana_fx.kernels.config import CPU_TOKENS, MAX_TOKENS, TOKENS_AT_ONCE, cdiv, default_config
+from rana_fx.kernels.triton.config import CPU_TOKENS, MAX_TOKENS, TOKENS_AT_ONCE, cdiv, default_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from rana_fx.errors import UnknownChoice
+from rana_fx.formats import gated_unit, shape_of, unpack
 from rana_fx.kernels import reference
-from rana_fx.kernels.config import MAX_TOKENS, TOKENS_AT_ONCE
-from rana_fx.kernels.quantize import gated_unit, shape_of, unpack
+from rana_fx.kernels.triton.config import MAX_TOKENS, TOKENS_AT_ONCE
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 _chosen = ["auto"]
@@ -72,7 +72,7 @@ def implementation(name: str) -> Iterator[None]:
 @functools.cache
 def _module(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module(f"rana_fx.kernels.{name}")
+        return importlib.import_module(f"rana_fx.kernels.triton.{name}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
@@ -163,7 +163,7 @@ def _masked_gemv_parts(
 ) -> Tensor:
     launcher: Any = reference
     if all(weight.is_floating_point() and weight.stride(1) == 1 for weight in weights) and _kernel("masked_gemv", v, weights[0]):
-        launcher = _module("masked_parts")
+        launcher = _module("masked_gemv_concat")
     y: Tensor = launcher.masked_gemv_parts(v, taus, weights, biases)
     return y
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.errors import UnknownChoice
-from rana_fx.kernels.quantize import unpack
+from rana_fx.formats import unpack
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,

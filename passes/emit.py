@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import LocalSource
 
-from rana_fx.graph import value_of
-from rana_fx.unfuse import fake_run
+from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.decompose_fused import fake_run
 
 
 class Emitter:

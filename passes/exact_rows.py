@@ -16,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from rana_fx.graph.linears import Linear
 from rana_fx.kernels.ops import masked_rows
 from rana_fx.passes.emit import Emitter, dtype_of
 from rana_fx.passes.match import Match, gradients_flow
 from rana_fx.passes.stacked import Factors, cast
-from rana_fx.sites import Linear
 
 PART = "exact_tau"  # of the adapter, as what is measured of it is named
 

@@ -31,11 +31,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from rana_fx.graph import shape_of
-from rana_fx.kernels.config import TOKENS_AT_ONCE
+from rana_fx.graph.dataflow import shape_of
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
+from rana_fx.kernels.triton.config import TOKENS_AT_ONCE
 from rana_fx.passes.fuse_gated import ROUNDINGS, gated_of
-from rana_fx.passes.fuse_parts import fuse_parts, meta_of, operands
+from rana_fx.passes.fuse_same_input import fuse_parts, meta_of, operands
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from rana_fx.graph import shape_of, value_of
-from rana_fx.kernels.quantize import gated_unit
+from rana_fx.formats import gated_unit
+from rana_fx.graph.dataflow import shape_of, value_of
 from rana_fx.kernels.reference import ACTIVATIONS
 
 _aten = torch.ops.aten

@@ -15,10 +15,10 @@ from torch._inductor import ir
 from torch._inductor.virtualized import V
 
 from rana_fx.kernels.cost import prefers_rows_on_cpu
-from rana_fx.kernels.masked_gemv_cpp import MaskedGemvTemplate
-from rana_fx.kernels.masked_rows_cpp import MaskedRowsTemplate
-from rana_fx.kernels.router_cpp import RouterTemplate
-from rana_fx.kernels.template_cpp import DTYPES, MAX_TOKENS
+from rana_fx.kernels.cpp.masked_gemv import MaskedGemvTemplate
+from rana_fx.kernels.cpp.masked_rows import MaskedRowsTemplate
+from rana_fx.kernels.cpp.router import RouterTemplate
+from rana_fx.kernels.cpp.template import DTYPES, MAX_TOKENS
 
 _QUANTISED = (torch.int8, torch.uint8)
 

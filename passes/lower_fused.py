@@ -61,7 +61,7 @@ def masked_gemv_parts(v: Any, taus: Sequence[Any], weights: Sequence[Any], biase
 
 
 def _activated(x: Any, activation: str) -> Any:
-    """As the kernel does it (kernels/finish.py)."""
+    """As the kernel does it (kernels/triton/splitk.py)."""
     mul, add, sigmoid = (lowerings[op] for op in (_aten.mul.Tensor, _aten.add.Tensor, _aten.sigmoid.default))
     if activation == "silu":
         return mul(x, sigmoid(x))

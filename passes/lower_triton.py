@@ -17,9 +17,10 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from rana_fx.kernels import cost, tune
-from rana_fx.kernels.config import MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, configs, default_config
-from rana_fx.kernels.quantize import bits_of, shape_of
+from rana_fx.formats import bits_of, shape_of
+from rana_fx.kernels import autotune as tune
+from rana_fx.kernels import cost
+from rana_fx.kernels.triton.config import MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, configs, default_config
 from rana_fx.passes.launch import COUNTERS, counters, fake, realized, starts_early, static, traced
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,7 +63,7 @@ def masked_product(
     """(T, N) in v's dtype, (T, N / 2) with an activation; None where the dense product is expected to be faster or the kernel
     does not apply.
     """
-    from rana_fx.kernels.masked_gemv import masked_gemv
+    from rana_fx.kernels.triton.masked_gemv import masked_gemv
 
     if tokens_of(v_TK) is None or not static(v_TK, tau, weight, scale):
         return None
@@ -82,7 +83,7 @@ def masked_product(
 
 def masked_parts(v_TK: Any, taus: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any], density: float) -> Any:
     """(T, sum of N) in v's dtype, or None where the kernel does not apply or is not expected to win."""
-    from rana_fx.kernels.masked_parts import masked_gemv_parts
+    from rana_fx.kernels.triton.masked_gemv_concat import masked_gemv_parts
 
     tokens, count = tokens_of(v_TK), len(weights)
     if tokens is None or not static(v_TK, *taus, *weights, *biases):
@@ -109,7 +110,7 @@ def masked_parts(v_TK: Any, taus: Sequence[Any], weights: Sequence[Any], biases:
 
 def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: float | None = None, offset: float = 0.0) -> Any:
     """(T, R) in x's dtype, or None where the kernel does not apply. With ``eps``, of x after its root-mean-square norm."""
-    from rana_fx.kernels.router import router
+    from rana_fx.kernels.triton.router import router
 
     tokens = tokens_of(x_TI)
     # above a few tokens a floating weight is read by a matrix product as fast, and multiplied faster
@@ -126,7 +127,7 @@ def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: fl
 
 def rows_product(x_TK: Any, a_TN: Any, weight: Any, bias: Any, density: float) -> Any:
     """(T, N) of ``masked_rows`` in x's dtype, or None where the kernel does not apply or is not expected to win."""
-    from rana_fx.kernels.masked_rows import masked_rows
+    from rana_fx.kernels.triton.masked_rows import masked_rows
 
     tokens = tokens_of(x_TK)
     if tokens is None or not static(x_TK, a_TN, weight):
@@ -183,8 +184,8 @@ def _product(v_TK: Any, weight: Any, scale: Any, density: float, activation: str
 
 
 def _fastest(product: _Product, choices: list[Config]) -> Config:
-    """Measured once for all shapes nearly alike (kernels/tune.py)."""
-    from rana_fx.kernels.masked_gemv import masked_gemv
+    """Measured once for all shapes nearly alike (kernels/autotune.py)."""
+    from rana_fx.kernels.triton.masked_gemv import masked_gemv
 
     def measure(config: Config) -> float:
         launch = functools.partial(

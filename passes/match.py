@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from rana_fx.adapters import Adapter
-from rana_fx.attachment import Attachment, attachment_of
-from rana_fx.graph import row_source, shape_of, value_of
-from rana_fx.kernels.config import MAX_TOKENS
-from rana_fx.option import attachment_for
+from rana_fx.adapter import Adapter
+from rana_fx.graph.dataflow import row_source, shape_of, value_of
+from rana_fx.graph.linears import Linear, Scan, find_linears, parameters_of
+from rana_fx.kernels.triton.config import MAX_TOKENS
 from rana_fx.plan import Plan
-from rana_fx.prefill import costs_more, tokens_masked
-from rana_fx.sites import Linear, Scan, find_linears, parameters_of
+from rana_fx.runtime.attachment import Attachment, attachment_of
+from rana_fx.runtime.plan_option import attachment_for
+from rana_fx.runtime.prefill import costs_more, tokens_masked
 
 
 @dataclass(frozen=True, eq=False)

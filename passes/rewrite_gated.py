@@ -18,14 +18,23 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from rana_fx.aliases import Writes, written
-from rana_fx.graph import is_pointwise, is_reshape, is_row_view, op_name, shape_of, statically_equal, tensor_inputs, value_of
+from rana_fx.graph.dataflow import (
+    is_pointwise,
+    is_reshape,
+    is_row_view,
+    op_name,
+    shape_of,
+    statically_equal,
+    tensor_inputs,
+    value_of,
+)
+from rana_fx.graph.functionalize import Writes, written
+from rana_fx.graph.linears import Linear, operands_of
 from rana_fx.kernels.ops import masked_gemv, masked_rows
 from rana_fx.kernels.reference import kept
 from rana_fx.passes.emit import Emitter, dtype_of
 from rana_fx.passes.match import Match, gradients_flow
 from rana_fx.passes.stacked import Factors, cast
-from rana_fx.sites import Linear, operands_of
 
 _TINY = torch.finfo(torch.float32).tiny  # as a threshold: exactly the zeros are skipped
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from torch import fx
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
+from rana_fx.graph.normalize import prepare
 from rana_fx.kernels import reference
 from rana_fx.passes import PIPELINE
-from rana_fx.passes.add_lowrank import add_lowrank
-from rana_fx.passes.beside import check_alone
+from rana_fx.passes.check_foreign_lora import check_alone
 from rana_fx.passes.match import Matches, match_plan
+from rana_fx.passes.rewrite_lora import add_lowrank
 from rana_fx.passes.verify import verify
 from rana_fx.plan import Plan
-from rana_fx.prepare import prepare
 
 _dumps = itertools.count()
 
@@ -48,7 +48,7 @@ def run(
     Args:
         example_inputs: values of the placeholders; exported modules keep their weights as attributes and need none.
         plan: to use instead of the plan attached to the weights.
-        prefill: one of rana_fx.prefill.MODES.
+        prefill: one of rana_fx.runtime.prefill.MODES.
 
     Raises:
         LoraBeside.
@@ -83,8 +83,8 @@ def _dump(graph_module: fx.GraphModule, order: int, when: str) -> None:
 
 @functools.cache
 def sources_hash() -> bytes:
-    """Hash of every file of passes/ and kernels/: Inductor's cache does not hash lowerings that live outside of it."""
+    """Hash of every file that can change generated code: Inductor's cache does not hash lowerings that live outside of it."""
     here = Path(__file__).resolve().parent
     kernels = Path(reference.__file__).resolve().parent
-    files = sorted(str(path) for folder in (here, kernels) for path in folder.glob("*.py"))
+    files = sorted(str(path) for folder in (here, kernels) for path in folder.rglob("*.py"))
     return get_hash_for_files(tuple(files))

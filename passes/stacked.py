@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from rana_fx.formats import group_of, shape_of
+from rana_fx.graph.linears import Linear
 from rana_fx.kernels.ops import masked_gemv
-from rana_fx.kernels.quantize import group_of, shape_of
 from rana_fx.passes.emit import Emitter, dtype_of
 from rana_fx.passes.match import Match
-from rana_fx.sites import Linear
 
 
 class Factors:

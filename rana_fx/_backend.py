@@ -14,16 +14,16 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from rana_fx.attachment import attachment_of
+from rana_fx.dense_memory import free_
 from rana_fx.errors import InvalidOption, NoPlan
-from rana_fx.guards import guard_weights
-from rana_fx.option import plan_of
-from rana_fx.passes.freed import check_present, superfluous
+from rana_fx.graph.guards import guard_weights
+from rana_fx.passes.check_freed import check_present, superfluous
 from rana_fx.passes.fuse import fuse
 from rana_fx.passes.runner import Result, run, sources_hash
 from rana_fx.plan import Plan
-from rana_fx.prefill import MODES
-from rana_fx.release import free_
+from rana_fx.runtime.attachment import attachment_of
+from rana_fx.runtime.plan_option import plan_of
+from rana_fx.runtime.prefill import MODES
 
 _KNOWN_OPTIONS = "'plan', 'prefill', 'mode' or an option of Inductor (torch._inductor.list_options())"
 

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from rana_fx.attachment import attach, attached
-from rana_fx.calibrate import calibrate
+from rana_fx.calibration.batches import check_batches
+from rana_fx.calibration.calibrate import calibrate
+from rana_fx.calibration.layout import Layout
+from rana_fx.calibration.probe import Keeper
 from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, UnknownMetric, UnknownRecipe
-from rana_fx.layout import Layout
+from rana_fx.graph.linears import Skip
+from rana_fx.modules import unwrap
 from rana_fx.plan import METRICS, Plan, SiteRecord, weight_digest
 from rana_fx.recipes import RECIPES, Problem
-from rana_fx.rehearse import Keeper
-from rana_fx.running import bare, check_batches
-from rana_fx.sites import Skip
+from rana_fx.runtime.attachment import attach, attached
 
 
 def adapt(
@@ -65,7 +66,7 @@ def adapt(
         raise UnknownMetric(kind="metric", got=metric, valid=", ".join(METRICS))
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise UnknownRecipe(kind="recipe", got=recipe, valid=", ".join(RECIPES))
-    model = bare(model)
+    model = unwrap(model)
     present = attached(model)
     if present is not None:
         old = present.plan

@@ -17,9 +17,9 @@ import torch
 
 from rana_fx._backend import backend
 from rana_fx.adaptation import adapt
-from rana_fx.evaluate import evaluate, evaluate_adapted, load_model
-from rana_fx.generation import Generated, compiled_forward, generate
-from rana_fx.text import load_texts, token_batches
+from rana_fx.evaluation.generate import Generated, compiled_forward, generate
+from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
+from rana_fx.evaluation.text import load_texts, token_batches
 
 PROMPT = "It was a dark evening, and the old man sat by the fire"
 NOTE = (

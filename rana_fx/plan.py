@@ -1,7 +1,7 @@
 """The plan: what adaptation decided, frozen. The only thing that crosses from adaptation to compilation.
 
 In: the recipe's adapters and the fingerprint of the weights they were made for. Out: costs, a summary, a digest (part
-of the compile-cache key) and, through ``rana_fx.planfile``, a folder on disk.
+of the compile-cache key) and, through ``rana_fx.plan_io``, a folder on disk.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rana_fx.adapters import TENSORS, Adapter
-from rana_fx.sites import REMARK, Skip
+from rana_fx.adapter import TENSORS, Adapter
+from rana_fx.graph.linears import REMARK, Skip
 
 METRICS = ("flops", "bytes")
 
@@ -154,7 +154,7 @@ class Plan:
         Raises:
             PlanWriteError.
         """
-        from rana_fx.planfile import write
+        from rana_fx.plan_io import write
 
         write(self, Path(path))
 
@@ -165,7 +165,7 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         PlanFileError, PlanVersion.
     """
-    from rana_fx.planfile import read
+    from rana_fx.plan_io import read
 
     return read(Path(path))
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from rana_fx.attachment import attached
-from rana_fx.calibrate import calibrate
-from rana_fx.layout import Site
+from rana_fx.calibration.calibrate import calibrate
+from rana_fx.calibration.layout import Site
+from rana_fx.modules import unwrap
 from rana_fx.plan import Plan, details
-from rana_fx.prefill import MODES, costs_more, memory_of, tokens_masked
-from rana_fx.running import bare
+from rana_fx.runtime.attachment import attached
+from rana_fx.runtime.prefill import MODES, costs_more, memory_of, tokens_masked
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         Row(skip.site, "-", "-", (), "skipped", skip.reason, 1.0, 1.0, None) for skip in layout.skips if skip.site not in known
     ]
     return Report(
-        model=type(bare(model)).__name__,
+        model=type(unwrap(model)).__name__,
         plan=None if plan is None else plan.digest()[:12],
         budget=None if plan is None else plan.budget,
         expected_flops=1.0 if plan is None else plan.expected_budget("flops"),

@@ -33,7 +33,7 @@ def command(
     import torch
 
     from rana_fx.adaptation import adapt
-    from rana_fx.evaluate import load_model
+    from rana_fx.evaluation.perplexity import load_model
 
     torch.manual_seed(seed)
     network, tokenizer = load_model(model, dtype=dtype, device=device)

@@ -9,7 +9,7 @@ from rana_fx.commands import options as o
 from rana_fx.commands.record import data_batches, facts_of, show, write_json
 
 if TYPE_CHECKING:
-    from rana_fx.measure import Measurement
+    from rana_fx.evaluation.measure import Measurement
     from rana_fx.plan import Plan
 
 
@@ -30,9 +30,9 @@ def command(
     """Perplexity of MODEL on a text; with --plan also of the adapted model, and what it kept."""
     import torch
 
-    from rana_fx.attachment import attach
-    from rana_fx.evaluate import evaluate, evaluate_adapted, load_model
+    from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
     from rana_fx.plan import load_plan
+    from rana_fx.runtime.attachment import attach
 
     torch.manual_seed(seed)
     # before the model: a wrong path shall not wait for it

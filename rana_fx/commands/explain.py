@@ -17,10 +17,10 @@ def command(
     json: o.Json = None,
 ) -> None:
     """List every linear layer of MODEL and what becomes of it; with --plan, what the plan does with it."""
-    from rana_fx.attachment import attach
-    from rana_fx.evaluate import load_model
+    from rana_fx.evaluation.perplexity import load_model
     from rana_fx.plan import load_plan
     from rana_fx.report import explain
+    from rana_fx.runtime.attachment import attach
 
     loaded = None if plan is None else load_plan(plan)
     network, tokenizer = load_model(model, dtype=dtype, device=device)

@@ -60,7 +60,7 @@ def command(
 
     from rana_fx import attach, detach, load_plan
     from rana_fx.errors import InvalidOption, TooLittleText, UnknownChoice
-    from rana_fx.evaluate import evaluate, evaluate_adapted, load_model
+    from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
     from rana_fx.training import (
         Settings,
         best_rate,

@@ -25,10 +25,10 @@ def command(
     import torch
 
     from rana_fx._backend import backend
-    from rana_fx.attachment import attach
-    from rana_fx.evaluate import load_model
-    from rana_fx.generation import compiled_forward, generate
+    from rana_fx.evaluation.generate import compiled_forward, generate
+    from rana_fx.evaluation.perplexity import load_model
     from rana_fx.plan import load_plan
+    from rana_fx.runtime.attachment import attach
 
     torch.manual_seed(seed)
     loaded = None if plan is None else load_plan(plan)

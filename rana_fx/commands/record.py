@@ -107,7 +107,7 @@ def data_batches(
 
     Raises ColumnMissing, DatasetError, InvalidOption.
     """
-    from rana_fx.text import load_texts, token_batches
+    from rana_fx.evaluation.text import load_texts, token_batches
 
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and context > room:

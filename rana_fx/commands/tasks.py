@@ -27,7 +27,7 @@ def command(
     json: o.Json = None,
 ) -> None:
     """Scores of MODEL on tasks of lm-evaluation-harness; with --plan those of the adapted model."""
-    from rana_fx.harness import RanaLM, language_model, run_tasks
+    from rana_fx.integrations.lm_eval_harness import RanaLM, language_model, run_tasks
 
     options = {"batch_size": batch_size, "dtype": dtype, "device": device}
     made = language_model(model, plan=plan, compile=compile, prefill=prefill, **options)

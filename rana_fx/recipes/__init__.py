@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from rana_fx.adapters import Adapter
-from rana_fx.layout import Layout
+from rana_fx.adapter import Adapter
+from rana_fx.calibration.layout import Layout
 from rana_fx.recipes.baselines import Cats, Dense, Static, Thresholds
-from rana_fx.recipes.paper import Paper
+from rana_fx.recipes.paper.recipe import Paper
 from rana_fx.recipes.problem import Problem
-from rana_fx.recipes.rana import Rana
+from rana_fx.recipes.rana.recipe import Rana
 
 
 class Recipe(Protocol):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rana_fx.adapters import Adapter
-from rana_fx.decompose import Choice, importance_profile, neuron_threshold, output_basis, second_moment
-from rana_fx.layout import Layout, MlpBlock
+from rana_fx.adapter import Adapter
+from rana_fx.calibration.layout import Layout, MlpBlock
+from rana_fx.graph.linears import Skip
+from rana_fx.recipes.paper.line_search import Choice, importance_profile, neuron_threshold, output_basis, second_moment
 from rana_fx.recipes.problem import Problem
-from rana_fx.sites import Skip
 
 
 def _groups(layout: Layout, names: list[str]) -> set[tuple[str, ...]]:

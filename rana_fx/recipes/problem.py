@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rana_fx.adapters import Adapter
-from rana_fx.decompose import Basis, Choice
+from rana_fx.adapter import Adapter
+from rana_fx.calibration.layout import Layout, MlpBlock
+from rana_fx.calibration.probe import Rehearsal
+from rana_fx.calibration.samples import Reservoir
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
-from rana_fx.layout import Layout, MlpBlock
-from rana_fx.rehearse import Rehearsal
-from rana_fx.sites import REMARK, Skip
-from rana_fx.stats import Reservoir
+from rana_fx.graph.linears import REMARK, Skip
+from rana_fx.recipes.paper.line_search import Basis, Choice
 
 _SELDOM = 8  # a layer that sees less than an eighth of what others see is used in another way than per token
 

@@ -3,7 +3,7 @@
 In: a model with a plan attached. Out: the same model with trained factors and weights, and a plan of them.
 """
 
-from rana_fx.training.accelerated import register_with_accelerate
+from rana_fx.integrations.accelerate import register_with_accelerate
 from rana_fx.training.export import trained_plan
 from rana_fx.training.loop import Training, train
 from rana_fx.training.lora import add_lora, load_lora, lora_config, merge_lora, save_lora

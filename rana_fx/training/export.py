@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rana_fx.adapters import Adapter
-from rana_fx.attachment import Attachment
+from rana_fx.adapter import Adapter
+from rana_fx.dense_memory import is_freed
+from rana_fx.graph.operands import base_name
+from rana_fx.modules import unwrap
 from rana_fx.plan import Plan, SiteRecord, weight_digest
-from rana_fx.release import is_freed
-from rana_fx.running import bare
+from rana_fx.runtime.attachment import Attachment
 from rana_fx.training.lora import merge_lora
 from rana_fx.training.parameters import attachment_to_train, weights_to_train
-from rana_fx.weights import base_name
 
 
 def trained_plan(model: nn.Module) -> Plan:
@@ -33,7 +33,7 @@ def trained_plan(model: nn.Module) -> Plan:
     Raises:
         NoPlan, InvalidOption: a wrapper around the model.
     """
-    model = bare(model)
+    model = unwrap(model)
     found = attachment_to_train(model)
     weights = weights_to_train(model, found)
     merge_lora(model)

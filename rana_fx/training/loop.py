@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rana_fx._backend import backend
-from rana_fx.attachment import MODULE, detach
+from rana_fx.calibration.batches import call, evaluating, to_device
 from rana_fx.errors import LossNotFinite, NoBatches, NothingToTrain
-from rana_fx.evaluate import evaluate
+from rana_fx.evaluation.perplexity import evaluate
+from rana_fx.modules import device_of, unwrap
 from rana_fx.plan import tensor_bytes
-from rana_fx.running import bare, call, device_of, evaluating, to_device
+from rana_fx.runtime.attachment import MODULE, detach
 from rana_fx.training import checkpoint
 from rana_fx.training.parameters import attachment_to_train
 from rana_fx.training.settings import Settings
@@ -61,14 +62,14 @@ def train(
 
     Args:
         model: a causal language model with a plan attached; compiled as the caller likes, or here by ``rana_fx.backend``.
-        batches: as ``rana_fx.text.token_batches`` makes them; those that are left over from whole steps are not used.
+        batches: as ``rana_fx.evaluation.text.token_batches`` makes them; those that are left over from whole steps are not used.
         held_out: evaluated before, after, and every ``settings.evaluate_every`` steps.
         folder: where checkpoints go. resume: go on from the one there; the result is the same as without the break.
 
     Raises:
         NoPlan, NoBatches, NothingToTrain, LossNotFinite, CheckpointError.
     """
-    inner = bare(model)
+    inner = unwrap(model)
     found = attachment_to_train(inner)
     chosen = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
     steps = len(batches) // settings.accumulate

@@ -2,7 +2,7 @@
 
 In: a model with a plan attached, and a ``peft.LoraConfig``. Out: the model with peft's two matrices beside each matrix that it
 multiplies by, made, initialised, named and saved by peft; the backend multiplies by them where a graph multiplies by the matrix,
-behind the same mask (passes/add_lowrank.py), so that merging changes nothing but rounding. Merging adds them for good.
+behind the same mask (passes/rewrite_lora.py), so that merging changes nothing but rounding. Merging adds them for good.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rana_fx.attachment import MODULE, Attachment, attached, renew
 from rana_fx.errors import CheckpointError, InvalidOption, MissingPackage, NothingToTrain, UnknownTarget
-from rana_fx.lowrank import ADAPTER, LowRank, Matrix
-from rana_fx.running import bare, device_of
+from rana_fx.graph.operands import base_name
+from rana_fx.modules import device_of, unwrap
+from rana_fx.runtime.attachment import MODULE, Attachment, attached, renew
+from rana_fx.runtime.lora_state import ADAPTER, LowRank, Matrix
 from rana_fx.training.parameters import attachment_to_train, only, replaced, weights_to_train
-from rana_fx.weights import base_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -54,7 +54,7 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, *, seed: int = 
         UnknownTarget: matches no matrix that the adapted model multiplies by.
     """
     peft = _peft()
-    model = bare(model)
+    model = unwrap(model)
     found = attachment_to_train(model)
     config = lora_config() if config is None else copy.deepcopy(config)
     _check(peft, config)
@@ -92,7 +92,7 @@ def lora_config(
 
 def merge_lora(model: nn.Module) -> None:
     """Add what LoRA trained to the matrices, rounded once to their dtype, and take it off; nothing where there is none."""
-    model = bare(model)
+    model = unwrap(model)
     found = attached(model)
     if found is None or found.factors.lowrank is None:
         return
@@ -158,7 +158,7 @@ def _peft() -> Any:
 
 def _lowrank(model: nn.Module, found: Attachment) -> LowRank:
     if found.factors.lowrank is None:
-        raise NothingToTrain(model=type(bare(model)).__name__, what="lora", reason="it has no LoRA", todo="call add_lora")
+        raise NothingToTrain(model=type(unwrap(model)).__name__, what="lora", reason="it has no LoRA", todo="call add_lora")
     return found.factors.lowrank
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from rana_fx.attachment import MODULE, Attachment, attached, renew
 from rana_fx.errors import InvalidOption, NoPlan, NothingToTrain, UnknownChoice
+from rana_fx.graph.operands import base_name
+from rana_fx.modules import unwrap, weights_of
 from rana_fx.plan import Plan
-from rana_fx.running import bare, weights_of
-from rana_fx.weights import base_name
+from rana_fx.runtime.attachment import MODULE, Attachment, attached, renew
 
 WHAT = ("factors", "all")
 
@@ -31,7 +31,7 @@ def trainable(model: nn.Module, *, what: str = "factors") -> dict[str, nn.Parame
     """
     if what not in WHAT:
         raise UnknownChoice(kind="what", got=what, valid=", ".join(WHAT))
-    model = bare(model)
+    model = unwrap(model)
     found = attachment_to_train(model)
     factors = {f"{MODULE}.{name}": factor for name, factor in found.factors.named_parameters()}
     weights = weights_to_train(model, found)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rana_fx.errors import InvalidOption, LossNotFinite, NonFinite
-from rana_fx.running import bare
+from rana_fx.modules import unwrap
 from rana_fx.training.loop import train
 from rana_fx.training.settings import Settings
 
@@ -44,7 +44,7 @@ def best_rate(
         raise InvalidOption(name="fraction", got=fraction, expected="a fraction in (0, 1]")
     steps = max(1, round(len(batches) // settings.accumulate * fraction))
     part = batches[: steps * settings.accumulate]
-    trained = [parameter for parameter in bare(model).parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in unwrap(model).parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in trained]
     losses: dict[float, float] = {}
     for rate in rates:

@@ -1,7 +1,7 @@
 """Gradient checkpointing of a model of transformers, in one graph.
 
 In: a model. Out: the same, which recomputes activations layer by layer in the backward pass: less memory, more time. Its regions
-are rewritten like the rest (rana_fx/checkpointed.py).
+are rewritten like the rest (rana_fx/graph/checkpoint_regions.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from rana_fx.errors import InvalidOption
-from rana_fx.running import bare
+from rana_fx.modules import unwrap
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
@@ -20,7 +20,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
     Raises:
         InvalidOption: a model that is none of transformers'.
     """
-    network: Any = bare(model)
+    network: Any = unwrap(model)
     if hasattr(network, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
         network.activation_checkpointing_enable()
     elif hasattr(network, "gradient_checkpointing_enable"):

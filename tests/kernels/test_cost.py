@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rana_fx.errors import InvalidOption
-from rana_fx.kernels.config import Config, cdiv, configs, default_config, row_warps_of
 from rana_fx.kernels.cost import (
     H100,
     H200,
@@ -21,6 +20,7 @@ from rana_fx.kernels.cost import (
     rows_read,
     rows_us,
 )
+from rana_fx.kernels.triton.config import Config, cdiv, configs, default_config, row_warps_of
 
 # K, N, then medians in us on an H200 (bf16, one token): a dense product with the rank-major weight; the best masked launch of a
 # sweep at 0, 50 and 70 % masked

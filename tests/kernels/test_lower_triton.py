@@ -12,12 +12,13 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import silu
 
-from rana_fx.kernels import reference, tune
-from rana_fx.kernels.config import configs
+from rana_fx.formats import pack, unpack
+from rana_fx.kernels import autotune as tune
+from rana_fx.kernels import reference
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
-from rana_fx.kernels.quantize import pack, unpack
+from rana_fx.kernels.triton.config import configs
 from rana_fx.passes import lower
-from tests.kernels.test_compiled import run
+from tests.kernels.test_sm90 import run
 
 pytest.importorskip("triton")
 
@@ -37,7 +38,7 @@ def options(code):
 
 
 def test_a_decoded_token_launches_one_kernel_per_product_and_nothing_else():
-    code = run("tests/kernels/lowered.py", "1")
+    code = run("tests/support/lowered.py", "1")
     names = [first or second for first, second in launches(code)]
     assert [name for name in names if not name.startswith("triton")] == ["router_kernel", *["masked_gemv_kernel"] * 2]
     # the one other kernel zeroes the counters
@@ -53,7 +54,7 @@ def test_a_decoded_token_launches_one_kernel_per_product_and_nothing_else():
 
 
 def test_layers_that_are_alike_share_what_is_traced_and_not_what_is_launched():
-    code = run("tests/kernels/lowered.py", "1", "3")
+    code = run("tests/support/lowered.py", "1", "3")
     ours = [first for first, _ in launches(code) if first.startswith(("router", "masked_gemv"))]
     assert ours == ["router_kernel", "masked_gemv_kernel", "masked_gemv_kernel"] * 3
     # one fill of counters for all, and two kernels of each kind at most: the first launch of the graph does not start early
@@ -62,7 +63,7 @@ def test_layers_that_are_alike_share_what_is_traced_and_not_what_is_launched():
 
 
 def test_masks_of_one_tensor_are_one_launch():
-    code = run("tests/kernels/lowered.py", "1", "2", "masks")
+    code = run("tests/support/lowered.py", "1", "2", "masks")
     ours = [first for first, _ in launches(code) if first.startswith("masked")]
     assert ours == ["masked_parts_kernel", "masked_gemv_kernel"] * 2
     first, second, *_ = options(code)
@@ -74,7 +75,7 @@ def test_masks_of_one_tensor_are_one_launch():
 
 
 def test_a_masked_gate_reads_kept_rows_of_up_and_down():
-    code = run("tests/kernels/lowered.py", "1", "2", "gate")
+    code = run("tests/support/lowered.py", "1", "2", "gate")
     names = [first or second for first, second in launches(code)]
     ours = [name for name in names if not name.startswith("triton")]
     # the gate's product is dense and decides what the others read
@@ -86,13 +87,13 @@ def test_a_masked_gate_reads_kept_rows_of_up_and_down():
 
 
 def test_masks_that_cover_too_much_are_dense_products_of_up():
-    names = [first or second for first, second in launches(run("tests/kernels/lowered.py", "4", "1", "gate"))]
+    names = [first or second for first, second in launches(run("tests/support/lowered.py", "4", "1", "gate"))]
     assert not any(name.startswith("masked_rows") for name in names)
     assert sum("extern" in name or "tem" in name for name in names) >= 2
 
 
 def test_many_tokens_are_dense_products():
-    names = [first or second for first, second in launches(run("tests/kernels/lowered.py", "64"))]
+    names = [first or second for first, second in launches(run("tests/support/lowered.py", "64"))]
     assert not any(name.startswith(("router", "masked_gemv")) for name in names)
     assert sum("extern" in name or "tem" in name for name in names) == 3
 

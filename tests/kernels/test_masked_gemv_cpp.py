@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import gelu, silu
 
+from rana_fx.formats import pack, unpack
 from rana_fx.kernels import reference
+from rana_fx.kernels.cpp.template import MAX_TOKENS
 from rana_fx.kernels.ops import masked_gemv
-from rana_fx.kernels.quantize import pack, unpack
-from rana_fx.kernels.template_cpp import MAX_TOKENS
 from rana_fx.passes import lower
-from tests.kernels.inductor import GEMV, compiled, poisoned
-from tests.kernels.products import Product, assert_close, every_number, products
+from tests.support.inductor import GEMV, compiled, poisoned
+from tests.support.products import Product, assert_close, every_number, products
 
 FALLBACK = "torch.ops.rana"
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rana_fx.kernels.masked_rows_cpp import MaskedRowsTemplate
+from rana_fx.kernels.cpp.masked_rows import MaskedRowsTemplate
+from rana_fx.kernels.cpp.template import MAX_TOKENS
 from rana_fx.kernels.ops import masked_gemv, masked_rows
-from rana_fx.kernels.template_cpp import MAX_TOKENS
-from tests.kernels.inductor import GEMV, ROWS, compiled, poisoned
-from tests.kernels.products import SIZES, Product, Rows, masked_by, row_products
+from tests.support.inductor import GEMV, ROWS, compiled, poisoned
+from tests.support.products import SIZES, Product, Rows, masked_by, row_products
 
 SPARSE = 0.01  # a density at which the template is expected to win, however many tokens there are
 

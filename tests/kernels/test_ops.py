@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rana_fx.errors import BadOperand, UnknownChoice
+from rana_fx.formats import pack, unpack
 from rana_fx.kernels import reference
 from rana_fx.kernels.ops import (
     implementation,
@@ -17,8 +18,7 @@ from rana_fx.kernels.ops import (
     normed_router,
     router,
 )
-from rana_fx.kernels.quantize import pack, unpack
-from tests.kernels.products import Product, Rows, kernels_run_on, masked_by
+from tests.support.products import Product, Rows, kernels_run_on, masked_by
 
 
 def stored(rows, columns, bits):
@@ -204,7 +204,7 @@ def test_kernels_compute_the_fused_forms(device, bits):
 
 def test_who_computes(device, monkeypatch):
     kernels_run_on(device)
-    from rana_fx.kernels import masked_gemv as launcher
+    from rana_fx.kernels.triton import masked_gemv as launcher
 
     asked = []
     monkeypatch.setattr(

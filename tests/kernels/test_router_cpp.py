@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rana_fx.formats import pack, unpack
+from rana_fx.kernels.cpp.template import MAX_TOKENS
 from rana_fx.kernels.ops import masked_gemv, router
-from rana_fx.kernels.quantize import pack, unpack
-from rana_fx.kernels.template_cpp import MAX_TOKENS
-from tests.kernels.inductor import GEMV, ROUTER, compiled, poisoned
-from tests.kernels.products import DTYPES, SIZES, STRIDES, Product, assert_close, strided
+from tests.support.inductor import GEMV, ROUTER, compiled, poisoned
+from tests.support.products import DTYPES, SIZES, STRIDES, Product, assert_close, strided
 
 FALLBACK = "torch.ops.rana"
 

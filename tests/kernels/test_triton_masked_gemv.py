@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from rana_fx.errors import BadOperand, UnknownChoice
-from rana_fx.kernels.config import Config
-from rana_fx.kernels.finish import ACTIVATIONS as KERNELS
-from rana_fx.kernels.finish import RING, counters_for
-from rana_fx.kernels.masked_gemv import masked_gemv
-from rana_fx.kernels.quantize import pack, unpack
+from rana_fx.formats import pack, unpack
 from rana_fx.kernels.reference import ACTIVATIONS
-from tests.kernels.products import STRIDES, Product, kernels_run_on, products, strided
+from rana_fx.kernels.triton.config import Config
+from rana_fx.kernels.triton.masked_gemv import masked_gemv
+from rana_fx.kernels.triton.splitk import ACTIVATIONS as KERNELS
+from rana_fx.kernels.triton.splitk import RING, counters_for
+from tests.support.products import STRIDES, Product, kernels_run_on, products, strided
 
 CONFIGS = st.builds(
     Config,

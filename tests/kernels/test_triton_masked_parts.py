@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.config import Config
-from rana_fx.kernels.masked_parts import masked_gemv_parts
-from tests.kernels.products import DTYPES, assert_close, kernels_run_on
+from rana_fx.kernels.triton.config import Config
+from rana_fx.kernels.triton.masked_gemv_concat import masked_gemv_parts
+from tests.support.products import DTYPES, assert_close, kernels_run_on
 
 
 @pytest.fixture(autouse=True)

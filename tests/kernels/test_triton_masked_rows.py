@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.masked_rows import default_config, masked_rows
-from rana_fx.kernels.router import RouterConfig
-from tests.kernels.products import Rows, kernels_run_on, masked_by, row_products
+from rana_fx.kernels.triton.masked_rows import default_config, masked_rows
+from rana_fx.kernels.triton.router import RouterConfig
+from tests.support.products import Rows, kernels_run_on, masked_by, row_products
 
 CONFIGS = st.builds(
     RouterConfig,

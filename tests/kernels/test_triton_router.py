@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.quantize import pack, unpack
-from rana_fx.kernels.router import RouterConfig, router
-from tests.kernels.products import DTYPES, SIZES, STRIDES, assert_close, kernels_run_on, strided
+from rana_fx.formats import pack, unpack
+from rana_fx.kernels.triton.router import RouterConfig, router
+from tests.support.products import DTYPES, SIZES, STRIDES, assert_close, kernels_run_on, strided
 
 CONFIGS = st.builds(
     RouterConfig,

@@ -1,0 +1,1 @@
+"""What benches of speed and of quality share."""

@@ -1,0 +1,97 @@
+"""Plots of the rows ``bench.quality`` wrote: what a budget costs in loss, per recipe and rival.
+
+In: JSONL files. Out: one PNG per model, metric and dtype, a panel per text: increase of the mean loss over dense (log axis)
+against the budget measured on that text, bars for the 95 % intervals where rows have them. Roundings are points of their own,
+not joined. What is below a ten-thousandth of a nat, or negative, lies at that height, with a hollow triangle around it.
+
+    python -m bench.common.plot bench/results/quality-*.jsonl --out bench/results
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench.common.table import Row, figures, read
+from bench.quality.quantised import rounding_of
+
+COLORS = {
+    "static": "tab:gray",
+    "cats": "tab:green",
+    "teal": "tab:orange",
+    "wina": "tab:red",
+    "slicegpt": "tab:purple",
+    "paper": "tab:blue",
+    "rana": "black",
+    "rana_alone": "dimgray",
+    "neuron_ideal": "tab:cyan",
+}
+_FLOOR = 1e-4
+_ROUNDED = {False: "tab:brown", True: "tab:cyan"}  # by whether it is optimal
+_MARKERS = "Ds^v<>pPX*hd"  # of roundings, in order
+
+
+def main(
+    sources: Annotated[list[Path], typer.Argument(help="JSONL files of bench.quality.")],
+    out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("bench/results"),
+) -> None:
+    """Plot files of bench.quality."""
+    for (model, metric, dtype), rows in figures(read(sources)).items():
+        path = out / f"quality-{model}-{metric}-{dtype}.png"
+        plot(rows, path)
+        print(path)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """One panel per text. ``rows``: of one model, metric and dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["text"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(5.6 * len(names), 4.6), squeeze=False, layout="constrained")
+    metric = rows[0]["metric"]
+    for axis, name in zip(axes[0], names, strict=True):
+        here = [row for row in rows if row["text"] == name and "unreachable" not in row and row["recipe"] != "dense"]
+        markers = itertools.cycle(_MARKERS)
+        for recipe in dict.fromkeys(row["recipe"] for row in here):
+            points = sorted((row for row in here if row["recipe"] == recipe), key=lambda row: row["measured"][metric])
+            rounding = rounding_of(recipe)
+            if rounding is None:
+                _draw(axis, points, metric, color=COLORS.get(recipe), marker="o", linestyle="-")
+            else:
+                _draw(axis, points, metric, color=_ROUNDED[rounding.optimal], marker=next(markers), linestyle="none")
+        axis.set(xlabel=f"measured budget ({metric}, of dense)", ylabel="increase of mean loss, nats", title=name, yscale="log")
+        axis.grid(True, which="both", alpha=0.25)
+        if here:
+            axis.legend(fontsize="small")
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['dtype']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw(axis: Any, rows: Sequence[Row], metric: str, **style: Any) -> None:
+    """Points of one recipe, by budget."""
+    budgets = [row["measured"][metric] for row in rows]
+    heights = [max(row["delta"], _FLOOR) for row in rows]
+    below, above = zip(*(_bar(row, height) for row, height in zip(rows, heights, strict=True)), strict=True)
+    axis.errorbar(budgets, heights, yerr=(below, above), label=rows[0]["recipe"], markersize=4, capsize=2, linewidth=1.3, **style)
+    under = [budget for budget, row in zip(budgets, rows, strict=True) if row["delta"] < _FLOOR]
+    faint = {"markersize": 9, "markerfacecolor": "none", "color": style["color"], "linestyle": "none"}
+    axis.plot(under, [_FLOOR] * len(under), marker="v", **faint)
+
+
+def _bar(row: Row, height: float) -> tuple[float, float]:
+    """Lengths of a bar below and above a point; none without an interval."""
+    low, high = row.get("interval") or (height, height)
+    return max(0.0, height - max(low, _FLOOR)), max(0.0, high - height)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,66 @@
+"""Rows of a bench that may be interrupted: what is there already is not computed again.
+
+In: a JSONL file, perhaps of a run that was cut off in the middle of a line. Out: the same file with further rows, each with a
+key: a digest of its stage and settings. A row stands for the settings it was made with, at the commit it was made at; rows of
+other commits, or of a tree with changes, stay in the file and are computed again unless they are asked to count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.common.record import append
+
+Row = dict[str, Any]
+
+
+class Ledger:
+    """``common``: what new rows begin with, as ``record.head`` gives it. ``any_commit``: rows of all commits count."""
+
+    def __init__(self, path: Path, common: Mapping[str, Any], *, any_commit: bool = False) -> None:
+        self.path, self.common, self._any = path, dict(common), any_commit
+        self.rows = whole_rows(path)
+
+    def has(self, stage: str, settings: Mapping[str, Any]) -> bool:
+        """Whether a row of these settings counts."""
+        return self.get(stage, settings) is not None
+
+    def get(self, stage: str, settings: Mapping[str, Any]) -> Row | None:
+        """The last row of these settings that counts."""
+        key = key_of(stage, settings)
+        return next((row for row in reversed(self.rows) if row["key"] == key and self._counts(row)), None)
+
+    def add(self, stage: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
+        """Write a row at once."""
+        row = self.common | {"stage": stage, "key": key_of(stage, settings)} | dict(settings) | dict(facts)
+        append(self.path, row)
+        self.rows.append(row)
+        return row
+
+    def _counts(self, row: Row) -> bool:
+        return self._any or all(row.get(name) == self.common.get(name) for name in ("commit", "dirty"))
+
+
+def key_of(stage: str, settings: Mapping[str, Any]) -> str:
+    """Digest of what a row stands for."""
+    return hashlib.sha256(json.dumps([stage, settings], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def whole_rows(path: Path) -> list[Row]:
+    """Rows of a file; a last line that was cut off is taken out of it, so that the next row begins on a line of its own."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def latest(rows: list[Row], *names: str) -> dict[tuple[Any, ...], Row]:
+    """The last row of each combination of values."""
+    return {tuple(row.get(name) for name in names): row for row in rows}

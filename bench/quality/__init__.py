@@ -1,0 +1,1 @@
+"""Losses at a budget."""

@@ -1,0 +1,88 @@
+"""Text to fine-tune on: packed into sequences, in random order, as often as the tokens asked for take.
+
+In: a data set and a tokenizer. Out: batches of full sequences, made when they are asked for, and others that are held out.
+Documents are framed and packed as ``rana_fx.evaluation.text.token_batches`` packs them, and encoded all at once, on all cores.
+The command ``rana-fx finetune`` refuses to repeat a text; a bench of fixed length on a fixed text has to, and says in its rows
+how often.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rana_fx.errors import TooLittleText
+from rana_fx.evaluation.text import documents_of, load_texts
+
+_DOCUMENTS = 512  # encoded at a time
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class Batches(Sequence[Batch]):
+    """Rows of ``ids_ST`` in an ``order``, ``size`` at a time."""
+
+    ids_ST: Tensor
+    order: Tensor
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.order) // self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {"input_ids": self.ids_ST[self.order[index * self.size : (index + 1) * self.size]].long()}
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingText:
+    """``passes``: how often the text was gone through, partly counted; ``held_out``: never trained on."""
+
+    batches: Batches
+    held_out: list[Batch]
+    passes: float
+
+
+def training_text(
+    source: str, tokenizer: Any, *, tokens: int, held_out: int, context: int, batch_size: int, seed: int
+) -> TrainingText:
+    """Sequences of a text, its documents in an order drawn from ``seed``; the last ones are held out. Raises TooLittleText."""
+    at_once = context * batch_size
+    steps, testing = tokens // at_once, -(-held_out // at_once)
+    asked = (steps + testing) * at_once
+    texts = load_texts(source)
+    random.Random(seed).shuffle(texts)
+    ids = _encoded(texts, tokenizer, enough=asked)
+    sequences = ids[: len(ids) // context * context].view(-1, context)
+    held, kept = sequences[len(sequences) - testing * batch_size :], sequences[: len(sequences) - testing * batch_size]
+    if not steps or len(kept) < batch_size or len(held) < testing * batch_size:
+        facts: dict[str, Any] = {"trained": steps * at_once, "held_out": testing * at_once, "batch": at_once}
+        raise TooLittleText(source=source, got=len(ids), asked=asked, **facts)
+    generator = torch.Generator().manual_seed(seed)
+    orders, wanted = [], steps * batch_size
+    while sum(map(len, orders)) < wanted:
+        orders.append(torch.randperm(len(kept), generator=generator))
+    batches = Batches(kept, torch.cat(orders)[:wanted], batch_size)
+    return TrainingText(batches, list(Batches(held, torch.arange(len(held)), batch_size)), wanted / len(kept))
+
+
+def _encoded(texts: list[str], tokenizer: Any, *, enough: int) -> Tensor:
+    """Ids of documents one behind the other, int32, of as many as it takes."""
+    parts: list[Tensor] = []
+    count = 0
+    for start in range(0, len(texts), _DOCUMENTS):
+        if count >= enough:
+            break
+        for document in documents_of(texts[start : start + _DOCUMENTS], tokenizer):
+            parts.append(torch.tensor(document, dtype=torch.int32))
+            count += len(document)
+    return torch.cat(parts)

@@ -1,0 +1,114 @@
+"""Tokens per second of decoding: the dense model as users run it, int8 weights, and plans at several budgets.
+
+In: a shape of ``bench.models`` (random weights, plans without calibration) or a checkpoint. Out: JSONL rows, written as they
+come, and a table. The protocol is the paper's: contexts of 1 to 1000 tokens, drawn by a seed, 492 tokens decoded after each, one
+device, a static cache. Every version is compared with its reference first (``bench.speed.verify``): no time of a wrong result.
+
+    python -m bench.speed.decode llama-2-7b --out bench/results/decode-llama-2-7b.jsonl --variants reduce-overhead,rana \\
+        --budgets 0.6,0.5,0.4 --sequences 10 --prefill 0 --seconds 480
+    python -m bench.speed.decode llama-1b --out rows.jsonl --sequences 2 --new-tokens 16 --longest 32 --batches 1,4
+
+Kinds of rows: ``device`` (copy bandwidth, bytes of weights), ``decode``, ``prefill``, ``kernels`` (--profile), ``skipped`` (a
+failure, a refusal by the gate, no time left) with the reason. Compile time is that of the first three calls, capture included.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from bench.common.models import build
+from bench.common.record import head, start
+from bench.speed.decoding import contexts, copy_bandwidth
+from bench.speed.latency import Protocol, Run, compare, dense_ratio
+from bench.speed.random_plan import layout_of, menus
+from bench.speed.variants import variants
+from rana_fx.commands.record import show
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A shape (llama-2-7b, llama-3-8b, gemma-2b, pythia-1.4b, ...) or a checkpoint.")],
+    out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
+    names: Annotated[str, typer.Option("--variants", help="Some of eager, reduce-overhead, max-autotune, int8, rana.")] = (
+        "eager,reduce-overhead,rana"
+    ),
+    budgets: Annotated[str, typer.Option(help="Budgets of random plans, in bytes, by commas.")] = "0.8,0.6,0.5,0.4",
+    plan: Annotated[list[Path] | None, typer.Option(help="Saved plan of the checkpoint; may be given several times.")] = None,
+    mode: Annotated[str, typer.Option(help="Mode of torch.compile for rana.")] = "reduce-overhead",
+    prefill_mode: Annotated[
+        str, typer.Option(help="Option prefill of the backend: masked, dense, cheapest, factors.")
+    ] = "masked",
+    density: Annotated[float, typer.Option(help="Kept fraction of a router's ranks in random plans.")] = 0.5,
+    stacked: Annotated[bool, typer.Option(help="One rank adapter for gate and up in random plans.")] = True,
+    menu: Annotated[
+        str,
+        typer.Option(
+            "--menus",
+            help="Random plans: rank (the paper's), neuron (masks of inputs alone), apart (one mask per linear), "
+            ":router/factor bits; by commas.",
+        ),
+    ] = "rank",
+    batches: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1",
+    sequences: Annotated[int, typer.Option(help="Contexts to decode after.")] = 100,
+    longest: Annotated[int, typer.Option(help="Longest context, in tokens.")] = 1000,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.")] = 492,
+    prefill: Annotated[int, typer.Option(help="Tokens of the timed prefill; 0 for none (it is another compilation).")] = 512,
+    seconds: Annotated[float | None, typer.Option(help="Time for the whole run; sequences are left out to keep it.")] = None,
+    profile: Annotated[bool, typer.Option(help="Also time per kernel of a step.")] = False,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32; auto: float32 on a CPU, else bfloat16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; default: a GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, plans, contexts and tokens.")] = 0,
+) -> None:
+    """Tokens per second of MODEL, dense and adapted."""
+    began = time.perf_counter()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
+    made = menus(menu, density=density, stacked=stacked)
+    chosen = variants(
+        names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, menus=made, prefill=prefill_mode
+    )
+    sizes = [int(value) for value in batches.split(",")]
+    protocol = Protocol(contexts(sequences, longest, seed), new_tokens, prefill, sizes, seed, seconds, profile)
+    network = build(model, device=place, dtype=dtype, seed=seed)
+    common = head("decode") | {
+        "model": Path(model).name,
+        "dtype": dtype,
+        "seed": seed,
+        "new_tokens": new_tokens,
+        "prefill_mode": prefill_mode,
+    }
+    start(out)
+    with torch.no_grad():
+        run = Run(network, layout_of(network), protocol, common, out, copy_bandwidth(place), began)
+        weights = sum(site.flops * site.weight.element_size() for site in run.layout.sites.values())
+        run.add("device", copy_gb_per_s=run.bandwidth / 1e9, weight_gb=weights / 1e9, load_seconds=time.perf_counter() - began)
+        compare(run, chosen)
+    table(run)
+
+
+def table(run: Run) -> None:
+    """One line per variant and batch size; ratios against the fastest dense variant of the whole run."""
+    columns = ("variant", "batch", "tokens/s", "ms p20", "p50", "p80", "x dense", "budget measured", "GB/s", "of copy",
+               "prefill ms", "compile s", "peak GB", "gate")  # fmt: skip
+    prefills = {(row["variant"], row["batch"]): row["prefill_ms"] for row in run.rows if row["kind"] == "prefill"}
+    lines = []
+    for row in run.rows:
+        if row["kind"] != "decode":
+            continue
+        ms, rate, gate = row["ms_per_token"], row["weight_gb_per_s"], row["gate"]
+        lines.append((
+            row["variant"], row["batch"], row["tokens_per_s"], ms["p20"], ms["p50"], ms["p80"],
+            dense_ratio(run.rows, row["batch"], ms["p50"]), row.get("measured_budget", {}).get("bytes"), rate,
+            None if rate is None else rate * 1e9 / run.bandwidth, prefills.get((row["variant"], row["batch"])),
+            row["compile_seconds"], row["peak_gb"], gate["masked_error"] if gate["fixed_error"] is None else gate["fixed_error"],
+        ))  # fmt: skip
+    skipped = [f"{row['variant']}: {row['reason']}" for row in run.rows if row["kind"] == "skipped"]
+    show(f"{run.common['model']}, {run.common['dtype']}, {run.common['device']}", columns, lines, notes=skipped)
+
+
+if __name__ == "__main__":
+    typer.run(main)

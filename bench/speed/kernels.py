@@ -1,0 +1,184 @@
+"""Time of every kernel against the strongest dense product, the published kernel shape, and the memory itself.
+
+In: nothing but a GPU; operands are random. Out: one JSONL row per operation, shape, share masked, tokens, storage and way to
+compute it (microseconds as p20, p50 and p80; GB/s of the weight bytes it needs, and that over what a large copy moves; error
+over its bound; whether two runs gave the same bits; speed-up over the fastest dense product; whether the cost model would
+choose it), and a table. Every result is compared with fp64 first, and what fails has no speed-up.
+
+Ours counts everything in: one launch from v to the finished y. A rank adapter's router is a row of its own.
+
+    python -m bench.speed.kernels --out bench/results/kernels-h200.jsonl
+    python -m bench.speed.kernels --shapes llama-2-7b/qkv --masked 50 --tokens 1 --bits 16 --tune
+    python -m bench.speed.kernels --interpret                       # toy sizes without a GPU: whether it runs, no times
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from bench.common.record import append, head, start
+from bench.speed.shapes import Shape, shapes
+from bench.speed.timing import Call, Times, copies_of, copy_gbps, error_ratio, timed
+from rana_fx.commands.record import show
+from rana_fx.errors import InvalidOption, RanaError
+from rana_fx.kernels.cost import prefers_masked
+
+# us of the fastest correct dense product, by shape and tokens
+Fastest = dict[tuple[str, int], float]
+RIVALS = ("cublas", "inductor", "published", "fallback")
+
+
+def main(
+    names: Annotated[str, typer.Option("--shapes", help="Models or products, by commas.")] = "llama-2-7b",
+    masked: Annotated[str, typer.Option(help="Per cent of ranks masked, by commas.")] = "0,30,50,70,90",
+    tokens: Annotated[str, typer.Option(help="Tokens at once, by commas.")] = "1,2,4,8,16",
+    bits: Annotated[str, typer.Option(help="Bits per weight, by commas: 16, 8, 4.")] = "16,8,4",
+    rivals: Annotated[str, typer.Option(help="Of cublas, inductor, published, fallback; by commas.")] = ",".join(RIVALS),
+    seconds: Annotated[float, typer.Option(help="Start no new product after this long.")] = 480.0,
+    tune: Annotated[bool, typer.Option(help="Also try configs(...) and keep the fastest; the default config otherwise.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSONL file; overwritten.")] = None,
+    interpret: Annotated[bool, typer.Option(help="Toy sizes under Triton's interpreter, to see that it runs.")] = False,
+) -> None:
+    """Kernels against dense products, the published kernel and the roofline."""
+    if interpret and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it when it is first imported, and that has happened
+        command = [sys.executable, "-m", "bench.speed.kernels", *sys.argv[1:]]
+        raise typer.Exit(subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode)
+    try:
+        run(names, masked, tokens, bits, rivals, seconds, tune, out, interpret)
+    except RanaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def run(
+    names: str, masked: str, tokens: str, bits: str, rivals: str, seconds: float, tune: bool, out: Path | None, interpret: bool
+) -> list[dict[str, Any]]:
+    """The rows. Raises InvalidOption, UnknownChoice."""
+    shares, counts, widths = numbers("masked", masked, 0, 100), numbers("tokens", tokens, 1, 16), numbers("bits", bits, 4, 16)
+    known = set(rivals.split(",")) - {""}
+    if not known <= set(RIVALS):
+        raise InvalidOption(name="rivals", got=rivals, expected=f"some of {', '.join(RIVALS)}")
+    if not set(widths) <= {4, 8, 16}:
+        raise InvalidOption(name="bits", got=bits, expected="some of 16, 8, 4")
+    if interpret:
+        names, shares, counts, known = "toy", shares[:1], counts[:1], known - {"inductor"}
+    elif not torch.cuda.is_available():
+        expected = "an NVIDIA GPU that this torch can use; none was found. --interpret runs toy sizes on the CPU, without times"
+        raise InvalidOption(name="--interpret", got=False, expected=expected)
+    chosen, device = shapes(names.split(",")), torch.device("cpu" if interpret else "cuda")
+    began, roofline = time.perf_counter(), copy_gbps(device)
+    common = head("kernels") | {"dtype": "bfloat16", "copy_gbps": roofline, "tuned": tune}
+    rows: list[dict[str, Any]] = []
+    fastest: Fastest = {}
+    if out is not None:
+        start(out)
+    cases = [(count, width, shape) for count in counts for width in widths for shape in chosen]
+    for done, (count, width, shape) in enumerate(cases):
+        if time.perf_counter() - began > seconds:
+            print(f"out of time: {len(cases) - done} of {len(cases)} products not started", file=sys.stderr)
+            break
+        for row in measure(shape, shares, count, width, known, tune, device, fastest):
+            row = common | row | {"roofline": row["gbps"] / roofline if roofline else None}
+            rows.append(row)
+            if out is not None:
+                append(out, row)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    table(rows)
+    return rows
+
+
+def measure(
+    shape: Shape, shares: list[int], count: int, width: int, known: set[str], tune: bool, device: torch.device, fastest: Fastest
+) -> list[dict[str, Any]]:
+    """Rows of one product: dense ways once for all widths, ours for each share masked."""
+    from bench.speed import operands
+
+    case = operands.make(shape, count, width, copies_of(shape.K * shape.N * width / 8, device), device)
+    facts = {"op": shape.op, "shape": shape.name, "K": shape.K, "N": shape.N, "tokens": count}
+    rows = []
+    if (shape.name, count) not in fastest:
+        for name in sorted(known & {"cublas", "inductor"}):
+            row = judged(case.dense(name), case.dense_bytes, device)
+            rows.append(facts | {"impl": name, "bits": 16, "masked": 0} | row)
+        fastest[shape.name, count] = min((row["us"]["p50"] for row in rows if row["passed"]), default=float("inf"))
+    best = fastest[shape.name, count]
+    fall_back = shape.op == "masked_gemv" and width == 16 and "fallback" in known
+    fallbacks = case.fallback(shares) if fall_back else {}
+    for share in [0] if shape.op == "router" else shares:
+        ways = case.ours(share, tune)
+        if shape.op == "masked_gemv" and count == 1 and width == 16 and "published" in known:
+            ways |= case.published(share)
+        if share in fallbacks:
+            ways["fallback"] = [fallbacks[share]]
+        for name, trials in ways.items():
+            found = [judged(trial, case.bytes_read(share), device) for trial in trials]
+            row = min(found, key=lambda row: (not row["passed"], row["us"]["p50"]))
+            # a result that is wrong has no speed
+            row["speedup"] = best / row["us"]["p50"] if row["passed"] and 0 < best < float("inf") else None
+            if name == "masked":
+                row["preferred"] = prefers_masked(shape.K, shape.N, count, 1 - share / 100, bits=width)
+            rows.append(facts | {"impl": name, "bits": width, "masked": share} | row)
+    return rows
+
+
+def judged(trial: Any, bytes_read: float, device: torch.device) -> dict[str, Any]:
+    """Check, then time: one way to compute one product, over all its buffers."""
+    first: Callable[[], Tensor] = trial.calls[0]
+    got, again = first().clone(), first().clone()
+    error = error_ratio(got.reshape(trial.exact.shape), trial.exact, trial.magnitude, trial.terms, trial.roundings)
+    calls: list[Call] = trial.calls
+    us: Times = timed(calls, device)
+    return {
+        "us": us._asdict(),
+        "gbps": bytes_read / us.p50 / 1e3 if us.p50 else 0.0,
+        "error_over_bound": error,
+        "passed": error <= 1,
+        "bit_equal": torch.equal(got, again),
+        "config": trial.config,
+    }
+
+
+def numbers(name: str, text: str, low: int, high: int) -> list[int]:
+    """Integers by commas. Raises InvalidOption."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(low <= number <= high for number in found):
+        raise InvalidOption(name=name, got=text, expected=f"whole numbers from {low} to {high}, by commas")
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    columns = ("shape", "tokens", "bits", "masked %", "way", "us", "GB/s", "of a copy", "speed-up", "correct", "same bits")
+    keys = ("shape", "tokens", "bits", "masked", "impl")
+    lines = [
+        (
+            *(row[key] for key in keys),
+            row["us"]["p50"],
+            row["gbps"],
+            row["roofline"],
+            row.get("speedup"),
+            row["passed"],
+            row["bit_equal"],
+        )
+        for row in rows
+    ]
+    if rows:
+        show(f"{rows[0]['device']}, a copy moves {rows[0]['copy_gbps']:.0f} GB/s", columns, lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

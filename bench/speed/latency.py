@@ -1,0 +1,239 @@
+"""The decode protocol for one model: every variant at every batch size is checked, timed, and becomes a row.
+
+In: a model, its layout, variants and a ``Protocol``. Out: rows, appended to a file as they come. For each variant and batch size:
+the reference's logits, compilation, the gate, sequences, a prefill, kernel times. What fails is a row with its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench.common.models import layers_of
+from bench.common.record import append
+from bench.speed.decoding import Decoder, Forward, forget_peak, peak_bytes, percentiles
+from bench.speed.kernel_times import kernel_times, show_kernels
+from bench.speed.variants import GATE_CONTEXT, Prepared, Variant, on_model, reference
+from bench.speed.verify import bound, judge
+from rana_fx.calibration.layout import Layout
+from rana_fx.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WARM_CALLS = 3  # compile and warm up, capture, replay
+_PROFILED_STEPS = 8
+_PREFILLS = 3
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is decoded. ``seconds``: for the whole run; None: as long as it takes."""
+
+    lengths: list[int]
+    new_tokens: int
+    prefill: int
+    batches: list[int]
+    seed: int
+    seconds: float | None
+    profile: bool
+
+    def watched(self) -> list[int]:
+        """Four contexts as they are half-way through the decoding."""
+        ordered = sorted(self.lengths)
+        return [ordered[(2 * i + 1) * len(ordered) // 8] + self.new_tokens // 2 for i in range(4)]
+
+
+@dataclass(eq=False)
+class Run:
+    """One process: rows go to ``out`` at once; ``bandwidth`` in bytes per second."""
+
+    model: PreTrainedModel
+    layout: Layout
+    protocol: Protocol
+    common: dict[str, Any]
+    out: Path
+    bandwidth: float
+    began: float = field(default_factory=time.perf_counter)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    decoders: dict[int, Decoder] = field(default_factory=dict)
+
+    def add(self, kind: str, **facts: Any) -> dict[str, Any]:
+        row = {"kind": kind, **facts}
+        append(self.out, self.common | row | {"elapsed_seconds": time.perf_counter() - self.began})
+        self.rows.append(row)
+        return row
+
+    def left(self) -> float:
+        """Seconds left of the run."""
+        return float("inf") if self.protocol.seconds is None else self.protocol.seconds - (time.perf_counter() - self.began)
+
+    def decoder(self, batch: int) -> Decoder:
+        if batch not in self.decoders:
+            self.decoders.clear()  # one cache at a time
+            # thresholds are set over up to 64 steps from the middle of a decoding
+            room = max(*self.protocol.lengths, self.protocol.prefill, 16) + max(self.protocol.new_tokens, 128)
+            self.decoders[batch] = Decoder(self.model, batch=batch, room=-(-room // 64) * 64, seed=self.protocol.seed)
+        return self.decoders[batch]
+
+    def weight_bytes(self, variant: Variant, prepared: Prepared) -> float:
+        """Bytes of linears that a step of one sequence reads, by the measured densities."""
+        sites = self.layout.sites.values()
+        dense = sum(site.flops * site.weight.element_size() for site in sites)
+        inside = sum(site.flops * site.weight.element_size() for site in sites if site.counted)
+        if variant.kind == "int8":
+            return sum(site.flops for site in sites)
+        return dense if prepared.measured is None else dense - inside * (1 - prepared.measured.budget_bytes)
+
+
+def compare(run: Run, chosen: list[Variant]) -> None:
+    """Every variant at every batch size. What fails is a row with its reason, and the next one follows."""
+    jobs = len(chosen) * len(run.protocol.batches)
+    for variant in chosen:
+        facts = {"variant": variant.label, "variant_kind": variant.kind, "mode": variant.mode, "budget": variant.budget}
+        # several may have one budget
+        facts |= {} if variant.saved is None else {"plan": variant.saved.name}
+        try:
+            with on_model(variant, run.model, run.layout, seed=run.protocol.seed) as prepared:
+                for batch in run.protocol.batches:
+                    share, jobs = run.left() / jobs, jobs - 1
+                    if share <= 0:
+                        run.add("skipped", **facts, batch=batch, reason="no time left")
+                    else:
+                        _one(run, variant, prepared, batch, time.perf_counter() + share, facts)
+                    torch.compiler.reset()
+        except Exception as error:  # whatever a compiler raises on a machine we have not seen
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            run.add("skipped", **facts, reason=reason)
+            print(f"{variant.label}: {reason}", flush=True)
+        _clean()
+
+
+def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: float, facts: dict[str, Any]) -> None:
+    """One variant at one batch size, until about ``deadline``: gate, warm up, decode, prefill, profile."""
+    decoder, seed = run.decoder(batch), run.protocol.seed
+    forget_peak(decoder.device)
+    began = time.perf_counter()
+    script, expected = reference(variant, prepared, decoder, watched=run.protocol.watched(), seed=seed)
+    forward = variant.compiled(run.model)
+    seconds = {"prepare_seconds": time.perf_counter() - began}
+    began = time.perf_counter()
+    decoder.decode(forward, GATE_CONTEXT, _WARM_CALLS)
+    seconds["compile_seconds"] = time.perf_counter() - began
+    # what is checked is what is timed, and no compilation is timed
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        limit = bound(run.model.dtype, layers_of(run.model), max(site.in_features for site in run.layout.sites.values()))
+        verdict = judge(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit, seed=seed)
+        facts = facts | {"batch": batch, "gate": verdict.facts()}
+        if not verdict.passed:
+            run.add("skipped", **facts, reason="the gate refused it: its logits are not those of its reference")
+            return
+        timed = _timed(run.protocol, decoder, forward, deadline)
+    p50, read = timed["ms_per_token"]["p50"], run.weight_bytes(variant, prepared)
+    timed |= {
+        # a batch of masks reads the union of their rows, which is not counted
+        "weight_gb_per_s": read / p50 / 1e6 if batch == 1 or prepared.plan is None else None,
+        "dense_ratio": dense_ratio(run.rows, batch, p50),
+        "peak_gb": peak_bytes(decoder.device) / 1e9,
+    }
+    run.add("decode", **facts, **_plan_facts(prepared), **timed, **seconds)
+    print(f"{variant.label}, batch {batch}: {timed['tokens_per_s']:.1f} tokens/s, {p50:.3f} ms a step", flush=True)
+    if run.protocol.profile:
+        token = decoder.read(decoder.tokens(GATE_CONTEXT))
+        decode = functools.partial(decoder.steps, forward, token, GATE_CONTEXT, _PROFILED_STEPS)
+        kernels = kernel_times(decode, steps=_PROFILED_STEPS, device=decoder.device)
+        run.add("kernels", variant=variant.label, batch=batch, step_ms=p50, kernels=kernels)
+        show_kernels(f"{variant.label}, batch {batch}", kernels, p50)
+    if run.protocol.prefill:
+        # another shape is another compilation: only where there is time for it
+        late = time.perf_counter() + seconds["compile_seconds"] > deadline
+        found = {"reason": "no time left for a prefill"} if late else _prefill(run.protocol.prefill, decoder, forward)
+        run.add("skipped" if late else "prefill", variant=variant.label, batch=batch, **found)
+
+
+def _timed(protocol: Protocol, decoder: Decoder, forward: Forward, deadline: float) -> dict[str, Any]:
+    """Decode after each context until ``deadline``, after one at least."""
+    steps: list[float] = []
+    used: list[int] = []
+    spent = 0.0
+    for context in protocol.lengths:
+        if used and time.perf_counter() + spent / len(used) > deadline:
+            break
+        times, seconds = decoder.decode(forward, context, protocol.new_tokens)
+        steps += times
+        spent += seconds
+        used.append(context)
+    return {
+        "sequences": len(used),
+        "contexts": used,
+        "cache": decoder.room,
+        "tokens_per_s": decoder.batch * len(steps) / spent,
+        "ms_per_token": percentiles(steps),
+    }
+
+
+def _plan_facts(prepared: Prepared) -> dict[str, Any]:
+    if prepared.plan is None or prepared.measured is None:
+        return {}
+    plan, measured = prepared.plan, prepared.measured
+    roles = {record.name: record.role for record in plan.sites}
+    kinds: dict[str, list[tuple[float, float, int]]] = {}
+    for adapter in plan.adapters:
+        entry = (measured.density[adapter.name], adapter.density, adapter.ranks)
+        kinds.setdefault(f"{adapter.kind} of {roles[adapter.sites[0]]}", []).append(entry)
+    adapters = {
+        name: {"density": _mean(0, found), "expected": _mean(1, found), "ranks": _mean(2, found), "count": len(found)}
+        for name, found in kinds.items()
+    }
+    return {
+        "expected_budget": {unit: plan.expected_budget(unit) for unit in ("flops", "bytes")},
+        "measured_budget": {"flops": measured.budget_flops, "bytes": measured.budget_bytes},
+        "measured_tokens": measured.tokens,
+        "adapters": adapters,
+        "router_bits": _bits(plan, "router"),
+        "factor_bits": _bits(plan, "weight"),
+    }
+
+
+def _mean(index: int, found: list[tuple[float, float, int]]) -> float:
+    return sum(entry[index] for entry in found) / len(found)
+
+
+def _bits(plan: Plan, key: str) -> list[int]:
+    """Of all matrices of that name that the plan stores."""
+    return sorted({adapter.bits()[key] for adapter in plan.adapters if key in adapter.bits()})
+
+
+def dense_ratio(rows: list[dict[str, Any]], batch: int, ms: float) -> float | None:
+    """Times faster than the fastest dense variant among the rows; None before there is one."""
+    dense = [
+        row["ms_per_token"]["p50"]
+        for row in rows
+        if row["kind"] == "decode" and row["variant_kind"] == "dense" and row["batch"] == batch
+    ]
+    return min(dense) / ms if dense else None
+
+
+def _prefill(length: int, decoder: Decoder, forward: Forward) -> dict[str, Any]:
+    """Time of a compiled prefill."""
+    tokens, times = decoder.tokens(length), []
+    for _ in range(_WARM_CALLS + _PREFILLS):
+        decoder.synchronize()
+        began = time.perf_counter()
+        decoder.read(tokens, forward)
+        decoder.synchronize()
+        times.append(time.perf_counter() - began)
+    ms = 1000 * percentiles(times[_WARM_CALLS:])["p50"]
+    return {"prefill_tokens": length, "prefill_ms": ms, "prefill_compile_seconds": sum(times[:_WARM_CALLS])}
+
+
+def _clean() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,157 @@
+"""Random operands of one product on rotating buffers, its fp64 answer, and every way to compute it.
+
+In: a shape, tokens, bits, how many buffers. Out: ``Trial``s, each a list of calls (one per buffer), the exact result of the
+first, and the sum of magnitudes that its error bound is relative to. Imports Triton, so after its interpreter was chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.quality import rivals
+from bench.speed.shapes import Shape
+from rana_fx.formats import pack, unpack
+from rana_fx.kernels import reference
+from rana_fx.kernels.cost import weight_bytes
+from rana_fx.kernels.triton import masked_gemv as product
+from rana_fx.kernels.triton import router
+from rana_fx.kernels.triton.config import configs, default_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One way to compute a product. terms: numbers added per output; roundings: to its dtype, on the way to an output."""
+
+    calls: list[Callable[[], Tensor]]
+    exact: Tensor
+    magnitude: Tensor
+    terms: int
+    config: dict[str, Any] | None = None
+    roundings: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One per buffer: xs (T, K); plain, weights (K, N) or, for a router, (N, K), bf16; stored, the same as kernels take them."""
+
+    shape: Shape
+    bits: int
+    xs: list[Tensor]
+    plain: list[Tensor]
+    stored: list[tuple[Tensor, Tensor | None]]
+
+    @property
+    def dense_bytes(self) -> float:
+        return self.shape.K * self.shape.N * 2.0
+
+    def bytes_read(self, share: int) -> float:
+        """Weight bytes that the masks of the first buffer's tokens need."""
+        if self.shape.op == "router":
+            return weight_bytes(self.shape.N, self.shape.K, self.bits)
+        rows = int(reference.kept(self.xs[0], self.tau(share)).any(0).sum())
+        return weight_bytes(rows, self.shape.N, self.bits)
+
+    def tau(self, share: int) -> Tensor:
+        """(K,): the threshold that masks that per cent of all values."""
+        squares = torch.cat(self.xs).float().square().flatten()
+        level = squares.sort().values[min(int(squares.numel() * share / 100), squares.numel() - 1)] if share else 0.0
+        return torch.full((self.shape.K,), float(level), device=self.xs[0].device)
+
+    def dense(self, name: str) -> Trial:
+        """F.linear, by cuBLAS or by Inductor, on weights (N, K); for a gated product the activation too."""
+        function = rivals.silu_of_linear if self.shape.op == "gated_gemv" else rivals.cublas_linear
+        dense = rivals.by_inductor(function, tuned=True) if name == "inductor" else function
+        weights = [w if self.shape.op == "router" else w.t().contiguous() for w in self.plain]
+        exact, magnitude = self._exact(self.xs[0], weights[0].t())
+        calls = [functools.partial(dense, x, w) for x, w in zip(self.xs, weights, strict=True)]
+        # cuBLAS may add split sums in 16 bits
+        return Trial(calls, exact, magnitude, self.shape.K, roundings=4 if self.shape.op == "gated_gemv" else 2)
+
+    def ours(self, share: int, tune: bool) -> dict[str, list[Trial]]:
+        """Trials of our kernel by name; with ``tune`` one per config worth trying."""
+        tokens = self.xs[0].shape[0]
+        if self.shape.op == "router":
+            exact, magnitude = self._exact(self.xs[0], unpack(*self.stored[0], torch.float64).t())
+            early = _early(self.xs[0])
+            some: list[Any] = [router.default_config(self.shape.N, self.shape.K, tokens, bits=self.bits, pdl=early)]
+            some += router.configs(self.shape.N, self.shape.K, bits=self.bits) if tune else []
+            return {"router": [self._router(config, exact, magnitude) for config in some]}
+        tau, density = self.tau(share), 1 - share / 100
+        kept = self._kept(self.xs[0], tau)
+        exact, magnitude = self._exact(kept, unpack(*self.stored[0], torch.float64))
+        some = [default_config(self.shape.K, self.shape.N, tokens, density, bits=self.bits)]
+        some += configs(self.shape.K, self.shape.N, tokens, density, bits=self.bits) if tune else []
+        activation = "silu" if self.shape.op == "gated_gemv" else None
+        return {"masked": [self._masked(config, tau, activation, exact, magnitude) for config in some]}
+
+    def published(self, share: int) -> dict[str, list[Trial]]:
+        tau = self.tau(share)
+        exact, magnitude = self._exact(self._kept(self.xs[0], tau), self.plain[0].double())
+        trials = []
+        for choice in rivals.PUBLISHED:
+            calls = [functools.partial(rivals.published, x, tau, w, choice) for x, w in zip(self.xs, self.plain, strict=True)]
+            names = dict(zip(("block_k", "block_n", "warps"), choice, strict=True))
+            trials.append(Trial(calls, exact, magnitude, self.shape.K, names))
+        return {"published": trials}
+
+    def fallback(self, shares: list[int]) -> dict[int, Trial]:
+        """Trials by share; one compilation."""
+        cuda = self.xs[0].is_cuda
+        function = rivals.by_inductor(reference.masked_gemv, tuned=False) if cuda else reference.masked_gemv
+        trials = {}
+        for share in shares:
+            tau = self.tau(share)
+            exact, magnitude = self._exact(self._kept(self.xs[0], tau), self.plain[0].double())
+            calls = [functools.partial(function, x, tau, w) for x, w in zip(self.xs, self.plain, strict=True)]
+            trials[share] = Trial(calls, exact, magnitude, self.shape.K, roundings=2)
+        return trials
+
+    def _masked(self, config: Any, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor) -> Trial:
+        def call(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+            return product.masked_gemv(x, tau, weight, None, scale, activation=activation, config=config, pdl=_early(x))
+
+        calls = [functools.partial(call, x, *stored) for x, stored in zip(self.xs, self.stored, strict=True)]
+        return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
+
+    def _router(self, config: Any, exact: Tensor, magnitude: Tensor) -> Trial:
+        calls = [
+            functools.partial(router.router, x, *stored, config=config, pdl=_early(x))
+            for x, stored in zip(self.xs, self.stored, strict=True)
+        ]
+        return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
+
+    def _kept(self, x: Tensor, tau: Tensor) -> Tensor:
+        return torch.where(reference.kept(x, tau), x, x.new_zeros(()))
+
+    def _exact(self, x: Tensor, weight_KN: Tensor) -> tuple[Tensor, Tensor]:
+        """The product in fp64 and the sum of its terms' magnitudes."""
+        y, magnitude = x.double() @ weight_KN.double(), x.double().abs() @ weight_KN.double().abs()
+        if self.shape.op != "gated_gemv":
+            return y, magnitude
+        (gate, up), (a, b) = y.chunk(2, -1), magnitude.chunk(2, -1)
+        # silu has a slope below 1.1 and |silu(x)| <= |x|
+        return torch.nn.functional.silu(gate) * up, 1.1 * (a * up.abs() + b * gate.abs())
+
+
+def _early(x: Tensor) -> bool:
+    """Whether launches start before the previous one is done, as they do in compiled graphs."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def make(shape: Shape, tokens: int, bits: int, buffers: int, device: torch.device) -> Case:
+    """Gaussian operands with a fixed seed, weights scaled so that outputs have size one."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    size = (shape.N, shape.K) if shape.op == "router" else (shape.K, shape.N)
+    xs, plain, stored = [], [], []
+    scale_dtype = torch.bfloat16 if bits == 4 else torch.float32
+    for _ in range(buffers):
+        xs.append(torch.randn(tokens, shape.K, generator=generator, device=device).bfloat16())
+        plain.append((torch.randn(size, generator=generator, device=device) / shape.K**0.5).bfloat16())
+        stored.append((plain[-1], None) if bits == 16 else pack(plain[-1], bits, 64, scale_dtype))
+    return Case(shape, bits, xs, plain, stored)

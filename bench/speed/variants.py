@@ -1,0 +1,149 @@
+"""What is compared: the dense model as users run it, int8 weights, and plans.
+
+In: names from the command line. Out: ``Variant`` objects, and a context for each in which the model is that variant: a plan is on
+it, its thresholds are set, or its weights are in 8 bits. int8 replaces the weights for good, so it comes last.
+
+    eager               the model's own forward
+    reduce-overhead     torch.compile with that mode: Inductor and CUDA graphs
+    max-autotune        the same, tuned, with coordinate descent
+    int8                int8 weight-only of torchao, then reduce-overhead
+    rana                rana_fx.backend with --mode, one variant per plan, or menu and budget
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import rana_fx
+from bench.speed.random_plan import Menu, Watch, attach_unchecked, live_plan, random_plan, set_thresholds
+from bench.speed.verify import Expected, expect
+from rana_fx.calibration.batches import evaluating, observing
+from rana_fx.calibration.layout import Layout
+from rana_fx.errors import InvalidOption
+from rana_fx.evaluation.measure import Measurement
+from rana_fx.kernels.ops import implementation
+from rana_fx.plan import Plan, load_plan
+from rana_fx.runtime.attachment import attach, attached, detach
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bench.speed.decoding import Decoder, Script
+
+NAMES = ("eager", "reduce-overhead", "max-autotune", "int8", "rana")
+_GATE_STEPS = 4
+GATE_CONTEXT = 16
+_WATCHED_ROWS = 2**16  # values of the residual stream, over all watched steps
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``kind``: dense, int8 or rana. ``mode``: of torch.compile, None for eager."""
+
+    name: str
+    kind: str
+    mode: str | None
+    budget: float | None = None
+    saved: Path | None = None
+    menu: Menu = field(default_factory=Menu)
+    prefill: str = "masked"
+
+    @property
+    def label(self) -> str:
+        return self.name if self.budget is None else f"{self.name} {self.budget:g}"
+
+    def compiled(self, model: PreTrainedModel) -> Callable[..., Any]:
+        """The function that is timed. Every shape is compiled on its own."""
+        forward: Callable[..., Any] = model.forward
+        if self.mode is None:
+            return forward
+        if self.kind == "rana":
+            options: Any = {"mode": self.mode, "prefill": self.prefill}
+            return torch.compile(forward, backend=rana_fx.backend, options=options, dynamic=False, fullgraph=True)
+        return torch.compile(forward, mode=self.mode, dynamic=False, fullgraph=True)
+
+
+def variants(
+    names: str, budgets: list[float], plans: list[Path], *, mode: str, menus: Sequence[Menu], prefill: str
+) -> list[Variant]:
+    """Dense ones first, so that the others have something to be compared with; int8 last. Raises InvalidOption."""
+    given = [name.strip() for name in names.split(",")]
+    for name in given:
+        if name not in NAMES:
+            raise InvalidOption(name="--variants", got=name, expected="some of " + ", ".join(NAMES))
+    found = [Variant(name, "dense", None if name == "eager" else name) for name in NAMES[:3] if name in given]
+    if "rana" in given:
+        found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
+        for menu in menus:
+            name = "rana" if menu.label == "rank" else f"rana {menu.label}"
+            found += [Variant(name, "rana", mode, budget, menu=menu, prefill=prefill) for budget in budgets]
+    return found + [Variant("int8", "int8", "reduce-overhead") for name in given if name == "int8"]
+
+
+@dataclass(eq=False)
+class Prepared:
+    """A variant on the model. ``measured`` counts the steps after those that set the thresholds."""
+
+    plan: Plan | None = None
+    measured: Measurement | None = None
+
+
+@contextmanager
+def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: int) -> Iterator[Prepared]:
+    """The model as the variant wants it, and (not int8) as it was afterwards. Nothing compiled is left over.
+
+    Raises:
+        ImportError: int8 without torchao.
+    """
+    prepared = Prepared()
+    if variant.kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+    elif variant.saved is not None:
+        attach(model, load_plan(variant.saved))
+        found = attached(model)
+        assert found is not None
+        prepared.plan = live_plan(found.plan, found.factors)
+    elif variant.budget is not None:
+        prepared.plan = attach_unchecked(model, random_plan(model, layout, variant.budget, menu=variant.menu, seed=seed))
+    try:
+        yield prepared
+    finally:
+        detach(model)
+        torch.compiler.reset()
+
+
+def reference(
+    variant: Variant, prepared: Prepared, decoder: Decoder, *, watched: Sequence[int] = (GATE_CONTEXT,), seed: int = 0
+) -> tuple[Script, Expected]:
+    """What the variant has to reproduce: tokens, and the logits they shall have. Sets thresholds the first time.
+
+    Args:
+        watched: contexts to set thresholds after. With random weights the attention averages over the context, so the output
+            projection reads smaller values the longer it is.
+    """
+    model, plan = decoder.model, prepared.plan
+    script = decoder.script(GATE_CONTEXT, _GATE_STEPS)
+    if plan is None:
+        return script, expect(lambda: decoder.logits(model.forward, script), model, None, dtype=model.dtype)
+    with implementation("reference"), evaluating(model), observing(model):
+        watch = Watch(model, plan)
+        if prepared.measured is None:
+            width = model.config.get_text_config().hidden_size
+            steps = max(2, min(64, _WATCHED_ROWS // width // decoder.batch) // len(watched))
+            setting, measuring = ([decoder.script(length, steps) for length in watched] for _ in range(2))
+            if variant.saved is None:
+                set_thresholds(watch, plan, lambda: [decoder.logits(watch, script) for script in setting])
+            for other in measuring:
+                decoder.logits(watch, other)
+            prepared.measured = watch.result()
+        # what is compiled leaves adapters out where a batch is too large for them
+        checked = watch if variant.prefill in ("masked", "factors") else Watch(model, plan, prefill=variant.prefill)
+        return script, expect(lambda: decoder.logits(checked, script), model, plan, dtype=model.dtype, seed=seed)

@@ -1,0 +1,1 @@
+"""C++ templates of Inductor, for few tokens on a CPU."""

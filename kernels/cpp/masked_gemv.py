@@ -1,0 +1,173 @@
+"""``masked_gemv`` on a CPU: a C++ template for Inductor that reads only the rows of the weight that a token keeps.
+
+    y[t, :] = sum over k with v[t, k]^2 >= tau[k] of v[t, k] * w[k, :]        in fp32, T small, w = weight * scale
+
+Every thread compacts the kept ranks once (branch-free: K steps against K * N products), then takes a stretch of outputs in
+blocks: accumulators of a block stay in the L1 cache while kept rows stream past, eight at a time. With several tokens the rows
+are those that any token keeps; a token's coefficient of a row it does not keep is zero. The result is fp32 and has no bias: what
+follows (bias, activation, residual, cast) is pointwise, and Inductor fuses it into the template.
+
+Weights are floating, int8 with a scale per row (which becomes part of the coefficient) or 4 bits with a scale per row and group
+of columns (quantize.py); numbers are exact in fp32, so nothing is rounded before it is multiplied. Rows must be contiguous.
+Error: fp32 accumulation in a fixed order, so two runs are equal to the bit, on any number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+
+from rana_fx.formats import GROUPS
+from rana_fx.kernels.cpp.template import MAX_TOKENS, RowsTemplate, index_of
+
+_ACCUMULATORS = 4096  # floats, over all tokens: half of a 32 KiB L1 cache
+
+_COMPACT = r"""
+  // rana_masked_gemv
+  #pragma omp parallel num_threads({{threads}})
+  {
+    constexpr int64_t K = {{K}}, GRAIN = {{grain}}, NB = {{block}};
+    const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+    const std::unique_ptr<int32_t[]> row(new int32_t[K + 1]);
+    const auto coefficient = floats((K + 1) * T);
+    int64_t kept = 0;
+    for (int64_t k = 0; k < K; k++) {
+      bool any = false;
+      for (int64_t t = 0; t < T; t++) {
+        const float v = static_cast<float>(V[{{v_index}}]);
+        const bool keep = v * v >= Tau[{{tau_index}}];
+        coefficient[kept * T + t] = keep ? v{{row_scale}} : 0.0f;
+        any |= keep;
+      }
+      row[kept] = static_cast<int32_t>(k);
+      kept += any;  // a row nobody keeps is overwritten by the next
+    }
+    const int64_t grains = (N + GRAIN - 1) / GRAIN;
+    const int64_t begin = grains * thread / count * GRAIN, end = std::min(N, grains * (thread + 1) / count * GRAIN);
+    const auto sums = floats(NB * T + VL);
+    for (int64_t first = begin; first < end; first += NB) {
+      const int64_t width = std::min(NB, end - first);
+      std::fill_n(sums.get(), NB * T, 0.0f);
+"""
+
+_FLOATS = r"""
+      auto add = [&](auto rows, int64_t j) {
+        constexpr int R = decltype(rows)::value;
+        const {{weight_type}}* w[R];
+        for (int i = 0; i < R; i++) w[i] = W + row[j + i] * {{row_stride}}L + first;
+        {%- if one %}
+        float c[R];
+        for (int i = 0; i < R; i++) c[i] = coefficient[j + i];
+        {%- else %}
+        const float* const c = coefficient.get() + j * T;
+        {%- endif %}
+        auto step = [&](int64_t o, int64_t n) {
+          Vec x[R];
+          for (int i = 0; i < R; i++) x[i] = load(w[i] + o, n);
+          for (int64_t t = 0; t < T; t++) {
+            float* const sum = sums.get() + t * NB + o;
+            Vec a = Vec::loadu(sum, n);
+            for (int i = 0; i < R; i++) a = at::vec::fmadd(x[i], Vec(c[i * T + t]), a);
+            a.store(sum, n);
+          }
+        };
+        int64_t o = 0;
+        for (; o + VL <= width; o += VL) step(o, VL);
+        if (o < width) step(o, width - o);
+      };
+"""
+
+_PACKED = r"""
+      // sums of even columns are in front of those of odd ones
+      auto add = [&](auto rows, int64_t j) {
+        constexpr int R = decltype(rows)::value;
+        const uint8_t* w[R];
+        for (int i = 0; i < R; i++) w[i] = W + row[j + i] * {{row_stride}}L + first / 2;
+        for (int64_t o = 0; o < width / 2; o += GRAIN / 2) {
+          const int64_t g = (first + 2 * o) / GRAIN, stop = std::min(o + GRAIN / 2, width / 2);
+          float c[R * {{most}}];
+          for (int i = 0; i < R; i++) {
+            const int64_t k = row[j + i];
+            const float scale = static_cast<float>(Scale[{{scale_index}}]);
+            for (int64_t t = 0; t < T; t++) c[i * T + t] = coefficient[(j + i) * T + t] * scale;
+          }
+          auto step = [&](int64_t p, int64_t n) {
+            Vec even[R], odd[R];
+            for (int i = 0; i < R; i++) std::tie(even[i], odd[i]) = load_pair(w[i] + p, n);
+            for (int64_t t = 0; t < T; t++) {
+              float* const sum = sums.get() + t * NB + p;
+              Vec a = Vec::loadu(sum, n), b = Vec::loadu(sum + NB / 2, n);
+              for (int i = 0; i < R; i++) {
+                a = at::vec::fmadd(even[i], Vec(c[i * T + t]), a);
+                b = at::vec::fmadd(odd[i], Vec(c[i * T + t]), b);
+              }
+              a.store(sum, n);
+              b.store(sum + NB / 2, n);
+            }
+          };
+          int64_t p = o;
+          for (; p + VL <= stop; p += VL) step(p, VL);
+          if (p < stop) step(p, stop - p);
+        }
+      };
+"""
+
+_STORE = r"""
+      int64_t j = 0;
+      for (; j + {{rows}} <= kept; j += {{rows}}) add(std::integral_constant<int, {{rows}}>(), j);
+      for (; j < kept; j++) add(std::integral_constant<int, 1>(), j);
+      for (int64_t t = 0; t < T; t++) {
+        const float* const sum = sums.get() + t * NB;
+        float* const y = result + t * N + first;
+        {%- if packed %}
+        for (int64_t o = 0; o < width / 2; o++) {
+          y[2 * o] = sum[o];
+          y[2 * o + 1] = sum[o + NB / 2];
+        }
+        {%- else %}
+        std::copy_n(sum, width, y);
+        {%- endif %}
+      }
+    }
+  }
+"""
+
+
+class MaskedGemvTemplate(RowsTemplate):
+    """Inputs: v (T, K), tau (K,) fp32, weight with contiguous rows (K of them) and, where it is quantised, its scale."""
+
+    body: ClassVar[str] = _COMPACT + "{% if packed %}" + _PACKED + "{% else %}" + _FLOATS + "{% endif %}" + _STORE
+
+    def __init__(self, v: Any, tau: Any, weight: Any, scale: Any, layout: ir.Layout) -> None:
+        tokens, columns = layout.size[0], int(layout.size[1])
+        ranks = int(weight.get_size()[0])
+        packed = weight.get_dtype() == torch.uint8
+        most = int(tokens) if isinstance(tokens, (int, sympy.Integer)) else MAX_TOKENS
+        grain = 64  # columns: whole cache lines of the result, and a whole group of a packed weight
+        if packed:
+            grain = next(g for g in GROUPS if -(-columns // g) == int(scale.get_size()[1]))
+        share = -(-columns // grain) * grain
+        inputs = {"V": v, "Tau": tau, "W": weight} | ({} if scale is None else {"Scale": scale})
+        super().__init__(
+            "rana_masked_gemv",
+            inputs,
+            layout,
+            products=ranks * columns,
+            K=ranks,
+            grain=grain,
+            block=min(share, _ACCUMULATORS // most // grain * grain),
+            one=most == 1,
+            most=most,
+            rows=8,
+            packed=packed,
+            weight_type=DTYPE_TO_CPP[weight.get_dtype()],
+            row_stride=int(weight.get_stride()[0]),
+            v_index=index_of(v, "t", "k"),
+            tau_index=index_of(tau, "k"),
+            row_scale="" if scale is None or packed else f" * static_cast<float>(Scale[{index_of(scale, 'k')}])",
+            scale_index=index_of(scale, "k", "g") if packed else "",
+        )

@@ -1,0 +1,1 @@
+"""Triton kernels, for few tokens on a GPU."""

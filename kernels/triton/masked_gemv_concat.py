@@ -1,0 +1,120 @@
+"""Several masked products of one v, each with its own thresholds and weight, in one launch: y = [y_0, y_1, ...].
+
+q, k and v under masks of their own read one tensor. Apart they are three launches, each too small to fill the GPU. Here blocks of
+outputs of all parts share a grid; a program takes the pointers of its part and goes on as in masked_gemv.py.
+
+Weights are floating, rank-major with unit stride, of one dtype; up to three.   Error: as masked_gemv.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from rana_fx.errors import BadOperand
+from rana_fx.kernels.triton.compaction import few_tokens, launch_options, sm_count_of
+from rana_fx.kernels.triton.config import MOST_PARTS, TOKENS_AT_ONCE, Config, cdiv, default_config
+from rana_fx.kernels.triton.masked_gemv import lists_for, masked_sums, meta_of
+from rana_fx.kernels.triton.splitk import counters_for
+
+
+@triton.jit
+def masked_parts_kernel(
+    v, tau_0, tau_1, tau_2, w_0, w_1, w_2, bias_0, bias_1, bias_2, part, y, lists, counters,
+    T, K, N_0, N_1, N_2, B_1, B_2, s_vt, s_vk, s_w0, s_w1, s_w2, s_ps, s_pt, s_yt,
+    S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    BT: tl.constexpr, TG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RW: tl.constexpr, SR: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # part p has blocks B_p ... B_(p+1) - 1 of the grid
+    i_p, i_s = tl.program_id(0), tl.program_id(1)
+    i_n = i_p // TG
+    tau, w, bias, s_wk, N, o_y = tau_0, w_0, bias_0, s_w0, N_0, i_n * 0
+    if i_n >= B_2:
+        tau, w, bias, s_wk, N, o_y = tau_2, w_2, bias_2, s_w2, N_2, N_0 + N_1
+        i_n -= B_2
+    elif i_n >= B_1:
+        tau, w, bias, s_wk, N, o_y = tau_1, w_1, bias_1, s_w1, N_1, N_0
+        i_n -= B_1
+    masked_sums(
+        i_n, i_p, i_s, i_p % TG * BT, v, tau, w, v, bias, v, part + o_y, y + o_y, lists, counters,
+        T, K, N, 0, s_vt, s_vk, 1, s_wk, 1, 0, 1, 0, 0, s_ps, s_pt, s_yt,
+        S, KS, KB, GROUP, EARLY, BT, BM, BN, RW, SR, STAGES, WHOLE, 0, HAS_BIAS, False, PDL,
+    )  # fmt: skip
+
+
+def masked_gemv_parts(
+    v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (), *,
+    config: Config | None = None, counters: Tensor | None = None, traced: bool = False, pdl: bool = False,
+) -> Tensor:  # fmt: skip
+    """(..., N_0 + N_1 + ...) in v's dtype, in one launch.
+
+    Args:
+        v: (..., K) floating, T <= 16 rows in all. taus: (K,) each, contiguous. weights: (K, N_p) with unit stride along N_p, two
+            or three of one floating dtype. biases: (N_p,) each, contiguous, or none at all.
+        config, counters, traced, pdl: as ``masked_gemv``; counters for each part's blocks.
+
+    Raises:
+        BadOperand.
+    """
+    tokens = _check(v, taus, weights, biases)
+    rows, ranks = v.reshape(tokens, -1), v.shape[-1]
+    sizes = [weight.shape[1] for weight in weights]
+    if config is None:
+        sm_count = sm_count_of(v)
+        config = default_config(ranks, sum(sizes), tokens, sm_count=sm_count)
+    groups, block_n = cdiv(tokens, TOKENS_AT_ONCE), config.block_n
+    ends = [sum(cdiv(size, block_n) for size in sizes[: index + 1]) for index in range(len(sizes))]
+    blocks = ends[-1]
+    if counters is None:
+        counters = counters_for(v.device, blocks * groups)
+    part = torch.empty((config.splits, tokens, sum(sizes)), dtype=torch.float32, device=v.device)
+    y = torch.empty((tokens, sum(sizes)), dtype=v.dtype, device=v.device)
+    meta = meta_of(config, tokens, ranks, block_n, 8 * weights[0].element_size()) | dict(
+        WHOLE=all(size % block_n == 0 for size in sizes), HAS_BIAS=bool(biases), PDL=pdl, **launch_options(pdl, traced)
+    )
+    grid = (blocks * groups, config.splits)
+    lists = lists_for(v, grid, meta)
+
+    def three(values: Sequence[Any]) -> list[Any]:
+        # a part that is not there has no block
+        return [*values, *[values[-1]] * (MOST_PARTS - len(values))]
+
+    kernel = torch.library.wrap_triton(masked_parts_kernel) if traced else masked_parts_kernel
+    with contextlib.nullcontext() if traced else torch.cuda.device_of(v):
+        kernel[grid](
+            rows, *three(taus), *three(weights), *three(biases or [v]), part, y, lists, counters,
+            tokens, ranks, *three(sizes), *three(ends)[:2], *rows.stride(), *three([weight.stride(0) for weight in weights]),
+            *part.stride()[:2], y.stride(0), **meta,
+        )  # fmt: skip
+    return y.reshape(*v.shape[:-1], sum(sizes))
+
+
+def _check(v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
+    """T."""
+    found = len(weights)
+    if not 2 <= found <= MOST_PARTS or len(taus) != found or len(biases) not in (0, found):
+        got, expected = f"{found} with {len(taus)} thresholds and {len(biases)} biases", f"2 to {MOST_PARTS}, and as many of each"
+        raise BadOperand(name="weights", got=got, expected=expected, todo="Multiply by the others apart.")
+    if v.dim() < 1 or not v.is_floating_point():
+        raise BadOperand(name="v", got=f"{tuple(v.shape)} {v.dtype}", expected="floating, (..., K)", todo="Pass such a tensor.")
+    ranks = v.shape[-1]
+    for index, (tau, weight) in enumerate(zip(taus, weights, strict=True)):
+        if weight.dim() != 2 or weight.shape[0] != ranks or weight.stride(1) != 1 or weight.dtype != weights[0].dtype:
+            got = f"{tuple(weight.shape)} {weight.dtype}, strides {weight.stride()}"
+            expected = f"({ranks}, N) {weights[0].dtype} with unit stride"
+            raise BadOperand(name=f"weights[{index}]", got=got, expected=expected, todo="Multiply by it apart.")
+        if tuple(tau.shape) != (ranks,) or not tau.is_contiguous():
+            got = f"{tuple(tau.shape)}, strides {tau.stride()}"
+            raise BadOperand(name=f"taus[{index}]", got=got, expected=f"({ranks},), contiguous", todo="One threshold per rank.")
+        bias = biases[index] if biases else None
+        if biases and (bias is None or tuple(bias.shape) != (weight.shape[1],) or not bias.is_contiguous()):
+            got = "None" if bias is None else str(tuple(bias.shape))
+            raise BadOperand(name=f"biases[{index}]", got=got, expected=f"({weight.shape[1]},)", todo="One number per output.")
+    return few_tokens("v", v)

@@ -1,0 +1,49 @@
+"""Refuse adapters that somebody put beside a linear which the plan masks or replaces.
+
+    y = linear(x, w) + linear(linear(dropout(x), a), b) * s          with w in the plan, a and b put there after it was attached
+
+In: what a plan matched in a graph. Out: an error that names the linear. Such an addition (``peft.get_peft_model`` makes it) would
+bypass the mask and be lost when it is merged. Beside linears that stayed dense it is as good as in any model.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from rana_fx.errors import LoraBeside
+from rana_fx.graph.dataflow import is_pointwise, is_row_view, op_name, tensor_inputs
+from rana_fx.graph.linears import Linear, source_name
+from rana_fx.passes.match import Matches
+from rana_fx.runtime.attachment import attachment_of
+
+
+def check_alone(matches: Matches) -> None:
+    """Raises LoraBeside."""
+    # an attachment is marked on every Parameter the model had
+    foreign = {linear.node: linear for linear in matches.scan.linears if attachment_of(linear.weight) is None}
+    if not foreign or not matches.attachments:
+        return
+    for match in matches.found:
+        for linear in match.linears:
+            added = _added(linear, foreign)
+            if added is not None and attachment_of(linear.weight) is not None:
+                raise LoraBeside(site=linear.name, weight=source_name(added.weight_node))
+
+
+def _added(linear: Linear, foreign: dict[fx.Node, Linear]) -> Linear | None:
+    """A linear of another owner whose result is added to this one's."""
+    for total in linear.node.users:
+        if op_name(total) != "add":
+            continue
+        todo = [node for node in tensor_inputs(total) if node is not linear.node]
+        while todo:
+            node = todo.pop()
+            if node in foreign:
+                return foreign[node]
+            if (
+                node.op in ("call_function", "call_method")
+                and (is_pointwise(node) or is_row_view(node))
+                and op_name(node) != "add"
+            ):
+                todo.extend(tensor_inputs(node))
+    return None

@@ -1,0 +1,177 @@
+"""Multiply by what LoRA trains wherever a graph multiplies by the matrix it is added to.
+
+    y = rana.masked_gemv(v, tau, weight, ...)
+  becomes
+    m = where(v^2 >= tau, v, 0); z = linear(dropout(m), a) * scaling; y = rana.masked_gemv(v, tau, weight, ...) + linear(z, b)
+  and, without the mask, so do y = rana.router(x, weight), y = linear(x, weight, bias) and other ways to write it;
+    h = rana.masked_rows(x, a, weight)     becomes     z = ...; h = rana.masked_rows(x, a, weight) + a * linear(z, b)
+    y = embedding(i, weight)     becomes     y = embedding(i, weight) + embedding(i, b) * scaling @ a
+
+Behind the same mask, so that merging changes nothing but rounding, and without the sum of the matrices, which would take as much
+memory as they do. A matrix that is read otherwise (a part of it, or against its grain) becomes that sum where it is read,
+without dropout, made anew in the backward pass. After the rewrites, which find linears by their weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy
+
+from rana_fx.graph.dataflow import op_name
+from rana_fx.graph.linears import operands_of, parameters_of
+from rana_fx.graph.operands import MOVEMENT, Operand, operand
+from rana_fx.kernels.ops import masked_gemv, masked_rows, router
+from rana_fx.passes.emit import Emitter, dtype_of
+from rana_fx.passes.stacked import cast
+from rana_fx.runtime.attachment import Attachment
+from rana_fx.runtime.lora_state import Addition
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``x``, at the places that ``tau`` keeps, times ``weight``, which is (in, out) if ``transposed``, times ``gate``."""
+
+    x: fx.Node
+    weight: fx.Node
+    transposed: bool
+    tau: fx.Node | None = None
+    gate: fx.Node | None = None
+
+
+def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], attachments: Sequence[Attachment]) -> int:
+    """Rewrite in place; returns how many reads of a matrix were changed."""
+    tables = [attachment.factors.lowrank for attachment in attachments if attachment.factors.lowrank is not None]
+    if not tables:
+        return 0
+    added = {id(addition.matrix): (addition, number) for number, table in enumerate(tables) for addition in table.additions()}
+    weights = parameters_of(graph_module, example_inputs)
+    position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+    products = {node: found for node in position if (found := _product(node)) is not None}
+    changed = 0
+    for source, parameter in weights.items():
+        if id(parameter) not in added:
+            continue
+        addition, number = added[id(parameter)]
+        table, prefix = tables[number], f"rana_lowrank{number}"
+        # no dropout where nothing can be trained: its random numbers would be drawn in vain
+        dropout = table.dropout if table.rate and torch.is_grad_enabled() else None
+        otherwise = []
+        for user in sorted(source.users, key=position.__getitem__):
+            if _looks_up(user, source) and not addition.transposed:
+                _look_up(graph_module, user, addition, prefix)
+                changed += 1
+                continue
+            reads = _reads(source, user, products, weights, addition)
+            for read in reads or ():
+                _multiply(graph_module, read, addition, dropout, prefix)
+            changed += len(reads or ())
+            if reads is None:
+                otherwise.append(user)
+        if otherwise:
+            _sum(graph_module, source, otherwise, addition, prefix)
+            changed += len(otherwise)
+    return changed
+
+
+def _product(node: fx.Node) -> _Product | None:
+    if node.target is masked_gemv:
+        x, tau, weight = node.args[:3]
+        return _Product(x, weight, True, tau)  # type: ignore[arg-type]
+    if node.target is masked_rows:
+        x, gate, weight = node.args[:3]
+        return _Product(x, weight, False, gate=gate)  # type: ignore[arg-type]
+    if node.target is router:
+        return _Product(node.args[0], node.args[1], False)  # type: ignore[arg-type]
+    found = operands_of(node) if node.op in ("call_function", "call_method") else None
+    if found is None or not isinstance(found[0], fx.Node) or not isinstance(found[1], fx.Node):
+        return None
+    return _Product(found[0], found[1], not found[3])
+
+
+def _reads(
+    source: fx.Node,
+    user: fx.Node,
+    products: Mapping[fx.Node, _Product],
+    weights: Mapping[fx.Node, nn.Parameter],
+    addition: Addition,
+) -> list[fx.Node] | None:
+    """The products in which all ends that a user makes of a matrix; None where some of it ends elsewhere."""
+    product = products.get(user)
+    if product is not None and product.weight is source and product.x is not source:
+        found = operand(source, weights)
+        whole = isinstance(found, Operand) and not found.part and found.value.dim() == 2
+        return [user] if whole and (product.transposed ^ found.flipped) == addition.transposed else None  # type: ignore[union-attr]
+    if op_name(user) not in MOVEMENT or len(user.all_input_nodes) != 1 or not user.users:
+        return None
+    reads: list[fx.Node] = []
+    for further in user.users:
+        found_there = _reads(user, further, products, weights, addition)
+        if found_there is None:
+            return None
+        reads += found_there
+    return reads
+
+
+def _multiply(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, dropout: Tensor | None, prefix: str) -> None:
+    emit, wanted = Emitter(graph_module, node), dtype_of(node)
+    product = _product(node)  # as it reads now: what it multiplies may have got an addition itself
+    assert product is not None
+    x = cast(emit, product.x, wanted)
+    if product.tau is not None:
+        # as kernels.reference.kept has it
+        kept = emit.call(torch.ge, emit.call(torch.square, emit.method("float", x)), product.tau)
+        x = emit.call(torch.where, kept, x, 0.0)
+    if dropout is not None:
+        rate = emit.factor(f"{prefix}_dropout", dropout)
+        drawn = emit.call(torch.rand_like, x, dtype=torch.float32)
+        x = emit.call(torch.where, emit.call(torch.ge, drawn, rate), x, 0.0)
+        x = emit.call(torch.div, x, emit.call(torch.rsub, rate, 1.0))
+    a, b = _pair(emit, addition, wanted, prefix)
+    # scaled where it is smallest
+    z = emit.call(torch.mul, emit.call(F.linear, x, a), addition.scaling)
+    added = emit.call(F.linear, z, b)
+    if product.gate is not None:
+        added = emit.call(torch.mul, emit.method("view_as", added, product.gate), product.gate)
+    emit.after(torch.add, node, added)
+
+
+def _pair(emit: Emitter, addition: Addition, wanted: torch.dtype | None, prefix: str) -> tuple[fx.Node, fx.Node]:
+    name = f"{prefix}_" + "".join(letter if letter.isalnum() else "_" for letter in addition.name)
+    a, b = emit.factor(f"{name}_a", addition.a), emit.factor(f"{name}_b", addition.b)
+    return cast(emit, a, wanted), cast(emit, b, wanted)
+
+
+def _looks_up(user: fx.Node, source: fx.Node) -> bool:
+    """``F.embedding(i, source, ...)`` that does not change the matrix."""
+    given = dict(zip(("input", "weight", "padding_idx", "max_norm"), user.args, strict=False)) | dict(user.kwargs)
+    return op_name(user) == "embedding" and given.get("weight") is source and given.get("max_norm") is None
+
+
+def _look_up(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, prefix: str) -> None:
+    emit = Emitter(graph_module, node)
+    a, b = _pair(emit, addition, dtype_of(node), prefix)
+    rows = emit.call(F.embedding, node.args[0] if node.args else node.kwargs["input"], b)
+    emit.after(torch.add, node, emit.call(torch.matmul, emit.call(torch.mul, rows, addition.scaling), a))
+
+
+def _sum(graph_module: fx.GraphModule, source: fx.Node, users: list[fx.Node], addition: Addition, prefix: str) -> None:
+    emit = Emitter(graph_module, users[0])
+    a, b = _pair(emit, addition, None, prefix)
+    delta = emit.call(torch.matmul, b, emit.call(torch.mul, a, addition.scaling))
+    made: list[Any] = [delta, *delta.args[1:]]
+    if addition.transposed:
+        made.append(emit.call(torch.t, delta))
+        delta = made[-1]
+    made.append(emit.method("to", delta, addition.matrix.dtype))
+    made.append(emit.call(torch.add, source, made[-1]))
+    for step in made:
+        step.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        step.meta.setdefault("ac_graph_id", 0)
+    for user in users:
+        user.replace_input_with(source, made[-1])

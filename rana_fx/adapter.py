@@ -1,0 +1,261 @@
+"""One adapter: what replaces one linear, or several stacked over one input.
+
+Every kind is the same computation, y = c + sum over kept k of v_k Wt[k, :], kept where v_k^2 >= tau_k:
+
+    rank     v = B x, tau = t (one value), Wt = A^T         static   the same with tau = 0 and fewer ranks
+    neuron   v = x, tau_k = t^2 / |W_:,k|^2, Wt = W^T       gated    v = h, where act(gate)_k^2 >= tau_k (CATS)
+    stored   v = x, tau = 0, Wt = W^T in fewer bits: every input is kept, weights are only stored in less memory
+
+A neuron adapter multiplies by the model's own weight, or by a Wt of its own, which may be in fewer bits and stack several sites.
+Matrices are floating, int8 or packed 4-bit (uint8): the dtype tells, scales beside them (``rana_fx.formats``). A router
+may itself be masked by its input (hybrid): it then lies input-major, so that an input left out skips a row in one piece, and
+
+    z = masked_gemv(x, router_tau, router, None, router_scale, router_density)
+
+With ``shift``, v = z - shift (or x - shift) is what is masked and multiplied, and c contains what the shift leaves out, W mu.
+
+A rank or static adapter of one linear may correct itself. In front of an activation that is near zero for negative inputs (GELU,
+SiLU, ReLU) only large outputs matter: those are computed anew from the model's own W and b, reading these rows of W alone,
+
+    y_j = (W x + b)_j   where y_j >= exact_tau_j
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rana_fx.errors import BadOperand
+from rana_fx.formats import bits_of, shape_of
+
+Kind = Literal["rank", "static", "neuron", "gated", "stored"]
+
+MATRICES = ("router", "weight")
+TENSORS = ("tau", "router", "router_scale", "router_tau", "weight", "weight_scale", "bias", "shift", "exact_tau")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Adapter of ``sites`` (stacked in this order).
+
+    Invariants, checked when it is made: a router needs a weight; "rank" and "static" have a router, the others have none;
+    "stored" has a weight, "gated" has neither weight nor shift; scales are there for what is quantised and nothing else;
+    ``router_tau`` and ``router_kept`` come together; a shift needs the bias that holds what it leaves out; ``exact_tau`` and
+    ``exact_kept`` come together, too, and only where a "rank" or "static" adapter has one site and no shift.
+
+    Args:
+        ranks: rows of Wt: ranks of a router, inputs where there is none.
+        router: B, (ranks, in), or (in, ranks) with ``router_tau``; None when v = x.
+        weight: Wt, (ranks, out), or None for the model's own W^T.
+        tau: thresholds on v^2, fp32, (ranks,). For ``gated``: on act(gate)^2, (ranks,) or one for all, (1,).
+        bias: c, (out,), or None. It stands for the linears' own biases wherever the adapter has a weight or this is given.
+        kept: expected number of kept ranks per token, over the calibration tokens.
+        flops: expected multiply-adds per token, router included. dense_flops: of the layers replaced.
+        bytes: expected weight bytes read per token, scales included. dense_bytes: of the layers replaced.
+        error: relative squared output error over the calibration tokens, where it was measured.
+        also: a further site whose cost the adapter changes (``gated``: the up projection whose rows are skipped).
+        router_scale, weight_scale: of a router or weight in 8 or 4 bits, as ``quantize.pack`` gives them.
+        router_tau: thresholds on x^2, fp32, (in,), in front of the router. router_kept: expected number of inputs it keeps.
+        shift: (ranks,), subtracted from v before the mask, in the model's dtype.
+        exact_tau: thresholds on y, c included, fp32, (out,): from there on an output is the model's own. Infinity: never, minus
+            infinity: always. exact_kept: expected number of such outputs per token.
+    """
+
+    name: str
+    kind: Kind
+    sites: tuple[str, ...]
+    ranks: int
+    kept: float
+    tau: Tensor
+    router: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    flops: float = 0.0
+    dense_flops: float = 0.0
+    bytes: float = 0.0
+    dense_bytes: float = 0.0
+    error: float | None = None
+    gate: str | None = None
+    also: tuple[str, ...] = ()
+    router_scale: Tensor | None = None
+    weight_scale: Tensor | None = None
+    router_tau: Tensor | None = None
+    router_kept: float | None = None
+    shift: Tensor | None = None
+    exact_tau: Tensor | None = None
+    exact_kept: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.sites and self.ranks > 0 and 0 <= self.kept <= self.ranks, self.name
+        assert (self.router is not None) == (self.kind in ("rank", "static")), f"{self.name}: a {self.kind} adapter's router"
+        assert self.router is None or self.weight is not None, f"{self.name}: a router needs a weight"
+        assert self.weight is not None or self.kind != "stored", f"{self.name}: a stored adapter has a weight"
+        plain = self.weight is None and self.shift is None
+        assert plain or self.kind != "gated", f"{self.name}: a gated adapter multiplies by the model's own weight"
+        assert self.shift is None or self.bias is not None, f"{self.name}: what a shift leaves out belongs into the bias"
+        assert (self.router_tau is None) == (self.router_kept is None), f"{self.name}: router_tau and router_kept come together"
+        assert self.router_tau is None or self.router is not None, f"{self.name}: router_tau without a router"
+        alike = self.kind == "gated" and tuple(self.tau.shape) == (1,)
+        _check_vector(self, "tau", 1 if alike else self.ranks, torch.float32)
+        if self.weight is not None:
+            rows, columns = _stored_shape(self, "weight")
+            _check(self, "weight", str((rows, columns)), rows == self.ranks, f"{self.ranks} rows, one per rank")
+            _check_vector(self, "bias", columns)
+        else:
+            if self.bias is not None:
+                _check_vector(self, "bias", self.bias.numel())
+            _check(self, "weight_scale", "a scale", self.weight_scale is None, "None: there is no weight")
+        if self.router is not None:
+            shape = _stored_shape(self, "router")
+            ranks = shape[0 if self.router_tau is None else 1]
+            where = "rows" if self.router_tau is None else "columns, input-major since router_tau masks inputs"
+            _check(self, "router", str(shape), ranks == self.ranks, f"{self.ranks} {where}")
+            _check_vector(self, "router_tau", shape[0], torch.float32)
+            assert self.router_kept is None or 0 <= self.router_kept <= shape[0], f"{self.name}: router_kept"
+        else:
+            _check(self, "router_scale", "a scale", self.router_scale is None, "None: there is no router")
+        _check_vector(self, "shift", self.ranks)
+        self._check_exact()
+
+    def _check_exact(self) -> None:
+        assert (self.exact_tau is None) == (self.exact_kept is None), f"{self.name}: exact_tau and exact_kept come together"
+        if self.exact_kept is None:
+            return
+        assert self.kind in ("rank", "static"), f"{self.name}: a {self.kind} adapter has no outputs to make exact"
+        assert len(self.sites) == 1, f"{self.name}: exact outputs are those of one linear"
+        assert self.shift is None, f"{self.name}: exact outputs beside a shift"
+        assert self.out is not None
+        _check_vector(self, "exact_tau", self.out, torch.float32)
+        assert 0 <= self.exact_kept <= self.out, f"{self.name}: exact_kept"
+
+    @property
+    def density(self) -> float:
+        """Expected fraction of ranks kept."""
+        return self.kept / self.ranks
+
+    @property
+    def width(self) -> int:
+        """Inputs of the linears it replaces."""
+        if self.router is None:
+            return self.ranks
+        return shape_of(self.router, self.router_scale)[1 if self.router_tau is None else 0]
+
+    @property
+    def out(self) -> int | None:
+        """Outputs of the linears it replaces, stacked; None where neither a weight nor a bias of its own tells."""
+        if self.weight is not None:
+            return shape_of(self.weight, self.weight_scale)[1]
+        return None if self.bias is None else len(self.bias)
+
+    @property
+    def router_density(self) -> float:
+        """Expected fraction of inputs the router reads: 1 where nothing masks them."""
+        return 1.0 if self.router_kept is None else self.router_kept / self.width
+
+    @property
+    def exact_density(self) -> float:
+        """Expected fraction of outputs that are computed from the model's own weight: 0 where none can be."""
+        return 0.0 if self.exact_kept is None or self.out is None else self.exact_kept / self.out
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether it multiplies by the model's own weight, or by rows of it: that weight cannot be freed."""
+        return self.weight is None or self.exact_tau is not None
+
+    def bits(self) -> dict[str, int]:
+        """Bits per number of each matrix it stores: ``{"router": 8, "weight": 16}``."""
+        found = {key: getattr(self, key) for key in MATRICES}
+        return {key: bits_of(value) for key, value in found.items() if value is not None}
+
+    def cost(
+        self, metric: str, kept: float | None = None, router_kept: float | None = None, exact_kept: float | None = None
+    ) -> float:
+        """Cost per token in ``metric`` ("flops" or "bytes").
+
+        Without further arguments what the maker said (``flops``, ``bytes``). With ``kept``, counted from what is stored: the
+        router's rows that are read, of each of ``kept`` ranks a row of the weight, scales included, and ``exact_kept`` rows of
+        the model's own.
+        """
+        dense = self.dense_flops if metric == "flops" else self.dense_bytes
+        if kept is None and router_kept is None and exact_kept is None:
+            return self.flops if metric == "flops" else self.bytes
+        kept = self.kept if kept is None else kept
+        if self.weight is None:
+            return dense * kept / self.ranks
+        exact = 0.0
+        if self.exact_kept is not None:
+            exact = (self.exact_kept if exact_kept is None else exact_kept) * dense / shape_of(self.weight, self.weight_scale)[1]
+        return self.fixed(metric, router_kept) + self._uses * kept * _row(self.weight, self.weight_scale, metric) + exact
+
+    def fixed(self, metric: str, router_kept: float | None = None) -> float:
+        """The part of the cost that does not depend on ``tau``: the router's, when it keeps ``router_kept`` inputs."""
+        if self.router is None:
+            return 0.0
+        rows: float = self.ranks
+        if self.router_kept is not None:
+            rows = self.router_kept if router_kept is None else router_kept
+        return self._uses * rows * _row(self.router, self.router_scale, metric)
+
+    def costed(self) -> Adapter:
+        """The same with ``flops`` and ``bytes`` counted from its tensors and what it is expected to keep."""
+        assert self.dense_flops > 0 and self.dense_bytes > 0, f"{self.name}: the dense costs come first"
+        return replace(self, flops=self.cost("flops", self.kept), bytes=self.cost("bytes", self.kept))
+
+    @property
+    def _uses(self) -> float:
+        """How often a token meets it."""
+        assert self.weight is not None
+        return self.dense_flops / (self.width * shape_of(self.weight, self.weight_scale)[1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be stored."""
+        named = {key: getattr(self, key) for key in TENSORS}
+        return {key: value for key, value in named.items() if value is not None}
+
+    def to(self, dtype: torch.dtype) -> Adapter:
+        """Factors in the model's dtype. Thresholds stay fp32; what is quantised, and its scales, stay as they are."""
+        given = self.tensors()
+        cast = {key: given[key].contiguous() for key in MATRICES if key in given}
+        cast |= {key: given[key] for key in ("bias", "shift") if key in given}
+        cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cast.items()}
+        changed: dict[str, Any] = cast
+        return replace(self, **changed)
+
+    def on(self, device: torch.device | str) -> Adapter:
+        """The same on another device."""
+        moved: dict[str, Any] = {key: value.to(device) for key, value in self.tensors().items()}
+        return replace(self, **moved)
+
+
+def _row(matrix: Tensor, scale: Tensor | None, metric: str) -> float:
+    """Multiply-adds, or bytes with scales, of one row of a stored matrix."""
+    rows, columns = shape_of(matrix, scale)
+    if metric == "flops":
+        return float(columns)
+    stored = [matrix] if scale is None else [matrix, scale]
+    return sum(part.numel() * part.element_size() for part in stored) / rows
+
+
+def _stored_shape(adapter: Adapter, key: str) -> tuple[int, int]:
+    """Rows and columns of a stored matrix. Raises BadOperand, by the adapter's names."""
+    try:
+        return shape_of(getattr(adapter, key), getattr(adapter, f"{key}_scale"))
+    except BadOperand as error:
+        name = f"{key}_scale" if error.facts["name"] == "scale" else key
+        raise BadOperand(**error.facts | {"name": f"{adapter.name}: {name}"}) from None
+
+
+def _check_vector(adapter: Adapter, key: str, length: int, dtype: torch.dtype | None = None) -> None:
+    value: Tensor | None = getattr(adapter, key)
+    if value is not None:
+        fits = tuple(value.shape) == (length,) and (value.is_floating_point() if dtype is None else value.dtype == dtype)
+        _check(adapter, key, f"{tuple(value.shape)} {value.dtype}", fits, f"({length},) {dtype or 'floating'}")
+
+
+def _check(adapter: Adapter, key: str, got: str, right: bool, expected: str) -> None:
+    if not right:
+        todo = "Stack the sites in the adapter's order, and pass what quantize.pack gave."
+        raise BadOperand(name=f"{adapter.name}: {key}", got=got, expected=expected, todo=todo)

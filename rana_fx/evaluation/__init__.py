@@ -1,0 +1,1 @@
+"""Loss and perplexity, generation, and the text they are measured on."""

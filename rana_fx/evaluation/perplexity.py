@@ -1,0 +1,158 @@
+"""How well a language model predicts given text, dense and adapted.
+
+In: a model (or anything called like one) and batches of ``rana_fx.evaluation.text.token_batches``. Out: mean loss and
+perplexity, and for an adapted model what it kept while it was evaluated. Losses are computed in float32 and summed in float64,
+so that two runs differ by what the models differ by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rana_fx.calibration.batches import call, evaluating, to_device
+from rana_fx.errors import InvalidOption, ModelError, NoBatches, NonFinite
+from rana_fx.evaluation.measure import Measurement, measuring
+from rana_fx.modules import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# rows of logits turned to float32 at a time: 1024 rows of a vocabulary of 128k are half a gigabyte
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Mean loss in nats per predicted token, its exponential, and the number of predicted tokens."""
+
+    mean_loss: float
+    perplexity: float
+    tokens: int
+
+
+def evaluate(forward: Callable[..., Any], batches: Iterable[dict[str, Tensor]], *, progress: bool = True) -> Quality:
+    """Next-token cross-entropy over all targets that are not padding.
+
+    Args:
+        forward: a model, or a function called like one. Returns logits (B, T, V) or an object with ``.logits``.
+        batches: each has ``input_ids`` (B, T) and may have ``attention_mask`` (B, T). A target counts if neither it nor the token
+            it is predicted from is padding.
+
+    Raises:
+        NoBatches: nothing to predict. NonFinite: a loss is NaN or Inf.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    targets = 0
+    module = forward if isinstance(forward, nn.Module) else None
+    with torch.no_grad(), nullcontext() if module is None else evaluating(module):
+        for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+            moved = batch if module is None else to_device(batch, device_of(module))
+            output = call(forward, moved)
+            losses = _losses(output if isinstance(output, Tensor) else output.logits, moved)
+            if not torch.isfinite(losses).all():
+                count = int((~torch.isfinite(losses)).sum())
+                raise NonFinite(site="the model's output", count=count, what="losses", shape=tuple(losses.shape))
+            total += losses.sum().cpu()
+            targets += losses.numel()
+    if not targets:
+        raise NoBatches(hint="with two tokens in a row that are not padding")
+    mean = float(total) / targets
+    return Quality(mean_loss=mean, perplexity=math.exp(mean) if mean < 700 else math.inf, tokens=targets)
+
+
+def evaluate_adapted(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], *, progress: bool = True
+) -> tuple[Quality, Measurement]:
+    """Quality of the adapted model and what it kept, from one run over the batches.
+
+    Args:
+        model: with a plan attached. It runs as the plan rewrites it, with reference kernels.
+
+    Raises:
+        NoPlan, NoBatches, NonFinite.
+    """
+    with measuring(model) as meter:
+        quality = evaluate(meter, batches, progress=progress)
+        return quality, meter.result()
+
+
+def load_model(source: str, *, dtype: str = "auto", device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, in evaluation mode, and its tokenizer.
+
+    Args:
+        source: a local folder or a name on the hub.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, the checkpoint's own on a GPU.
+        device: such as "cpu" or "cuda:1"; default: a GPU if there is one.
+
+    Raises:
+        ModelError: with the reason. InvalidOption: unknown dtype or device.
+    """
+    if dtype not in DTYPES:
+        raise InvalidOption(name="dtype", got=dtype, expected="one of " + ", ".join(DTYPES))
+    place = _device(device)
+    wanted: torch.dtype | str = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else "auto"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+            nn.Module.to(model, place)
+            return model.eval(), tokenizer
+    except Exception as error:  # whatever the hub, safetensors, the tokenizer or the model's own code raises
+        reason = " ".join(str(error).split()).rstrip(".")
+        short = reason if len(reason) <= 300 else reason[:297] + "..."
+        raise ModelError(source=source, reason=f"{type(error).__name__}: {short}") from error
+
+
+def _losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Loss of each counted target, float64, (targets,)."""
+    ids_BT = batch["input_ids"].to(logits.device)
+    mask_BT = batch.get("attention_mask")
+    real = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.to(logits.device) != 0
+    counted = real[:, 1:] & real[:, :-1]
+    target = ids_BT[:, 1:][counted]
+    row, column = counted.nonzero(as_tuple=True)
+    parts = [
+        # indexing copies _ROWS rows, not the whole of the logits
+        nn.functional.cross_entropy(
+            logits[row[i : i + _ROWS], column[i : i + _ROWS]].float(), target[i : i + _ROWS], reduction="none"
+        )
+        for i in range(0, len(target), _ROWS)
+    ]
+    return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise InvalidOption(name="device", got=name, expected="a device of this machine: " + ", ".join(there)) from error
+    return place
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for what takes a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,224 @@
+"""Open the fused attention and encoder-layer operators of torch.nn, so that their linears can be seen.
+
+    out, _ = F.multi_head_attention_forward(x, x, x, E, H, w_qkv, b_qkv, ..., w_o, b_o, ...)
+    y = torch._transformer_encoder_layer_fwd(x, E, H, w_qkv, b_qkv, w_o, b_o, gelu, norm_first, eps, ...)
+  become
+    qkv = linear(x, w_qkv, b_qkv); q, k, v = chunk(qkv, 3); a = scaled_dot_product_attention(q, k, v); out = linear(a, w_o, b_o)
+
+In: a Dynamo graph, changed in place. Out: how many operators were opened. Keys and values of
+another tensor get their part of w_qkv. What cannot be opened exactly (returned attention weights, bias_k, dropout)
+stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rana_fx.graph.dataflow import op_name, value_of
+from rana_fx.graph.einsums import as_linear
+
+_MHA = "multi_head_attention_forward"
+_LAYER = "_transformer_encoder_layer_fwd"
+_MHA_NAMES = [
+    "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v",
+    "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights",
+    "attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v",
+    "average_attn_weights", "is_causal",
+]  # fmt: skip
+_LAYER_NAMES = [
+    "src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "use_gelu", "norm_first", "eps",
+    "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "ffn1_weight", "ffn1_bias", "ffn2_weight", "ffn2_bias",
+    "mask", "mask_type",
+]  # fmt: skip
+
+
+def unfuse(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]) -> int:
+    """Open every operator that can be opened exactly; returns the count. ``weights``: the graph's Parameters."""
+    opened = 0
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        if name == "einsum":
+            found = as_linear(node, weights)
+            if found is not None:
+                _splice(node, found[0], found[1], item=False)
+                opened += 1
+        elif name.endswith(_MHA):
+            opened += _open_attention(node)
+        elif name.endswith(_LAYER.strip("_")):
+            opened += _open_layer(node)
+    if opened:
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return opened
+
+
+def _named(node: fx.Node, names: list[str]) -> dict[str, Any]:
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _open_attention(node: fx.Node) -> bool:
+    given = _named(node, _MHA_NAMES)
+    weights_used = any(op_name(user) != "getitem" or (user.args[1] == 1 and user.users) for user in node.users)
+    plain = given.get("bias_k") is None and not given.get("add_zero_attn") and given.get("static_k") is None
+    drops = bool(given.get("training", True)) and given.get("dropout_p", 0) != 0
+    separate = bool(given.get("use_separate_proj_weight"))
+    rank = _rank(given["query"])
+    same = given["query"] is given["key"] is given["value"]
+    if weights_used or not plain or drops or rank not in (2, 3) or given.get("static_v") is not None:
+        return False
+    if given["in_proj_weight"] is None and not separate:
+        return False
+    mask = _dtype_flag(given.get("attn_mask"))
+    padding = _dtype_flag(given.get("key_padding_mask"))
+    if rank == 2 and padding is not None:
+        return False
+
+    def build(q: Any, k: Any, v: Any, weights: Any, bias: Any, out_weight: Any, out_bias: Any, attn: Any, keys: Any) -> Any:
+        bias_sum = _mask(attn, mask, None if attn is None else _rank(given["attn_mask"]) == 3, q, given["num_heads"])
+        if keys is not None:
+            row = _additive(keys, bool(padding), q)[:, None, None, :]
+            bias_sum = row if bias_sum is None else bias_sum + row
+        # (tokens, batch, embed): heads to the front
+        order, back = ((1, 2, 0, 3), (2, 0, 1, 3)) if rank == 3 else ((1, 0, 2), (1, 0, 2))
+        if same and not separate:
+            projected: Any = F.linear(q, weights[0], bias).chunk(3, -1)
+        else:
+            width = given["embed_dim_to_check"]
+            parts = weights if separate else [weights[0].narrow(0, i * width, width) for i in range(3)]
+            offsets = [None if bias is None else bias.narrow(0, i * width, width) for i in range(3)]
+            projected = [F.linear(x, w, b) for x, w, b in zip((q, k, v), parts, offsets, strict=True)]
+        return _attend(projected, out_weight, out_bias, given["num_heads"], bias_sum, order, back)
+
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight") if separate else ("in_proj_weight",)
+    _splice(
+        node,
+        build,
+        [given["query"], given["key"], given["value"], [given[name] for name in names]]
+        + [given[k] for k in ("in_proj_bias", "out_proj_weight", "out_proj_bias")]
+        + [given.get("attn_mask"), given.get("key_padding_mask")],
+        item=True,
+    )
+    return True
+
+
+def _open_layer(node: fx.Node) -> bool:
+    given = _named(node, _LAYER_NAMES)
+    mask, kind = given.get("mask"), given.get("mask_type")
+    if _rank(given["src"]) != 3 or (mask is not None and kind not in (0, 1)):
+        return False
+    boolean = _dtype_flag(mask)
+
+    def build(x: Any, m: Any, *weights: Any) -> Any:
+        w = dict(zip(_LAYER_NAMES[3:7] + _LAYER_NAMES[10:18], weights, strict=True))
+        width, eps, first = given["embed_dim"], given["eps"], given["norm_first"]
+        bias = None
+        if m is not None:
+            bias = _additive(m, bool(boolean), x)
+            bias = bias[:, None, None, :] if kind == 1 else bias
+
+        def attend(h: Any) -> Any:
+            qkv = F.linear(h, w["qkv_weight"], w["qkv_bias"]).chunk(3, -1)
+            return _attend(qkv, w["proj_weight"], w["proj_bias"], given["num_heads"], bias, (0, 2, 1, 3), (0, 2, 1, 3))
+
+        def feed(h: Any) -> Any:
+            inner = F.linear(h, w["ffn1_weight"], w["ffn1_bias"])
+            inner = F.gelu(inner) if given["use_gelu"] else F.relu(inner)
+            return F.linear(inner, w["ffn2_weight"], w["ffn2_bias"])
+
+        def norm(h: Any, which: str) -> Any:
+            return F.layer_norm(h, (width,), w[f"{which}_weight"], w[f"{which}_bias"], eps)
+
+        if first:
+            x = x + attend(norm(x, "norm1"))
+            return x + feed(norm(x, "norm2"))
+        x = norm(x + attend(x), "norm1")
+        return norm(x + feed(x), "norm2")
+
+    _splice(node, build, [given["src"], mask, *(given[k] for k in _LAYER_NAMES[3:7] + _LAYER_NAMES[10:18])], item=False)
+    return True
+
+
+def _attend(qkv: Any, wo: Any, bo: Any, heads: int, mask: Any, order: tuple[int, ...], back: tuple[int, ...]) -> Any:
+    q, k, v = (qkv[i].unflatten(-1, (heads, -1)).permute(*order) for i in range(3))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.linear(attended.permute(*back).flatten(-2), wo, bo)
+
+
+def _mask(attn: Any, boolean: bool | None, per_head: bool | None, like: Any, heads: int) -> Any:
+    if attn is None:
+        return None
+    additive = _additive(attn, bool(boolean), like)
+    return additive.unflatten(0, (-1, heads)) if per_head else additive
+
+
+def _additive(mask: Any, boolean: bool, like: Any) -> Any:
+    """A boolean mask (True: may not be attended to) as numbers to add to the scores."""
+    return like.new_zeros(()).masked_fill(mask, float("-inf")) if boolean else mask
+
+
+def _rank(node: object) -> int | None:
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, Tensor) else None
+
+
+def _dtype_flag(node: object) -> bool | None:
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return value.dtype == torch.bool if isinstance(value, Tensor) else None
+
+
+def _splice(node: fx.Node, build: Callable[..., Any], inputs: list[Any], *, item: bool) -> None:
+    """Record ``build`` before ``node`` by running it on proxies, fill in fake values, and take the node's place."""
+    graph = node.graph
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    existing = set(graph.nodes)
+    with graph.inserting_before(node):
+        proxies: Any = fx.node.map_aggregate(inputs, _proxy(tracer))
+        result = build(*proxies).node
+    for fresh in list(graph.nodes):
+        if fresh not in existing:
+            fresh.meta = {key: value for key, value in node.meta.items() if key not in ("example_value", "val")}
+            fresh.meta["example_value"] = fake_run(fresh)
+    if item:
+        for user in list(node.users):
+            if user.args[1] == 0:
+                user.replace_all_uses_with(result)
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _proxy(tracer: fx.proxy.TracerBase) -> Callable[[Any], Any]:
+    return lambda leaf: fx.Proxy(leaf, tracer) if isinstance(leaf, fx.Node) else leaf
+
+
+def fake_run(node: fx.Node) -> Any:
+    """The fake value of a new node, by running it on the fake values of its inputs."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _fake)
+    values: Any = [value_of(source) for source in node.all_input_nodes]
+    leaves: list[Any] = optree.tree_leaves(values)
+    mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)), None)
+    if mode is None:
+        return None
+    run: Callable[..., Any] = node.target if node.op == "call_function" else _method(str(node.target))  # type: ignore[assignment]
+    with mode:
+        return run(*args, **kwargs)
+
+
+def _fake(node: fx.Node) -> Any:
+    return value_of(node)
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Mapping[str, Any]) -> Any:
+        return getattr(self, name)(*args, **kwargs)
+
+    return call

@@ -1,0 +1,1 @@
+"""Other projects' harnesses and trainers."""

@@ -1,0 +1,60 @@
+"""A model as its caller holds it: the module behind wrappers, its weights by site name, its device."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rana_fx.graph.linears import site_name
+
+_WRAPPED = "_orig_mod"  # where torch.compile(module) keeps the module
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module behind torch.compile, DataParallel and DistributedDataParallel: plans name its weights."""
+    while True:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = getattr(model, _WRAPPED)
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Site name -> Parameter; tied ones under each of their names. Modules compiled in place keep their names."""
+    named = unwrap(model).named_parameters(remove_duplicate=False)
+    return {site_name(name.replace(f"{_WRAPPED}.", "")): parameter for name, parameter in named}
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """id of each Parameter -> its (first) site name."""
+    names: dict[int, str] = {}
+    for name, parameter in weights_of(model).items():
+        names.setdefault(id(parameter), name)
+    return names
+
+
+def quantised_modules(model: nn.Module) -> dict[str, str]:
+    """Modules that hold a quantised matrix where no Parameter shows it, and what they are: no graph tells of these."""
+    found = {}
+    for name, module in unwrap(model).named_modules():
+        matrices = [
+            str(buffer.dtype)
+            for buffer in module.buffers(recurse=False)
+            if buffer.dtype in (torch.int8, torch.uint8, torch.int32) and buffer.dim() == 2 and min(buffer.shape) > 1
+        ]
+        if hasattr(module, "_packed_params") and not isinstance(module._packed_params, nn.Module):
+            continue  # the holder of the packed weight; its owner is the layer
+        if type(module).__module__.partition(".")[0] == "rana_fx":
+            continue  # factors of a plan on the model
+        if matrices or hasattr(module, "_packed_params"):
+            found[name.replace(f"{_WRAPPED}.", "")] = f"quantised layer {type(module).__name__}" + "".join(
+                f" ({m})" for m in matrices[:1]
+            )
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

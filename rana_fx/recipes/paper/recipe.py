@@ -1,0 +1,182 @@
+"""recipe="paper": RaNA as published (Algorithms 1 and 2), for any architecture.
+
+    qkv (stacked, or one fused linear)   rank adapter, (rank, threshold) by the line search on coverage
+    up, gate                             rank adapters likewise; down: neuron adapter
+    the MLP's budget                     split over its linears by a grid search on the MLP's output error
+    everything else                      dense; the adapted layers share what the budget leaves, by one fraction
+
+The paper's grid gives a linear 3/18 ... 9/18 of its MLP's budget, half to one and a half times an equal share; here
+the shares are multiples 3/6 ... 9/6 of the share by size, which is the same grid for three equal linears and also
+covers an up without a gate, or gate and up fused into one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rana_fx.adapter import Adapter
+from rana_fx.calibration.layout import Layout, MlpBlock
+from rana_fx.calibration.score_histogram import Profile
+from rana_fx.graph.linears import Skip
+from rana_fx.recipes.paper.line_search import (
+    Choice,
+    Energies,
+    candidate_ranks,
+    energies,
+    feasible_kept,
+    importance_profile,
+    line_search,
+    neuron_threshold,
+    output_basis,
+    second_moment,
+)
+from rana_fx.recipes.paper.split_search import Candidate, race
+from rana_fx.recipes.problem import Problem
+
+_MULTIPLES = tuple(step / 6 for step in range(3, 10))
+_UNADAPTED = {
+    "attention_out": "attention output projections stay dense in the paper's recipe",
+    "other": "neither an attention input nor part of an MLP block; dense in the paper's recipe",
+}
+
+
+class Paper:
+    """The published recipe."""
+
+    name = "paper"
+    rehearses = False
+
+    def wants(self, layout: Layout) -> set[tuple[str, ...]]:
+        """Inputs of attention stacks and of MLP blocks."""
+        firsts = [stack[0] for stack in layout.stacks()] + [block.ups[0] for block in layout.blocks]
+        return {layout.groups[layout.sites[name].group].sites for name in firsts}
+
+    def solve(self, problem: Problem) -> list[Adapter]:
+        layout = problem.layout
+        for site in layout.sites.values():
+            if site.role in _UNADAPTED:
+                problem.skips.append(Skip(site.name, _UNADAPTED[site.role]))
+        every: list[tuple[str, ...] | MlpBlock] = [*layout.stacks(), *layout.blocks]
+        units = [unit for unit in every if _calibrated(problem, unit)]
+        fraction, units = _feasible(problem, units)
+        moments: dict[int, Tensor] = {}
+        adapters: list[Adapter] = []
+        for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
+            names = unit.ups if isinstance(unit, MlpBlock) else unit
+            site = layout.sites[names[0]]
+            rows = problem.rows(names[0])
+            if site.group not in moments:
+                moments = {site.group: second_moment(rows)}
+            if isinstance(unit, MlpBlock):
+                adapters += _adapt_mlp(problem, unit, rows, moments[site.group], fraction)
+            else:
+                adapters.append(_adapt_stack(problem, unit, rows, moments[site.group], fraction))
+        return adapters
+
+
+def _calibrated(problem: Problem, unit: tuple[str, ...] | MlpBlock) -> bool:
+    names, first = (unit.sites, unit.ups[0]) if isinstance(unit, MlpBlock) else (unit, unit[0])
+    return problem.calibrated(names, problem.layout.sites[first].in_features)
+
+
+def _feasible(problem: Problem, units: list[tuple[str, ...] | MlpBlock]) -> tuple[float, list[tuple[str, ...] | MlpBlock]]:
+    """The common fraction, and the units that have a feasible point at it; the others become dense and are paid for."""
+    while True:
+        names = tuple(name for unit in units for name in (unit.sites if isinstance(unit, MlpBlock) else unit))
+        fraction = problem.fraction(names)
+        if fraction >= 1:
+            problem.skips += [Skip(name, "the budget leaves it dense") for name in names]
+            return fraction, []
+        sound = [unit for unit in units if _has_point(problem, unit, fraction)]
+        if len(sound) == len(units):
+            return fraction, units
+        for unit in units:
+            if unit not in sound:
+                members = unit.sites if isinstance(unit, MlpBlock) else unit
+                reason = f"no feasible rank at {fraction:.3f} of its dense cost: it stays dense"
+                problem.skips += [Skip(name, reason) for name in members]
+        units = sound
+
+
+def _has_point(problem: Problem, unit: tuple[str, ...] | MlpBlock, fraction: float) -> bool:
+    if isinstance(unit, MlpBlock):
+        return any(
+            all(_rank_exists(problem, (up,), fraction * share) for up, share in zip(unit.ups, split, strict=False))
+            for split in splits([problem.size((name,)) for name in unit.sites])
+            if fraction * split[-1] <= 1
+        )
+    return _rank_exists(problem, unit, fraction)
+
+
+def _rank_exists(problem: Problem, names: tuple[str, ...], fraction: float) -> bool:
+    width = problem.layout.sites[names[0]].in_features
+    out = sum(problem.layout.sites[name].out_features for name in names)
+    tokens = max(1, len(problem.rows(names[0])))
+    return any(feasible_kept(rank, out, width, fraction, tokens) is not None for rank in candidate_ranks(min(width, out)))
+
+
+def splits(sizes: list[float]) -> list[tuple[float, ...]]:
+    """Multiples of the common fraction, per linear, whose total cost is the MLP's: all on the grid but the largest."""
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    found = []
+    for chosen in itertools.product(_MULTIPLES, repeat=len(sizes) - 1):
+        others = iter(chosen)
+        split = [0.0 if index == largest else next(others) for index in range(len(sizes))]
+        spent = sum(size * share for size, share in zip(sizes, split, strict=True))
+        split[largest] = (sum(sizes) - spent) / sizes[largest]
+        if _MULTIPLES[0] - 1e-9 <= split[largest] <= _MULTIPLES[-1] + 1e-9:
+            found.append(tuple(round(share, 12) for share in split))
+    return found
+
+
+def _adapt_stack(problem: Problem, names: tuple[str, ...], rows_TI: Tensor, moment_II: Tensor, fraction: float) -> Adapter:
+    weight = problem.matrix(names)
+    basis = output_basis(weight, moment_II)
+    (choice,) = line_search(energies(basis.b_DI, rows_TI), weight.shape[0], weight.shape[1], [fraction])
+    assert choice is not None
+    return problem.rank_adapter(names, basis, choice)
+
+
+def _adapt_mlp(problem: Problem, block: MlpBlock, rows_TI: Tensor, moment_II: Tensor, fraction: float) -> list[Adapter]:
+    bases = [output_basis(problem.matrix((up,)), moment_II) for up in block.ups]
+    measured: list[Energies] = [energies(basis.b_DI, rows_TI) for basis in bases]
+    norms = torch.linalg.vector_norm(problem.matrix((block.down,)), dim=0)
+    hidden = torch.cat([problem.dense_rows(block, chunk) for chunk in rows_TI.split(2048)])
+    candidates = _candidates(problem, block, measured, importance_profile(hidden, norms), fraction)
+    best, error = race(problem, block, bases, norms, candidates, rows_TI, hidden)
+    adapters = [
+        problem.rank_adapter((up,), basis, choice) for up, basis, choice in zip(block.ups, bases, best.choices, strict=True)
+    ]
+    down = problem.neuron_adapter(block.down, best.threshold, norms, best.split[-1] * fraction)
+    return [*adapters, _with_error(down, error)]
+
+
+def _with_error(adapter: Adapter, error: float) -> Adapter:
+    """The MLP's relative output error is reported with its last linear."""
+    return replace(adapter, error=error)
+
+
+def _candidates(
+    problem: Problem, block: MlpBlock, measured: list[Energies], profile: Profile, fraction: float
+) -> list[Candidate]:
+    sites = [problem.layout.sites[name] for name in block.sites]
+    # more than all neurons: the split would waste what the ups could use
+    tried = [split for split in splits([problem.size((name,)) for name in block.sites]) if split[-1] * fraction <= 1]
+    found: list[dict[float, Choice | None]] = []
+    for index, energy in enumerate(measured):
+        shares = list(dict.fromkeys(split[index] for split in tried))
+        shape = sites[index].out_features, sites[index].in_features
+        choices = line_search(energy, *shape, [share * fraction for share in shares])
+        found.append(dict(zip(shares, choices, strict=True)))
+    candidates = []
+    for split in tried:
+        chosen = [by_share[share] for by_share, share in zip(found, split, strict=False)]
+        feasible = tuple(choice for choice in chosen if choice is not None)
+        if len(feasible) == len(chosen):
+            candidates.append(Candidate(split, feasible, neuron_threshold(profile, split[-1] * fraction)))
+    return candidates

@@ -1,0 +1,1 @@
+"""A plan on a live model: attaching, guards, weight layouts, memory, prefill modes, measurement."""

@@ -1,0 +1,69 @@
+"""What happens to calls with many tokens, such as a prompt: the modes, and what each costs in time and memory.
+
+    mode         more than 16 tokens at once                        memory of a linear (out, in) at rank r
+    "masked"     adapted like any other, as matrix products         in * out + r * (in + out) numbers
+    "dense"      the original linears, from as many tokens on as    the same
+                 masks stop paying (9 on a CPU; kernels/cost.py)
+    "cheapest"   the original linears where r * (in + out) is       the same
+                 more than in * out, adapted elsewhere
+    "factors"    as "masked"                                        r * (in + out); the dense weight is freed, for good
+
+A product of many tokens reads every row, so that a mask saves nothing there and only the rank does. Adapters that multiply by the
+model's own weight (neuron, gated) cost what the dense linear costs, take no memory, and keep their weight in every mode. So does
+the weight that exact outputs are computed from, which make an adapter dearer than dense in a prompt whatever its rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rana_fx.adapter import Adapter
+from rana_fx.formats import bits_of
+from rana_fx.kernels.cost import tokens_that_pay
+from rana_fx.plan import Plan
+
+MODES = ("masked", "dense", "cheapest", "factors")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the linears of a plan. replaced: of those weights that factors make superfluous."""
+
+    dense: int
+    factors: int
+    replaced: int
+
+    def total(self, mode: str) -> int:
+        """Bytes in memory once compiled with a mode."""
+        return self.dense + self.factors - (self.replaced if mode == "factors" else 0)
+
+
+def memory_of(plan: Plan) -> Memory:
+    """From the plan's sizes: a weight that is shared with something else is not freed, and is not known here."""
+    sizes = {
+        record.name: record.out_features * record.in_features * getattr(torch, record.dtype).itemsize for record in plan.sites
+    }
+    factors = sum(value.numel() * value.element_size() for adapter in plan.adapters for value in adapter.tensors().values())
+    replaced = sum(sizes[site] for adapter in plan.adapters if not adapter.reads_model for site in adapter.sites)
+    return Memory(sum(sizes.values()), factors, replaced)
+
+
+def costs_more(plan: Plan, adapter: Adapter) -> bool:
+    """Whether what it multiplies by, unmasked, takes more multiply-adds than the linears it replaces."""
+    if adapter.router is None:
+        return False
+    if adapter.exact_tau is not None:
+        return True  # among many tokens every output is exact for some: the whole weight, and the factors
+    sites = [record for record in plan.sites if record.name in adapter.sites]
+    inputs, outputs = sites[0].in_features, sum(record.out_features for record in sites)
+    return adapter.ranks * (inputs + outputs) > inputs * outputs
+
+
+def tokens_masked(plan: Plan, adapter: Adapter, weight: nn.Parameter) -> int:
+    """Up to how many tokens at once masks of an adapter pay; ``weight``: of one of its linears."""
+    outputs = sum(record.out_features for record in plan.sites if record.name in adapter.sites)
+    stored = weight if adapter.weight is None else adapter.weight
+    return tokens_that_pay(adapter.ranks, outputs, adapter.density, weight.device, bits=bits_of(stored))

@@ -1,0 +1,87 @@
+"""The scale bench: a row per number of tokens, every stage timed; and the recipe where not all rows can be kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench.common.calibrated import counted_groups
+from bench.common.models import build
+from bench.speed.adapt_scale import measure, random_batches
+from rana_fx.calibration.calibrate import calibrate
+from rana_fx.calibration.probe import Keeper
+from rana_fx.calibration.samples import Keep, Summary
+from rana_fx.recipes import RECIPES, Problem
+from rana_fx.recipes.rana import recipe as rana
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("metric", ["flops", "bytes"])
+def test_a_row_has_every_stage_and_what_it_took(tmp_path, metric):
+    out = tmp_path / "rows.jsonl"
+    measure(
+        "tiny", out, tokens="2048", text=None, recipe="rana", budget=0.5, metric=metric, context=64, batch_size=4,
+        dtype="bfloat16", device="cpu",
+    )  # fmt: skip
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert row["failed"] is None and row["tokens"] == 2048 - 256  # every eighth batch is held out
+    assert set(row["seconds"]) == {"calibrate", "gradients", "decompose", "allocate", "build", "attach", "solve"}
+    assert row["expected"][metric] == pytest.approx(0.5, abs=0.02)
+    assert row["peak_rss_gib"] >= row["rss_before_gib"] > 0.1 and row["gpu_gib"] == {}
+    assert row["notes"] == [] and row["versions"]["torch"] and row["commit"]
+
+
+def test_a_failure_is_a_row(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    measure(
+        "tiny", out, tokens="128", text=None, recipe="cats", budget=0.1, metric="flops", context=64, batch_size=1,
+        dtype="float32", device="cpu",
+    )  # fmt: skip
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert row["failed"].startswith("BudgetUnreachable: budget=0.100") and row["seconds"]["calibrate"] > 0
+
+
+def calibrated(model, wants):
+    keeper = Keeper(random_batches(6000, 64, 4, 128))
+    layout, samples, _ = calibrate(model, keeper, wanted=wants, progress=False)
+    return Problem(layout, samples, 0.5, "flops", "rana", False, rehearsal=keeper.rehearsal(model))
+
+
+def test_where_rows_are_too_many_their_moments_do_as_well(monkeypatch):
+    model, recipe = build("tiny", device=CPU, dtype="float32"), RECIPES["rana"]
+    whole = calibrated(model, counted_groups)
+    assert recipe.wants(whole.layout) == dict.fromkeys(whole.samples, Keep())
+    monkeypatch.setattr(rana, "_SAMPLES", 1e6)
+    few = calibrated(model, recipe.wants)
+    summed = {sites: sample for sites, sample in few.samples.items() if isinstance(sample, Summary)}
+    # down reads 160 and makes 64: its router would be as wide as half of it, so it has no basis
+    assert set(summed) == {sites for sites in few.samples if "down" not in sites[0]} and len(summed) == len(few.samples) - 2
+    for sites, sample in summed.items():
+        # all rows of the eighth fit: they and the moment of the others are what all rows add up to
+        eighth, every = sample.rows().double(), whole.samples[sites].rows().double()
+        assert len(eighth) + sample.summed == len(every)
+        found = sample.moment.double() + eighth.t() @ eighth
+        torch.testing.assert_close(found, every.t() @ every, rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        made = [recipe.solve(problem) for problem in (whole, few)]
+    total = whole.flops(tuple(whole.counted()))
+    # a layer without an adapter, such as the gate of a cut, is dense
+    saved = [sum(adapter.dense_flops - adapter.flops for adapter in found) / total for found in made]
+    assert saved == pytest.approx([0.5, 0.5], abs=0.03)
+    kinds = [{(adapter.name, adapter.kind) for adapter in found} for found in made]
+    assert len(kinds[0] & kinds[1]) >= len(kinds[0]) * 3 // 4
+    # they are given back once they have served; a sample that could serve another budget is not
+    assert all(sample.moment is None and len(sample.rows()) == 0 for sample in summed.values())
+    assert all(len(sample.rows()) for sample in whole.samples.values())
+
+
+def test_a_large_first_batch_runs_twice_and_counts_once():
+    model = build("tiny", device=CPU, dtype="float32")
+    ids = torch.randint(128, (70, 64), generator=torch.Generator().manual_seed(0))
+    _, samples, tokens = calibrate(model, [{"input_ids": ids, "use_cache": False}], wanted=counted_groups, progress=False)
+    assert tokens == 4480 and {sample.seen for sample in samples.values()} == {4480}
+    _, samples, _ = calibrate(model, [{"input_ids": ids, "use_cache": False}], wanted=lambda _: set(), progress=False)
+    assert samples == {}

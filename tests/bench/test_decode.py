@@ -1,0 +1,294 @@
+"""The latency bench: plans without calibration cost what was asked, the protocol leaves its facts, the gate refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import rana_fx
+from bench.common.models import build, layers_of
+from bench.speed.decode import main
+from bench.speed.decoding import Decoder
+from bench.speed.latency import Variant
+from bench.speed.random_plan import Menu, attach_unchecked, layout_of, menus, random_plan, ranks_for
+from bench.speed.variants import on_model, reference, variants
+from bench.speed.verify import bound, expect, fixed_masks, judge, relative
+from rana_fx.errors import InvalidOption
+from rana_fx.plan import load_plan
+from rana_fx.runtime.attachment import attached, detach
+from tests.support.architectures import build as build_architecture
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = build("tiny", device=CPU, dtype="float32")
+    return model, layout_of(model)
+
+
+def rows_of(path, kind):
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("budget", [0.8, 0.6, 0.5, 0.4])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_random_plan_costs_what_was_asked(tiny, budget, stacked):
+    model, layout = tiny
+    variant = Variant("rana", "rana", "default", budget, menu=Menu(stacked=stacked))
+    with on_model(variant, model, layout, seed=1) as prepared, torch.no_grad():
+        reference(variant, prepared, Decoder(model, batch=4, room=128), seed=0)
+        assert attached(model).plan is prepared.plan
+        assert prepared.plan.expected_budget("bytes") == pytest.approx(budget, abs=1e-6)
+        assert prepared.measured.budget_bytes == pytest.approx(budget, abs=0.02)
+        for adapter in prepared.plan.adapters:
+            assert prepared.measured.density[adapter.name] == pytest.approx(adapter.density, abs=0.1), adapter.name
+    # per layer: qkv, o, down, and gate and up in one adapter or in two
+    assert len(prepared.plan.adapters) == (4 if stacked else 5) * layers_of(model)
+    assert attached(model) is None
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gemma"])
+def test_other_architectures_have_random_plans(kind):
+    model, _ = build_architecture(kind, 2)
+    plan = random_plan(model, layout_of(model), 0.5)
+    assert plan.expected_budget() == pytest.approx(0.5, abs=1e-6)
+    assert {site for adapter in plan.adapters for site in adapter.sites} == {s.name for s in plan.sites if s.counted}
+
+
+@pytest.mark.parametrize(("out", "width"), [(12288, 4096), (22016, 4096), (6144, 4096), (96, 64)])
+@pytest.mark.parametrize("fraction", [0.2, 0.4, 0.6, 0.8, 1.0])
+def test_ranks_stay_below_the_cap_and_cost_the_fraction(out, width, fraction):
+    ranks, kept = ranks_for(out, width, fraction, 0.5)
+    assert 0 < kept <= ranks <= out * width / (out + width)
+    assert ranks * width + kept * out == pytest.approx(fraction * out * width, rel=0.02)
+
+
+@pytest.mark.parametrize(("router", "factor", "budget"), [(8, 16, 0.5), (4, 8, 0.2), (8, 4, 0.12), (4, 4, 0.1), (16, 8, 0.24)])
+def test_a_random_plan_in_few_bits_costs_what_was_asked(tiny, router, factor, budget):
+    model, layout = tiny
+    variant = Variant("rana", "rana", "default", budget, menu=Menu(router_bits=router, factor_bits=factor))
+    decoder = Decoder(model, batch=1, room=128)
+    limit = bound(model.dtype, layers_of(model), 160)
+    with on_model(variant, model, layout, seed=1) as prepared, torch.no_grad():
+        script, expected = reference(variant, prepared, decoder, seed=0)
+        plan = prepared.plan
+        assert plan.expected_budget("bytes") == pytest.approx(budget, abs=1e-6)
+        assert prepared.measured.budget_bytes == pytest.approx(budget, abs=0.02)
+        bits = {key: {a.bits().get(key) for a in plan.adapters if a.kind == "rank"} for key in ("router", "weight")}
+        assert bits == {"router": {32 if router == 16 else router}, "weight": {32 if factor == 16 else factor}}
+        forward = variant.compiled(model)
+        verdict = judge(lambda: decoder.logits(forward, script), plan, expected, limit=limit)
+        assert verdict.passed, verdict
+    assert attached(model) is None
+
+
+@pytest.mark.parametrize(("label", "per_layer"), [("neuron", 4), ("neuron:16/8", 4), ("apart", 7)])
+def test_a_random_plan_of_masks_has_no_router(tiny, label, per_layer):
+    model, layout = tiny
+    (menu,) = menus(label, density=0.5, stacked=True)
+    assert menu.label == label
+    variant, decoder = Variant("rana", "rana", "default", 0.24, menu=menu), Decoder(model, batch=1, room=128)
+    with on_model(variant, model, layout, seed=1) as prepared, torch.no_grad():
+        script, expected = reference(variant, prepared, decoder, seed=0)
+        plan = prepared.plan
+        assert {adapter.kind for adapter in plan.adapters} == {"neuron"}
+        assert len(plan.adapters) == per_layer * layers_of(model)
+        assert prepared.measured.budget_bytes == pytest.approx(0.24, abs=0.02)
+        limit = bound(model.dtype, layers_of(model), 160)
+        verdict = judge(lambda: decoder.logits(variant.compiled(model), script), plan, expected, limit=limit)
+        assert verdict.passed, verdict
+
+
+def test_menus_by_label():
+    found = menus("rank, rank:8/16,neuron:16/4", density=0.4, stacked=False)
+    assert [menu.label for menu in found] == ["rank", "rank:8/16", "neuron:16/4"]
+    assert {(menu.density, menu.stacked) for menu in found} == {(0.4, False)}
+    for wrong, reason in (("neurons", "kind='neurons'"), ("rank:8", "router bits/factor bits"), ("rank:8/5", "factor_bits=5")):
+        with pytest.raises(InvalidOption, match=reason):
+            menus(wrong, density=0.5, stacked=True)
+
+
+def test_the_factors_of_a_random_plan_exist_once(tiny):
+    model, layout = tiny
+    plan = attach_unchecked(model, random_plan(model, layout, 0.12, menu=Menu(router_bits=8, factor_bits=4)))
+    live = dict(model.rana_fx.state_dict())
+    for index, adapter in enumerate(plan.adapters):
+        for key, value in adapter.tensors().items():
+            assert live[f"a{index}_{key}"].data_ptr() == value.data_ptr()
+    detach(model)
+
+
+def test_bits_that_are_none_and_budgets_above_them_are_refused(tiny):
+    for name in ("router_bits", "factor_bits"):
+        with pytest.raises(InvalidOption, match=f"{name}=3"):
+            Menu(**{name: 3})
+    model, layout = tiny
+    with pytest.raises(InvalidOption, match="in so few bits"):
+        random_plan(model, layout, 0.5, menu=Menu(router_bits=4, factor_bits=4))
+
+
+@pytest.mark.parametrize("router", [16, 8, 4])
+@pytest.mark.parametrize("factor", [16, 8, 4])
+def test_ranks_in_few_bits_cost_the_fraction(router, factor):
+    out, width, fraction = 12288, 4096, 0.25
+    ranks, kept = ranks_for(out, width, fraction, 0.5, router_bits=router, factor_bits=factor)
+    assert 0 < kept <= ranks <= width
+    # bytes counted by hand: scales are fp32, one per row in 8 bits, one per 64 columns in 4
+    router_row = {16: 2 * width, 8: width + 4, 4: width // 2 + width // 64 * 4}[router]
+    factor_row = {16: 2 * out, 8: out + 4, 4: out // 2 + out // 64 * 4}[factor]
+    assert ranks * router_row + kept * factor_row == pytest.approx(fraction * 2 * out * width, rel=1e-9)
+
+
+OPTIONS = {"sequences": 2, "longest": 12, "new_tokens": 5, "dtype": "float32", "device": "cpu"}
+
+
+def test_the_protocol_leaves_its_facts(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    main("tiny", out, names="eager,rana", budgets="0.5", batches="1,2", prefill=0, **OPTIONS)
+    (device,) = rows_of(out, "device")
+    assert device["copy_gb_per_s"] > 0 and device["weight_gb"] > 0
+    assert device["versions"]["torch"] and device["commit"] and "threads" in device
+    assert rows_of(out, "skipped") == []
+    rows = rows_of(out, "decode")
+    assert [(row["variant"], row["batch"]) for row in rows] == [
+        (name, batch) for name in ("eager", "rana 0.5") for batch in (1, 2)
+    ]
+    for row in rows:
+        assert row["gate"]["passed"] and row["sequences"] == 2 and len(row["contexts"]) == 2
+        assert 0 < row["ms_per_token"]["p20"] <= row["ms_per_token"]["p50"] <= row["ms_per_token"]["p80"]
+        assert row["tokens_per_s"] > 0 and row["compile_seconds"] > 0 and row["peak_gb"] > 0
+        assert (row["dense_ratio"] is None) == (row["variant"] == "eager")
+        if row["variant_kind"] == "rana":
+            assert row["expected_budget"]["bytes"] == pytest.approx(0.5, abs=1e-6)
+            # thresholds and measurement each see 64 tokens
+            assert row["measured_budget"]["bytes"] == pytest.approx(0.5, abs=0.04)
+            assert row["gate"]["fixed_error"] <= row["gate"]["fixed_bound"]
+            assert row["adapters"]["rank of attention_in"]["count"] == 2
+    # a plan reads fewer bytes than the dense model; a batch of masks reads a union that nobody counted
+    rates = {(row["variant"], row["batch"]): row["weight_gb_per_s"] for row in rows}
+    assert rates["rana 0.5", 2] is None and rates["rana 0.5", 1] > 0
+    assert "rana 0.5" in capsys.readouterr().out
+
+
+def test_prefill_and_kernels_have_rows_of_their_own(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    main("tiny", out, names="reduce-overhead", batches="1", prefill=16, profile=True, **OPTIONS)
+    (prefill,), (kernels,) = rows_of(out, "prefill"), rows_of(out, "kernels")
+    assert prefill["prefill_ms"] > 0 and prefill["prefill_tokens"] == 16
+    assert sum(item["share"] for item in kernels["kernels"]) == pytest.approx(1)
+    assert kernels["kernels"][0]["us"] >= kernels["kernels"][-1]["us"] > 0
+
+
+def test_a_batch_that_leaves_adapters_out_is_compared_with_that(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    main("tiny", out, names="rana", budgets="0.5", batches="1,9", prefill=0, prefill_mode="dense", **OPTIONS)
+    assert rows_of(out, "skipped") == []
+    assert [(row["batch"], row["gate"]["passed"]) for row in rows_of(out, "decode")] == [(1, True), (9, True)]
+
+
+@pytest.mark.gpu
+def test_the_protocol_with_cuda_graphs(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    options = OPTIONS | {"device": "cuda", "dtype": "bfloat16"}
+    main("tiny", out, names="reduce-overhead,rana", budgets="0.5", batches="1,4", prefill=0, profile=True, **options)
+    assert rows_of(out, "skipped") == []
+    assert [row["gate"]["passed"] for row in rows_of(out, "decode")] == [True] * 4
+    assert all(row["kernels"] for row in rows_of(out, "kernels"))
+
+
+def test_a_run_without_time_says_so(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    main("tiny", out, names="eager,rana", budgets="0.5", seconds=0.0, dtype="float32", device="cpu", prefill=0)
+    assert rows_of(out, "decode") == []
+    assert [row["reason"] for row in rows_of(out, "skipped")] == ["no time left"] * 2
+
+
+def test_a_wrong_result_has_no_time(tmp_path, monkeypatch, capsys):
+    # the dense model in place of the plan: fast, finite and wrong
+    monkeypatch.setattr(Variant, "compiled", lambda self, model: model.forward)
+    out = tmp_path / "rows.jsonl"
+    main("tiny", out, names="rana", budgets="0.5", sequences=1, new_tokens=4, longest=4, dtype="float32", device="cpu", prefill=0)
+    assert rows_of(out, "decode") == []
+    (row,) = rows_of(out, "skipped")
+    assert "gate refused" in row["reason"] and not row["gate"]["passed"]
+    assert "tokens/s," not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gate_sees_a_small_error_in_one_factor(dtype):
+    model = build("tiny", device=CPU, dtype=dtype)
+    layout, variant = layout_of(model), Variant("rana", "rana", "default", 0.5)
+    decoder = Decoder(model, batch=1, room=128)
+    limit = bound(model.dtype, layers_of(model), 160)
+    with on_model(variant, model, layout, seed=0) as prepared, torch.no_grad():
+        script, expected = reference(variant, prepared, decoder, seed=0)
+        forward = variant.compiled(model)
+
+        def run():
+            return decoder.logits(forward, script)
+
+        run()  # compiles
+        good = judge(run, prepared.plan, expected, limit=limit)
+        assert good.passed, good
+        adapter = prepared.plan.adapters[0]
+        adapter.weight.mul_(1.5)  # in place: the compiled code reads the same storage
+        bad = judge(run, prepared.plan, expected, limit=limit)
+        assert not bad.passed and bad.fixed_error > limit
+
+
+def test_a_saved_plan_is_compared_as_it_is(tmp_path):
+    model = build("tiny", device=CPU, dtype="float32")
+    rana_fx.adapt(model, [{"input_ids": torch.randint(128, (2, 64))}], budget=0.6, recipe="teal", progress=False).save(tmp_path)
+    rana_fx.detach(model)
+    (variant,) = variants("rana", [], [tmp_path], mode="default", menus=[Menu()], prefill="masked")
+    assert variant.label == "rana 0.6"
+    decoder, limit = Decoder(model, batch=1, room=128), bound(model.dtype, layers_of(model), 160)
+    with on_model(variant, model, layout_of(model), seed=0) as prepared, torch.no_grad():
+        taus = [adapter.tau.clone() for adapter in load_plan(tmp_path).adapters]
+        script, expected = reference(variant, prepared, decoder, seed=0)
+        assert all(torch.equal(adapter.tau, tau) for adapter, tau in zip(prepared.plan.adapters, taus, strict=True))
+        forward = variant.compiled(model)
+        assert judge(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit).passed
+
+
+def test_unknown_variants_are_named():
+    with pytest.raises(InvalidOption, match="'fastest'"):
+        variants("eager,fastest", [0.5], [], mode="default", menus=[Menu()], prefill="masked")
+
+
+def test_the_gate_sees_a_wrong_mask(tiny):
+    model, layout = tiny
+    variant = Variant("rana", "rana", "default", 0.5)
+    decoder = Decoder(model, batch=1, room=128)
+    with on_model(variant, model, layout, seed=0) as prepared, torch.no_grad():
+        script, expected = reference(variant, prepared, decoder, seed=0)
+        forward = variant.compiled(model)
+        limit = bound(model.dtype, layers_of(model), 160)
+        prepared.plan.adapters[0].tau.mul_(1.5)
+        bad = judge(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit)
+    # fixed masks replace the thresholds: only the plan's own can tell
+    assert not bad.passed and bad.fixed_error <= limit and bad.masked_error > bad.masked_bound
+
+
+def test_fixed_masks_and_noise_leave_nothing_behind(tiny):
+    model, layout = tiny
+    variant = Variant("rana", "rana", "default", 0.5)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with on_model(variant, model, layout, seed=0) as prepared, torch.no_grad():
+        taus = [adapter.tau.fill_(0.25) for adapter in prepared.plan.adapters]
+        with fixed_masks(prepared.plan, seed=0):
+            assert all(set(tau.tolist()) <= {0.0, float("inf")} for tau in taus)
+        assert all((tau == 0.25).all() for tau in taus)
+        expect(lambda: torch.ones(3), model, prepared.plan, dtype=model.dtype)
+        assert all((tau == 0.25).all() for tau in taus)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_value_that_is_not_finite_is_refused():
+    expected = torch.ones(4)
+    assert relative(torch.tensor([1.0, float("nan"), 1.0, 1.0]), expected) == float("inf")
+    assert relative(torch.tensor([1.0, float("inf"), 1.0, 1.0]), expected) == float("inf")

@@ -1,0 +1,237 @@
+"""The command line, from adapting the embedded model to generating with it; its JSON files; its messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import rana_fx
+from rana_fx.cli import app
+from rana_fx.commands.record import cell, write_json
+from rana_fx.errors import InvalidOption, RanaError
+from rana_fx.evaluation.perplexity import load_model
+
+DATA = Path(rana_fx.__file__).parent / "data"
+MODEL = str(DATA / "tiny-llama-prose-5m")
+TEXT = str(DATA / "calib.jsonl.xz")
+HELD_OUT = str(DATA / "eval.jsonl.xz")
+LAYERS = 6
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def facts(path: Path, result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text())
+    assert found["versions"]["rana_fx"] == rana_fx.__version__ and "torch" in found["versions"]
+    assert found["command_line"].startswith("rana-fx") and "seed" in found
+    return found
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """Folder of a plan, facts of the command that made it, what it printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    out, record = folder / "plan", folder / "adapt.json"
+    result = call(
+        "adapt", MODEL, "--data", TEXT, "--out", out, "--budget", 0.6, "--recipe", "teal",
+        "--tokens", 3000, "--context", 128, "--seed", 7, "--device", "cpu", "--json", record,
+    )  # fmt: skip
+    return out, facts(record, result), result.output
+
+
+def test_adapt_writes_a_plan_and_its_facts(adapted: tuple[Path, dict[str, Any], str]) -> None:
+    out, found, printed = adapted
+    plan = rana_fx.load_plan(out)
+    assert (plan.recipe, plan.budget, plan.seed, plan.tokens) == ("teal", 0.6, 7, 3000)
+    assert found["digest"] == plan.digest() and found["seed"] == 7
+    assert found["budget"]["asked"] == 0.6 and found["budget"]["metric"] == "flops"
+    assert found["budget"]["expected"] == {"flops": plan.expected_budget("flops"), "bytes": plan.expected_budget("bytes")}
+    assert found["plan"] == json.loads(json.dumps(plan.to_dict()))
+    assert found["options"]["context"] == 128
+    assert plan.digest()[:12] in printed and cell(plan.expected_budget("bytes")) in printed
+    assert all(adapter.name in printed for adapter in plan.adapters)
+
+
+def test_eval_shows_dense_and_adapted(adapted: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    plan = rana_fx.load_plan(adapted[0])
+    args = (
+        "eval",
+        MODEL,
+        "--data",
+        HELD_OUT,
+        "--tokens",
+        1500,
+        "--context",
+        128,
+        "--device",
+        "cpu",
+        "--json",
+        tmp_path / "e.json",
+    )
+    result = call(*args, "--plan", adapted[0])
+    found = facts(tmp_path / "e.json", result)
+    # 1500 tokens in 12 sequences: the first of each is predicted from nothing
+    assert found["tokens"] == found["dense"]["tokens"] == found["adapted"]["tokens"] == 1500 - 12
+    assert 5 < found["dense"]["perplexity"] < found["adapted"]["perplexity"] < 4096
+    assert found["budget"]["asked"] == 0.6
+    assert abs(found["budget"]["measured"]["flops"] - 0.6) < 0.05
+    assert [row["site"] for row in found["sites"]] == [site for adapter in plan.adapters for site in adapter.sites]
+    assert all(0 < row["density_measured"] <= 1 for row in found["sites"])
+    shown = [*found["dense"].values(), *found["adapted"].values(), *found["budget"]["measured"].values()]
+    shown += [row["density_measured"] for row in found["sites"]]
+    assert all(cell(value) in result.output for value in shown)
+    # the same text without a plan: the dense model alone, with the same numbers
+    alone = facts(tmp_path / "e.json", call(*args))
+    assert alone["dense"] == found["dense"] and alone["adapted"] is None and alone["budget"] is None
+
+
+def test_explain_lists_every_linear(adapted: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    plain = facts(tmp_path / "a.json", call("explain", MODEL, "--device", "cpu", "--json", tmp_path / "a.json"))["report"]
+    result = call("explain", MODEL, "--plan", adapted[0], "--device", "cpu", "--json", tmp_path / "b.json")
+    report = facts(tmp_path / "b.json", result)["report"]
+    # q, k, v, o, gate, up, down in every layer, and the head
+    assert plain["sites"] == report["sites"] == 7 * LAYERS + 1
+    assert plain["plan"] is None and report["plan"] == adapted[1]["digest"][:12]
+    assert {row["action"] for row in plain["rows"]} <= {"dense", "skipped"}
+    assert sum(row["action"] == "neuron" for row in report["rows"]) == sum(
+        len(a["sites"]) for a in adapted[1]["plan"]["adapters"]
+    )
+    assert all(row["site"] in result.output for row in report["rows"])
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The embedded model's first layer, which compiles quickly, its plan and the plan's digest."""
+    folder = tmp_path_factory.mktemp("shallow")
+    model, tokenizer = load_model(MODEL, device="cpu")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    args = (
+        "adapt",
+        folder / "model",
+        "--data",
+        TEXT,
+        "--out",
+        folder / "plan",
+        "--recipe",
+        "teal",
+        "--tokens",
+        1500,
+        "--context",
+        128,
+    )
+    record = facts(folder / "a.json", call(*args, "--device", "cpu", "--json", folder / "a.json"))
+    return folder / "model", folder / "plan", record["digest"]
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_generate_continues_the_prompt(shallow: tuple[Path, Path, str], tmp_path: Path, cache: str) -> None:
+    model, plan, digest = shallow
+    args = ("generate", model, "--plan", plan, "--prompt", "It was a dark", "--max-new-tokens", 3, "--cache", cache)
+    result = call(*args, "--device", "cpu", "--json", tmp_path / "g.json")
+    found = facts(tmp_path / "g.json", result)
+    assert found["backend"] == "rana" and found["cache"] == cache and found["digest"] == digest
+    assert 1 <= found["tokens"] <= 3 and found["text"]
+    assert "It was a dark" + found["text"] in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("adapt", MODEL, "--data", TEXT, "--out", "p", "--budget", "1.5"), "budget=1.5 is outside (0, 1]"),
+        (("adapt", MODEL, "--data", TEXT, "--out", "p", "--recipe", "soup"), "recipe='soup' is not known. Pick one of: "),
+        (
+            ("adapt", MODEL, "--data", TEXT, "--out", "p", "--metric", "joules"),
+            "metric='joules' is not known. Pick one of: flops, bytes",
+        ),
+        (("adapt", MODEL, "--data", TEXT, "--out", "p", "--column", "body"), "no text column 'body'; it has 'source', 'text'"),
+        (
+            ("adapt", MODEL, "--data", TEXT, "--out", "p", "--context", "4096"),
+            "option --context=4096 is not valid: expected at most 1024",
+        ),
+        (
+            ("adapt", MODEL, "--data", "no/such.jsonl", "--out", "p"),
+            "no/such.jsonl cannot be read as a dataset: there is no such file",
+        ),
+        (("eval", "/no/such/model", "--data", TEXT), "/no/such/model cannot be loaded as a model"),
+        (("eval", MODEL, "--data", TEXT, "--plan", MODEL), "is not a readable plan"),
+        (("explain", MODEL, "--dtype", "int3"), "option dtype='int3' is not valid: expected one of auto, float32"),
+        (
+            ("generate", MODEL, "--prompt", "a", "--cache", "lru"),
+            "option cache='lru' is not valid: expected one of static, dynamic",
+        ),
+        (("generate", MODEL, "--prompt", "a", "--max-new-tokens", "2000"), "the model's context is 1024"),
+    ],
+)
+def test_mistakes_end_with_one_message(
+    args: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # few tokens, should a mistake be noticed late
+    result = call(
+        *args, *(("--tokens", 200) if args[0] in ("adapt", "eval") and "--context" not in args else ()), "--device", "cpu"
+    )
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debugging_shows_the_error_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANA_FX_DEBUG", "1")
+    assert isinstance(call("explain", MODEL, "--dtype", "int3").exception, InvalidOption)
+
+
+def test_an_error_inside_a_compiler_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rana_fx.evaluation import perplexity as evaluate
+
+    class Wrapped(Exception):
+        inner_exception = RanaError(reason="the real reason")
+
+    def fail(*_: object, **__: object) -> None:
+        raise Wrapped("long story")
+
+    monkeypatch.setattr(evaluate, "load_model", fail)
+    result = call("explain", MODEL)
+    assert result.exit_code == 2 and result.stderr == "error: the real reason\n"
+
+
+def test_help_and_version() -> None:
+    shown = call("--help")
+    assert shown.exit_code == 0
+    assert all(name in shown.output for name in ("demo", "adapt", "eval", "explain", "generate"))
+    assert call("--version").output == f"rana-fx {rana_fx.__version__}\n"
+    assert call("adapt", "--nonsense").exit_code == 2
+
+
+def test_help_does_not_wait_for_transformers() -> None:
+    slow = ("transformers", "datasets", "torch._inductor.compile_fx")
+    code = f"import sys, rana_fx.cli; print([name for name in {slow} if name in sys.modules])"
+    root = str(Path(rana_fx.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env=os.environ | {"PYTHONPATH": root}
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "facts.json"
+    write_json(path, {"a": 1.5, "b": float("inf")})
+    assert json.loads(path.read_text()) == {"a": 1.5, "b": "inf"}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["a"] == 1.5 and [file.name for file in path.parent.iterdir()] == ["facts.json"]
+    with pytest.raises(InvalidOption, match="a file that can be written"):
+        write_json(path / "below-a-file.json", {})

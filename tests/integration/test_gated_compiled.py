@@ -1,0 +1,53 @@
+"""A cut with a threshold for each neuron, compiled: what every MLP gives by hand, for any number of tokens and in every mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rana_fx
+from rana_fx.evaluation.measure import measuring
+from rana_fx.runtime.prefill import MODES
+from tests.support.architectures import FFN, ids, output
+from tests.support.gates import by_hand, per_neuron
+from tests.support.trained import relative
+
+FP32 = 1e-5  # two orders of summation over a hundred products each, in a few layers
+
+
+def test_any_number_of_tokens_is_what_every_mlp_gives_by_hand():
+    model, _, plan = per_neuron(depth=2)
+    compiled = torch.compile(model, backend=rana_fx.backend, dynamic=True)
+    for tokens in (12, 1, 5):
+        given = ids(tokens)
+        expected, kept = by_hand(model, plan, given)
+        with torch.no_grad():
+            assert relative(output(compiled(**given)), expected) < FP32 < 1e-3 < relative(output(model(**given)), expected)
+        with measuring(model) as meter:
+            assert relative(output(meter.run(given)), expected) < FP32
+            density = meter.result().density
+        assert density == pytest.approx({name: count / FFN for name, count in kept.items()}, rel=1e-6)
+
+
+@pytest.mark.parametrize("prefill", MODES)
+def test_prompts_and_single_tokens_in_every_mode(prefill):
+    """Two texts of 12 tokens are a prompt, of 1 are not: a cut of many tokens is dense where that is asked."""
+    model, _, plan = per_neuron(depth=1)
+    compiled = torch.compile(model, backend=rana_fx.backend, options={"prefill": prefill})
+    for tokens in (12, 1, 12):
+        given = ids(tokens)
+        expected, _ = by_hand(model, plan, given)
+        with torch.no_grad():
+            dense = output(model(**given))
+            got = output(compiled(**given))
+        asked, other = (dense, expected) if prefill == "dense" and tokens == 12 else (expected, dense)
+        assert relative(got, asked) < FP32 and relative(got, other) > 1e-3
+
+
+def test_a_graph_without_the_plan_attached_takes_it_as_an_option():
+    model, batch, plan = per_neuron(depth=1)
+    expected, _ = by_hand(model, plan, batch)
+    rana_fx.detach(model)
+    with torch.no_grad():
+        got = output(torch.compile(model, backend=rana_fx.backend, options={"plan": plan})(**batch))
+    assert relative(got, expected) < FP32

@@ -1,0 +1,49 @@
+"""What is measured on held-out text is what was asked, for every recipe, on a trained model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+import rana_fx
+from rana_fx.evaluation.perplexity import evaluate_adapted, load_model
+from rana_fx.evaluation.text import load_texts, token_batches
+
+DATA = Path(rana_fx.__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def material():
+    model, tokenizer = load_model(str(DATA / "tiny-llama-prose-5m"), device="cpu")
+    texts = load_texts(DATA / "calib.jsonl.xz")
+    random.Random(0).shuffle(texts)
+    calibration = token_batches(texts, tokenizer, tokens=8000, context=256)
+    return model, calibration, token_batches(load_texts(DATA / "eval.jsonl.xz"), tokenizer, tokens=2048, context=256)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metric", "budget"),
+    [
+        ("paper", "flops", 0.58),
+        ("paper", "bytes", 0.4),
+        ("static", "flops", 0.4),
+        ("teal", "flops", 0.58),
+        ("cats", "bytes", 0.8),
+        ("rana", "flops", 0.58),
+        ("rana", "bytes", 0.4),
+    ],
+)
+def test_budget_on_held_out_text(material, recipe, metric, budget):
+    model, calibration, held_out = material
+    plan = rana_fx.adapt(model, calibration, budget=budget, metric=metric, recipe=recipe, progress=False)
+    try:
+        quality, measured = evaluate_adapted(model, held_out, progress=False)
+    finally:
+        rana_fx.detach(model)
+    found = {"flops": measured.budget_flops, "bytes": measured.budget_bytes}[metric]
+    # static ranks are whole: of 256 inputs one is 0.4 %
+    assert plan.expected_budget() == pytest.approx(budget, abs=0.005)
+    assert found == pytest.approx(budget, abs=0.02)
+    assert 3 < quality.mean_loss < 6

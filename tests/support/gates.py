@@ -1,0 +1,50 @@
+"""Tiny models whose MLPs are cut at thresholds of their own for each neuron, and the same written out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+import rana_fx
+from tests.support.architectures import WIDTH, build, ids, output
+
+
+def per_neuron(name="gemma", *, depth=2, dtype=torch.float32):
+    """(a model with attention dense and every MLP cut, a batch, its plan): thresholds from zero to infinite, and biases."""
+    model, batch = build(name, depth)
+    model = model.to(dtype)
+    plan = rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.8, recipe="cats", progress=False)
+    adapters = []
+    for adapter in plan.adapters:
+        tau = adapter.tau * torch.linspace(0.2, 3, adapter.ranks)
+        tau[2], tau[5] = torch.inf, 0
+        adapters.append(replace(adapter, tau=tau, bias=torch.randn(WIDTH, dtype=dtype)))
+    rana_fx.detach(model)
+    plan = replace(plan, adapters=tuple(adapters))
+    rana_fx.attach(model, plan)
+    return model, batch, plan
+
+
+def by_hand(model, plan, batch):
+    """The output of the model with every MLP written out, and the neurons kept by adapter."""
+    rana_fx.detach(model)
+    seen = {}
+    handles = []
+    for adapter in plan.adapters:
+        mlp = model.get_submodule(adapter.name.rpartition(".")[0])
+
+        def forward(mlp, args, _, adapter=adapter):
+            active = mlp.act_fn(mlp.gate_proj(args[0]))
+            mask = active.square() >= adapter.tau
+            seen[adapter.name] = seen.get(adapter.name, 0) + float(mask.sum())
+            hidden = torch.where(mask, active, 0.0) * mlp.up_proj(args[0])
+            return torch.nn.functional.linear(hidden, mlp.down_proj.weight, adapter.bias)
+
+        handles.append(mlp.register_forward_hook(forward))
+    with torch.no_grad():
+        result = output(model(**batch))
+    for handle in handles:
+        handle.remove()
+    rana_fx.attach(model, plan)
+    return result, {name: count / batch["input_ids"].numel() for name, count in seen.items()}

@@ -1,0 +1,50 @@
+"""Compile a function through Inductor with the package's lowerings, and look at what it wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from rana_fx.kernels.cpp import template as template_cpp
+from rana_fx.passes import lower
+
+GEMV, ROUTER, ROWS = "// rana_masked_gemv", "// rana_router", "// rana_masked_rows"
+_UNINITIALISED = "new float[count]"
+
+
+def compiled(function, *args, **settings):
+    """(result, code)."""
+    lower.register()
+    torch.compiler.reset()
+    got, (code, *_) = run_and_get_code(torch.compile(function, **settings), *args)
+    return got, code
+
+
+@contextlib.contextmanager
+def poisoned():
+    """What the templates and Inductor's wrapper leave uninitialised is NaN inside, and kernels are compiled anew."""
+    allocate = torch._C._dynamo.guards._empty_strided_cpu
+
+    def empty(*args):
+        made = allocate(*args)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    source = template_cpp._SOURCE
+    assert source.count(f"std::unique_ptr<float[]>({_UNINITIALISED})") == 1
+    filled = "std::fill_n(new float[count], count, NAN) - count"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template_cpp, "_SOURCE", source.replace(_UNINITIALISED, filled))
+        patch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", empty)
+        with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+            yield
+
+
+def calls(code, marker):
+    """How often the written module calls a kernel whose source has the marker: kernels that are alike are written once."""
+    pieces = re.split(r"^(\w+) = async_compile\.cpp_pybinding\(", code, flags=re.M)
+    names = [name for name, source in zip(pieces[1::2], pieces[2::2], strict=True) if marker in source.partition("''')")[0]]
+    return sum(len(re.findall(rf"^\s+{name}\(", code, re.M)) for name in names)

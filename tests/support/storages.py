@@ -1,0 +1,96 @@
+"""Plans that keep every rank and input, in every way a plan can store what it multiplies by.
+
+In: a model and a batch. Out: a plan whose adapters cover all linears of the blocks, and the matrices that its storage stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+import rana_fx
+from rana_fx.adapter import Adapter
+from rana_fx.calibration.calibrate import calibrate
+from rana_fx.formats import pack, unpack
+from tests.support.architectures import ARCHITECTURES, make
+from tests.support.further_architectures import FURTHER
+
+EVERY = ARCHITECTURES | FURTHER
+# what masks, bits of the router (or None), bits of the weight
+STORAGES = {
+    "rank, router 8": ("rank", 8, 32),
+    "rank, router 4, factors 8": ("rank", 4, 8),
+    "rank, factors 4": ("rank", 32, 4),
+    "hybrid": ("hybrid", 32, 32),
+    "hybrid, router 8": ("hybrid", 8, 32),
+    "hybrid, router 4, factors 4": ("hybrid", 4, 4),
+    "neuron, own weight": ("neuron", None, 32),
+    "neuron, 4": ("neuron", None, 4),
+    "stored, 8": ("stored", None, 8),
+    "stored, 4": ("stored", None, 4),
+}
+
+
+def stored(matrix, bits):
+    """(matrix, scale) in that many bits; 32 for as it is. An odd number of columns cannot be packed to 4."""
+    matrix = matrix.contiguous()
+    return (matrix, None) if bits >= 16 else pack(matrix, 8 if matrix.shape[1] % 2 else bits)
+
+
+def sites_of(model, batch):
+    return calibrate(model, [batch], wanted=lambda _: set(), progress=False)[0].sites
+
+
+def rebuilt(adapter, sites, storage, *, shift=0.0):
+    """The adapter with full ranks and thresholds of zero, stored as asked. ``shift``: of every component of v."""
+    what, router_bits, bits = STORAGES[storage]
+    matrix = torch.cat([sites[name].matrix() for name in adapter.sites]).double()
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    fields = dict.fromkeys(("router", "router_scale", "router_tau", "router_kept", "shift"))
+    if router_bits is None:
+        rows, kind = matrix.shape[1], what
+        weight = matrix.t()
+    else:
+        rows, kind = len(s), "rank"
+        weight, router = u.t(), s[:, None] * vh
+        if what == "hybrid":
+            fields["router_tau"], fields["router_kept"] = torch.zeros(matrix.shape[1]), float(matrix.shape[1])
+            router = router.t()
+        fields["router"], fields["router_scale"] = stored(router.float(), router_bits)
+    weight, scale = stored(weight.float(), bits)
+    bias = adapter.bias
+    if bias is None and router_bits is None:
+        parts = [sites[name] for name in adapter.sites]
+        given = [torch.zeros(site.out_features) if site.bias is None else site.bias.detach() for site in parts]
+        bias = torch.cat(given) if any(site.bias is not None for site in parts) else None
+    if shift:
+        fields["shift"] = torch.full((rows,), shift)
+        left_out = fields["shift"] @ unpack(weight, scale)
+        bias = left_out if bias is None else bias + left_out
+    found = replace(
+        adapter, kind=kind, ranks=rows, kept=float(rows), tau=torch.zeros(rows), weight=weight, weight_scale=scale, bias=bias,
+        flops=0.0, bytes=0.0, **fields,
+    )  # fmt: skip
+    return found.costed()
+
+
+def stored_matrix(adapter: Adapter, dtype=torch.float64):
+    """(out, in): what the adapter multiplies by when it keeps everything."""
+    weight = unpack(adapter.weight, adapter.weight_scale, dtype).t()
+    if adapter.router is None:
+        return weight
+    router = unpack(adapter.router, adapter.router_scale, dtype)
+    return weight @ (router if adapter.router_tau is None else router.t())
+
+
+def stored_plan(name, depth, storage, *, shift=0.0):
+    """(model without a plan, batch, plan)."""
+    model, batch = make(EVERY[name], depth)
+    batches = [batch, *(EVERY[name].inputs() for _ in range(4))]
+    plan = rana_fx.adapt(model, batches, budget=0.9, recipe="static", progress=False)
+    rana_fx.detach(model)
+    sites = sites_of(model, batch)
+    with torch.no_grad():
+        adapters = tuple(rebuilt(adapter, sites, storage, shift=shift) for adapter in plan.adapters)
+    return model, batch, replace(plan, adapters=adapters)

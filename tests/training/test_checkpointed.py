@@ -1,0 +1,107 @@
+"""Gradient checkpointing: linears in its regions are found, the same is trained, and less is kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from rana_fx._backend import rewrite
+from rana_fx.graph.checkpoint_regions import open_checkpoints
+from rana_fx.kernels.ops import masked_gemv
+from rana_fx.runtime.attachment import renew
+from rana_fx.training import add_lora, checkpoint_gradients, lora_config
+from tests.support.trained import EPS, adapted, compiled, gradients, relative
+
+
+def partitioned(kept, products):
+    """A backend that splits the joint graph as Inductor does; it counts what is kept, and masked products."""
+
+    def how(gm, example_inputs):
+        rewrite(gm, example_inputs)
+        products.append(sum(node.target is masked_gemv for node in gm.graph.nodes))
+
+        def partition(joint, inputs, **kwargs):
+            forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
+            kept.append(len(forward.graph.output_node().args[0]))
+            return forward, backward
+
+        nop = lambda graph, _: make_boxed_func(graph.forward)  # noqa: E731
+        return aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=partition)(gm, example_inputs)
+
+    return how
+
+
+def test_it_trains_the_same_and_keeps_less():
+    """Also what LoRA drops: recomputed from other random numbers, gradients would be of another model."""
+    model, batch = adapted(depth=1)
+    add_lora(model, lora_config(rank=4, dropout=0.3))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(True)
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    renew(model)
+    kept, products, found = [], [], []
+    model.train()
+    for switch in (lambda _: None, checkpoint_gradients):
+        switch(model)
+        torch.manual_seed(3)
+        found.append(gradients(model, compiled(model, partitioned(kept, products)), batch))
+    (loss, expected), (other, got) = found
+    assert products[0] == products[1] > 0  # every linear of a region was found
+    assert abs(other - loss) < 1e-6 * abs(loss) and got.keys() == expected.keys()
+    assert "rana_fx.a0_router" in got and sum("lora_" in name for name in got) > 8
+    for name, grad in got.items():
+        assert relative(grad, expected[name]) < 1e4 * EPS, name
+    # per layer only what enters it, as PyTorch's own checkpoints of the dense model keep
+    assert kept[1] < kept[0]
+
+
+def policy():
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+class Regions(nn.Module):
+    """A region in a region, two results, a region without a user, one with a policy of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def inner(self, x):
+        return torch.relu(self.a(x))
+
+    def outer(self, x):
+        y = checkpoint(self.inner, x, use_reentrant=False)
+        return self.b(y), y * 2
+
+    def forward(self, x):
+        first, second = checkpoint(self.outer, x, use_reentrant=False)
+        third = checkpoint(self.inner, first, use_reentrant=False, context_fn=policy)
+        return third + second
+
+
+def test_regions_are_opened_in_order_and_compute_the_same():
+    model, x = Regions(), torch.randn(3, 8, requires_grad=True)
+    expected = model(x)
+    (wanted,) = torch.autograd.grad(expected.sum(), x)
+    opened, graphs = [], []
+
+    def how(gm, _):
+        opened.append(open_checkpoints(gm))
+        graphs.append(gm)
+        return gm.forward
+
+    got = compiled(model, how)(x)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], wanted)
+    assert opened == [3]
+    linears = [node for node in graphs[0].graph.nodes if "linear" in str(node.target)]
+    assert len(linears) == 3 and all(node.meta["recompute"] == CheckpointPolicy.PREFER_RECOMPUTE for node in linears)
+    # a, b, a: the inner region first, the outer one around both its own; each has a number, later ones a greater
+    regions = [node.meta["ac_graph_id"] for node in linears]
+    assert len(set(regions)) == 3 and max(regions) == regions[2]
+    assert open_checkpoints(graphs[0]) == 0  # nothing is left to open
