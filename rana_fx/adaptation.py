@@ -13,13 +13,13 @@ from torch import nn
 
 from rana_fx.calibration.batches import check_batches
 from rana_fx.calibration.calibrate import calibrate
+from rana_fx.calibration.holdout import Tee
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.probe import Keeper
 from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, UnknownMetric, UnknownRecipe
 from rana_fx.graph.linears import Skip
 from rana_fx.modules import unwrap
 from rana_fx.plan import METRICS, Plan, SiteRecord, weight_digest
-from rana_fx.recipes import RECIPES, Problem
+from rana_fx.recipes import RECIPES, Problem, needs_holdout
 from rana_fx.runtime.attachment import attach, attached
 
 
@@ -72,10 +72,10 @@ def adapt(
         old = present.plan
         raise AlreadyAdapted(model=type(model).__name__, recipe=old.recipe, budget=old.budget, digest=old.digest()[:12])
     chosen = RECIPES[recipe]
-    keeper = Keeper(check_batches(batches)) if chosen.rehearses else None
-    layout, samples, tokens = calibrate(model, keeper or batches, wanted=chosen.wants, seed=seed, progress=progress)
-    rehearsal = None if keeper is None else keeper.rehearsal(model)
-    problem = Problem(layout, samples, float(budget), metric, recipe, progress, rehearsal=rehearsal)
+    tee = Tee(check_batches(batches)) if needs_holdout(chosen) else None
+    found = calibrate(model, tee or batches, wanted=chosen.wants, seed=seed, progress=progress)
+    layout, holdout = found.layout, None if tee is None else tee.holdout(model)
+    problem = Problem(layout, found.samples, float(budget), metric, recipe, progress, holdout=holdout)
     with torch.no_grad():
         adapters = tuple(chosen.solve(problem))
     plan = Plan(
@@ -83,7 +83,7 @@ def adapt(
         metric=metric,
         budget=float(budget),
         seed=seed,
-        tokens=tokens,
+        tokens=found.tokens,
         model=type(model).__name__,
         versions=versions(),
         sites=records(layout),

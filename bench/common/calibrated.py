@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bench.common.record import head
 from rana_fx.adaptation import records, versions
 from rana_fx.calibration.calibrate import calibrate
+from rana_fx.calibration.holdout import Holdout, Tee
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.probe import Keeper, Rehearsal
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.evaluation.text import load_texts, token_batches
 from rana_fx.plan import Plan, SiteRecord
@@ -35,7 +35,7 @@ class Calibrated:
     tokens: int
     seed: int
     sites: tuple[SiteRecord, ...]
-    rehearsal: Rehearsal | None = None
+    holdout: Holdout | None = None
 
     def head(self, bench: str, model: str, calib: str, *, context: int, dtype: str) -> dict[str, Any]:
         """What all rows of a bench say of the calibrated model."""
@@ -49,7 +49,7 @@ class Calibrated:
         }
 
     def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
-        return Problem(self.layout, self.samples, budget, metric, recipe, progress, rehearsal=self.rehearsal)
+        return Problem(self.layout, self.samples, budget, metric, recipe, progress, holdout=self.holdout)
 
     def plan(self, *, budget: float, metric: str, recipe: str | Recipe, progress: bool = False) -> Plan:
         """``recipe``: its name, or a recipe that has none. Raises BudgetUnreachable, TooFewTokens."""
@@ -73,14 +73,15 @@ class Calibrated:
 
 def calibrate_once(model: nn.Module, batches: Iterable[Any], *, seed: int = 0, progress: bool = False) -> Calibrated:
     """Sample the inputs of all groups that the budget counts."""
-    keeper = Keeper(batches)
-    layout, samples, tokens = calibrate(model, keeper, wanted=counted_groups, seed=seed, progress=progress)
-    return Calibrated(type(model).__name__, layout, samples, tokens, seed, records(layout), keeper.rehearsal(model))
+    tee = Tee(batches)
+    found = calibrate(model, tee, wanted=counted_groups, seed=seed, progress=progress)
+    sites = records(found.layout)
+    return Calibrated(type(model).__name__, found.layout, found.samples, found.tokens, seed, sites, tee.holdout(model))
 
 
 def counted_groups(layout: Layout) -> set[tuple[str, ...]]:
     """Groups, by their site names, with a site in the budget."""
-    return {layout.groups[site.group].sites for site in layout.sites.values() if site.counted}
+    return {layout.sites_of_group(site.name) for site in layout.sites.values() if site.counted}
 
 
 def batches_of(source: str, tokenizer: Any, *, tokens: int, context: int, batch_size: int = 8) -> list[dict[str, Tensor | bool]]:

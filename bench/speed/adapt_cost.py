@@ -83,7 +83,8 @@ def adapt_worker(job: str) -> None:
     before = _peak_mib()
     marks.append(time.perf_counter())
     chosen = RECIPES[given["recipe"]]
-    layout, samples, count = calibrate(model, batches, wanted=chosen.wants, progress=False)
+    found = calibrate(model, batches, wanted=chosen.wants, progress=False)
+    layout, samples, count = found.layout, found.samples, found.tokens
     marks.append(time.perf_counter())
     problem = Problem(layout, samples, given["budget"], "flops", given["recipe"], progress=False)
     with torch.no_grad():

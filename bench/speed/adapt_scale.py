@@ -32,7 +32,7 @@ from bench.common.models import build, vocabulary_of
 from bench.common.record import ROOT, append, head, start
 from rana_fx.adaptation import records, versions
 from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.probe import Keeper
+from rana_fx.calibration.holdout import Tee
 from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.plan import Plan
@@ -143,12 +143,13 @@ def _adapt(given: dict[str, Any], clock: Clock) -> dict[str, Any]:
     clock.own = torch.cuda.memory_allocated() if clock.device.type == "cuda" else 0
     before = _peak_gib()
     chosen = RECIPES[given["recipe"]]
-    keeper = Keeper(batches) if chosen.rehearses else None
+    tee = Tee(batches) if chosen.needs_holdout else None
     with clock.within("calibrate"):
-        layout, samples, count = calibrate(model, keeper or batches, wanted=chosen.wants, progress=False)
-    rehearsal = None if keeper is None else keeper.rehearsal(model)
+        found = calibrate(model, tee or batches, wanted=chosen.wants, progress=False)
+    layout, samples, count = found.layout, found.samples, found.tokens
+    holdout = None if tee is None else tee.holdout(model)
     problem = Problem(
-        layout, samples, given["budget"], given["metric"], given["recipe"], False, within=clock.within, rehearsal=rehearsal
+        layout, samples, given["budget"], given["metric"], given["recipe"], False, within=clock.within, holdout=holdout
     )
     began = time.perf_counter()
     with torch.no_grad():

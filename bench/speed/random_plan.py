@@ -91,8 +91,7 @@ def layout_of(model: nn.Module) -> Layout:
     """Sites, stacks and blocks of a language model, from one traced call on four tokens."""
     ids_BT = torch.arange(4, device=device_of(model)).unsqueeze(0)
     batch = {"input_ids": ids_BT, "use_cache": False}
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), capacity=4, progress=False)
-    return layout
+    return calibrate(model, [batch], wanted=lambda _: set(), capacity=4, progress=False).layout
 
 
 def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu | None = None, seed: int = 0) -> Plan:

@@ -12,34 +12,14 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from rana_fx.graph.dataflow import op_name, value_of
-
-_OPERATORS = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift",
-    "setitem",
-}  # fmt: skip
-_VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "expand", "view_as", "reshape_as",
-    "transpose", "permute", "swapaxes", "swapdims", "movedim", "t", "T", "mT", "chunk", "split", "tensor_split",
-    "split_with_sizes", "unbind", "narrow", "getitem", "slice", "select", "detach", "alias", "contiguous", "to", "identity",
-    "dropout",
-}  # fmt: skip
+from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.ops import VIEWS, is_call, op_name, writes_first
 
 
 def written(node: fx.Node) -> fx.Node | None:
     """The tensor a node writes into, if it writes."""
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    if node.op == "call_method":
-        raw = str(node.target)
-    elif isinstance(node.target, str):
-        raw = node.target
-    else:
-        raw = getattr(node.target, "__name__", "")
-    raw = raw.strip("_") if raw.startswith("__") else raw
-    if raw in _OPERATORS or (raw.endswith("_") and raw != "requires_grad_") or node.kwargs.get("inplace") is True:
-        return node.args[0] if isinstance(value_of(node.args[0]), Tensor) else None
-    return None
+    target = node.args[0] if writes_first(node) else None
+    return target if isinstance(target, fx.Node) and isinstance(value_of(target), Tensor) else None
 
 
 def redirect(graph_module: fx.GraphModule) -> int:
@@ -87,7 +67,7 @@ class Writes:
 
 def _is_view(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node may share the memory of ``source``. Indexing by a tensor copies."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in _VIEWS:
+    if not is_call(node) or op_name(node) not in VIEWS:
         return False
     others = (value_of(other) for other in node.all_input_nodes if other is not source)
     return op_name(node) != "getitem" or not any(isinstance(value, Tensor) for value in others)

@@ -15,15 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rana_fx.graph.dataflow import op_name, value_of
-
-TRANSPOSES = {"t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "numpy_T", "matrix_H"}
-CASTS = {"to", "float", "half", "bfloat16", "double", "type", "_to_copy", "type_as"}
-INDEXING = {"getitem", "index", "index_select", "select"}
-_TRANSPARENT = {"contiguous", "detach", "alias", "clone"}
-_PARTS = {"getitem", "select", "narrow", "slice", "chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
-_SHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "unsafe_split"}
-MOVEMENT = TRANSPOSES | _TRANSPARENT | _PARTS | _SHAPES
+from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.ops import CASTS, MOVEMENT, is_call, op_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +38,7 @@ def operand(node: object, weights: Mapping[fx.Node, nn.Parameter]) -> Operand | 
     cast = False
     current = node
     while current not in weights:
-        if current.op not in ("call_function", "call_method") or not current.args or not isinstance(current.args[0], fx.Node):
+        if not is_call(current) or not current.args or not isinstance(current.args[0], fx.Node):
             return None
         name = op_name(current)
         if name in CASTS:

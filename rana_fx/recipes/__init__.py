@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Protocol
 
@@ -20,8 +21,8 @@ class Recipe(Protocol):
     def name(self) -> str: ...
 
     @property
-    def rehearses(self) -> bool:
-        """Whether ``solve`` runs the model on some of the batches (``problem.rehearsal``)."""
+    def needs_holdout(self) -> bool:
+        """Whether ``solve`` runs the model on some of the batches (``problem.holdout``)."""
         ...
 
     def wants(self, layout: Layout) -> Collection[tuple[str, ...]]:
@@ -31,6 +32,15 @@ class Recipe(Protocol):
     def solve(self, problem: Problem) -> list[Adapter]:
         """Adapters for the problem; what stays dense goes to ``problem.skips`` with its reason."""
         ...
+
+
+def needs_holdout(recipe: Recipe) -> bool:
+    """``recipe.needs_holdout``; a third party's recipe may still have it under its old name, ``rehearses``."""
+    if not hasattr(recipe, "needs_holdout") and hasattr(recipe, "rehearses"):
+        text = f"recipe {recipe.name}: rehearses is named needs_holdout now; the old name goes with the next release"
+        warnings.warn(text, DeprecationWarning, stacklevel=3)
+        return bool(recipe.rehearses)
+    return recipe.needs_holdout
 
 
 RECIPES: dict[str, Recipe] = {
@@ -46,4 +56,4 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 
-__all__ = ["RECIPES", "Problem", "Recipe"]
+__all__ = ["RECIPES", "Problem", "Recipe", "needs_holdout"]

@@ -6,6 +6,7 @@ recipe shares: sizes, stacked weights, rows of any site's input, and adapters wi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.calibration.holdout import Holdout
 from rana_fx.calibration.layout import Layout, MlpBlock
-from rana_fx.calibration.probe import Rehearsal
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
 from rana_fx.graph.linears import REMARK, Skip
@@ -36,11 +37,17 @@ class Problem:
     progress: bool = True
     skips: list[Skip] = field(default_factory=list)
     within: Callable[[str], AbstractContextManager[object]] = nullcontext  # what each stage of a recipe, by its name, runs in
-    rehearsal: Rehearsal | None = None  # the model and some batches, for recipes that try what they choose
+    holdout: Holdout | None = None  # the model and some batches, for recipes with ``needs_holdout``
 
     def note(self, text: str, site: str = "") -> None:
         """Something a user should know of the whole plan, or of an adapted site: ``explain`` says it."""
         self.skips.append(Skip(REMARK + site, text))
+
+    @property
+    def rehearsal(self) -> Holdout | None:
+        """The old name of ``holdout``, for one release."""
+        warnings.warn("Problem.rehearsal is named holdout now", DeprecationWarning, stacklevel=2)
+        return self.holdout
 
     # ---- sizes
 
@@ -80,7 +87,7 @@ class Problem:
 
     def sample(self, name: str) -> Reservoir | None:
         """What was kept of the tensor a site reads; None: an expert that no token reached."""
-        return self.samples.get(self.layout.groups[self.layout.sites[name].group].sites)
+        return self.samples.get(self.layout.sites_of_group(name))
 
     def rows(self, name: str) -> Tensor:
         """Sampled rows of the tensor a site reads, (tokens, in), in the model's dtype."""

@@ -13,7 +13,7 @@ left out is kept where what it saves, half its squared size in the loss's coordi
     gated, exact   its share of a cut through all units of an MLP (cut.py)
 
 A storage in fewer bits (storage.py) makes entries cheaper and adds what rounding does to the loss. Masks of inputs are counted
-once for all prices (tails.py). Components are priced on a grid of prices, each the first time it is asked for, and
+once for all prices (score_histogram.py). Components are priced on a grid of prices, each the first time it is asked for, and
 between two of them by interpolation. What a menu holds is in the model's own dtype: menus of all units are held at once.
 """
 
@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rana_fx.calibration.score_histogram import Survival
 from rana_fx.recipes.rana.joint_drop import Interplay
 from rana_fx.recipes.rana.loss_metric import Geometry, LossBasis
 from rana_fx.recipes.rana.operating_point import CUTS, Point
 from rana_fx.recipes.rana.quantization import Storage
-from rana_fx.recipes.rana.tails import Tails
 
 if TYPE_CHECKING:
     from rana_fx.recipes.rana.mlp_candidate import Share
@@ -74,7 +74,7 @@ class Menu:
         self.rows_TI = rows_TI
         x_TI = rows_TI.float()
         squares_TI = x_TI.square()
-        self._tails = [Tails(squares_TI, part.norms_I) for part in self.parts]
+        self._survival = [Survival(squares_TI, part.norms_I) for part in self.parts]
         self._interplay = Interplay(geometry, x_TI)
         self.cut: Share | None = None
         self._grid: dict[tuple[str, int, int], Point] = {}
@@ -87,7 +87,7 @@ class Menu:
             self._z_TD = (x_TI @ router_DI.t()).to(dtype)
             z2_TD = (self._z_TD.float() / self.units_D).square()
             self._z2_D = z2_TD.mean(0).cpu()
-            self._z_tails = Tails(z2_TD, z2_TD.new_ones(z2_TD.shape[1]))
+            self._z_survival = Survival(z2_TD, z2_TD.new_ones(z2_TD.shape[1]))
 
     @property
     def entries(self) -> list[tuple[str, int]]:
@@ -107,7 +107,7 @@ class Menu:
     def dense_cost(self) -> float:
         return self.storages[0].rates.weight * self.out * self.width
 
-    def park(self) -> None:
+    def offload_to_host(self) -> None:
         """The factor goes to the host, until an adapter needs it: menus of all units are held at once."""
         if self.factor_DO is not None:
             self.factor_DO = self.factor_DO.cpu()
@@ -154,7 +154,7 @@ class Menu:
         if kind not in OF_BASIS:
             return self.point(kind, price, storage=storage).total
         worth = price * self.storages[storage].rates.factor * self.out
-        kept, lost = self._z_tails.at(2 * worth)
+        kept, lost = self._z_survival.at(2 * worth)
         return lost / 2 + kept * worth
 
     def bars(self, point: Point) -> list[Tensor]:
@@ -178,7 +178,9 @@ class Menu:
 
     def _neuron(self, price: float, storage: int) -> Point:
         rates = self.storages[storage].rates
-        found = [tails.at(2 * price * rates.weight * part.out) for part, tails in zip(self.parts, self._tails, strict=True)]
+        found = [
+            survival.at(2 * price * rates.weight * part.out) for part, survival in zip(self.parts, self._survival, strict=True)
+        ]
         kept = tuple(count for count, _ in found)
         reads = sum(count * part.out for count, part in zip(kept, self.parts, strict=True))
         lost = sum(energy for _, energy in found) / 2 * self._interplay.at(2 * price * rates.weight * self.out)

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from rana_fx.calibration.score_histogram import Survival
 from rana_fx.recipes.rana.loss_metric import Geometry
-from rana_fx.recipes.rana.tails import Tails
 
 _DROPPED = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.995)  # shares of inputs at which it is measured
 _ROWS = 512
@@ -24,10 +24,10 @@ class Interplay:
         step = max(1, len(x_TI) // _ROWS)
         x_TI = x_TI[::step]
         each_TI = x_TI.square() * geometry.norms_I  # what dropping each input would cost, doubled
-        tails = Tails(each_TI, torch.ones_like(each_TI[:1]))
+        survival = Survival(each_TI, torch.ones_like(each_TI[:1]))
         self._points: list[tuple[float, float]] = []
         for share in _DROPPED:
-            bar = tails.bar(share)
+            bar = survival.threshold(share)
             dropped_TI = each_TI < bar
             each = float((each_TI * dropped_TI).sum())
             if each > 0 and bar > 0:

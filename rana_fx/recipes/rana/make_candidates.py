@@ -82,11 +82,11 @@ def menus_of(recipe: Rana, problem: Problem, units: list[Unit], found: Sensitivi
                 menus[other].cut = Share(made, other)
             sample = problem.sample(cut.gate)
             if sample is not None and sample.host and made.gate is not menus[cut.source]:
-                made.gate.park()
+                made.gate.offload_to_host()
         del shape
         sample = problem.sample(unit[0])
         if sample is not None and sample.host and last[sample] == unit:
-            sample.forget()
+            sample.release()
     return menus
 
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.calibration.score_histogram import Survival
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.candidates import Menu
 from rana_fx.recipes.rana.eligible_mlps import Cuttable
 from rana_fx.recipes.rana.loss_metric import Geometry
 from rana_fx.recipes.rana.operating_point import Point, Unit
 from rana_fx.recipes.rana.replay import outputs
-from rana_fx.recipes.rana.tails import Tails
 
 # shares of neurons at which it is measured
 _DROPPED = (0.02, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.78, 0.85, 0.91, 0.95, 0.98, 0.995)
@@ -146,10 +146,10 @@ class Cut(ABC):
         return result
 
     def _measured(self, rows: Rows, geometry: Geometry) -> list[_Level]:
-        tails = Tails(self.squares(rows), self.worth_F)
+        survival = Survival(self.squares(rows), self.worth_F)
         levels: list[_Level] = []
         for share in _DROPPED:
-            bar = tails.bar(share)
+            bar = survival.threshold(share)
             price = bar / (2 * self.row_cost())
             if bar <= 0 or (levels and math.log(price) <= levels[-1].place):
                 continue

@@ -56,12 +56,12 @@ class Rana:
     settles: bool = True
 
     name = "rana"
-    rehearses = True
+    needs_holdout = True
 
     def wants(self, layout: Layout) -> dict[tuple[str, ...], Keep]:
         units: dict[tuple[str, ...], list[Unit]] = {}
         for unit in units_of(layout, shared=self.shared):
-            units.setdefault(layout.groups[layout.sites[unit[0]].group].sites, []).append(unit)
+            units.setdefault(layout.sites_of_group(unit[0]), []).append(unit)
         firsts = [layout.sites[found[0][0]] for found in units.values()]
         if CAPACITY * sum(site.in_features * site.weight.element_size() for site in firsts) <= _SAMPLES:
             return dict.fromkeys(units, Keep())
@@ -71,22 +71,22 @@ class Rana:
     def solve(self, problem: Problem) -> list[Adapter]:
         if problem.budget >= 1:
             return []
-        assert problem.rehearsal is not None
+        assert problem.holdout is not None
         units = units_of(problem.layout, shared=self.shared)
         units = [unit for unit in units if problem.calibrated(unit, 1) and _varied(problem, unit)]
-        with problem.rehearsal.opened(problem.layout) as stage:
+        with problem.holdout.instrumented(problem.layout) as model:
             with problem.within("gradients"):
-                batches = problem.rehearsal.batches
+                batches = problem.holdout.batches
                 gates = [(cut.gate,) for cut in self.cuttable(problem, units) if cut.kind == "gated" and self.gates]
                 asked = list(dict.fromkeys([*units, *gates]))
-                found = sensitivities(stage, problem.layout, asked, batches) if self.weighted else Sensitivity()
+                found = sensitivities(model, problem.layout, asked, batches) if self.weighted else Sensitivity()
             if found.missing:
                 alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"
                 problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")
             even = average(problem, found)
             with problem.within("decompose"):
                 menus = menus_of(self, problem, units, found, even)
-            return search(problem, stage, menus, allocations=self.allocations, settles=self.settles)
+            return search(problem, model, menus, allocations=self.allocations, settles=self.settles)
 
     def cuttable(self, problem: Problem, units: list[Unit]) -> list[Cuttable]:
         """Blocks that a cut may go through."""

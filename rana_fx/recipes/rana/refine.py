@@ -1,8 +1,8 @@
 """Choices that cost the budget in the adapted model and move its output least.
 
-In: a menu per unit, and a stage. Out: adapters. Adapted layers see other activations than dense ones, so the price is set again
-until the adapted model itself, on held-out batches, spends what was asked. Two allocations are tried so: one price for the
-whole model, and one fraction for every unit.
+In: a menu per unit, and an instrumented model. Out: adapters. Adapted layers see other activations than dense ones, so the
+price is set again until the adapted model itself, on held-out batches, spends what was asked. Two allocations are tried so: one
+price for the whole model, and one fraction for every unit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rana_fx.adapter import Adapter
-from rana_fx.calibration.probe import Stage
+from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.sensitivity import compared
 from rana_fx.errors import BudgetUnreachable
 from rana_fx.graph.linears import Skip
@@ -44,7 +44,7 @@ class _Found:
 
 def search(
     problem: Problem,
-    stage: Stage,
+    model: InstrumentedModel,
     menus: dict[Unit, Menu],
     *,
     allocations: Sequence[str] = ALLOCATIONS,
@@ -59,18 +59,18 @@ def search(
     Raises:
         BudgetUnreachable.
     """
-    return _Search(problem, stage, menus, allocations, settles=settles).run()
+    return _Search(problem, model, menus, allocations, settles=settles).run()
 
 
 class _Search:
     def __init__(
-        self, problem: Problem, stage: Stage, menus: dict[Unit, Menu], allocations: Sequence[str], *, settles: bool
+        self, problem: Problem, model: InstrumentedModel, menus: dict[Unit, Menu], allocations: Sequence[str], *, settles: bool
     ) -> None:
-        self._problem, self._stage, self._menus = problem, stage, menus
+        self._problem, self._model, self._menus = problem, model, menus
         self._allocations = allocations
-        assert problem.rehearsal is not None
-        self._held = problem.rehearsal.held
-        self._dense = [compared(stage.run(batch)) for batch in self._held]
+        assert problem.holdout is not None
+        self._held = problem.holdout.held
+        self._dense = [compared(model.run(batch)) for batch in self._held]
         self._total = problem.size(problem.counted())
         self._left = self._total - sum(menu.dense_cost for menu in menus.values())
         self._asked = problem.budget * self._total - self._left
@@ -146,7 +146,7 @@ class _Search:
             points = points_at(self._menus, chosen, price, scale=scale)
             adapters = {unit: build(self._problem, unit, self._menus[unit], point) for unit, point in points.items()}
             flat = [adapter for made in adapters.values() for adapter in made]
-            outcome = attempt(self._stage, self._problem.layout, flat, self._held, self._dense)
+            outcome = attempt(self._model, self._problem.layout, flat, self._held, self._dense)
             found = _Found(points, outcome, self._spent(points, adapters, outcome))
             # with few rounds left what is nearest counts: one that spends too much is none
             if best is None or self._distance(found) < self._distance(best):
