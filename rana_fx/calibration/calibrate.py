@@ -28,13 +28,13 @@ from rana_fx.graph.normalize import prepare
 from rana_fx.graph.roles import Occurrence, TracedGraph, read_graph
 from rana_fx.modules import names_of, quantised_modules, unwrap
 
-_MOST_SEEN = 4096  # tokens of the first batch whose rows are kept before it is known which are wanted
+_MOST_SEEN = 4096  # tokens of the first batch whose rows are kept before ``wanted`` has been called
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What was learnt from calibration text.
+    """What calibration text shows of a model.
 
     Attributes:
         layout: sites, groups and MLP blocks of the model.

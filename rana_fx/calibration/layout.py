@@ -58,7 +58,7 @@ class Group:
     """Sites that read the same tensor, wherever they occur.
 
     ``seen_with``: every set of sites that an occurrence of the group reads its tensor with. One, unless a weight is used
-    with different partners (keys of tokens and of positions, say); such a weight is a group of its own.
+    with different partners (such as keys of tokens and of positions); such a weight is a group of its own.
     """
 
     sites: tuple[str, ...]
@@ -86,7 +86,7 @@ class MlpBlock:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Everything adaptation needs to know of a model. ``graphs``: how many a forward pass is traced to."""
+    """Everything that adaptation takes from a model. ``graphs``: how many a forward pass is traced to."""
 
     sites: dict[str, Site]
     groups: tuple[Group, ...]
@@ -182,7 +182,7 @@ def _settle_outside(found: Sequence[tuple[int, Occurrence]]) -> None:
     heads = {
         occurrence.linear
         for index, occurrence in found
-        # also what only meets another tower's output (contrastive losses), or reads an attention pool
+        # also what is only multiplied by another tower's output (contrastive losses), or reads an attention pool
         if index == last and not occurrence.joins_residual and occurrence.role not in ("router", "constant")
         or _is_embedding(occurrence)
     }  # fmt: skip
@@ -250,13 +250,13 @@ def _block(block: TracedMlp, values: Mapping[fx.Node, Tensor]) -> MlpBlock:
 
 
 def _bound(chain: Rowwise, values: Mapping[fx.Node, Tensor]) -> Callable[..., Tensor]:
-    """A chain of operations with its constants (learned scales, say) bound to the tensors they are."""
+    """A chain of operations with its constants (such as learned scales) bound to the tensors they are."""
     constants = [_constant(node, values) for node in chain.constants]
     writes = any(writes_first(node) for node in chain.module.graph.nodes)
 
     def run(*rows: Tensor) -> Tensor:
         with torch.no_grad():
-            # the caller keeps its rows, whatever the chain does in place
+            # in-place operations of the chain must not reach the caller's rows
             return chain.module(*(row.clone() if writes else row for row in rows), *constants)  # type: ignore[no-any-return]
 
     return run

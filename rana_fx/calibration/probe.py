@@ -2,7 +2,7 @@
 
 In: a model and ``instrument``, which is given every traced graph once and edits it in place, usually by ``call_before`` on some
 nodes. Out: the model's own output, computed eagerly, so that gradients flow where eager operations let them. A ``Probe`` moves
-batches to the model's device and knows which rows of an activation are padding. Calibration, the instrumented model, measurement
+batches to the model's device and leaves padding out of activations. Calibration, the instrumented model, measurement
 and re-thresholding are users of it.
 """
 

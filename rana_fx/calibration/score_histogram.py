@@ -1,7 +1,7 @@
 """Log-binned histograms of non-negative scores, in place of sorting them: survival functions and partial sums.
 
 In: scores in chunks (z^2 per rank, squared importance per input). A bin is the leading bits of the fp32 number. Out, by what is
-asked for:
+looked up:
 
     Histogram   grows over chunks of text, for blocks of columns apart; for any number of kept scores, the threshold that keeps
                 exactly so many and the energy they hold. 1024 bins to an octave over 56 octaves: a threshold is within 0.1 % of

@@ -180,7 +180,7 @@ def floating(output: Any) -> list[Tensor]:
 
 
 def compared(output: Any) -> Any:
-    """What ``divergence`` reads of an output: a cache, say, need not be held for it."""
+    """The parts of an output that ``divergence`` reads; caches are left out."""
     logits = logits_of(output)
     return tuple(floating(output)) if logits is None else {"logits": logits}
 

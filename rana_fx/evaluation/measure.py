@@ -1,4 +1,4 @@
-"""Count what an adapted model really keeps on given text.
+"""Count what an adapted model keeps on given text.
 
 In: a model with a plan attached, and calls of it. Out: kept ranks per adapter and the measured budget, to compare with the
 budget asked for. A ``Probe`` runs the rewritten graph with its reference kernels and counts before every masked matmul.

@@ -1,9 +1,9 @@
-"""What dataflow rules need to know about an FX node, whatever wrote the graph.
+"""Facts of FX nodes that dataflow rules are made of, and the one search over a graph.
 
-In: nodes of a Dynamo graph (torch functions, methods) or of an exported one (aten overloads). Out: small facts:
-the operation's plain name, whether it is pointwise, a view that keeps the last dimension or a slice of it, and which
-nodes lie between two others. Everything is decided from operations and shapes, never from module names, so that an
-architecture nobody has seen is read like a known one.
+In: nodes of a Dynamo graph (torch functions, methods) or of an exported one (aten overloads). Out: a node's fake value and
+shape, whether it is a view that keeps rows whole or a slice of their columns, and which nodes lie between two others.
+Everything is decided from operations (rana_fx.graph.ops) and shapes, never from module names, so that an unknown architecture
+is read like a known one.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def last_dim_slice(node: fx.Node, rank: int) -> tuple[object, ...] | None:
 
 
 def split_sizes(node: fx.Node) -> tuple[int, int] | None:
-    """(a, b) of a reshape of rows of a * b columns into a rows of b columns each: gate and up of one linear, say."""
+    """(a, b) of a reshape of rows of a * b columns into a rows of b columns each, such as gate and up of one linear."""
     if not is_call(node) or op_name(node) not in RESHAPES or not node.args:
         return None
     before = shape_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
@@ -163,7 +163,7 @@ def _dim_of_parts(source: object, dim: object) -> bool:
 
 
 def row_source(node: fx.Node) -> fx.Node:
-    """The tensor a node is a mere row view of: what two linears share when they 'read the same tensor'."""
+    """The tensor that a node is a row view of, or the node. Two linears read the same tensor where their sources are one."""
     while is_row_view(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
@@ -219,7 +219,7 @@ def reach(
     forward: bool = True,
     hidden: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
 ) -> tuple[set[fx.Node], set[fx.Node]]:
-    """(nodes that values reach from ``start``, itself excluded; stopping nodes met). Nothing behind these is reached.
+    """(nodes that values reach from ``start``, itself excluded; stopping nodes reached). Nothing behind these counts.
 
     Args:
         forward: along users; False: along inputs.

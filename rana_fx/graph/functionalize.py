@@ -1,4 +1,4 @@
-"""Writes into tensors, told from dataflow: which value a node reads when memory changes under it.
+"""In-place writes, inferred from dataflow: which value a node reads when memory changes under it.
 
     h = linear(x, w); h.relu_(); y = linear(h, v)      becomes      h = linear(x, w); r = h.relu_(); y = linear(r, v)
 
@@ -23,7 +23,7 @@ def written(node: fx.Node) -> fx.Node | None:
 
 
 def redirect(graph_module: fx.GraphModule) -> int:
-    """Let uses of a tensor after a write to it name the writing node, which returns the same tensor; returns how many."""
+    """Make uses of a tensor after a write into it read the writing node, which returns the same tensor; returns how many."""
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     changed = 0
     for node in graph_module.graph.nodes:
@@ -40,7 +40,7 @@ def redirect(graph_module: fx.GraphModule) -> int:
 
 
 class Writes:
-    """Follows a graph in order and remembers the last write into each tensor's memory, views included."""
+    """The last write into each tensor's memory, views included, while a graph is walked in order."""
 
     def __init__(self) -> None:
         self._root: dict[fx.Node, fx.Node] = {}
@@ -61,7 +61,7 @@ class Writes:
         return self._root.get(node, node)
 
     def last(self, node: fx.Node) -> fx.Node | None:
-        """What last wrote into the memory of ``node``, so far."""
+        """The node that last wrote into the memory of ``node``, so far."""
         return self._last.get(self.root(node))
 
 

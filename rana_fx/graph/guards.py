@@ -1,4 +1,4 @@
-"""Make Dynamo recompile when a graph would meet other weights or another plan.
+"""Make Dynamo recompile when a graph would run with other weights or another plan.
 
 In: the graph inputs of the weights a rewrite depends on. Out: guards in the compile that is in progress.
 Why: Dynamo inlines modules, so one graph may serve every layer of a model compiled in pieces (graph breaks, or
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import fx, nn
 from torch._dynamo.source import AttrSource
 from torch._guards import TracingContext
@@ -42,9 +41,7 @@ def guard_weights(nodes: Iterable[fx.Node], *, attachment: bool) -> None:
 
 
 def _value(source: object) -> object:
-    output = torch._dynamo.convert_frame  # the frame's locals live on the current translator
-    del output
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # it holds the frame's locals
 
     try:
         root = InstructionTranslator.current_tx().output.root_tx

@@ -1,9 +1,9 @@
 """MLP blocks by dataflow: linears over one tensor, pointwise operations, one linear.
 
 In: the linears of one graph. Out: for a down projection the ``TracedMlp`` it ends, with the pointwise part between its ups and
-itself as a small module over rows, so that calibration can run it on any tokens:
+itself as a small module over rows, which recipes run on sampled tokens:
 
-    down(pointwise(up_0(x), up_1(x), ...)),  pointwise(u_0, u_1) = silu(u_0) * u_1,  say
+    down(pointwise(up_0(x), up_1(x), ...)),  where pointwise(u_0, u_1) may be silu(u_0) * u_1
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Chain:
 
 
 def _chain_before(down: Linear, linears: dict[fx.Node, Linear], scan: Scan) -> _Chain | None:
-    """What down's input is computed by, back to linears; None where anything else than rowwise operations is met."""
+    """What down's input is computed by, back to linears; None where there are other than rowwise operations."""
     chain: set[fx.Node] = set()
     leaves: list[fx.Node] = []
     constants: list[fx.Node] = []

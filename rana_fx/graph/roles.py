@@ -30,21 +30,21 @@ _Edges = Mapping[fx.Node, list[fx.Node]]
 
 @dataclass
 class Occurrence:
-    """What is known of one linear from one graph."""
+    """One linear in one graph, and what follows from its place there."""
 
     linear: Linear
     role: str = "other"
     attention: fx.Node | None = None  # the last product of activations that its output enters
     block: TracedMlp | None = None
     joins_residual: bool = False
-    feeds: frozenset[fx.Node] = frozenset()  # matmuls with weights met first downstream
+    feeds: frozenset[fx.Node] = frozenset()  # the first matmuls with weights downstream
     starts_stream: bool = False  # no matmul before it, and its output is the stream that later ones are added to
     inputs: frozenset[str] = frozenset()  # names of the graph inputs it depends on
 
 
 @dataclass
 class TracedGraph:
-    """What one graph holds. ``values``: the real tensors behind graph inputs, where they are known."""
+    """The linears and blocks of one graph. ``values``: the real tensors behind graph inputs, where they are known."""
 
     scan: Scan
     values: Mapping[fx.Node, Tensor] = field(default_factory=dict)
