@@ -6,8 +6,8 @@ looked up:
     Histogram   grows over chunks of text, for blocks of columns apart; for any number of kept scores, the threshold that keeps
                 exactly so many and the energy they hold. 1024 bins to an octave over 56 octaves: a threshold is within 0.1 % of
                 the exact one (less by interpolation); the energy of a bin is its count times its middle.
-    Survival    made once from all scores; for any threshold, how many scores reach it and the sum of something else, exact per
-                bin, over those that do not. 128 bins to an octave, over all of fp32.
+    Survival    made once from all scores; for any threshold, how many scores reach it and the sum over those that do
+                not, exact per bin. 128 bins to an octave, over all of fp32.
 
 They are two classes since neither holds what the other answers: a second sum per bin would double the memory of the first, of
 which there is one per block of ranks, and 1024 bins to an octave would make the second, of which there are several per
@@ -110,20 +110,18 @@ class Survival:
     """Counts of scores at or above any threshold, and sums over those below it, per token.
 
     Args:
-        squares_TI: with ``norms_I``, the scores ``squares_TI * norms_I``, fp32; they are taken to lie evenly inside a bin.
-        held_TI: what is summed; default: the scores.
+        squares_TI: with ``norms_I``, the scores ``squares_TI * norms_I``, fp32; they are taken to be uniform inside a bin.
     """
 
-    def __init__(self, squares_TI: Tensor, norms_I: Tensor, held_TI: Tensor | None = None) -> None:
+    def __init__(self, squares_TI: Tensor, norms_I: Tensor) -> None:
         bins = (0x7F800000 >> _COARSE_SHIFT) + 1
         counts = torch.zeros(bins, dtype=torch.float64, device=squares_TI.device)
         sums = torch.zeros_like(counts)
-        for start, chunk in zip(range(0, len(squares_TI), _CHUNK), squares_TI.split(_CHUNK), strict=False):
-            flat = (chunk * norms_I).reshape(-1)
-            index = flat.view(torch.int32) >> _COARSE_SHIFT
+        for chunk in squares_TI.split(_CHUNK):
+            scores = (chunk * norms_I).reshape(-1)
+            index = scores.view(torch.int32) >> _COARSE_SHIFT
             counts += torch.bincount(index, minlength=bins)
-            held = flat if held_TI is None else held_TI[start : start + _CHUNK].reshape(-1)
-            sums += torch.bincount(index, weights=held.double(), minlength=bins)
+            sums += torch.bincount(index, weights=scores.double(), minlength=bins)
         rows = max(1, len(squares_TI))
         used = counts.nonzero().flatten()
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
