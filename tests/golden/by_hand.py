@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from rana_fx.adapters import Adapter
-from rana_fx.kernels.quantize import unpack
+from rana_fx.adapter import Adapter
+from rana_fx.formats import unpack
 from tests.golden.model import Golden, ids, load
 
 

@@ -31,8 +31,8 @@ import safetensors.torch
 import torch
 
 import rana_fx
-from rana_fx.adapters import Adapter
-from rana_fx.kernels.quantize import pack
+from rana_fx.adapter import Adapter
+from rana_fx.formats import pack
 from rana_fx.plan import weight_digest
 from tests.golden import check, interface
 from tests.golden.by_hand import Hand, bias_of, matrix_of
