@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path):
 
     poisoned = Poisoned()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "bare", lambda _: model)
+        patch.setattr(loop, "unwrap", lambda _: model)
         with pytest.raises(
             LossNotFinite, match=r"step 4: the loss is nan.* as step 3 left.* the checkpoint of step 2 is in .* rate"
         ):
