@@ -16,6 +16,7 @@ from types import ModuleType
 
 # old module -> new module, both below rana_fx
 MOVED = {
+    "demo": "commands.demo_run",
     "adapters": "adapter",
     "aliases": "graph.functionalize",
     "attachment": "runtime.attachment",
