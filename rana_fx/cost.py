@@ -43,6 +43,9 @@ class Cost:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> Cost:
+        return Cost(self.flops / divisor, self.bytes / divisor)
+
     def over(self, dense: Cost) -> Cost:
         """Each metric as a fraction of ``dense``, which is positive in both."""
         return Cost(self.flops / dense.flops, self.bytes / dense.bytes)
