@@ -4,9 +4,9 @@
     int8       int8, one scale per row       w = q * scale                                   int8.py
     int4       uint8, two numbers a byte     w = (nibble - 8) * scale of its group           int4.py
 
-Rounding takes place against the scale as it is stored, so what ``dequantize`` returns *is* the weight: kernels are compared with
-it, not with the original. ``register_format`` adds a format, also from outside of the package (base.py); ``Matrix`` is a matrix in
-one. The functions below take values and scale apart, as operations and kernels do.
+Rounding takes place against the scale as it is stored, so what ``dequantize`` returns *is* the weight: kernels are compared
+with it, not with the original. ``register_format`` adds a format, also from outside of the package (base.py); ``Matrix`` is a
+matrix in one. The functions below take values and scale apart, as operations and kernels do.
 """
 
 from __future__ import annotations
@@ -81,10 +81,7 @@ def pack(weight: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = 
         raise InvalidOption(name="bits", got=bits, expected="8 or 4")
     if group not in GROUPS:
         raise InvalidOption(name="group", got=group, expected="64 or 128")
-    if bits == 8:
-        made = INT8.pack(weight, scale_dtype=scale_dtype)
-    else:
-        made = INT4.pack(weight, scale_dtype=scale_dtype, group=group)
+    made = INT8.pack(weight, scale_dtype=scale_dtype) if bits == 8 else INT4.pack(weight, scale_dtype=scale_dtype, group=group)
     assert made.scale is not None
     return made.values, made.scale
 

@@ -1,6 +1,6 @@
 """8 bits per number, one scale per row; symmetric, round to nearest.
 
-    values int8 (R, C), scale (R,) in fp32 or bf16:   w = q * scale,   |q| <= 127
+values int8 (R, C), scale (R,) in fp32 or bf16:   w = q * scale,   |q| <= 127
 """
 
 from __future__ import annotations
