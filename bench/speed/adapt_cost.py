@@ -72,9 +72,8 @@ def measure(
 @app.command(hidden=True)
 def adapt_worker(job: str) -> None:
     """One adaptation, by the steps of ``rana_fx.adapt``, timed."""
-    from rana_fx.adaptation import records, versions
-    from rana_fx.plan import Plan
-    from rana_fx.recipes import RECIPES, Problem
+    from rana_fx.adaptation import calibrated, planned, solved
+    from rana_fx.recipes import RECIPES
 
     given = json.loads(job)
     marks = [time.perf_counter()]
@@ -83,31 +82,19 @@ def adapt_worker(job: str) -> None:
     before = _peak_mib()
     marks.append(time.perf_counter())
     chosen = RECIPES[given["recipe"]]
-    layout, samples, count = calibrate(model, batches, wanted=chosen.wants, progress=False)
+    calibration = calibrated(model, batches, chosen)
     marks.append(time.perf_counter())
-    problem = Problem(layout, samples, given["budget"], "flops", given["recipe"], progress=False)
-    with torch.no_grad():
-        adapters = tuple(chosen.solve(problem))
+    problem = calibration.problem(budget=given["budget"], metric="flops", recipe=given["recipe"])
+    adapters = solved(problem, chosen)
     marks.append(time.perf_counter())
-    plan = Plan(
-        recipe=given["recipe"],
-        metric="flops",
-        budget=given["budget"],
-        seed=0,
-        tokens=count,
-        model=type(model).__name__,
-        versions=versions(),
-        sites=records(layout),
-        adapters=adapters,
-        skips=tuple(layout.skips),
-    )
+    plan = planned(calibration, problem, adapters)
     attach(model, plan)
     marks.append(time.perf_counter())
     if given["plan"] is not None:
         plan.save(given["plan"])
     names = ("load", "calibrate", "solve", "attach")
     seconds = {f"{name}_seconds": marks[i + 1] - marks[i] for i, name in enumerate(names)}
-    _reply({"kind": "adapt", "tokens": count, **seconds, "rss_before_mib": before, "peak_rss_mib": _peak_mib()})
+    _reply({"kind": "adapt", "tokens": plan.tokens, **seconds, "rss_before_mib": before, "peak_rss_mib": _peak_mib()})
 
 
 @app.command(hidden=True)

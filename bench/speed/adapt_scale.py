@@ -30,13 +30,10 @@ import typer
 from bench.common.calibrated import batches_of
 from bench.common.models import build, vocabulary_of
 from bench.common.record import ROOT, append, head, start
-from rana_fx.adaptation import records, versions
-from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.probe import Keeper
+from rana_fx.adaptation import calibrated, planned, solved
 from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
-from rana_fx.plan import Plan
-from rana_fx.recipes import RECIPES, Problem
+from rana_fx.recipes import RECIPES
 from rana_fx.runtime.attachment import attach
 
 _GIB = 2**30
@@ -143,38 +140,23 @@ def _adapt(given: dict[str, Any], clock: Clock) -> dict[str, Any]:
     clock.own = torch.cuda.memory_allocated() if clock.device.type == "cuda" else 0
     before = _peak_gib()
     chosen = RECIPES[given["recipe"]]
-    keeper = Keeper(batches) if chosen.rehearses else None
     with clock.within("calibrate"):
-        layout, samples, count = calibrate(model, keeper or batches, wanted=chosen.wants, progress=False)
-    rehearsal = None if keeper is None else keeper.rehearsal(model)
-    problem = Problem(
-        layout, samples, given["budget"], given["metric"], given["recipe"], False, within=clock.within, rehearsal=rehearsal
-    )
+        calibration = calibrated(model, batches, chosen)
+    problem = calibration.problem(budget=given["budget"], metric=given["metric"], recipe=given["recipe"])
+    problem.within = clock.within
     began = time.perf_counter()
-    with torch.no_grad():
-        adapters = tuple(chosen.solve(problem))
+    adapters = solved(problem, chosen)
     clock.seconds["solve"] = time.perf_counter() - began
     with clock.within("attach"):
-        plan = Plan(
-            recipe=given["recipe"],
-            metric=given["metric"],
-            budget=given["budget"],
-            seed=0,
-            tokens=count,
-            model=type(model).__name__,
-            versions=versions(),
-            sites=records(layout),
-            adapters=adapters,
-            skips=(*layout.skips, *problem.skips),
-        )
+        plan = planned(calibration, problem, adapters)
         attach(model, plan)
     kinds = [adapter.kind for adapter in adapters]
     return {
-        "tokens": count,
+        "tokens": plan.tokens,
         "rss_before_gib": before,
         "expected": {unit: plan.expected_budget(unit) for unit in ("flops", "bytes")},
         "adapters": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        "notes": list(plan.remarks()),
+        "notes": list(plan.notes()),
     }
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rana_fx.adaptation import versions
+from rana_fx.adaptation import Calibration, planned
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.layout import Layout
@@ -36,7 +36,7 @@ from rana_fx.evaluation.measure import Meter
 from rana_fx.formats import pack
 from rana_fx.kernels.cost import weight_bytes
 from rana_fx.modules import device_of
-from rana_fx.plan import Plan, SiteRecord
+from rana_fx.plan import Plan
 from rana_fx.recipes.problem import Problem, stack_name
 from rana_fx.runtime.attachment import Factors, place
 
@@ -119,19 +119,9 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
         adapters = [_rank(problem, names, fraction, menu, generator) for names in ranked]
         adapters += [_neuron(problem, names, fraction, menu) for names in masks]
     order = {name: index for index, name in enumerate(layout.sites)}
-    plan = Plan(
-        recipe=RECIPE,
-        metric="bytes",
-        budget=budget,
-        seed=seed,
-        tokens=0,
-        model=type(model).__name__,
-        versions=versions(),
-        sites=tuple(_record(layout, name) for name in layout.sites),
-        adapters=tuple(sorted(adapters, key=lambda adapter: order[adapter.sites[0]])),
-        skips=layout.skips,
-    )
-    return _with_cheap_digest(plan)
+    adapters.sort(key=lambda adapter: order[adapter.sites[0]])
+    calibration = Calibration(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False)
+    return _with_cheap_digest(planned(calibration, problem, adapters))
 
 
 def ranks_for(
@@ -273,14 +263,6 @@ def _stored(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 def _floating(bits: int, weight: Tensor) -> int:
     """16 means as the model's weights are."""
     return 8 * weight.element_size() if bits == 16 else bits
-
-
-def _record(layout: Layout, name: str) -> SiteRecord:
-    site = layout.sites[name]
-    return SiteRecord(
-        site.name, site.role, site.op, site.out_features, site.in_features, site.transposed, site.uses, site.counted,
-        str(site.weight.dtype).removeprefix("torch."), "",
-    )  # fmt: skip
 
 
 def _with_cheap_digest(plan: Plan) -> Plan:

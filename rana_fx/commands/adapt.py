@@ -71,7 +71,7 @@ def command(
             ("budget expected, bytes", plan.expected_budget("bytes")),
             ("calibration tokens", plan.tokens),
             ("linears left dense or skipped", len(plan.left)),
-            *(("note", text) for text in plan.remarks()),
+            *(("note", text) for text in plan.notes()),
             ("seconds", seconds),
             ("seed", str(plan.seed)),
             ("digest", plan.digest()[:12]),

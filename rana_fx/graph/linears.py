@@ -18,21 +18,11 @@ from torch import fx, nn
 from rana_fx.graph.dataflow import op_name, reads_values, row_source, tensor_inputs, value_of
 from rana_fx.graph.functionalize import Writes, written
 from rana_fx.graph.operands import CASTS, INDEXING, TRANSPOSES, Operand, operand
+from rana_fx.skips import Skip as Skip
 
 DEVICES = ("cpu", "cuda", "xpu")  # where Inductor lowers the rewritten graph
 _CLOSED = ("multi_head_attention_forward", "encoder_layer_fwd")  # where rana_fx.graph.decompose_fused could not open it
 _PRODUCTS = ("mm", "matmul", "einsum", "linear", "bmm")
-
-
-REMARK = "*"  # before the name of a site that is adapted, or of none: a remark on it, or on the whole plan
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A weight or a group that is left as it is, and why; or a remark (``REMARK``)."""
-
-    site: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,15 +18,15 @@ from rana_fx.calibration.layout import Layout, MlpBlock
 from rana_fx.calibration.probe import Rehearsal
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
-from rana_fx.graph.linears import REMARK, Skip
 from rana_fx.recipes.paper.line_search import Basis, Choice
+from rana_fx.skips import Note, Skip
 
 _SELDOM = 8  # a layer that sees less than an eighth of what others see is used in another way than per token
 
 
 @dataclass(eq=False)
 class Problem:
-    """One adaptation. ``skips`` collects what a recipe leaves dense, and why."""
+    """One adaptation. ``skips`` collects what a recipe leaves dense, and why, and its notes."""
 
     layout: Layout
     samples: Mapping[tuple[str, ...], Reservoir]
@@ -34,13 +34,13 @@ class Problem:
     metric: str
     recipe: str
     progress: bool = True
-    skips: list[Skip] = field(default_factory=list)
+    skips: list[Skip | Note] = field(default_factory=list)
     within: Callable[[str], AbstractContextManager[object]] = nullcontext  # what each stage of a recipe, by its name, runs in
     rehearsal: Rehearsal | None = None  # the model and some batches, for recipes that try what they choose
 
     def note(self, text: str, site: str = "") -> None:
         """Something a user should know of the whole plan, or of an adapted site: ``explain`` says it."""
-        self.skips.append(Skip(REMARK + site, text))
+        self.skips.append(Note(site, text))
 
     # ---- sizes
 

@@ -81,5 +81,5 @@ def replaced(plan: Plan) -> set[str]:
     sites: dict[str, set[str]] = {}
     for record in plan.sites:
         sites.setdefault(base_name(record.name), set()).add(record.name)
-    left = {base_name(skip.site) for skip in plan.skips}
+    left = {base_name(skip.site) for skip in plan.left}
     return {weight for weight, parts in sites.items() if parts <= own and weight not in left}

@@ -80,7 +80,9 @@ class _Search:
     def run(self) -> list[Adapter]:
         if self._asked <= 0:
             counted = self._problem.counted()
-            reasons = [f": {skip.site}: {skip.reason}" for skip in self._problem.skips if skip.site in counted][:1]
+            reasons = [
+                f": {skip.site}: {skip.reason}" for skip in self._problem.skips if isinstance(skip, Skip) and skip.site in counted
+            ][:1]
             share = self._left / self._total
             raise self._unreachable(share, "".join([f"{share:.1%} of the cost is in layers that stay dense", *reasons]))
         with self._problem.within("allocate"):
