@@ -14,7 +14,7 @@ without dropout, made anew in the backward pass. After the rewrites, which find 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,9 @@ from rana_fx.graph.dataflow import op_name
 from rana_fx.graph.linears import operands_of, parameters_of
 from rana_fx.graph.operands import MOVEMENT, Operand, operand
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
+from rana_fx.passes.base import PassResult, PreGrad
 from rana_fx.passes.emit import Emitter, dtype_of
 from rana_fx.passes.stacked import cast
-from rana_fx.runtime.attachment import Attachment
 from rana_fx.runtime.lora_state import Addition
 
 
@@ -44,13 +44,13 @@ class _Product:
     gate: fx.Node | None = None
 
 
-def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], attachments: Sequence[Attachment]) -> int:
-    """Rewrite in place; returns how many reads of a matrix were changed."""
-    tables = [attachment.factors.lowrank for attachment in attachments if attachment.factors.lowrank is not None]
+def rewrite_lora(graph_module: fx.GraphModule, context: PreGrad) -> PassResult:
+    """Every read of a matrix that LoRA is added to. The count is that of reads."""
+    tables = [found.factors.lowrank for found in context.matches.attachments if found.factors.lowrank is not None]
     if not tables:
-        return 0
+        return PassResult()
     added = {id(addition.matrix): (addition, number) for number, table in enumerate(tables) for addition in table.additions()}
-    weights = parameters_of(graph_module, example_inputs)
+    weights = parameters_of(graph_module, context.example_inputs)
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     products = {node: found for node in position if (found := _product(node)) is not None}
     changed = 0
@@ -76,7 +76,7 @@ def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], 
         if otherwise:
             _sum(graph_module, source, otherwise, addition, prefix)
             changed += len(otherwise)
-    return changed
+    return PassResult(changed)
 
 
 def _product(node: fx.Node) -> _Product | None:
