@@ -25,7 +25,6 @@ import typer
 
 from bench.common.calibrated import batches_of
 from bench.common.record import ROOT, append, head, start
-from rana_fx.calibration.calibrate import calibrate
 from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.plan import load_plan

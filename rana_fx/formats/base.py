@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from rana_fx.errors import BadOperand, InvalidOption, NonFinite
 
 Span = tuple[int, int]  # start and stop
+Registered = TypeVar("Registered", bound="Format")
 
 
 class Format(abc.ABC):
@@ -159,7 +160,7 @@ class Matrix:
 _FORMATS: dict[str, Format] = {}
 
 
-def register_format(format: Format) -> Format:
+def register_format(format: Registered) -> Registered:
     """Make a format known to adapters, plans and operations; returns it.
 
     Raises:
