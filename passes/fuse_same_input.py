@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rana_fx.formats import is_plain
 from rana_fx.kernels import cost
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_parts
 from rana_fx.kernels.triton.config import MOST_PARTS
@@ -59,7 +60,7 @@ def _fits(node: fx.Node) -> bool:
     assert isinstance(weight, Tensor) and isinstance(tau, Tensor)
     sizes_known = all(isinstance(size, int) for size in (*weight.shape, *weight.stride()))
     flat = all(isinstance(value, Tensor) and value.is_contiguous() for value in (tau, *bias))
-    return sizes_known and weight.is_floating_point() and weight.stride(1) == 1 and flat
+    return sizes_known and is_plain(weight) and weight.stride(1) == 1 and flat
 
 
 def _together(graph: fx.Graph, nodes: list[fx.Node]) -> int:
