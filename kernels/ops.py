@@ -1,6 +1,6 @@
 """Declares ``rana::masked_gemv``, ``router``, ``masked_rows`` and fused forms: schema, fake tensor rule, autograd, who computes.
 
-Weights are floating, int8 or packed 4-bit; scale and dtype tell which (quantize.py). The mask is a constant in the backward
+Weights are in any storage format, which their dtype determines (rana_fx/formats). The mask is a constant in the backward
 pass (the paper's rule): gradients reach v where it is kept, the kept rows of a floating weight, and the bias; thresholds and
 quantised weights have none.
 """
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from rana_fx.errors import UnknownChoice
-from rana_fx.formats import gated_unit, shape_of, unpack
+from rana_fx.formats import format_of, gated_unit, is_plain, shape_of, unpack
 from rana_fx.kernels import reference
-from rana_fx.kernels.triton.config import MAX_TOKENS, TOKENS_AT_ONCE
+from rana_fx.kernels.triton.config import MAX_TOKENS, READ, TOKENS_AT_ONCE
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 _chosen = ["auto"]
@@ -83,7 +83,9 @@ def _kernel(name: str, x: Tensor, weight: Tensor) -> ModuleType | None:
     """The launcher's module where a kernel applies."""
     if _chosen[-1] == "reference" or (_chosen[-1] == "auto" and not x.is_cuda):
         return None
-    limit = TOKENS_AT_ONCE if _chosen[-1] == "auto" and weight.is_floating_point() else MAX_TOKENS
+    if format_of(weight) not in READ:
+        return None  # a format from outside of this package: the reference dequantizes it
+    limit = TOKENS_AT_ONCE if _chosen[-1] == "auto" and is_plain(weight) else MAX_TOKENS
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not 1 <= math.prod(x.shape[:-1]) <= limit:
         return None
     return _module(name)
@@ -162,7 +164,7 @@ def _masked_gemv_parts(
     density: float,  # noqa: ARG001
 ) -> Tensor:
     launcher: Any = reference
-    if all(weight.is_floating_point() and weight.stride(1) == 1 for weight in weights) and _kernel("masked_gemv", v, weights[0]):
+    if all(is_plain(weight) and weight.stride(1) == 1 for weight in weights) and _kernel("masked_gemv", v, weights[0]):
         launcher = _module("masked_gemv_concat")
     y: Tensor = launcher.masked_gemv_parts(v, taus, weights, biases)
     return y

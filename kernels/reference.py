@@ -7,7 +7,7 @@
     masked_gemv_add(..., residual):            masked_gemv(...) + residual
     masked_gemv_gated(..., activation):        act(first half) * second half of the N columns of masked_gemv(...)
     masked_gemv_parts(v, taus, weights, biases):  masked_gemv(v, taus[p], weights[p], biases[p]) beside each other
-    w is weight, or what quantize.unpack makes of weight and scale
+    w is what the storage format of weight and scale dequantizes (rana_fx/formats), registered from wherever it may be
 
 Legend: T tokens (all leading dims), K ranks or inputs, N outputs, R ranks, D inputs.
 """

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rana_fx.formats import is_plain
 from rana_fx.kernels import cost
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_parts
 from rana_fx.kernels.triton.config import MOST_PARTS
@@ -59,7 +60,7 @@ def _why_unfit(node: fx.Node) -> str | None:
     assert isinstance(weight, Tensor) and isinstance(tau, Tensor)
     if not all(isinstance(size, int) for size in (*weight.shape, *weight.stride())):
         return "the size of its weight varies"
-    if not weight.is_floating_point() or weight.stride(1) != 1:
+    if not is_plain(weight) or weight.stride(1) != 1:
         return "a row of its weight is no stretch of memory"
     flat = all(isinstance(value, Tensor) and value.is_contiguous() for value in (tau, *bias))
     return None if flat else "its thresholds or its bias are no stretch of memory"

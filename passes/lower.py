@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 
+from rana_fx.formats import is_plain
 from rana_fx.kernels.ops import (
     masked_gemv,
     masked_gemv_add,
@@ -50,7 +51,7 @@ def _router(x: Any, weight: Any, scale: Any = None) -> Any:
     z_TR = lower_triton.router_product(x_TI, weight, scale)
     if z_TR is None:
         z_TR = lower_cpp.router_product(x_TI, weight, scale)
-    if z_TR is None and scale is not None:  # quantised: what eager mode would run
+    if z_TR is None and not is_plain(weight.get_dtype()):  # what eager mode would run
         return fallback_handler(router, add_to_fallback_set=False)(x, weight, scale)
     if z_TR is None:
         z_TR = lowerings[_aten.mm.default](x_TI, lowerings[_aten.permute.default](weight, [1, 0]))
@@ -80,7 +81,7 @@ def _masked_gemv(v: Any, tau: Any, weight: Any, bias: Any = None, scale: Any = N
     if y_TN is not None:
         return lowerings[_aten.view.default](y_TN, [*lead, y_TN.get_size()[1]])
     y_TN = lower_cpp.masked_product(v_TK, tau, weight, scale)
-    if y_TN is None and scale is not None:  # quantised: what eager mode would run
+    if y_TN is None and not is_plain(weight.get_dtype()):  # what eager mode would run
         return fallback_handler(masked_gemv, add_to_fallback_set=False)(v, tau, weight, bias, scale, density)
     if y_TN is None:
         y_TN = _dense(v_TK, tau, to_dtype(weight, v.get_dtype()))

@@ -14,13 +14,14 @@ import torch
 from torch._inductor import ir
 from torch._inductor.virtualized import V
 
+from rana_fx.formats import INT4, INT8, format_of, is_plain
 from rana_fx.kernels.cost import prefers_rows_on_cpu
 from rana_fx.kernels.cpp.masked_gemv import MaskedGemvTemplate
 from rana_fx.kernels.cpp.masked_rows import MaskedRowsTemplate
 from rana_fx.kernels.cpp.router import RouterTemplate
 from rana_fx.kernels.cpp.template import DTYPES, MAX_TOKENS
 
-_QUANTISED = (torch.int8, torch.uint8)
+_QUANTISED = (*INT8.dtypes, *INT4.dtypes)
 
 
 def masked_product(v_TK: Any, tau: Any, weight: Any, scale: Any) -> Any:
@@ -69,13 +70,13 @@ def _known(x: Any, weight: Any) -> bool:
 
 
 def _columns(weight: Any) -> Any:
-    return weight.get_size()[1] * (2 if weight.get_dtype() == torch.uint8 else 1)
+    return format_of(weight.get_dtype()).columns(weight.get_size()[1])
 
 
 def _rows(weight: Any) -> Any:
     """The weight in memory, rows contiguous. A quantised one that lies otherwise is copied: nothing else could multiply by it."""
     node = ir.ExternKernel.realize_input(weight)
-    if node.get_stride()[1] != 1 and weight.get_dtype() not in _QUANTISED:
+    if node.get_stride()[1] != 1 and is_plain(weight.get_dtype()):
         return None
     return _unboxed(node if node.get_stride()[1] == 1 else ir.ExternKernel.require_contiguous(node))
 

@@ -17,10 +17,10 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from rana_fx.formats import bits_of, shape_of
+from rana_fx.formats import bits_of, format_of, is_plain, shape_of
 from rana_fx.kernels import autotune as tune
 from rana_fx.kernels import cost
-from rana_fx.kernels.triton.config import MAX_TOKENS, TOKENS_AT_ONCE, Config, cdiv, configs, default_config
+from rana_fx.kernels.triton.config import MAX_TOKENS, READ, TOKENS_AT_ONCE, Config, cdiv, configs, default_config
 from rana_fx.passes.launch import COUNTERS, counters, fake, realized, starts_early, static, traced
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,7 +114,9 @@ def router_product(x_TI: Any, weight: Any, scale: Any, gain: Any = None, eps: fl
 
     tokens = tokens_of(x_TI)
     # above a few tokens a floating weight is read by a matrix product as fast, and multiplied faster
-    if tokens is None or (scale is None and tokens > TOKENS_AT_ONCE) or not static(x_TI, weight, scale):
+    if tokens is None or (is_plain(weight.get_dtype()) and tokens > TOKENS_AT_ONCE) or not static(x_TI, weight, scale):
+        return None
+    if format_of(weight.get_dtype()) not in READ:
         return None
     operands = realized(x_TI, weight, scale, gain)
     early = starts_early(operands[0], operands[1:])
@@ -175,9 +177,9 @@ def _config(product: _Product | None) -> Config | None:
 
 
 def _product(v_TK: Any, weight: Any, scale: Any, density: float, activation: str | None, *, early: bool) -> _Product | None:
-    """None where a skipped row would not be a skipped stretch of memory."""
+    """None where no kernel reads the format, or a skipped row would not be a skipped stretch of memory."""
     tokens, stored = tokens_of(v_TK), fake(weight)
-    if tokens is None or stored is None or (bits_of(stored) >= 16 and stored.stride(1) != 1):
+    if tokens is None or stored is None or format_of(stored) not in READ or (is_plain(stored) and stored.stride(1) != 1):
         return None
     ranks, columns = shape_of(stored, fake(scale))
     return _Product(v_TK, stored, fake(scale), ranks, columns, tokens, density, activation, early)

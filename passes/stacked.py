@@ -3,8 +3,8 @@
     y = rana.masked_gemv(v, tau, Wt, c, scale); q, k, v = y[..., :a], y[..., a:b], y[..., b:]
 
 In: an adapter's match in a graph and the node of v. Out: one node per linear. Where only some of the linears are in the graph,
-each multiplies by its own columns of Wt. Columns in 8 bits share the scales of their rows; in 4 bits they are a piece of
-memory where they begin and end with a byte and a group, and elsewhere the product is made whole and cut.
+each multiplies by its own columns of Wt, where the storage format can divide them (``Format.divisible``); elsewhere the product
+is made whole and cut.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from rana_fx.formats import group_of, shape_of
+from rana_fx.formats import Matrix
 from rana_fx.graph.linears import Linear
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.passes.emit import Emitter, dtype_of
@@ -105,23 +105,21 @@ def _columns(emit: Emitter, y: fx.Node, span: tuple[int, int], match: Match) -> 
 
 def _separable(factors: Factors, start: int, stop: int) -> bool:
     """Whether columns start to stop are a stored matrix themselves."""
-    weight, scale = factors.value("weight"), factors.value("weight_scale")
-    assert weight is not None
-    if weight.dtype != torch.uint8:
-        return True
-    assert scale is not None
-    group, columns = group_of(weight, scale), shape_of(weight, scale)[1]
-    return start % group == 0 and (stop % group == 0 or stop == columns)
+    stored = _stored(factors)
+    return stored.format.divisible(stored, start, stop)
 
 
 def _narrowed(emit: Emitter, factors: Factors, start: int, stop: int) -> tuple[fx.Node, fx.Node | None]:
     """(weight, scale) of separable columns."""
-    weight, scale = factors.value("weight"), factors.value("weight_scale")
+    stored = _stored(factors)
+    own, scales = stored.format.spans(stored, start, stop)
+    values, scale = emit.call(torch.narrow, factors["weight"], 1, own[0], own[1] - own[0]), factors["weight_scale"]
+    if scales is not None:
+        scale = emit.call(torch.narrow, scale, 1, scales[0], scales[1] - scales[0])
+    return values, scale
+
+
+def _stored(factors: Factors) -> Matrix:
+    weight = factors.value("weight")
     assert weight is not None
-    if weight.dtype != torch.uint8:
-        return emit.call(torch.narrow, factors["weight"], 1, start, stop - start), factors["weight_scale"]
-    assert scale is not None
-    group = group_of(weight, scale)
-    first, groups = start // group, -(-stop // group) - start // group
-    bytes_ = emit.call(torch.narrow, factors["weight"], 1, start // 2, (stop - start) // 2)
-    return bytes_, emit.call(torch.narrow, factors["weight_scale"], 1, first, groups)
+    return Matrix.of(weight, factors.value("weight_scale"))

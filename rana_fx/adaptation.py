@@ -164,7 +164,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_options(budget: object, metric: object, recipe: object) -> Recipe:
+def _check_options(budget: float, metric: str, recipe: str) -> Recipe:
     if not isinstance(budget, numbers.Real) or isinstance(budget, bool) or not 0 < budget <= 1:
         raise BudgetOutOfRange(budget=budget)
     if metric not in METRICS:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -214,15 +215,15 @@ def adapter_facts(adapter: Adapter) -> dict[str, Any]:
 
 def _facts_type(name: str, source: type, **changed: Any) -> Any:
     """A dataclass of the fields of ``source`` but for tensors. All are wanted but the one that ``adapter_facts`` may omit."""
-    types = {key: value for key, value in typing.get_type_hints(source).items() if key not in TENSORS} | changed
-    names = [field.name for field in dataclasses.fields(source) if field.name in types]
-    wanted: list[Any] = [(key, types[key]) for key in names if key != "exact_kept"]
-    wanted += [(key, types[key], None) for key in names if key == "exact_kept"]
+    found = {key: value for key, value in typing.get_type_hints(source).items() if key not in TENSORS} | changed
+    names = [field.name for field in dataclasses.fields(source) if field.name in found]
+    wanted: list[Any] = [(key, found[key]) for key in names if key != "exact_kept"]
+    wanted += [(key, found[key], None) for key in names if key == "exact_kept"]
     return dataclasses.make_dataclass(name, wanted, frozen=True)
 
 
 _AdapterFacts = _facts_type("_AdapterFacts", Adapter)
-_Facts = _facts_type("_Facts", Plan, adapters=tuple[_AdapterFacts, ...], skips=tuple[Skip, ...])
+_Facts = _facts_type("_Facts", Plan, adapters=types.GenericAlias(tuple, (_AdapterFacts, ...)), skips=tuple[Skip, ...])
 _SCHEMA: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(_Facts)
 
 

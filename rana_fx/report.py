@@ -137,7 +137,7 @@ def _row(site: Site, plan: Plan | None) -> Row:
     most = tokens_masked(plan, adapter, site.weight)
     detail += f", masked kernel up to {most} tokens" if most else ", masks do not pay on this device: dense product"
     if costs_more(plan, adapter):
-        detail += ", dearer than dense in a prompt"
+        detail += ", more FLOPs than dense during prefill"
     detail += "".join(f"; {text}" for text in plan.notes(site.name))
     flops, read = adapter.flops / adapter.dense_flops, adapter.bytes / adapter.dense_bytes
     return Row(site.name, site.role, site.op, shape, adapter.kind, detail, flops, read, adapter.error)

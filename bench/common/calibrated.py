@@ -1,6 +1,7 @@
 """Calibrate a model once, then make plans of any recipe and budget from the same samples.
 
-In: a model and calibration batches. Out: plans equal to those ``rana_fx.adapt`` makes from these batches. A sweep over thirty plans runs the model over the calibration text once instead of thirty times.
+In: a model and calibration batches. Out: plans equal to those ``rana_fx.adapt`` makes from these batches. A sweep over
+thirty plans runs the model over the calibration text once instead of thirty times.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from rana_fx.errors import BadOperand
+from rana_fx.formats import is_plain
 from rana_fx.kernels.triton.compaction import few_tokens, launch_options, no_sums, sm_count_of, trips, wait_for_previous
 from rana_fx.kernels.triton.config import H200_SM_COUNT, TOKENS_AT_ONCE, cdiv
 from rana_fx.kernels.triton.router import RouterConfig, add_products
@@ -88,7 +89,7 @@ def masked_rows(
     Raises:
         BadOperand.
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
+    if weight.dim() != 2 or not is_plain(weight):
         got = f"{tuple(weight.shape)} {weight.dtype}"
         raise BadOperand(name="weight", got=got, expected="floating, (N, K)", todo="Unpack it first.")
     columns, width = weight.shape

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from rana_fx.errors import BadOperand, InvalidOption, NonFinite
 
 Span = tuple[int, int]  # start and stop
+Registered = TypeVar("Registered", bound="Format")
 
 
 class Format(abc.ABC):
@@ -159,7 +160,7 @@ class Matrix:
 _FORMATS: dict[str, Format] = {}
 
 
-def register_format(format: Format) -> Format:
+def register_format(format: Registered) -> Registered:
     """Make a format known to adapters, plans and operations; returns it.
 
     Raises:
@@ -233,10 +234,13 @@ def round_to_steps(weight: Tensor, limit: int, group: int, scale_dtype: torch.dt
 def half_a_step(steps: Tensor, limit: int, scale_dtype: torch.dtype) -> Tensor:
     """Error bound of ``round_to_steps``, given its steps broadcast in fp32.
 
-    Half a step, and what is clipped of the largest number where rounding made the step smaller, half an eps of it; a step that
-    vanishes in ``scale_dtype`` loses numbers below the smallest normal number.
+    A number is at most half a step from its multiple, or is clipped where rounding to ``scale_dtype`` made the step smaller, by
+    at most half an eps: the largest number, ``limit`` steps, is then off by as much of itself. Divisions and products in fp32 round
+    ``limit`` steps twice; a step that vanishes in ``scale_dtype`` loses numbers below the smallest normal number.
     """
-    return steps.abs() * (0.5 + limit * torch.finfo(scale_dtype).eps) + torch.finfo(torch.float32).tiny
+    half = torch.finfo(scale_dtype).eps / 2
+    share = max(0.5, limit * half / (1 - half)) + 2 * limit * torch.finfo(torch.float32).eps
+    return steps.abs() * share + torch.finfo(torch.float32).tiny
 
 
 def _found(dtype: torch.dtype) -> Format | None:

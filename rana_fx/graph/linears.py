@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from rana_fx.formats import is_plain
 from rana_fx.graph.dataflow import op_name, reads_values, row_source, tensor_inputs, value_of
 from rana_fx.graph.functionalize import Writes, written
 from rana_fx.graph.operands import CASTS, INDEXING, TRANSPOSES, Operand, operand
@@ -272,7 +273,7 @@ def _unsupported(node: fx.Node, x: object, weight: nn.Parameter) -> str | None:
         return "its input is not a tensor of the graph"
     if type(weight) is not nn.Parameter:
         return f"quantised or wrapped weight ({type(weight).__name__})"
-    if not weight.dtype.is_floating_point or weight.element_size() < 2:
+    if not is_plain(weight):
         return f"quantised weight ({weight.dtype})"
     if weight.device.type not in DEVICES:
         return f"unsupported device {weight.device.type} (supported: {', '.join(DEVICES)})"
@@ -297,7 +298,7 @@ def _expert(node: fx.Node, name: str, weights: Mapping[fx.Node, nn.Parameter], n
                 site,
                 f"3-D weight, as of experts: {count} matrices of {tuple(matrix)} ({name}); not adapted, not in the budget",
             )
-        if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+        if not is_plain(parameter):
             return Skip(site, f"quantised weight ({parameter.dtype})")
     return None
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from rana_fx.errors import CheckpointError, InvalidOption, MissingPackage, NothingToTrain, UnknownTarget
+from rana_fx.formats import is_plain
 from rana_fx.graph.operands import base_name
 from rana_fx.modules import device_of, unwrap
 from rana_fx.runtime.attachment import MODULE, Attachment, attached, renew
@@ -225,7 +226,7 @@ def _possible(model: nn.Module, found: Attachment) -> dict[str, tuple[nn.Paramet
     names = {id(weight): name for name, weight in weights.items()}  # of tied ones the last: the head rather than the embedding
     for record in found.plan.sites:
         weight = weights[base_name(record.name)]
-        live = base_name(record.name) not in gone and weight.dim() == 2 and weight.is_floating_point()
+        live = base_name(record.name) not in gone and weight.dim() == 2 and is_plain(weight)
         if live:
             named.setdefault(names[id(weight)], (weight, record.transposed))
     return named

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from rana_fx.errors import InvalidOption, NoPlan, NothingToTrain, UnknownChoice
+from rana_fx.formats import is_plain
 from rana_fx.graph.operands import base_name
 from rana_fx.modules import unwrap, weights_of
 from rana_fx.runtime.attachment import MODULE, Attachment, attached, renew
@@ -39,7 +40,7 @@ def trainable(model: nn.Module, *, what: str = "factors") -> dict[str, nn.Parame
     own = {id(weights[base_name(site)]) for adapter in found.plan.adapters if adapter.reads_model for site in adapter.sites}
     chosen = dict(factors)
     for name, parameter in model.named_parameters():
-        live = parameter.is_floating_point() and id(parameter) not in dead
+        live = is_plain(parameter) and id(parameter) not in dead
         if live and (what == "all" or id(parameter) in own):
             chosen[name] = parameter
     if not chosen:
