@@ -33,6 +33,7 @@ from torch import Tensor, fx
 
 from rana_fx.graph.dataflow import shape_of
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_add, masked_gemv_gated, normed_router, router
+from rana_fx.kernels.registry import tokens_fused
 from rana_fx.kernels.triton.config import TOKENS_AT_ONCE
 from rana_fx.passes.fuse_gated import ROUNDINGS, gated_of
 from rana_fx.passes.fuse_same_input import fuse_parts, meta_of, operands
@@ -53,31 +54,32 @@ class Norm:
     offset: float
 
 
-def fuse(graph: fx.Graph, *, devices: tuple[str, ...] = ("cuda",)) -> dict[str, int]:
-    """Returns how many of each were fused."""
+def fuse(graph: fx.Graph, *, devices: tuple[str, ...] | None = None) -> dict[str, int]:
+    """Returns how many of each were fused. devices: types to fuse on; None: those with launches of fused operations."""
     counts = {"norm": 0, "residual": 0, "gated": 0, "parts": 0}
     for node in list(graph.nodes):
-        if node.target is router and _few(node.args[0], devices):
+        if node.target is router and _few(node.args[0], "normed_router", devices):
             counts["norm"] += _fuse_norm(graph, node)
-        elif node.target is masked_gemv and _few(node.args[0], devices):
+        elif node.target is masked_gemv and _few(node.args[0], "masked_gemv_add", devices):
             if _fuse_residual(graph, node):
                 counts["residual"] += 1
             else:
                 counts["gated"] += _fuse_gated(graph, node)
-    counts["parts"] = fuse_parts(graph, lambda node: _few(node, devices))
+    counts["parts"] = fuse_parts(graph, lambda node: _few(node, "masked_gemv_parts", devices))
     if any(counts.values()):
         graph.eliminate_dead_code()
         graph.lint()
     return counts
 
 
-def _few(node: object, devices: tuple[str, ...]) -> bool:
-    """Whether a node holds so few tokens, on such a device, that a kernel takes them together."""
+def _few(node: object, op: str, devices: tuple[str, ...] | None) -> bool:
+    """Whether a node holds so few tokens, on such a device, that a launch of a fused operation takes them together."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if not isinstance(value, Tensor) or value.device.type not in devices:
+    if not isinstance(value, Tensor):
         return False
-    tokens = math.prod(value.shape[:-1])
-    return isinstance(tokens, int) and 1 <= tokens <= TOKENS_AT_ONCE
+    tokens, device = math.prod(value.shape[:-1]), value.device.type
+    most = tokens_fused(op, device) if devices is None else TOKENS_AT_ONCE if device in devices else 0
+    return isinstance(tokens, int) and 1 <= tokens <= most
 
 
 def _fuse_norm(graph: fx.Graph, node: fx.Node) -> int:
