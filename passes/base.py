@@ -31,9 +31,12 @@ class PreGrad:
 
 @dataclass(frozen=True)
 class PostGrad:
-    """What passes over Inductor's graph get: the devices that have kernels for fused operations."""
+    """What passes over Inductor's graph get.
 
-    devices: tuple[str, ...] = ("cuda",)
+    devices: types of device to fuse on; None: those for which the registry has lowerings of fused operations.
+    """
+
+    devices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

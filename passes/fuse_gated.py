@@ -60,7 +60,7 @@ _BOUND = 8 * torch.finfo(torch.float32).eps
 
 def fuse_gated(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
     """Every masked matmul behind which one half of the columns gates the other."""
-    matmuls, declined = fusible(graph_module.graph, masked_gemv, context.devices)
+    matmuls, declined = fusible(graph_module.graph, masked_gemv, "masked_gemv_gated", context.devices)
     count = 0
     for node in matmuls:
         reason = _fuse(node)

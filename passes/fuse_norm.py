@@ -44,7 +44,7 @@ class Norm:
 
 def fuse_norm(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
     """Every router that reads a norm which nothing but routers reads."""
-    routers, declined = fusible(graph_module.graph, router, context.devices)
+    routers, declined = fusible(graph_module.graph, router, "normed_router", context.devices)
     count = 0
     for node in routers:
         reason = _fuse(node)

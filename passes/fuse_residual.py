@@ -22,7 +22,7 @@ _aten = torch.ops.aten
 
 def fuse_residual(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
     """Every masked matmul whose output is only added to a tensor of its own shape and dtype."""
-    matmuls, declined = fusible(graph_module.graph, masked_gemv, context.devices)
+    matmuls, declined = fusible(graph_module.graph, masked_gemv, "masked_gemv_add", context.devices)
     count = 0
     for node in matmuls:
         reason = _fuse(node)

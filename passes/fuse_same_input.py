@@ -30,7 +30,7 @@ _MOVES = {_aten.permute.default, _aten.t.default, _aten.transpose.int, _aten.vie
 
 def fuse_same_input(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
     """All masked matmuls of one tensor, up to ``MOST_PARTS`` in a launch. The count is that of launches made."""
-    matmuls, declined = fusible(graph_module.graph, masked_gemv, context.devices)
+    matmuls, declined = fusible(graph_module.graph, masked_gemv, "masked_gemv_parts", context.devices)
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in matmuls:
         reason = _why_unfit(node)

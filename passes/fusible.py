@@ -14,17 +14,24 @@ from torch import Tensor, fx
 
 from rana_fx.graph.fake_values import fake_run
 from rana_fx.graph.graph_pass import Declined
+from rana_fx.kernels.registry import tokens_fused
 from rana_fx.kernels.triton.config import TOKENS_AT_ONCE
 
 _NAMES = ("v", "tau", "weight", "bias", "scale", "density")
 _DEFAULTS = {"bias": None, "scale": None, "density": 0.5}
 
 
-def fusible(graph: fx.Graph, target: Callable[..., Any], devices: tuple[str, ...]) -> tuple[list[fx.Node], list[Declined]]:
-    """Calls of ``target``, in order, that read few tokens on one of ``devices``; and the others."""
+def fusible(
+    graph: fx.Graph, target: Callable[..., Any], into: str, devices: tuple[str, ...] | None
+) -> tuple[list[fx.Node], list[Declined]]:
+    """Calls of ``target``, in order, that read few tokens on a device which computes the operation ``into``; and the others.
+
+    Args:
+        devices: types of device to take for such; None: those for which the registry has a lowering.
+    """
     taken, declined = [], []
     for node in graph.find_nodes(op="call_function", target=target):
-        reason = _why_left(node.args[0], devices)
+        reason = _why_left(node.args[0], into, devices)
         if reason is None:
             taken.append(node)
         else:
@@ -32,16 +39,17 @@ def fusible(graph: fx.Graph, target: Callable[..., Any], devices: tuple[str, ...
     return taken, declined
 
 
-def _why_left(node: object, devices: tuple[str, ...]) -> str | None:
+def _why_left(node: object, into: str, devices: tuple[str, ...] | None) -> str | None:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, Tensor):
         return "it reads no tensor that is known"
-    if value.device.type not in devices:
-        return f"it is on {value.device.type}"
-    tokens = math.prod(value.shape[:-1])
+    device, tokens = value.device.type, math.prod(value.shape[:-1])
+    most = tokens_fused(into, device) if devices is None else TOKENS_AT_ONCE if device in devices else 0
+    if not most:
+        return f"it is on {device}, where nothing computes {into} in one launch"
     if not isinstance(tokens, int):
         return "the number of tokens varies"
-    return None if 1 <= tokens <= TOKENS_AT_ONCE else f"{tokens} tokens, where kernels take 1 to {TOKENS_AT_ONCE} at once"
+    return None if 1 <= tokens <= most else f"{tokens} tokens, where kernels take 1 to {most} at once"
 
 
 def operands(node: fx.Node) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def run(
     return Result(matches, runner)
 
 
-def run_post_grad(result: Result, graph: fx.Graph, *, devices: tuple[str, ...] = ("cuda",)) -> None:
+def run_post_grad(result: Result, graph: fx.Graph, *, devices: tuple[str, ...] | None = None) -> None:
     """Run ``POST_GRAD`` over a graph of Inductor's, forward or backward, that came of the graph of ``result``."""
     graph_module = graph.owning_module
     assert graph_module is not None, "Inductor runs passes on the graphs of modules"

@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from rana_fx.dense_memory import free_
 from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.graph.guards import guard_weights
+from rana_fx.kernels.registry import fingerprint
 from rana_fx.passes.check_freed import weights_to_free
 from rana_fx.passes.runner import Result, run, run_post_grad, sources_hash
 from rana_fx.plan import Plan
@@ -156,4 +157,4 @@ class _PostGrad(CustomGraphPass):
     def uuid(self) -> Any:
         inner = [step.uuid() if isinstance(step, CustomGraphPass) else None for step in self._inner]
         # a pass without a key of its own makes the whole compile uncacheable, as it does without us
-        return None if None in inner else (sources_hash(), self._plans, *inner)
+        return None if None in inner else (sources_hash(), fingerprint(), self._plans, *inner)
