@@ -11,8 +11,9 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 # old module -> new module, both below rana_fx
 MOVED = {
@@ -86,6 +87,14 @@ MOVED = {
 
 # old attribute -> new attribute, in full
 RENAMED = {
+    "decompose.Basis": "recipes.basis.Basis",
+    "decompose.Choice": "recipes.basis.RankThreshold",
+    "decompose.importance_profile": "recipes.importance.importance_profile",
+    "decompose.neuron_threshold": "recipes.importance.neuron_threshold",
+    "decompose.output_basis": "recipes.basis.output_basis",
+    "decompose.second_moment": "recipes.basis.second_moment",
+    "recipes.race.Candidate": "recipes.paper.split_search.SplitCandidate",
+    "recipes.race.race": "recipes.paper.split_search.successive_elimination",
     "running.bare": "modules.unwrap",
     "running.weights_of": "modules.weights_of",
     "running.names_of": "modules.names_of",
@@ -134,3 +143,19 @@ def install() -> None:
     """Find old names, once a process."""
     if not any(type(finder).__name__ == _Finder.__name__ and type(finder).__module__ == __name__ for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
+
+
+def methods(owner: type, **functions: Callable[..., Any]) -> None:
+    """Functions that were methods of ``owner`` by these names stay methods, with a warning, for one release."""
+    for name, function in functions.items():
+        setattr(owner, name, _method(owner, name, function))
+
+
+def _method(owner: type, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: object, *args: object, **options: object) -> Any:
+        now = f"{function.__module__}.{function.__name__}({owner.__name__.lower()}, ...)"
+        text = f"{owner.__name__}.{name} is {now}; the old name goes with the next release"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return function(self, *args, **options)
+
+    return call

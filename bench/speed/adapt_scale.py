@@ -37,6 +37,7 @@ from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.plan import Plan
 from rana_fx.recipes import RECIPES, Problem
+from rana_fx.recipes.stages import solve_in_stages
 from rana_fx.runtime.attachment import attach
 
 _GIB = 2**30
@@ -147,12 +148,10 @@ def _adapt(given: dict[str, Any], clock: Clock) -> dict[str, Any]:
     with clock.within("calibrate"):
         layout, samples, count = calibrate(model, keeper or batches, wanted=chosen.wants, progress=False)
     rehearsal = None if keeper is None else keeper.rehearsal(model)
-    problem = Problem(
-        layout, samples, given["budget"], given["metric"], given["recipe"], False, within=clock.within, rehearsal=rehearsal
-    )
+    problem = Problem(layout, samples, given["budget"], given["metric"], given["recipe"], False, rehearsal=rehearsal)
     began = time.perf_counter()
     with torch.no_grad():
-        adapters = tuple(chosen.solve(problem))
+        adapters = tuple(solve_in_stages(chosen, problem, clock.within))
     clock.seconds["solve"] = time.perf_counter() - began
     with clock.within("attach"):
         plan = Plan(

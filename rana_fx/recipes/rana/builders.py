@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
-from rana_fx.recipes.problem import Problem, stack_name
+from rana_fx.recipes.builders import stack_name
+from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.candidates import Menu
 from rana_fx.recipes.rana.gptq import Packed
 from rana_fx.recipes.rana.operating_point import CUTS, Point, Unit

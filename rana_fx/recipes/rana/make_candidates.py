@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.samples import Summary
 from rana_fx.calibration.sensitivity import Sensitivity
-from rana_fx.recipes.paper.line_search import second_moment
+from rana_fx.recipes.basis import second_moment
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.candidates import Menu, Part
 from rana_fx.recipes.rana.eligible_mlps import Cuttable

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.recipes.mlp_rows import up_outputs
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.candidates import Menu
 from rana_fx.recipes.rana.eligible_mlps import Cuttable
@@ -181,7 +182,7 @@ class Cut(ABC):
     def _dense(self) -> Rows:
         step = max(1, len(self._rows_TI) // _ROWS)
         x_TI = self._rows_TI[::step].float()
-        ups = self.problem.ups(self.of.block, x_TI)
+        ups = up_outputs(self.problem, self.of.block, x_TI)
         return Rows(x_TI, ups, self.of.block.pointwise(*ups).float())
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.recipes.builders import neuron_adapter
 from rana_fx.recipes.rana.builders import build
 from rana_fx.recipes.rana.candidates import OF_BASIS
 from rana_fx.recipes.rana.mlp_candidate import Acted, Cut, Rows
@@ -50,7 +51,7 @@ class ExactCut(Cut):
         found, bias_O = self.acted(point)
         if unit == self.of.lead:
             bar = 2 * point.charged * self.row_cost()
-            made = self.problem.neuron_adapter(self.of.down, bar, self.norms_F.sqrt(), point.kept / self.width)
+            made = neuron_adapter(self.problem, self.of.down, bar, self.norms_F.sqrt(), point.kept / self.width)
             return [replace(made, bias=bias_O)]
         assert point.gate is not None
         return [

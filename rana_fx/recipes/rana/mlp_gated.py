@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.recipes.builders import gated_adapter
 from rana_fx.recipes.rana.builders import build
 from rana_fx.recipes.rana.mlp_candidate import Acted, Cut, Rows
 from rana_fx.recipes.rana.operating_point import Point, Unit
@@ -47,7 +48,7 @@ class GatedCut(Cut):
     def adapters(self, unit: Unit, point: Point) -> list[Adapter]:
         if unit == self.of.lead:
             found, bias_O = self.acted(point)
-            return [self.problem.gated_adapter(self.of.block, found.tau_F, point.kept, bias_O)]
+            return [gated_adapter(self.problem, self.of.block, found.tau_F, point.kept, bias_O)]
         return [] if point.gate is None else build(self.problem, (self.of.gate,), self.gate, point.gate)
 
     def _active(self, gate_TF: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from rana_fx.recipes.rana.make_candidates import ROWS, average, has_basis, menus
 from rana_fx.recipes.rana.operating_point import Unit
 from rana_fx.recipes.rana.quantization import KINDS
 from rana_fx.recipes.rana.refine import ALLOCATIONS, search
+from rana_fx.recipes.stages import Stages, run_stages
 
 _SAMPLES = 4e9  # bytes: where samples of all rows take more, few are kept beside their second moments
 _FEW = Keep(2 * ROWS, host=True, moment=True)
@@ -57,6 +58,7 @@ class Rana:
 
     name = "rana"
     rehearses = True
+    adapts_every_layer = True
 
     def wants(self, layout: Layout) -> dict[tuple[str, ...], Keep]:
         units: dict[tuple[str, ...], list[Unit]] = {}
@@ -69,24 +71,28 @@ class Rana:
         return {group: _FEW if basis else _WITHOUT_BASIS for group, basis in based.items()}
 
     def solve(self, problem: Problem) -> list[Adapter]:
+        return run_stages(self.stages(problem))
+
+    def stages(self, problem: Problem) -> Stages:
+        """``solve`` in named stages: gradients, decompose, allocate, build."""
         if problem.budget >= 1:
             return []
         assert problem.rehearsal is not None
         units = units_of(problem.layout, shared=self.shared)
         units = [unit for unit in units if problem.calibrated(unit, 1) and _varied(problem, unit)]
         with problem.rehearsal.opened(problem.layout) as stage:
-            with problem.within("gradients"):
-                batches = problem.rehearsal.batches
-                gates = [(cut.gate,) for cut in self.cuttable(problem, units) if cut.kind == "gated" and self.gates]
-                asked = list(dict.fromkeys([*units, *gates]))
-                found = sensitivities(stage, problem.layout, asked, batches) if self.weighted else Sensitivity()
+            yield "gradients"
+            batches = problem.rehearsal.batches
+            gates = [(cut.gate,) for cut in self.cuttable(problem, units) if cut.kind == "gated" and self.gates]
+            asked = list(dict.fromkeys([*units, *gates]))
+            found = sensitivities(stage, problem.layout, asked, batches) if self.weighted else Sensitivity()
             if found.missing:
                 alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"
                 problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")
             even = average(problem, found)
-            with problem.within("decompose"):
-                menus = menus_of(self, problem, units, found, even)
-            return search(problem, stage, menus, allocations=self.allocations, settles=self.settles)
+            yield "decompose"
+            menus = menus_of(self, problem, units, found, even)
+            return (yield from search(problem, stage, menus, allocations=self.allocations, settles=self.settles))
 
     def cuttable(self, problem: Problem, units: list[Unit]) -> list[Cuttable]:
         """Blocks that a cut may go through."""

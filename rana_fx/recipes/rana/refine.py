@@ -22,7 +22,9 @@ from rana_fx.recipes.rana.builders import build, settled
 from rana_fx.recipes.rana.candidates import Menu
 from rana_fx.recipes.rana.mlp_candidate import cuts_of
 from rana_fx.recipes.rana.operating_point import CUTS, Point, Unit
+from rana_fx.recipes.registry import unreachable
 from rana_fx.recipes.simulate import Outcome, attempt
+from rana_fx.recipes.stages import Stages
 
 ALLOCATIONS = ("price", "fraction")  # one for the whole model, one for every unit
 
@@ -49,7 +51,7 @@ def search(
     *,
     allocations: Sequence[str] = ALLOCATIONS,
     settles: bool = True,
-) -> list[Adapter]:
+) -> Stages:
     """The adapters. Menus are dropped one by one as these are made.
 
     Args:
@@ -71,28 +73,27 @@ class _Search:
         assert problem.rehearsal is not None
         self._held = problem.rehearsal.held
         self._dense = [compared(stage.run(batch)) for batch in self._held]
-        self._total = problem.size(problem.counted())
-        self._left = self._total - sum(menu.dense_cost for menu in menus.values())
-        self._asked = problem.budget * self._total - self._left
+        split = problem.limit.split(problem.size(problem.counted()), sum(menu.dense_cost for menu in menus.values()))
+        self._total, self._left, self._asked = split.total, split.fixed_cost, split.target
         self._most = self._asked + min(_TOLERATED * self._total, 0.1 * self._asked) if settles else math.inf
         self._rounds = _ROUNDS if settles else 1
 
-    def run(self) -> list[Adapter]:
+    def run(self) -> Stages:
         if self._asked <= 0:
             counted = self._problem.counted()
             reasons = [f": {skip.site}: {skip.reason}" for skip in self._problem.skips if skip.site in counted][:1]
             share = self._left / self._total
             raise self._unreachable(share, "".join([f"{share:.1%} of the cost is in layers that stay dense", *reasons]))
-        with self._problem.within("allocate"):
-            best = self._best()
+        yield "allocate"
+        best = self._best()
+        yield "build"
         adapters = []
-        with self._problem.within("build"):
-            for unit, point in best.points.items():
-                menu = self._menus.pop(unit)
-                made = build(self._problem, unit, menu, point)
-                adapters += [settled(self._problem, _as_found(adapter, best.outcome)) for adapter in made]
-                if not made:
-                    self._problem.skips += _left_dense(unit, menu, point)
+        for unit, point in best.points.items():
+            menu = self._menus.pop(unit)
+            made = build(self._problem, unit, menu, point)
+            adapters += [settled(self._problem, _as_found(adapter, best.outcome)) for adapter in made]
+            if not made:
+                self._problem.skips += _left_dense(unit, menu, point)
         return adapters
 
     def _best(self) -> _Found:
@@ -174,13 +175,7 @@ class _Search:
         return spent
 
     def _unreachable(self, lowest: float, why: str) -> BudgetUnreachable:
-        return BudgetUnreachable(
-            budget=self._problem.budget,
-            recipe=self._problem.recipe,
-            lowest=min(1.0, lowest + 0.01),
-            why=why,
-            recipes="teal and wina adapt every layer",
-        )
+        return unreachable(self._problem, lowest, why)
 
 
 def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
