@@ -128,7 +128,7 @@ RENAMED = {
     "recipes.storage.Storage": "recipes.rana.quantization.UnitFormat",
     "recipes.storage.in_fewer_bits": "recipes.rana.quantization.quantized_formats",
     "recipes.storage.own": "recipes.rana.quantization.unquantized",
-    "recipes.tails.Tails": "recipes.rana.log_histogram.LogHistogram",
+    "recipes.tails.Tails": "recipes.rana.log_histogram.Survival",
     "running.bare": "modules.unwrap",
     "running.device_of": "modules.device_of",
     "running.names_of": "modules.names_of",

@@ -63,9 +63,7 @@ def test_builders_that_were_methods_of_the_problem_still_are():
     problem = problem_of(model, batch)
     block, (name, *_) = problem.layout.blocks[0], problem.counted()
     norms = torch.ones(problem.layout.sites[name].in_features)
-    with pytest.warns(
-        DeprecationWarning, match=r"neuron_adapter is rana_fx\.recipes\.builders\.neuron_adapter\(problem"
-    ):
+    with pytest.warns(DeprecationWarning, match=r"neuron_adapter is rana_fx\.recipes\.builders\.neuron_adapter\(problem"):
         made = problem.neuron_adapter(name, 0.25, norms, 0.5)
     expected = builders.neuron_adapter(problem, name, 0.25, norms, 0.5)
     assert torch.equal(made.tau, expected.tau) and (made.name, made.kept, made.flops) == (name, expected.kept, expected.flops)

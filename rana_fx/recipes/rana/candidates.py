@@ -25,7 +25,7 @@ from torch import Tensor
 from rana_fx.recipes.basis import Basis
 from rana_fx.recipes.rana.components import Components
 from rana_fx.recipes.rana.joint_drop import JointDropCorrection
-from rana_fx.recipes.rana.log_histogram import LogHistogram
+from rana_fx.recipes.rana.log_histogram import Survival
 from rana_fx.recipes.rana.loss_metric import LossMetric
 from rana_fx.recipes.rana.operating_point import BASIS_KINDS, OperatingPoint
 from rana_fx.recipes.rana.quantization import UnitFormat
@@ -63,7 +63,7 @@ class UnitCandidates:
         self.rows_TI = rows_TI
         x_TI = rows_TI.float()
         squares_TI = x_TI.square()
-        self._histograms = [LogHistogram(squares_TI, site.norms_I) for site in self.sites]
+        self._survival = [Survival(squares_TI, site.norms_I) for site in self.sites]
         self._joint_drop = JointDropCorrection(metric, x_TI)
         self.components = None if basis is None else Components(basis, rows_TI, formats, dtype or rows_TI.dtype)
 
@@ -140,8 +140,8 @@ class UnitCandidates:
     def _neuron(self, multiplier: float, format_index: int) -> OperatingPoint:
         rates = self.formats[format_index].rates
         found = [
-            histogram.at(2 * multiplier * rates.weight * site.out)
-            for site, histogram in zip(self.sites, self._histograms, strict=True)
+            survival.at(2 * multiplier * rates.weight * site.out)
+            for site, survival in zip(self.sites, self._survival, strict=True)
         ]
         kept = tuple(count for count, _ in found)
         reads = sum(count * site.out for count, site in zip(kept, self.sites, strict=True))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.recipes.basis import Basis
-from rana_fx.recipes.rana.log_histogram import LogHistogram
+from rana_fx.recipes.rana.log_histogram import Survival
 from rana_fx.recipes.rana.operating_point import OperatingPoint
 from rana_fx.recipes.rana.quantization import UnitFormat
 
@@ -45,7 +45,7 @@ class Components:
         self._z_TD = (rows_TI.float() @ router_DI.t()).to(dtype)
         z2_TD = (self._z_TD.float() / self.units_D).square()
         self._z2_D = z2_TD.mean(0).cpu()
-        self._histogram = LogHistogram(z2_TD, z2_TD.new_ones(z2_TD.shape[1]))
+        self._survival = Survival(z2_TD, z2_TD.new_ones(z2_TD.shape[1]))
         self._grid: dict[tuple[str, int, int], OperatingPoint] = {}
 
     def offload_to_host(self) -> None:
@@ -64,7 +64,7 @@ class Components:
     def lower_bound(self, multiplier: float, format_index: int) -> float:
         """Of the Lagrangian of every kind: its value, were the router free."""
         threshold = multiplier * self._formats[format_index].rates.factor * self.out
-        kept, lost = self._histogram.at(2 * threshold)
+        kept, lost = self._survival.at(2 * threshold)
         return lost / 2 + kept * threshold
 
     def threshold(self, point: OperatingPoint) -> float:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from rana_fx.recipes.rana.log_histogram import LogHistogram
+from rana_fx.recipes.rana.log_histogram import Survival
 from rana_fx.recipes.rana.loss_metric import LossMetric
 
 _DROPPED = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.995)  # shares of inputs at which it is measured
@@ -25,10 +25,10 @@ class JointDropCorrection:
         step = max(1, len(x_TI) // _ROWS)
         x_TI = x_TI[::step]
         single_TI = x_TI.square() * metric.norms_I  # twice the loss of dropping each input alone
-        histogram = LogHistogram(single_TI, torch.ones_like(single_TI[:1]))
+        survival = Survival(single_TI, torch.ones_like(single_TI[:1]))
         self._points: list[tuple[float, float]] = []
         for share in _DROPPED:
-            threshold = histogram.quantile(share)
+            threshold = survival.threshold(share)
             dropped_TI = single_TI < threshold
             single = float((single_TI * dropped_TI).sum())
             if single > 0 and threshold > 0:

@@ -16,7 +16,7 @@ _SHIFT = 16  # of the 23 mantissa bits, 7 are kept
 _CHUNK = 512  # tokens at a time
 
 
-class LogHistogram:
+class Survival:
     """Counts and sums above and below every threshold, for the scores ``squares_TI * norms_I``."""
 
     def __init__(self, squares_TI: Tensor, norms_I: Tensor) -> None:
@@ -41,7 +41,7 @@ class LogHistogram:
         below = self._below[index] + share * (self._below[index + 1] - self._below[index])
         return self.total - below, self._lost[index] + share * (self._lost[index + 1] - self._lost[index])
 
-    def quantile(self, share: float) -> float:
+    def threshold(self, share: float) -> float:
         """The edge of a bin below which ``share`` of the scores lie."""
         index = bisect.bisect_left(self._below, share * self.total)
         return _edge(self._first + min(index, self._last - self._first))

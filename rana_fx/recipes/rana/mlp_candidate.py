@@ -23,7 +23,7 @@ from rana_fx.recipes.mlp_rows import up_outputs
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.candidates import UnitCandidates
 from rana_fx.recipes.rana.eligible_mlps import EligibleMlp
-from rana_fx.recipes.rana.log_histogram import LogHistogram
+from rana_fx.recipes.rana.log_histogram import Survival
 from rana_fx.recipes.rana.loss_metric import LossMetric
 from rana_fx.recipes.rana.operating_point import OperatingPoint
 from rana_fx.recipes.rana.replay import outputs
@@ -156,10 +156,10 @@ class MlpCandidate(ABC):
         return result
 
     def _measure(self, rows: MlpRows, metric: LossMetric) -> list[_Measured]:
-        histogram = LogHistogram(self.squares(rows), self.importance_F)
+        survival = Survival(self.squares(rows), self.importance_F)
         found: list[_Measured] = []
         for share in _DROPPED:
-            threshold = histogram.quantile(share)
+            threshold = survival.threshold(share)
             multiplier = threshold / (2 * self.neuron_cost())
             if threshold <= 0 or (found and math.log(multiplier) <= found[-1].log_multiplier):
                 continue

@@ -207,6 +207,7 @@ def joint_correction(together: Simulated, apart: Simulated) -> float:
 
 def _left_dense(unit: Unit, decision: Decision, point: OperatingPoint) -> list[Skip]:
     """With the reason: of a joint candidate's units only the gate may be dense."""
+    # reasons are part of a plan's digest: another wording would be another plan
     if point.kind not in JOINT_KINDS:
         return [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
     assert decision.joint is not None
