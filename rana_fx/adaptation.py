@@ -57,8 +57,8 @@ def adapt(
             uniformly from all that pass.
         budget: expected cost per token of all linears inside the blocks, router included, over their dense cost, in (0, 1].
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
-        recipe: "rana", the best of all candidates allocated over the whole model; "paper" (RaNA as published), or a baseline:
-            "dense", "static", "cats", "teal", "wina".
+        recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
+            published), or a baseline (docs/recipes.md).
         seed: of the token sample.
 
     Returns:

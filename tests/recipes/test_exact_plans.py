@@ -12,7 +12,7 @@ import rana_fx
 from rana_fx import plan_io as planfile
 from rana_fx.errors import PlanFileError, PlanVersion
 from rana_fx.evaluation.measure import measuring
-from rana_fx.recipes.rana.refine import _as_found
+from rana_fx.recipes.rana.refine import as_simulated
 from rana_fx.recipes.simulate import attempt
 from rana_fx.runtime.prefill import costs_more, memory_of
 from rana_fx.training import rethreshold, trainable, trained_plan
@@ -119,8 +119,8 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
     assert {a.name: outcome.kept[a.name] / a.ranks for a in plan.adapters} == pytest.approx(measured.density, rel=1e-6)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), got.log_softmax(-1)
     assert outcome.divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
-    # what search stores of an adapter is what the model then costs
-    found = replace(plan, adapters=tuple(_as_found(adapter, outcome) for adapter in plan.adapters))
+    # the cost that refine stores with an adapter is that of the model
+    found = replace(plan, adapters=tuple(as_simulated(adapter, outcome) for adapter in plan.adapters))
     assert [adapter.exact_kept for adapter in found.adapters] == list(outcome.exact_kept.values())
     assert found.expected_budget("flops") == pytest.approx(measured.budget_flops, rel=1e-6)
     assert found.expected_budget("bytes") == pytest.approx(measured.budget_bytes, rel=1e-6)

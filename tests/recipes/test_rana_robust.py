@@ -10,8 +10,8 @@ import rana_fx
 from rana_fx.calibration.probe import Keeper, halves
 from rana_fx.calibration.sensitivity import sensitivities
 from rana_fx.errors import BudgetUnreachable
-from rana_fx.recipes.rana import refine as search
-from rana_fx.recipes.rana.recipe import units_of
+from rana_fx.recipes.rana import refine
+from rana_fx.recipes.rana.units import units_of
 from tests.recipes.test_rana import Classifier, rehearsed
 
 
@@ -156,8 +156,8 @@ def test_low_budgets_are_kept(budget):
 
 
 def test_a_budget_that_the_adapted_model_does_not_keep_is_unreachable(monkeypatch):
-    """Masks that keep more in the adapted model than was asked, at any price."""
-    monkeypatch.setattr(search._Search, "_spent", lambda self, points, adapters, outcome: 0.4 * self._total)  # noqa: ARG005
+    """Masks that keep more in the adapted model than the target, at any multiplier."""
+    monkeypatch.setattr(refine._Refinement, "_measured_cost", lambda self, *_: 0.4 * self._split.total)
     torch.manual_seed(0)
     with pytest.raises(BudgetUnreachable, match=r"budget=0\.200 .* lowest reachable budget is 0\.410 .*adapted model"):
         rana_fx.adapt(Classifier(), batches(), budget=0.2, progress=False)
