@@ -11,8 +11,9 @@ from __future__ import annotations
 from torch import fx
 
 from rana_fx.errors import LoraBeside
-from rana_fx.graph.dataflow import is_pointwise, is_row_view, op_name, tensor_inputs
+from rana_fx.graph.dataflow import is_row_view, tensor_inputs
 from rana_fx.graph.linears import Linear, source_name
+from rana_fx.graph.ops import is_pointwise, op_name
 from rana_fx.passes.base import PassResult, PreGrad
 from rana_fx.runtime.attachment import attachment_of
 

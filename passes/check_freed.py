@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from rana_fx.dense_memory import is_freed
 from rana_fx.errors import WeightsFreed
-from rana_fx.graph.dataflow import op_name
 from rana_fx.graph.linears import source_name
-from rana_fx.graph.operands import MOVEMENT, base_name
+from rana_fx.graph.operands import base_name
+from rana_fx.graph.ops import MOVEMENT, op_name
 from rana_fx.passes.base import PassResult, PreGrad
 from rana_fx.passes.match import Matches
 from rana_fx.runtime.replaced_weights import replaced_weights

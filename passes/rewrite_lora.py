@@ -23,9 +23,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
-from rana_fx.graph.dataflow import op_name
-from rana_fx.graph.linears import operands_of, parameters_of
-from rana_fx.graph.operands import MOVEMENT, Operand, operand
+from rana_fx.graph.linears import parameters_of
+from rana_fx.graph.matmuls import operands_of
+from rana_fx.graph.operands import Operand, operand
+from rana_fx.graph.ops import MOVEMENT, op_name
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.passes.base import PassResult, PreGrad
 from rana_fx.passes.emit import Emitter, dtype_of
@@ -89,9 +90,9 @@ def _product(node: fx.Node) -> _Product | None:
     if node.target is router:
         return _Product(node.args[0], node.args[1], False)  # type: ignore[arg-type]
     found = operands_of(node) if node.op in ("call_function", "call_method") else None
-    if found is None or not isinstance(found[0], fx.Node) or not isinstance(found[1], fx.Node):
+    if found is None or not isinstance(found.x, fx.Node) or not isinstance(found.matrix, fx.Node):
         return None
-    return _Product(found[0], found[1], not found[3])
+    return _Product(found.x, found.matrix, not found.out_first)
 
 
 def _reads(

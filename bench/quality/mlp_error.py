@@ -100,8 +100,8 @@ def held_rows(
     network: nn.Module, calibrated: Calibrated, batches: Iterable[Any], *, metric: str, progress: bool
 ) -> tuple[Problem, int]:
     """(samples of a held-out text as ``errors`` takes them, its tokens)."""
-    _, held, count = calibrate(network, batches, wanted=counted_groups, seed=calibrated.seed, progress=progress)
-    return Problem(calibrated.layout, held, 1.0, metric, "dense", progress=False), count
+    found = calibrate(network, batches, wanted=counted_groups, seed=calibrated.seed, progress=progress)
+    return Problem(calibrated.layout, found.samples, 1.0, metric, "dense", progress=False), found.tokens
 
 
 def errors(

@@ -72,7 +72,7 @@ def measure(
     model: Annotated[str, typer.Argument(help="A shape (llama-2-7b, llama-1b, tiny, ...) or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
     tokens: Annotated[str, typer.Option(help="Numbers of calibration tokens, by commas.")] = "32000,256000",
-    text: Annotated[str | None, typer.Option(help="Calibration text of a checkpoint; default: random ids.")] = None,
+    text: Annotated[str | None, typer.Option(help="CalibratedModel text of a checkpoint; default: random ids.")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe.")] = "rana",
     budget: Annotated[float, typer.Option(help="Budget.")] = 0.5,
     metric: Annotated[str, typer.Option(help="What the budget counts: flops or bytes.")] = "flops",

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rana_fx.adaptation import Calibration, planned
+from rana_fx.adaptation import CalibratedModel, planned
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.layout import Layout
@@ -91,8 +91,7 @@ def layout_of(model: nn.Module) -> Layout:
     """Sites, stacks and blocks of a language model, from one traced call on four tokens."""
     ids_BT = torch.arange(4, device=device_of(model)).unsqueeze(0)
     batch = {"input_ids": ids_BT, "use_cache": False}
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), capacity=4, progress=False)
-    return layout
+    return calibrate(model, [batch], wanted=lambda _: set(), capacity=4, progress=False).layout
 
 
 def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu | None = None, seed: int = 0) -> Plan:
@@ -121,7 +120,7 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
         adapters += [_neuron(problem, names, fraction, menu) for names in masks]
     order = {name: index for index, name in enumerate(layout.sites)}
     adapters.sort(key=lambda adapter: order[adapter.sites[0]])
-    calibration = Calibration(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False)
+    calibration = CalibratedModel(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False)
     return _with_cheap_digest(planned(calibration, problem, adapters))
 
 

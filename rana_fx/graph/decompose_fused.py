@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rana_fx.graph.dataflow import op_name, value_of
+from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.einsums import as_linear
 from rana_fx.graph.fake_values import fake_run
 from rana_fx.graph.graph_pass import Declined, PassResult
+from rana_fx.graph.ops import op_name
 
 _MHA = "multi_head_attention_forward"
 _LAYER = "_transformer_encoder_layer_fwd"

@@ -1,4 +1,4 @@
-"""Make Dynamo recompile when a graph would meet other weights or another plan.
+"""Make Dynamo recompile when a graph would run with other weights or another plan.
 
 In: the graph inputs of the weights a rewrite depends on. Out: guards in the compile that is in progress.
 Why: Dynamo inlines modules, so one graph may serve every layer of a model compiled in pieces (graph breaks, or

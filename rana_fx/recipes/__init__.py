@@ -11,7 +11,7 @@ from rana_fx.recipes.mlp_rows import hidden_rows, up_outputs
 from rana_fx.recipes.paper.recipe import Paper
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.recipe import Rana
-from rana_fx.recipes.registry import RECIPES, Recipe, split_budget
+from rana_fx.recipes.registry import RECIPES, Recipe, needs_holdout, split_budget
 
 RECIPES.update(
     (recipe.name, recipe)
@@ -42,6 +42,7 @@ __all__ = [
     "Recipe",
     "gated_adapter",
     "importance_profile",
+    "needs_holdout",
     "neuron_adapter",
     "neuron_threshold",
     "rank_adapter",

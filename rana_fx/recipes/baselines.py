@@ -25,14 +25,14 @@ from rana_fx.recipes.registry import split_budget
 
 
 def _groups(layout: Layout, names: list[str]) -> set[tuple[str, ...]]:
-    return {layout.groups[layout.sites[name].group].sites for name in names}
+    return {layout.sites_of_group(name) for name in names}
 
 
 class Dense:
     """No adapter at all: the reference row of every table."""
 
     name = "dense"
-    rehearses = False
+    needs_holdout = False
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:  # noqa: ARG002
         return set()
@@ -46,7 +46,7 @@ class Static:
     """Fixed rank r = fraction * out * in / (out + in) in the output basis."""
 
     name = "static"
-    rehearses = False
+    needs_holdout = False
     adapts_every_layer = True
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:
@@ -82,7 +82,7 @@ class Static:
 class Thresholds:
     """Input thresholds on every linear, at one density: ``teal`` by |x|, ``wina`` by |x| times the column's norm."""
 
-    rehearses = False
+    needs_holdout = False
     adapts_every_layer = True
 
     def __init__(self, name: str, *, weighted: bool) -> None:
@@ -117,7 +117,7 @@ class Cats:
     """Contextual thresholds on the activated gate; attention and the gate itself stay dense."""
 
     name = "cats"
-    rehearses = False
+    needs_holdout = False
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:
         return _groups(layout, [block.ups[0] for block in layout.blocks])

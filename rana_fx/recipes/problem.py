@@ -6,6 +6,7 @@ rows of any site's input. Adapters are made by ``rana_fx.recipes.builders``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rana_fx.budget import Budget
+from rana_fx.calibration.holdout import Holdout
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.probe import Rehearsal
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.errors import TooFewTokens
 from rana_fx.skips import Note, Skip
@@ -31,7 +32,7 @@ class Problem:
         budget: fraction of the dense cost, in ``metric`` ("flops" or "bytes"); both together are ``limit``.
         recipe: its name, for errors. progress: whether to show progress bars.
         skips: a recipe appends the sites that it leaves dense, each with the reason.
-        rehearsal: the model and some batches, for recipes that simulate their choices; None for recipes that do not.
+        holdout: the model and some batches, for recipes that simulate their choices; None for recipes that do not.
     """
 
     layout: Layout
@@ -41,7 +42,7 @@ class Problem:
     recipe: str
     progress: bool = True
     skips: list[Skip | Note] = field(default_factory=list)
-    rehearsal: Rehearsal | None = None
+    holdout: Holdout | None = None
 
     @property
     def limit(self) -> Budget:
@@ -51,6 +52,12 @@ class Problem:
     def note(self, text: str, site: str = "") -> None:
         """A remark on the whole plan, or on one adapted site; ``plan.notes()`` and ``explain`` report it."""
         self.skips.append(Note(site, text))
+
+    @property
+    def rehearsal(self) -> Holdout | None:
+        """The old name of ``holdout``, for one release."""
+        warnings.warn("Problem.rehearsal is named holdout now", DeprecationWarning, stacklevel=2)
+        return self.holdout
 
     # ---- dense costs
 
@@ -74,7 +81,7 @@ class Problem:
 
     def sample(self, name: str) -> Reservoir | None:
         """The sample of the tensor that a site reads; None: an expert that no token reached."""
-        return self.samples.get(self.layout.groups[self.layout.sites[name].group].sites)
+        return self.samples.get(self.layout.sites_of_group(name))
 
     def rows(self, name: str) -> Tensor:
         """Sampled rows of the tensor that a site reads, (tokens, in), in the model's dtype."""

@@ -5,6 +5,7 @@ In: recipes, entered by ``rana_fx.recipes``. Out: ``RECIPES``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Protocol
 
@@ -26,8 +27,8 @@ class Recipe(Protocol):
     def name(self) -> str: ...
 
     @property
-    def rehearses(self) -> bool:
-        """Whether ``solve`` runs the model on some of the batches (``problem.rehearsal``)."""
+    def needs_holdout(self) -> bool:
+        """Whether ``solve`` runs the model on some of the batches (``problem.holdout``)."""
         ...
 
     def wants(self, layout: Layout) -> Collection[tuple[str, ...]]:
@@ -40,6 +41,15 @@ class Recipe(Protocol):
 
 
 RECIPES: dict[str, Recipe] = {}
+
+
+def needs_holdout(recipe: Recipe) -> bool:
+    """``recipe.needs_holdout``; a third party's recipe may still have it under its old name, ``rehearses``."""
+    if not hasattr(recipe, "needs_holdout") and hasattr(recipe, "rehearses"):
+        text = f"recipe {recipe.name}: rehearses is named needs_holdout now; the old name goes with the next release"
+        warnings.warn(text, DeprecationWarning, stacklevel=3)
+        return bool(recipe.rehearses)
+    return recipe.needs_holdout
 
 
 def split_budget(problem: Problem, adaptable: tuple[str, ...], *, why: str = "") -> Split:

@@ -135,11 +135,11 @@ def test_the_plan_meets_the_budget_and_does_what_was_simulated(budget, monkeypat
     exact = [adapter for adapter in plan.adapters if adapter.exact_tau is not None]
     assert exact and all(0 < adapter.exact_kept < FFN for adapter in exact)
     problem = problem_of(seeded(), budget=budget)
-    with torch.no_grad(), problem.rehearsal.opened(problem.layout) as stage:
-        dense = [stage.run(batch) for batch in problem.rehearsal.held]
-        outcome = attempt(stage, problem.layout, plan.adapters, problem.rehearsal.held, dense)
+    with torch.no_grad(), problem.holdout.instrumented(problem.layout) as instrumented:
+        dense = [instrumented.run(batch) for batch in problem.holdout.held]
+        outcome = attempt(instrumented, problem.layout, plan.adapters, problem.holdout.held, dense)
     with measuring(model) as meter:
-        got = meter.run(problem.rehearsal.held[0])["logits"]
+        got = meter.run(problem.holdout.held[0])["logits"]
         measured = meter.result()
     assert {a.name: outcome.exact_kept[a.name] / FFN for a in exact} == pytest.approx(measured.exact_density, rel=1e-6)
     assert measured.budget_flops == pytest.approx(budget, abs=0.01)
@@ -149,7 +149,7 @@ def test_the_plan_meets_the_budget_and_does_what_was_simulated(budget, monkeypat
     # benches that watch decoding count it alike
     watch = Watch(model, plan)
     watch.rows = {}
-    watch.run(problem.rehearsal.held[0])
+    watch.run(problem.holdout.held[0])
     assert watch.result() == measured and watch.rows.keys() == measured.density.keys()
     plan.save(tmp_path)
     assert rana_fx.load_plan(tmp_path).digest() == plan.digest()

@@ -23,7 +23,7 @@ from rana_fx.recipes.rana.recipe import Rana
 from rana_fx.recipes.rana.refine import Simulated, joint_correction
 from rana_fx.recipes.rana.units import units_of
 from rana_fx.recipes.simulate import Outcome, attempt
-from tests.recipes.test_rana import Classifier, rehearsed
+from tests.recipes.test_rana import Classifier, calibrated_with_holdout
 
 WIDTH, FFN = 16, 40
 
@@ -51,8 +51,8 @@ def batches(count=9):
 
 def problem_of(model, *, metric="flops", budget=0.6):
     torch.manual_seed(0)
-    layout, samples, rehearsal = rehearsed(model, batches())
-    return Problem(layout, samples, budget, metric, "rana", False, rehearsal=rehearsal)
+    layout, samples, holdout = calibrated_with_holdout(model, batches())
+    return Problem(layout, samples, budget, metric, "rana", False, holdout=holdout)
 
 
 def joint_of(problem, *, shared=True, gates=True):
@@ -288,9 +288,9 @@ def test_joint_candidates_are_taken_only_where_held_out_batches_lose_less_by_the
         problem = problem_of(seeded(), budget=budget)
         with torch.no_grad():
             made = Rana(kinds=kinds, allocations=("multiplier",)).solve(problem)
-            with problem.rehearsal.opened(problem.layout) as stage:
-                dense = [stage.run(batch) for batch in problem.rehearsal.held]
-                moved.append(attempt(stage, problem.layout, made, problem.rehearsal.held, dense).divergence)
+            with problem.holdout.instrumented(problem.layout) as stage:
+                dense = [stage.run(batch) for batch in problem.holdout.held]
+                moved.append(attempt(stage, problem.layout, made, problem.holdout.held, dense).divergence)
         joint.append(any(adapter.kind == "gated" for adapter in made))
     assert joint[0] is False
     assert moved[1] < moved[0] if joint[1] else moved[1] == pytest.approx(moved[0], rel=1e-6)

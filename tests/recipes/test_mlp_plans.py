@@ -40,12 +40,12 @@ def test_the_simulation_keeps_and_loses_what_the_attached_plan_does(gated):
     problem = problem_of(seeded(activation=relu), budget=0.6)
     with torch.no_grad():
         adapters = recipe.solve(problem)
-        with problem.rehearsal.opened(problem.layout) as stage:
-            dense = [stage.run(batch) for batch in problem.rehearsal.held]
-            outcome = attempt(stage, problem.layout, adapters, problem.rehearsal.held, dense)
+        with problem.holdout.instrumented(problem.layout) as instrumented:
+            dense = [instrumented.run(batch) for batch in problem.holdout.held]
+            outcome = attempt(instrumented, problem.layout, adapters, problem.holdout.held, dense)
     assert all(torch.equal(ours.tau, theirs.tau) for ours, theirs in zip(adapters, plan.adapters, strict=True))
     with measuring(model) as meter:
-        got = meter.run(problem.rehearsal.held[0])["logits"]
+        got = meter.run(problem.holdout.held[0])["logits"]
         measured = meter.result()
     assert {a.name: outcome.kept[a.name] / a.ranks for a in adapters} == pytest.approx(measured.density, rel=1e-6)
     assert plan.expected_budget() == pytest.approx(measured.budget_flops, rel=1e-6)

@@ -10,7 +10,7 @@ from torch import nn
 
 import rana_fx
 from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.probe import Keeper
+from rana_fx.calibration.holdout import Tee
 from rana_fx.calibration.sensitivity import sensitivities
 from rana_fx.evaluation.measure import measuring
 from rana_fx.recipes import RECIPES, Problem
@@ -202,23 +202,22 @@ class Classifier(nn.Module):
         return {"logits": self.head(h)}
 
 
-def rehearsed(model, batches):
-    keeper = Keeper(batches)
-    wanted = RECIPES["rana"].wants
-    layout, samples, _ = calibrate(model, keeper, wanted=wanted, progress=False)
-    return layout, samples, keeper.rehearsal(model)
+def calibrated_with_holdout(model, batches):
+    tee = Tee(batches)
+    found = calibrate(model, tee, wanted=RECIPES["rana"].wants, progress=False)
+    return found.layout, found.samples, tee.holdout(model)
 
 
 def test_gradients_are_those_of_the_divergence():
     torch.manual_seed(0)
     model = Classifier()
     batches = [(torch.randn(4, 512, 4),) for _ in range(9)]
-    layout, _, rehearsal = rehearsed(model, batches)
-    assert len(rehearsal.held) == 1 and len(rehearsal.batches) == 4
-    with rehearsal.opened(layout) as stage:
-        found = sensitivities(stage, layout, units_of(layout), rehearsal.batches)
+    layout, _, holdout = calibrated_with_holdout(model, batches)
+    assert len(holdout.held) == 1 and len(holdout.batches) == 4
+    with holdout.instrumented(layout) as instrumented:
+        found = sensitivities(instrumented, layout, units_of(layout), holdout.batches)
     # at the last down projection the Fisher information is known: W^T (diag p - p p^T) W
-    x = torch.cat([batch[0] for batch in rehearsal.batches]).reshape(-1, 4)
+    x = torch.cat([batch[0] for batch in holdout.batches]).reshape(-1, 4)
     p = model(x)["logits"].softmax(-1).double()
     fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
     head = model.head.weight.double()
@@ -233,16 +232,16 @@ def test_the_simulation_keeps_and_loses_what_the_attached_plan_does():
     torch.manual_seed(0)
     model = Classifier()
     batches = [(torch.randn(4, 128, 4),) for _ in range(9)]
-    layout, samples, rehearsal = rehearsed(model, batches)
-    problem = Problem(layout, samples, 0.5, "flops", "rana", False, rehearsal=rehearsal)
+    layout, samples, holdout = calibrated_with_holdout(model, batches)
+    problem = Problem(layout, samples, 0.5, "flops", "rana", False, holdout=holdout)
     with torch.no_grad():
         adapters = RECIPES["rana"].solve(problem)
-        with rehearsal.opened(layout) as stage:
-            dense = [stage.run(batch) for batch in rehearsal.held]
-            outcome = attempt(stage, layout, adapters, rehearsal.held, dense)
+        with holdout.instrumented(layout) as instrumented:
+            dense = [instrumented.run(batch) for batch in holdout.held]
+            outcome = attempt(instrumented, layout, adapters, holdout.held, dense)
     plan = rana_fx.adapt(model, batches, budget=0.5, recipe="rana", progress=False)
     with measuring(model) as meter:
-        output = meter.run(rehearsal.held[0])["logits"]
+        output = meter.run(holdout.held[0])["logits"]
         measured = meter.result()
     ranks = {adapter.name: adapter.ranks for adapter in plan.adapters}
     assert {name: kept / ranks[name] for name, kept in outcome.kept.items()} == pytest.approx(measured.density, rel=1e-3)
@@ -311,15 +310,15 @@ def test_a_linear_that_reads_another_one_directly_reads_what_the_step_made_of_it
             return {"logits": self.head(h + self.downs[0](self.ups[0](h)))}
 
     model = Chain()
-    layout, _, rehearsal = rehearsed(model, [(torch.randn(2, 16, 4),) for _ in range(2)])
+    layout, _, holdout = calibrated_with_holdout(model, [(torch.randn(2, 16, 4),) for _ in range(2)])
     seen = {}
 
     def step(name, x, y):
         seen[name] = x
         return torch.zeros_like(y) if name == "ups.0" else y
 
-    with rehearsal.opened(layout) as stage:
-        stage.run(rehearsal.held[0], step)
+    with holdout.instrumented(layout) as instrumented:
+        instrumented.run(holdout.held[0], step)
     assert float(seen["ups.0"].abs().sum()) > 0
     assert float(seen["downs.0"].abs().sum()) == 0
 
@@ -327,10 +326,10 @@ def test_a_linear_that_reads_another_one_directly_reads_what_the_step_made_of_it
 def test_ingredients_that_are_left_out_are_not_in_the_plan():
     torch.manual_seed(0)
     batches = [(torch.randn(4, 128, 4),) for _ in range(9)]
-    layout, samples, rehearsal = rehearsed(Classifier(), batches)
+    layout, samples, holdout = calibrated_with_holdout(Classifier(), batches)
 
     def solved(metric="flops", budget=0.5, **left_out):
-        problem = Problem(layout, samples, budget, metric, "rana", False, rehearsal=rehearsal)
+        problem = Problem(layout, samples, budget, metric, "rana", False, holdout=holdout)
         with torch.no_grad():
             return Rana(**left_out).solve(problem)
 
@@ -358,6 +357,6 @@ def test_linears_may_be_units_of_their_own():
             h = h + self.downs[0](torch.nn.functional.gelu(self.ups[0](h)) * self.ups[1](h))
             return {"logits": self.head(h)}
 
-    layout, _, _ = rehearsed(Pair(), [(torch.randn(4, 128, 4),)])
+    layout, _, _ = calibrated_with_holdout(Pair(), [(torch.randn(4, 128, 4),)])
     assert ("ups.0", "ups.1") in units_of(layout)
     assert units_of(layout, shared=False) == [("ups.0",), ("ups.1",), ("downs.0",)]

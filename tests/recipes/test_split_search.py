@@ -43,11 +43,9 @@ def inputs(tail: str) -> torch.Tensor:
 @pytest.mark.parametrize("fraction", [0.4, 0.6])
 def test_the_winner_is_that_of_scoring_all_on_all(gated, tail, fraction):
     model = Mlp(gated)
-    layout, samples, _ = calibrate(
-        model, [inputs(tail)], wanted=lambda layout: {group.sites for group in layout.groups}, progress=False
-    )
-    problem = Problem(layout, samples, fraction, "flops", "paper", False)
-    (block,) = layout.blocks
+    found = calibrate(model, [inputs(tail)], wanted=lambda layout: {group.sites for group in layout.groups}, progress=False)
+    problem = Problem(found.layout, found.samples, fraction, "flops", "paper", False)
+    (block,) = found.layout.blocks
     rows = problem.rows(block.ups[0])
     bases = [output_basis(problem.matrix((up,)), second_moment(rows)) for up in block.ups]
     norms = torch.linalg.vector_norm(problem.matrix((block.down,)), dim=0)

@@ -43,12 +43,12 @@ class Paper:
     """The published recipe."""
 
     name = "paper"
-    rehearses = False
+    needs_holdout = False
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:
         """Inputs of attention stacks and of MLP blocks."""
         firsts = [stack[0] for stack in layout.stacks()] + [block.ups[0] for block in layout.blocks]
-        return {layout.groups[layout.sites[name].group].sites for name in firsts}
+        return {layout.sites_of_group(name) for name in firsts}
 
     def solve(self, problem: Problem) -> list[Adapter]:
         layout = problem.layout

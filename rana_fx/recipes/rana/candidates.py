@@ -10,7 +10,7 @@ that can be dropped is kept where half its squared size, in the loss metric's co
     stored   everything, in fewer bits
 
 A quantized format (quantization.py) lowers the cost of candidates and adds the loss of rounding. Masks of inputs are counted once
-for all multipliers (log_histogram.py). Candidates of a whole MLP are another module's (mlp_candidate.py).
+for all multipliers (score_histogram.py). Candidates of a whole MLP are another module's (mlp_candidate.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rana_fx.calibration.score_histogram import Survival
 from rana_fx.recipes.basis import Basis
 from rana_fx.recipes.rana.components import Components
 from rana_fx.recipes.rana.joint_drop import JointDropCorrection
-from rana_fx.recipes.rana.log_histogram import Survival
 from rana_fx.recipes.rana.loss_metric import LossMetric
 from rana_fx.recipes.rana.operating_point import BASIS_KINDS, OperatingPoint
 from rana_fx.recipes.rana.quantization import UnitFormat

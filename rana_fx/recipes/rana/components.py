@@ -19,8 +19,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rana_fx.calibration.score_histogram import Survival
 from rana_fx.recipes.basis import Basis
-from rana_fx.recipes.rana.log_histogram import Survival
 from rana_fx.recipes.rana.operating_point import OperatingPoint
 from rana_fx.recipes.rana.quantization import UnitFormat
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from rana_fx.recipes.rana.log_histogram import Survival
+from rana_fx.calibration.score_histogram import Survival
 from rana_fx.recipes.rana.loss_metric import LossMetric
 
 _DROPPED = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.995)  # shares of inputs at which it is measured

@@ -74,7 +74,7 @@ class _Maker:
                     joint[mlp] = made
             sample = self.problem.sample(unit[0])
             if sample is not None and sample.host and last[sample] == unit:
-                sample.forget()
+                sample.release()
         together = {unit: mlp.units for mlp in joint for unit in mlp.units}
         groups = dict.fromkeys(together.get(unit, (unit,)) for unit in units)
         joint_of = {mlp.units: made for mlp, made in joint.items()}

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.calibration.score_histogram import Survival
 from rana_fx.recipes.mlp_rows import up_outputs
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.candidates import UnitCandidates
 from rana_fx.recipes.rana.eligible_mlps import EligibleMlp
-from rana_fx.recipes.rana.log_histogram import Survival
 from rana_fx.recipes.rana.loss_metric import LossMetric
 from rana_fx.recipes.rana.operating_point import OperatingPoint
 from rana_fx.recipes.rana.replay import outputs

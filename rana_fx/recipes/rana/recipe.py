@@ -36,13 +36,13 @@ class Rana(Options):
     """The default recipe."""
 
     name = "rana"
-    rehearses = True
+    needs_holdout = True
     adapts_every_layer = True
 
     def wants(self, layout: Layout) -> dict[tuple[str, ...], Keep]:
         units: dict[tuple[str, ...], list[Unit]] = {}
         for unit in units_of(layout, shared=self.shared):
-            units.setdefault(layout.groups[layout.sites[unit[0]].group].sites, []).append(unit)
+            units.setdefault(layout.sites_of_group(unit[0]), []).append(unit)
         firsts = [layout.sites[found[0][0]] for found in units.values()]
         if CAPACITY * sum(site.in_features * site.weight.element_size() for site in firsts) <= _SAMPLES:
             return dict.fromkeys(units, Keep())
@@ -56,14 +56,14 @@ class Rana(Options):
         """``solve`` in stages: gradients, decompose, allocate, build."""
         if problem.budget >= 1:
             return []
-        assert problem.rehearsal is not None
+        assert problem.holdout is not None
         units = units_of(problem.layout, shared=self.shared)
         units = [unit for unit in units if problem.calibrated(unit, 1) and _varied(problem, unit)]
-        with problem.rehearsal.opened(problem.layout) as stage:
+        with problem.holdout.instrumented(problem.layout) as stage:
             yield "gradients"
             mlps = eligible_mlps(problem.layout, units, self.kinds) if self.gates else []
             measured = list(dict.fromkeys([*units, *((mlp.gate,) for mlp in mlps if mlp.kind == "gated")]))
-            batches = problem.rehearsal.batches
+            batches = problem.holdout.batches
             found = sensitivities(stage, problem.layout, measured, batches) if self.weighted else Sensitivity()
             if found.missing:
                 alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"

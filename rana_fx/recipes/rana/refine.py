@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rana_fx.adapter import Adapter
-from rana_fx.calibration.probe import Stage
+from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.sensitivity import compared
 from rana_fx.errors import BudgetUnreachable
 from rana_fx.graph.linears import Skip
@@ -43,22 +43,22 @@ class Simulated:
     cost: float
 
 
-def refine(problem: Problem, stage: Stage, decisions: list[Decision], options: Options) -> Stages:
+def refine(problem: Problem, model: InstrumentedModel, decisions: list[Decision], options: Options) -> Stages:
     """The adapters, in stages "allocate" and "build"; candidates are released one by one as their adapters are made.
 
     Raises:
         BudgetUnreachable: the adapted model costs more than the target at any lambda.
     """
-    return _Refinement(problem, stage, decisions, options).run()
+    return _Refinement(problem, model, decisions, options).run()
 
 
 class _Refinement:
-    def __init__(self, problem: Problem, stage: Stage, decisions: list[Decision], options: Options) -> None:
-        self._problem, self._stage, self._decisions = problem, stage, decisions
+    def __init__(self, problem: Problem, model: InstrumentedModel, decisions: list[Decision], options: Options) -> None:
+        self._problem, self._model, self._decisions = problem, model, decisions
         self._allocations = options.allocations
-        assert problem.rehearsal is not None
-        self._held_out = problem.rehearsal.held
-        self._dense = [compared(stage.run(batch)) for batch in self._held_out]
+        assert problem.holdout is not None
+        self._held_out = problem.holdout.held
+        self._dense = [compared(model.run(batch)) for batch in self._held_out]
         adaptable = sum(decision.dense_cost for decision in decisions)
         self._split = problem.limit.split(problem.size(problem.counted()), adaptable)
         self._target = self._split.target
@@ -161,7 +161,7 @@ class _Refinement:
             unit: decision.adapters(self._problem, unit, points[unit]) for decision in self._decisions for unit in decision.units
         }
         flat = [adapter for made in adapters.values() for adapter in made]
-        outcome = attempt(self._stage, self._problem.layout, flat, self._held_out, self._dense)
+        outcome = attempt(self._model, self._problem.layout, flat, self._held_out, self._dense)
         return Simulated(points, outcome, self._measured_cost(points, adapters, outcome))
 
     def _measured_cost(self, points: Points, adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
