@@ -59,7 +59,7 @@ def operands(node: fx.Node) -> dict[str, Any]:
 
 
 def put(
-    like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], *, at: fx.Node | None = None, **kwargs: object
+    like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], *, at: fx.Node | None = None, **kwargs: Any
 ) -> fx.Node:
     """``target(*args, **kwargs)`` before ``at``, or before ``like``, with the metadata of ``like`` and a value of its own."""
     with like.graph.inserting_before(like if at is None else at):
