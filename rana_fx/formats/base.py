@@ -235,8 +235,8 @@ def half_a_step(steps: Tensor, limit: int, scale_dtype: torch.dtype) -> Tensor:
     """Error bound of ``round_to_steps``, given its steps broadcast in fp32.
 
     A number is at most half a step from its multiple, or is clipped where rounding to ``scale_dtype`` made the step smaller, by
-    at most half an eps: the largest number, ``limit`` steps, is then off by as much of itself. Divisions and products in fp32 round
-    ``limit`` steps twice; a step that vanishes in ``scale_dtype`` loses numbers below the smallest normal number.
+    at most half an eps: the largest number, ``limit`` steps, is then off by as much of itself. Divisions and products in fp32
+    round ``limit`` steps twice; a step that vanishes in ``scale_dtype`` loses numbers below the smallest normal number.
     """
     half = torch.finfo(scale_dtype).eps / 2
     share = max(0.5, limit * half / (1 - half)) + 2 * limit * torch.finfo(torch.float32).eps
