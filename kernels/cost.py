@@ -27,7 +27,7 @@ import math
 
 import torch
 
-from rana_fx.kernels.triton.config import CPU_TOKENS, MAX_TOKENS, TOKENS_AT_ONCE, cdiv, default_config
+from rana_fx.kernels.triton.config import TOKENS_AT_ONCE, cdiv, default_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +67,15 @@ def weight_bytes(rows: float, N: int, bits: int, group: int = 64) -> float:
     return rows * (N * bits / 8 + scales)
 
 
-def masked_us(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 16, launches: int = 1) -> float:
-    """Time of the masked product. launches beyond the first are somebody else's."""
+def masked_us(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> float:
+    """Time of the masked GEMV."""
     config = default_config(K, N, T, density, device.sm_count, bits=bits)
     traffic = weight_bytes(rows_read(K, T, density), N, bits) + K * (2 * T + 4) + 2 * config.splits * T * N * 4
     more = 2.0 if bits < 16 else 0.25 if config.block_n >= 512 else 0.55
     narrow = bits == 8 and config.block_n < 1024
     slower = (2.2 if bits == 4 else 1.45 if narrow else 1.0) * (1 + more * (min(T, TOKENS_AT_ONCE) - 1))
     fixed = device.packed_fixed_us if bits < 16 and not narrow else device.masked_fixed_us
-    return fixed + traffic / device.bytes_per_us * slower + (launches - 1) * device.launch_us
+    return fixed + traffic / device.bytes_per_us * slower
 
 
 def rows_us(N: int, K: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> float:
@@ -107,16 +107,6 @@ def prefers_rows_on_cpu(T: int, density: float, *, bits: int = 16) -> bool:
     tokens, densities 0.2 to 0.9: up to there the template was faster or within a tenth, beyond it not faster).
     """
     return T * (1 - math.pow(1 - density, T)) <= (6.0 if bits >= 32 else 1.6)
-
-
-def tokens_that_pay(K: int, N: int, density: float, device: torch.device, *, bits: int = 16) -> int:
-    """Up to how many tokens at once are expected to be faster masked than dense, at most MAX_TOKENS; 0 where one is not."""
-    if device.type == "cpu":
-        return CPU_TOKENS
-    if device.type != "cuda":
-        return 0
-    found = nearest(device)
-    return next((T - 1 for T in range(1, MAX_TOKENS + 1) if not prefers_masked(K, N, T, density, found, bits=bits)), MAX_TOKENS)
 
 
 def nearest(device: torch.device) -> Device:

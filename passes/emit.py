@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.source import LocalSource
 
 from rana_fx.graph.dataflow import value_of
-from rana_fx.graph.decompose_fused import fake_run
+from rana_fx.graph.fake_values import fake_run
 
 
 class Emitter:

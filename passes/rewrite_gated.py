@@ -19,17 +19,17 @@ import torch
 from torch import fx
 
 from rana_fx.graph.dataflow import (
-    is_pointwise,
     is_reshape,
     is_row_view,
-    op_name,
     shape_of,
     statically_equal,
     tensor_inputs,
     value_of,
 )
 from rana_fx.graph.functionalize import Writes, written
-from rana_fx.graph.linears import Linear, operands_of
+from rana_fx.graph.linears import Linear
+from rana_fx.graph.matmuls import operands_of
+from rana_fx.graph.ops import is_pointwise, op_name
 from rana_fx.kernels.ops import masked_gemv, masked_rows
 from rana_fx.kernels.reference import kept
 from rana_fx.passes.emit import Emitter, dtype_of
@@ -122,11 +122,9 @@ def _rewritten_between(up: fx.Node, product: fx.Node) -> bool:
 def _skip_rows(emit: Emitter, product: fx.Node, masked: fx.Node, chain: list[fx.Node], match: Match) -> None:
     """Put ``rana.masked_rows`` in the place of the product, of which up is the end of the chain."""
     found = operands_of(chain[-1])
-    assert found is not None
-    x, matrix, bias, by_rows = found
-    assert isinstance(x, fx.Node)
-    weight = matrix if by_rows else emit.call(torch.t, matrix)
-    h = emit.call(masked_rows, cast(emit, x, dtype_of(product)), masked, weight, bias, match.adapter.density)
+    assert found is not None and isinstance(found.x, fx.Node)
+    weight = found.matrix if found.out_first else emit.call(torch.t, found.matrix)
+    h = emit.call(masked_rows, cast(emit, found.x, dtype_of(product)), masked, weight, found.bias, match.adapter.density)
     h.meta["rana_adapter"] = match.adapter.name
     product.replace_all_uses_with(h)
     for node in (product, *chain):

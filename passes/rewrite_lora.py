@@ -14,7 +14,7 @@ without dropout, made anew in the backward pass. After the rewrites, which find 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
-from rana_fx.graph.dataflow import op_name
-from rana_fx.graph.linears import operands_of, parameters_of
-from rana_fx.graph.operands import MOVEMENT, Operand, operand
+from rana_fx.graph.linears import parameters_of
+from rana_fx.graph.matmuls import operands_of
+from rana_fx.graph.operands import Operand, operand
+from rana_fx.graph.ops import MOVEMENT, op_name
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
+from rana_fx.passes.base import PassResult, PreGrad
 from rana_fx.passes.emit import Emitter, dtype_of
 from rana_fx.passes.stacked import cast
-from rana_fx.runtime.attachment import Attachment
 from rana_fx.runtime.lora_state import Addition
 
 
@@ -44,13 +45,13 @@ class _Product:
     gate: fx.Node | None = None
 
 
-def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], attachments: Sequence[Attachment]) -> int:
-    """Rewrite in place; returns how many reads of a matrix were changed."""
-    tables = [attachment.factors.lowrank for attachment in attachments if attachment.factors.lowrank is not None]
+def rewrite_lora(graph_module: fx.GraphModule, context: PreGrad) -> PassResult:
+    """Every read of a matrix that LoRA is added to. The count is that of reads."""
+    tables = [found.factors.lowrank for found in context.matches.attachments if found.factors.lowrank is not None]
     if not tables:
-        return 0
+        return PassResult()
     added = {id(addition.matrix): (addition, number) for number, table in enumerate(tables) for addition in table.additions()}
-    weights = parameters_of(graph_module, example_inputs)
+    weights = parameters_of(graph_module, context.example_inputs)
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     products = {node: found for node in position if (found := _product(node)) is not None}
     changed = 0
@@ -76,7 +77,7 @@ def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], 
         if otherwise:
             _sum(graph_module, source, otherwise, addition, prefix)
             changed += len(otherwise)
-    return changed
+    return PassResult(changed)
 
 
 def _product(node: fx.Node) -> _Product | None:
@@ -89,9 +90,9 @@ def _product(node: fx.Node) -> _Product | None:
     if node.target is router:
         return _Product(node.args[0], node.args[1], False)  # type: ignore[arg-type]
     found = operands_of(node) if node.op in ("call_function", "call_method") else None
-    if found is None or not isinstance(found[0], fx.Node) or not isinstance(found[1], fx.Node):
+    if found is None or not isinstance(found.x, fx.Node) or not isinstance(found.matrix, fx.Node):
         return None
-    return _Product(found[0], found[1], not found[3])
+    return _Product(found.x, found.matrix, not found.out_first)
 
 
 def _reads(

@@ -24,14 +24,14 @@ from torch import nn
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.batches import check_batches
 from rana_fx.calibration.calibrate import calibrate
+from rana_fx.calibration.holdout import Holdout, Tee
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.probe import Keeper, Rehearsal
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.cost import METRICS
 from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, UnknownMetric, UnknownRecipe
 from rana_fx.modules import unwrap
 from rana_fx.plan import Plan, SiteRecord, weight_digest
-from rana_fx.recipes import RECIPES, Problem, Recipe
+from rana_fx.recipes import RECIPES, Problem, Recipe, needs_holdout
 from rana_fx.runtime.attachment import attach, attached
 from rana_fx.skips import Note, Skip, typed
 
@@ -57,8 +57,8 @@ def adapt(
             uniformly from all that pass.
         budget: expected cost per token of all linears inside the blocks, router included, over their dense cost, in (0, 1].
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
-        recipe: "rana", the best of all candidates allocated over the whole model; "paper" (RaNA as published), or a baseline:
-            "dense", "static", "cats", "teal", "wina".
+        recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
+            published), or a baseline (docs/recipes.md).
         seed: of the token sample.
 
     Returns:
@@ -84,13 +84,13 @@ def adapt(
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class CalibratedModel:
     """What calibration found of a model, for any number of plans.
 
     Attributes:
         model: the name of its class. tokens: seen, padding not counted. seed: of the sample.
         samples: by the sites of a group, rows of the tensor that the group reads.
-        rehearsal: batches to run the model on again, for recipes that simulate their adapters.
+        holdout: batches to run the model on again, for recipes that simulate their adapters.
         hashed: False to leave digests of weights out of the records of plans that will not be loaded.
     """
 
@@ -99,12 +99,12 @@ class Calibration:
     samples: Mapping[tuple[str, ...], Reservoir]
     tokens: int
     seed: int
-    rehearsal: Rehearsal | None = None
+    holdout: Holdout | None = None
     hashed: bool = True
 
     def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
         """One adaptation of the model."""
-        return Problem(self.layout, self.samples, budget, metric, recipe, progress, rehearsal=self.rehearsal)
+        return Problem(self.layout, self.samples, budget, metric, recipe, progress, holdout=self.holdout)
 
     @functools.cached_property
     def sites(self) -> tuple[SiteRecord, ...]:
@@ -112,12 +112,14 @@ class Calibration:
         return records(self.layout, hashed=self.hashed)
 
 
-def calibrated(model: nn.Module, batches: Iterable[Any], recipe: Recipe, *, seed: int = 0, progress: bool = False) -> Calibration:
+def calibrated(
+    model: nn.Module, batches: Iterable[Any], recipe: Recipe, *, seed: int = 0, progress: bool = False
+) -> CalibratedModel:
     """Run the model on ``batches`` and sample what ``recipe`` wants. Raises what ``rana_fx.adapt`` says of batches and models."""
-    keeper = Keeper(check_batches(batches)) if recipe.rehearses else None
-    layout, samples, tokens = calibrate(model, keeper or batches, wanted=recipe.wants, seed=seed, progress=progress)
-    rehearsal = None if keeper is None else keeper.rehearsal(model)
-    return Calibration(type(unwrap(model)).__name__, layout, samples, tokens, seed, rehearsal)
+    tee = Tee(check_batches(batches)) if needs_holdout(recipe) else None
+    found = calibrate(model, tee or batches, wanted=recipe.wants, seed=seed, progress=progress)
+    holdout = None if tee is None else tee.holdout(model)
+    return CalibratedModel(type(unwrap(model)).__name__, found.layout, found.samples, found.tokens, seed, holdout)
 
 
 def solved(problem: Problem, recipe: Recipe) -> tuple[Adapter, ...]:
@@ -126,7 +128,7 @@ def solved(problem: Problem, recipe: Recipe) -> tuple[Adapter, ...]:
         return tuple(recipe.solve(problem))
 
 
-def planned(calibration: Calibration, problem: Problem, adapters: Sequence[Adapter]) -> Plan:
+def planned(calibration: CalibratedModel, problem: Problem, adapters: Sequence[Adapter]) -> Plan:
     """The plan of a solved problem."""
     return Plan(
         recipe=problem.recipe,

@@ -1,4 +1,4 @@
-"""A model as its caller holds it: the module behind wrappers, its weights by site name, its device."""
+"""A model as a caller passes it: the module behind wrappers, its weights by site name, its device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 
 def quantised_modules(model: nn.Module) -> dict[str, str]:
-    """Modules that hold a quantised matrix where no Parameter shows it, and what they are: no graph tells of these."""
+    """Names of modules that hold a quantised matrix outside of Parameters, where no graph shows it -> what they are."""
     found = {}
     for name, module in unwrap(model).named_modules():
         matrices = [
@@ -45,9 +45,9 @@ def quantised_modules(model: nn.Module) -> dict[str, str]:
             if buffer.dtype in (torch.int8, torch.uint8, torch.int32) and buffer.dim() == 2 and min(buffer.shape) > 1
         ]
         if hasattr(module, "_packed_params") and not isinstance(module._packed_params, nn.Module):
-            continue  # the holder of the packed weight; its owner is the layer
+            continue  # only the container of the packed weight: the layer is the module around it
         if type(module).__module__.partition(".")[0] == "rana_fx":
-            continue  # factors of a plan on the model
+            continue  # factors of an attached plan
         if matrices or hasattr(module, "_packed_params"):
             found[name.replace(f"{_WRAPPED}.", "")] = f"quantised layer {type(module).__name__}" + "".join(
                 f" ({m})" for m in matrices[:1]

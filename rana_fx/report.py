@@ -83,7 +83,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
     Raises:
         NoLinears, NonFinite, TraceFailed.
     """
-    layout, _, _ = calibrate(model, [example_inputs], wanted=lambda _: set(), progress=False)
+    layout = calibrate(model, [example_inputs], wanted=lambda _: set(), progress=False).layout
     found = attached(model)
     plan = None if found is None else found.plan
     rows = [_row(site, plan) for site in layout.sites.values()]

@@ -14,17 +14,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from bench.common.record import head
-from rana_fx.adaptation import Calibration, planned, solved
+from rana_fx.adaptation import CalibratedModel, planned, solved
 from rana_fx.calibration.calibrate import calibrate
+from rana_fx.calibration.holdout import Tee
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.probe import Keeper
 from rana_fx.evaluation.text import load_texts, token_batches
 from rana_fx.plan import Plan
 from rana_fx.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True, eq=False)
-class Calibrated(Calibration):
+class Calibrated(CalibratedModel):
     """A model's layout and samples of every input that any recipe may ask for."""
 
     def head(self, bench: str, model: str, calib: str, *, context: int, dtype: str) -> dict[str, Any]:
@@ -47,14 +47,14 @@ class Calibrated(Calibration):
 
 def calibrate_once(model: nn.Module, batches: Iterable[Any], *, seed: int = 0, progress: bool = False) -> Calibrated:
     """Sample the inputs of all groups that the budget counts."""
-    keeper = Keeper(batches)
-    layout, samples, tokens = calibrate(model, keeper, wanted=counted_groups, seed=seed, progress=progress)
-    return Calibrated(type(model).__name__, layout, samples, tokens, seed, keeper.rehearsal(model))
+    tee = Tee(batches)
+    found = calibrate(model, tee, wanted=counted_groups, seed=seed, progress=progress)
+    return Calibrated(type(model).__name__, found.layout, found.samples, found.tokens, seed, tee.holdout(model))
 
 
 def counted_groups(layout: Layout) -> set[tuple[str, ...]]:
     """Groups, by their site names, with a site in the budget."""
-    return {layout.groups[site.group].sites for site in layout.sites.values() if site.counted}
+    return {layout.sites_of_group(site.name) for site in layout.sites.values() if site.counted}
 
 
 def batches_of(source: str, tokenizer: Any, *, tokens: int, context: int, batch_size: int = 8) -> list[dict[str, Tensor | bool]]:

@@ -17,6 +17,7 @@ from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import MlpBlock
 from rana_fx.formats import unpack
 from rana_fx.kernels.reference import masked_gemv
+from rana_fx.recipes.mlp_rows import hidden_rows
 from rana_fx.recipes.problem import Problem
 
 _ROWS = 1024  # at a time
@@ -96,7 +97,7 @@ def score(problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> tup
     cast = Cast(problem, block, adapters)
     energy = error = 0.0
     for x_TI in rows.float().split(_ROWS):
-        y_TO = linear(problem.dense_rows(block, x_TI), weight)
+        y_TO = linear(hidden_rows(problem, block, x_TI), weight)
         energy += float(y_TO.square().sum(dtype=torch.float64))
         moved = cast.output(x_TI) - (y_TO if bias is None else y_TO + bias)
         error += float(moved.square().sum(dtype=torch.float64))

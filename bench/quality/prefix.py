@@ -29,8 +29,9 @@ from bench.common.calibrated import batches_of, calibrate_once
 from bench.common.documents import Text, read_text
 from bench.common.record import append, start
 from bench.quality.divergence import interval
+from rana_fx.calibration.holdout import Holdout
+from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.probe import Rehearsal, Stage
 from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.plan import METRICS, Plan
@@ -48,7 +49,7 @@ class Cast:
         self._troupe, self._tokens, self._dense = troupe, tokens, dense
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """For ``Stage.run``."""
+        """For ``InstrumentedModel.run``."""
         adapted = self._troupe.step(name, x, y)
         if self._dense == 0:
             return adapted
@@ -88,7 +89,7 @@ def main(
     rules = {"all": 0, **{f"first-{count}": count for count in _FIRST if count < context // 2}, "prompt": context // 2}
     for budget in (float(value) for value in budgets.split(",")):
         plan = calibrated.plan(budget=budget, metric=metric, recipe=recipe, progress=progress)
-        for facts in measured(Rehearsal(network, (), ()), calibrated.layout, plan, held, rules, context):
+        for facts in measured(Holdout(network, (), ()), calibrated.layout, plan, held, rules, context):
             row = {"budget": budget, **facts}
             append(out, common | row)
             rows.append(row)
@@ -97,16 +98,16 @@ def main(
 
 @torch.no_grad()
 def measured(
-    rehearsal: Rehearsal, layout: Layout, plan: Plan, text: Text, rules: dict[str, int], context: int
+    holdout: Holdout, layout: Layout, plan: Plan, text: Text, rules: dict[str, int], context: int
 ) -> Iterator[dict[str, Any]]:
     """Facts of every rule; ``rules``: how many positions of a sequence are dense."""
     places = torch.arange(context - 1)
     documents = torch.cat([part[:, 1:] for part in text.documents])
-    with rehearsal.opened(layout) as stage:
-        dense = _losses(stage, text, None, 0)
+    with holdout.instrumented(layout) as model:
+        dense = _losses(model, text, None, 0)
         for rule, leading in rules.items():
-            troupe = Troupe(stage, layout, plan.adapters)
-            more = _losses(stage, text, troupe, leading) - dense
+            troupe = Troupe(model, layout, plan.adapters)
+            more = _losses(model, text, troupe, leading) - dense
             kept, router, exact = (troupe.means(part) for part in ("kept", "router_kept", "exact_kept"))
             budget = plan.expected_budget(plan.metric, kept=kept, router_kept=router, exact_kept=exact)
             row = {"rule": rule, "dense_positions": leading, "measured": budget}
@@ -122,7 +123,7 @@ def measured(
             yield row
 
 
-def _losses(stage: Stage, text: Text, troupe: Troupe | None, leading: int) -> Tensor:
+def _losses(model: InstrumentedModel, text: Text, troupe: Troupe | None, leading: int) -> Tensor:
     """Of every target, (sequences, context - 1); NaN where it or the token before it is padding."""
     found = []
     for batch in text.batches:
@@ -130,7 +131,7 @@ def _losses(stage: Stage, text: Text, troupe: Troupe | None, leading: int) -> Te
         assert isinstance(ids, Tensor)
         assert isinstance(mask, Tensor)
         step = None if troupe is None else Cast(troupe, (ids.shape[0], ids.shape[1]), leading).step
-        logits = stage.run(batch, step).logits.float().cpu()
+        logits = model.run(batch, step).logits.float().cpu()
         if troupe is not None:
             troupe.forget()
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").double()

@@ -37,7 +37,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 def measure(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a causal language model.")],
-    calib: Annotated[str, typer.Option(help="Calibration text.")],
+    calib: Annotated[str, typer.Option(help="CalibratedModel text.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
     tokens: Annotated[str, typer.Option(help="Numbers of calibration tokens, by commas.")] = "32000,256000",
     budget: Annotated[float, typer.Option(help="Budget in flops.")] = 0.58,

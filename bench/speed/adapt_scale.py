@@ -30,10 +30,11 @@ import typer
 from bench.common.calibrated import batches_of
 from bench.common.models import build, vocabulary_of
 from bench.common.record import ROOT, append, head, start
-from rana_fx.adaptation import calibrated, planned, solved
+from rana_fx.adaptation import calibrated, planned
 from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.recipes import RECIPES
+from rana_fx.recipes.stages import solve_in_stages
 from rana_fx.runtime.attachment import attach
 
 _GIB = 2**30
@@ -71,7 +72,7 @@ def measure(
     model: Annotated[str, typer.Argument(help="A shape (llama-2-7b, llama-1b, tiny, ...) or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
     tokens: Annotated[str, typer.Option(help="Numbers of calibration tokens, by commas.")] = "32000,256000",
-    text: Annotated[str | None, typer.Option(help="Calibration text of a checkpoint; default: random ids.")] = None,
+    text: Annotated[str | None, typer.Option(help="CalibratedModel text of a checkpoint; default: random ids.")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe.")] = "rana",
     budget: Annotated[float, typer.Option(help="Budget.")] = 0.5,
     metric: Annotated[str, typer.Option(help="What the budget counts: flops or bytes.")] = "flops",
@@ -143,9 +144,9 @@ def _adapt(given: dict[str, Any], clock: Clock) -> dict[str, Any]:
     with clock.within("calibrate"):
         calibration = calibrated(model, batches, chosen)
     problem = calibration.problem(budget=given["budget"], metric=given["metric"], recipe=given["recipe"])
-    problem.within = clock.within
     began = time.perf_counter()
-    adapters = solved(problem, chosen)
+    with torch.no_grad():
+        adapters = tuple(solve_in_stages(chosen, problem, clock.within))
     clock.seconds["solve"] = time.perf_counter() - began
     with clock.within("attach"):
         plan = planned(calibration, problem, adapters)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rana_fx.adaptation import Calibration, planned
+from rana_fx.adaptation import CalibratedModel, planned
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.layout import Layout
@@ -37,7 +37,7 @@ from rana_fx.formats import pack
 from rana_fx.kernels.cost import weight_bytes
 from rana_fx.modules import device_of
 from rana_fx.plan import Plan
-from rana_fx.recipes.problem import Problem, stack_name
+from rana_fx.recipes import Problem, neuron_adapter, split_budget, stack_name
 from rana_fx.runtime.attachment import Factors, place
 
 _ALIGNED = 16  # ranks come in whole tiles where there are many
@@ -91,8 +91,7 @@ def layout_of(model: nn.Module) -> Layout:
     """Sites, stacks and blocks of a language model, from one traced call on four tokens."""
     ids_BT = torch.arange(4, device=device_of(model)).unsqueeze(0)
     batch = {"input_ids": ids_BT, "use_cache": False}
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), capacity=4, progress=False)
-    return layout
+    return calibrate(model, [batch], wanted=lambda _: set(), capacity=4, progress=False).layout
 
 
 def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu | None = None, seed: int = 0) -> Plan:
@@ -108,7 +107,8 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
         ranked += [block.ups] if menu.stacked else [(up,) for up in block.ups]
     masked = [site.name for site in layout.sites.values() if site.role == "attention_out"] + [b.down for b in layout.blocks]
     adapted = (*(name for names in ranked for name in names), *masked)
-    fraction = min(1.0, problem.fraction(adapted, why="some linears are neither of attention nor of an MLP block"))
+    left = split_budget(problem, adapted, why="some linears are neither of attention nor of an MLP block")
+    fraction = min(1.0, left.fraction)
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with torch.no_grad():
         masks = [(name,) for name in masked]
@@ -120,7 +120,7 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
         adapters += [_neuron(problem, names, fraction, menu) for names in masks]
     order = {name: index for index, name in enumerate(layout.sites)}
     adapters.sort(key=lambda adapter: order[adapter.sites[0]])
-    calibration = Calibration(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False)
+    calibration = CalibratedModel(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False)
     return _with_cheap_digest(planned(calibration, problem, adapters))
 
 
@@ -234,7 +234,7 @@ def _rank(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu,
 def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu) -> Adapter:
     site = problem.layout.sites[names[0]]
     zeros = torch.zeros(site.in_features, device=site.weight.device)
-    made = replace(problem.neuron_adapter(names[0], 0.0, torch.ones_like(zeros), fraction), tau=zeros)
+    made = replace(neuron_adapter(problem, names[0], 0.0, torch.ones_like(zeros), fraction), tau=zeros)
     if menu.factor_bits == 16 and len(names) == 1:
         return made
     out = sum(problem.layout.sites[name].out_features for name in names)

@@ -33,18 +33,18 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 if INTERPRETED:
 
-    def trips(count):
+    def loop_bound(count):
         """A loop bound. Triton 3.6 interprets scalars as arrays of one element, which NumPy 2.4 no longer takes as integers."""
         return int(count.handle.data.item())
 
 else:
 
     @triton.jit
-    def trips(count):
+    def loop_bound(count):
         return count
 
 
-def few_tokens(name: str, x: Tensor) -> int:
+def check_token_count(name: str, x: Tensor) -> int:
     """The rows of an operand. Raises BadOperand for more than a launch takes, or none."""
     tokens = math.prod(x.shape[:-1])
     if not 1 <= tokens <= MAX_TOKENS:
@@ -76,7 +76,7 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def places(i_n, half, N, BN: tl.constexpr, ACT: tl.constexpr):
+def column_offsets(i_n, half, N, BN: tl.constexpr, ACT: tl.constexpr):
     """Columns of block i_n, and which of them exist: BN in a row or, with an activation, the same BN / 2 of both halves."""
     o_n = tl.arange(0, BN)
     if ACT:
@@ -183,7 +183,7 @@ def load_rows(p_w, m_n, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def no_sums(BT: tl.constexpr, RW: tl.constexpr, BN: tl.constexpr):
+def zero_accumulators(BT: tl.constexpr, RW: tl.constexpr, BN: tl.constexpr):
     """A tuple of BT running sums, (RW, BN) fp32."""
     b_sums = ()
     for _ in tl.static_range(BT):

@@ -13,6 +13,10 @@ MAX_TOKENS = 16
 CPU_TOKENS = 8
 TOKENS_AT_ONCE = 4
 H200_SM_COUNT = 132
+# blocks of outputs of one launch in a compiled graph, at most: as many counters as the graph's launches share
+COUNTERS = 4096
+# ranks that a slice takes in turn
+GROUP = 16
 MOST_PARTS = 3  # products in one launch: as many pointers as its kernel takes
 # what one warp reads of a row with 16 bytes per thread
 WARP_BYTES = 512
@@ -23,8 +27,8 @@ class Config:
     """Choices of one launch of the masked product.
 
     splits: programs that share one block of outputs, each with its own ranks. block_n: outputs of a program. block_m: rows in
-    flight per stage. stages: 1 holds rows in registers, more prefetch them to shared memory. group: ranks a slice takes in
-    turn. early: ranks of a slice that are read before their mask is known.
+    flight per stage. stages: 1 holds rows in registers, more prefetch them to shared memory. early: ranks of a slice that are
+    read before their mask is known.
     """
 
     splits: int
@@ -32,11 +36,10 @@ class Config:
     block_m: int = 4
     warps: int = 2
     stages: int = 4
-    group: int = 16
     early: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_n", "block_m", "warps", "group"):
+        for name in ("block_n", "block_m", "warps"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise InvalidOption(name=name, got=value, expected="a power of two")
@@ -47,8 +50,8 @@ class Config:
                 raise InvalidOption(name=name, got=getattr(self, name), expected="a positive number")
 
     def slice_ranks(self, ranks: int) -> int:
-        """Ranks of one slice, at most: whole groups, taken in turn."""
-        return cdiv(cdiv(ranks, self.group), self.splits) * self.group
+        """Ranks of one slice, at most: whole groups of GROUP, taken in turn."""
+        return cdiv(cdiv(ranks, GROUP), self.splits) * GROUP
 
 
 def cdiv(a: int, b: int) -> int:
@@ -117,7 +120,7 @@ def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H2
 
 def _splits(K: int, N: int, block_n: int, programs: int, *, most: int) -> int:
     """Slices of whole groups of ranks, none empty and none below two groups, that make about so many programs."""
-    groups = cdiv(K, 16)
+    groups = cdiv(K, GROUP)
     wanted = min(max(programs // cdiv(N, block_n), 1), cdiv(groups, 2), most)
     return cdiv(groups, cdiv(groups, wanted))
 

@@ -26,20 +26,20 @@ from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.formats import bits_of, gated_unit, group_of, shape_of
 from rana_fx.kernels.triton.compaction import (
     add_rows,
+    check_token_count,
+    column_offsets,
     constants_of,
-    few_tokens,
     kept_values,
     launch_options,
     list_ranks,
     listed_values,
     load_rows,
-    no_sums,
-    places,
+    loop_bound,
     ranks_of,
     sm_count_of,
-    trips,
+    zero_accumulators,
 )
-from rana_fx.kernels.triton.config import TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
+from rana_fx.kernels.triton.config import GROUP, TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
 from rana_fx.kernels.triton.masked_gemv_packed import masked_gemv_packed_kernel, words
 from rana_fx.kernels.triton.splitk import ACTIVATIONS, counters_for, finish, hand_over, partials_at_once
 
@@ -57,7 +57,7 @@ def masked_sums(
     LENGTH: tl.constexpr = KB + BM
     v += i_t0.to(tl.int64) * s_vt
     p_list = lists + (i_s * tl.num_programs(0) + i_p).to(tl.int64) * ((1 + BT) * LENGTH)
-    o_c, m_c = places(i_n, half, N, BN, ACT)
+    o_c, m_c = column_offsets(i_n, half, N, BN, ACT)
     p_n = w + o_c * s_wn
     if EARLY > 0:
         o_e = tl.arange(0, EARLY)
@@ -68,16 +68,16 @@ def masked_sums(
     n_active = list_ranks(
         v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, False, PDL
     )
-    b_sums = no_sums(BT, RW, BN)
+    b_sums = zero_accumulators(BT, RW, BN)
     if EARLY > 0:
         b_vs = kept_values(v, b_tau, b_unit, b_k, m_k, T - i_t0, s_vt, s_vk, BT, False)[1]
         b_sums = add_rows(b_sums, b_vs, b_early.to(tl.float32), BT, RW, EARLY, BN)
-    for j in tl.range(0, trips(n_active), BM, num_stages=STAGES):
+    for j in tl.range(0, loop_bound(n_active), BM, num_stages=STAGES):
         o_p = j + tl.arange(0, BM)
         o_k = tl.load(p_list + o_p).to(tl.int64)
         b_w = load_rows(p_n[None, :] + o_k[:, None] * s_wk, m_c, WHOLE)
         b_sums = add_rows(b_sums, listed_values(p_list, o_p, LENGTH, BT), b_w.to(tl.float32), BT, RW, BM, BN)
-    o_n, m_n = places(i_n, half, half if ACT else N, BN // 2 if ACT else BN, 0)
+    o_n, m_n = column_offsets(i_n, half, half if ACT else N, BN // 2 if ACT else BN, 0)
     for i_t in tl.static_range(BT):
         hand_over(
             tl.sum(b_sums[i_t], 0), part, y, bias, residual, i_s, i_t, i_t0, T, o_c, m_c, o_n, m_n,
@@ -169,7 +169,7 @@ def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tupl
         raise BadOperand(name="v", got=got, expected=f"floating, (..., {ranks})", todo="Its last size is weight's first.")
     if tuple(tau.shape) != (ranks,):
         raise BadOperand(name="tau", got=str(tuple(tau.shape)), expected=f"({ranks},)", todo="One threshold per rank.")
-    tokens = few_tokens("v", v)
+    tokens = check_token_count("v", v)
     return tokens, columns
 
 
@@ -217,7 +217,7 @@ def meta_of(config: Config, tokens: int, ranks: int, block_n: int, bits: int) ->
     groups, slice_size = cdiv(tokens, TOKENS_AT_ONCE), config.slice_ranks(ranks)
     row_warps = row_warps_of(config.warps, block_n, bits)
     return dict(
-        S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=config.group,
+        S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=GROUP,
         EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
         BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
         STAGES=config.stages, num_warps=config.warps,

@@ -18,7 +18,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.triton.compaction import few_tokens, launch_options, sm_count_of
+from rana_fx.kernels.triton.compaction import check_token_count, launch_options, sm_count_of
 from rana_fx.kernels.triton.config import MOST_PARTS, TOKENS_AT_ONCE, Config, cdiv, default_config
 from rana_fx.kernels.triton.masked_gemv import lists_for, masked_sums, meta_of
 from rana_fx.kernels.triton.splitk import counters_for
@@ -117,4 +117,4 @@ def _check(v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases:
         if biases and (bias is None or tuple(bias.shape) != (weight.shape[1],) or not bias.is_contiguous()):
             got = "None" if bias is None else str(tuple(bias.shape))
             raise BadOperand(name=f"biases[{index}]", got=got, expected=f"({weight.shape[1]},)", todo="One number per output.")
-    return few_tokens("v", v)
+    return check_token_count("v", v)

@@ -18,16 +18,16 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from rana_fx.kernels.triton.compaction import (
+    column_offsets,
     constants_of,
     kept_values,
     list_ranks,
     listed_values,
     load_rows,
-    no_sums,
-    places,
+    loop_bound,
     ranks_of,
     summed,
-    trips,
+    zero_accumulators,
 )
 from rana_fx.kernels.triton.splitk import finish, hand_over
 
@@ -105,9 +105,9 @@ def masked_gemv_packed_kernel(
     v += i_t0.to(tl.int64) * s_vt
     p_list = lists + (i_s * tl.num_programs(0) + i_p).to(tl.int64) * ((1 + BT) * LENGTH)
     # half counts words, too
-    o_w, m_w = places(i_n, half, N, BW, ACT)
+    o_w, m_w = column_offsets(i_n, half, N, BW, ACT)
     p_n = w + o_w * s_wn
-    o_chunk, m_chunk = places(i_n, half * PER // CHUNK, tl.cdiv(N * PER, CHUNK), BN // CHUNK, ACT)
+    o_chunk, m_chunk = column_offsets(i_n, half * PER // CHUNK, tl.cdiv(N * PER, CHUNK), BN // CHUNK, ACT)
     # a scale for each thread's 16 bytes, though a group has several
     o_g = o_chunk * CHUNK // QG
     if EARLY > 0:
@@ -120,19 +120,19 @@ def masked_gemv_packed_kernel(
     n_active = list_ranks(
         v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, SCALED, PDL
     )
-    b_sums = no_sums(BT, RW, BN)
+    b_sums = zero_accumulators(BT, RW, BN)
     if EARLY > 0:
         b_vs_e = kept_values(v, b_tau, b_unit, b_ke, m_k, T - i_t0, s_vt, s_vk, BT, SCALED)[1]
         b_sums = add_packed_rows(b_sums, b_vs_e, numbers(b_early, zero, BITS, PER), b_scale_e, BT, BITS, RW, EARLY, BN, CHUNK)
-    for j in tl.range(0, trips(n_active), BM, num_stages=STAGES):
+    for j in tl.range(0, loop_bound(n_active), BM, num_stages=STAGES):
         o_p = j + tl.arange(0, BM)
         b_k = tl.load(p_list + o_p)
         b_w = load_rows(p_n[None, :] + b_k.to(tl.int64)[:, None] * s_wk, m_w, WHOLE)
         b_scale = scales_of(scale, b_k, o_g, m_chunk, s_sk, s_sg, BITS)
         b_vs = listed_values(p_list, o_p, LENGTH, BT)
         b_sums = add_packed_rows(b_sums, b_vs, numbers(b_w, zero, BITS, PER), b_scale, BT, BITS, RW, BM, BN, CHUNK)
-    o_c, m_c = places(i_n, half * PER, N * PER, BN, ACT)
-    o_n, m_n = places(i_n, half * PER, (half if ACT else N) * PER, BN // 2 if ACT else BN, 0)
+    o_c, m_c = column_offsets(i_n, half * PER, N * PER, BN, ACT)
+    o_n, m_n = column_offsets(i_n, half * PER, (half if ACT else N) * PER, BN // 2 if ACT else BN, 0)
     for i_t in tl.static_range(BT):
         b_y = tl.reshape(tl.reshape(tl.sum(b_sums[i_t], 0), (BW, PER)) * units(BITS, PER)[None, :], (BN,))
         hand_over(

@@ -19,7 +19,14 @@ import triton
 import triton.language as tl
 from rana_fx.errors import BadOperand
 from rana_fx.formats import is_plain
-from rana_fx.kernels.triton.compaction import few_tokens, launch_options, no_sums, sm_count_of, trips, wait_for_previous
+from rana_fx.kernels.triton.compaction import (
+    check_token_count,
+    launch_options,
+    loop_bound,
+    sm_count_of,
+    wait_for_previous,
+    zero_accumulators,
+)
 from rana_fx.kernels.triton.config import H200_SM_COUNT, TOKENS_AT_ONCE, cdiv
 from rana_fx.kernels.triton.router import RouterConfig, add_products
 from rana_fx.kernels.triton.router import default_config as router_config
@@ -53,8 +60,8 @@ def masked_rows_kernel(
     # a row that is not there is not kept; its address is the last one's
     p_w = w + tl.minimum(o_n, N - 1)[:, None] * s_wr
     stop = tl.max(m_any.to(tl.int32), 0) * K
-    b_sums = no_sums(BT, BR, BK // 8)
-    for k in tl.range(0, trips(stop), BK, num_stages=STAGES):
+    b_sums = zero_accumulators(BT, BR, BK // 8)
+    for k in tl.range(0, loop_bound(stop), BK, num_stages=STAGES):
         o_k = (k + tl.arange(0, BK)).to(tl.int64)
         m_w = m_any[:, None] & (o_k < K)[None, :]
         b_w = tl.load(p_w + o_k[None, :] * s_wc, mask=m_w, other=0, eviction_policy="evict_first")
@@ -96,7 +103,7 @@ def masked_rows(
     if x.dim() < 1 or x.shape[-1] != width or not x.is_floating_point():
         got = f"{tuple(x.shape)} {x.dtype}"
         raise BadOperand(name="x", got=got, expected=f"floating, (..., {width})", todo="Its last size is weight's last.")
-    tokens = few_tokens("x", x)
+    tokens = check_token_count("x", x)
     if a.dim() < 1 or a.shape[-1] != columns or a.numel() != tokens * columns or not a.is_floating_point():
         got, expected = f"{tuple(a.shape)} {a.dtype}", f"floating, (..., {columns}), of {tokens} tokens"
         raise BadOperand(name="a", got=got, expected=expected, todo="One value per token and row of weight.")

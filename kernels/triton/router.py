@@ -19,7 +19,14 @@ import triton
 import triton.language as tl
 from rana_fx.errors import BadOperand
 from rana_fx.formats import bits_of, group_of, shape_of
-from rana_fx.kernels.triton.compaction import few_tokens, launch_options, no_sums, sm_count_of, trips, wait_for_previous
+from rana_fx.kernels.triton.compaction import (
+    check_token_count,
+    launch_options,
+    loop_bound,
+    sm_count_of,
+    wait_for_previous,
+    zero_accumulators,
+)
 from rana_fx.kernels.triton.config import H200_SM_COUNT, TOKENS_AT_ONCE, WARP_BYTES, cdiv
 from rana_fx.kernels.triton.masked_gemv_packed import numbers, scales_of, units, words
 
@@ -138,15 +145,15 @@ def router_kernel(
     for i_d in tl.static_range(AHEAD):
         b_ahead = b_ahead + (read_rows(w, scale, o_row, i_d * BD, D, s_wr, s_wd, s_sk, s_sg, BD, BITS, QG, PER),)
     wait_for_previous(PDL)
-    b_sums = no_sums(BT, BR, BD * PER // 8)
-    b_squares = no_sums(BT, 1, BD * PER // 8)
+    b_sums = zero_accumulators(BT, BR, BD * PER // 8)
+    b_squares = zero_accumulators(BT, 1, BD * PER // 8)
     for i_d in tl.static_range(AHEAD):
         b_sums, b_squares = add_products(
             b_sums, b_squares, b_ahead[i_d][0], b_ahead[i_d][1], x, gain, i_t0, i_d * BD, T, D, R >> 31,
             s_xt, s_xd, s_gain, BT, BR, BD, BITS, QG, PER, NORM, HAS_GAIN, OFFSET,
         )  # fmt: skip
     if MORE:
-        for d in tl.range(AHEAD * BD, trips(D), BD, num_stages=STAGES):
+        for d in tl.range(AHEAD * BD, loop_bound(D), BD, num_stages=STAGES):
             b_w, b_scale = read_rows(w, scale, o_row, d, D, s_wr, s_wd, s_sk, s_sg, BD, BITS, QG, PER)
             b_sums, b_squares = add_products(
                 b_sums, b_squares, b_w, b_scale, x, gain, i_t0, d, T, D, R >> 31,
@@ -186,7 +193,7 @@ def router(
         raise BadOperand(name="x", got=got, expected=f"floating, (..., {columns})", todo="Its last size is weight's last.")
     if gain is not None and (tuple(gain.shape) != (columns,) or eps is None):
         raise BadOperand(name="gain", got=str(tuple(gain.shape)), expected=f"({columns},)", todo="One per input, and an eps.")
-    tokens = few_tokens("x", x)
+    tokens = check_token_count("x", x)
     bits = bits_of(weight)
     if config is None:
         sm_count = sm_count_of(x)

@@ -1,7 +1,7 @@
 """Run a model on batches as callers give them.
 
-In: a model, perhaps wrapped, and a batch: any pytree. Out: the module itself, its weights by name, the batch on its
-device, which rows are padding, and contexts in which the model is observed: evaluation mode, nothing else compiled.
+In: a batch: any pytree. Out: the batch on the model's device, its parts, which rows are padding, how many tokens it has, and
+contexts in which a model is observed: evaluation mode, nothing else compiled.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ def failing_part(model: nn.Module, error: BaseException) -> tuple[str, str]:
             break
         root = root.__cause__
     lines = [line.strip() for line in str(root).split("\n") if line.strip()] or ["no message"]
-    # Dynamo says in a second line what its first one means
-    told = next((line for line in lines if line.startswith("Explanation: ")), lines[0])
-    return part, f"{type(root).__name__}: {told.removeprefix('Explanation: ')}".rstrip(".")
+    # Dynamo explains in a second line what its first one means
+    text = next((line for line in lines if line.startswith("Explanation: ")), lines[0])
+    return part, f"{type(root).__name__}: {text.removeprefix('Explanation: ')}".rstrip(".")
 
 
 def leading(batch: Any) -> int | None:
@@ -125,6 +125,15 @@ def leading(batch: Any) -> int | None:
 def part_of(batch: Any, start: int, stop: int) -> Any:
     """Of every tensor of a batch, these entries of its first dimension."""
     return _map(lambda tensor: tensor[start:stop], batch)
+
+
+def halves(batch: Any) -> list[Any]:
+    """A batch in two; empty where its tensors share no first dimension, or there is one text in it."""
+    texts = leading(batch)
+    if texts is None or texts < 2:
+        return []
+    middle = texts // 2
+    return [part_of(batch, 0, middle), part_of(batch, middle, texts)]
 
 
 # ---- padding

@@ -1,118 +1,123 @@
 """Run the model on calibration batches and keep what adaptation needs.
 
-In: a model and batches (any pytree the model accepts). Out: the model's ``Layout`` and, for every group of sites, a
-uniform sample of the tensor it reads. The model runs under ``torch.compile`` with an observing backend: each traced
-graph is read once, a call that hands the group's input to its reservoir is put before the first linear of the group,
-and the graph then runs eagerly. Memory does not grow with the number of tokens. Padding is not sampled.
+In: a model and batches (any pytree the model accepts). Out: a ``Calibration``: the model's ``Layout`` and, for every group of
+sites, a uniform sample of the tensor it reads. A ``Probe`` runs the model: each traced graph is read once, and before the first
+linear of a group its input is added to the group's reservoir. Memory does not grow with the number of tokens. Padding is not
+sampled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
-from rana_fx.calibration.batches import (
-    call,
-    check_batches,
-    count_tokens,
-    evaluating,
-    failing_part,
-    observing,
-    padding_masks,
-    real_rows,
-    to_device,
-)
+from rana_fx.calibration.batches import check_batches, failing_part, real_rows
 from rana_fx.calibration.layout import Group, Layout, merge, observed_together
+from rana_fx.calibration.probe import Probe, call_before, probing
 from rana_fx.calibration.samples import CAPACITY, Keep, Reservoir
 from rana_fx.dense_memory import is_freed
 from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
 from rana_fx.graph.guards import guard_weights
 from rana_fx.graph.linears import Scan, Skip, find_linears
 from rana_fx.graph.normalize import prepare
-from rana_fx.graph.roles import Fact, Reading, read_graph
-from rana_fx.modules import device_of, names_of, quantised_modules, unwrap
+from rana_fx.graph.roles import Occurrence, TracedGraph, read_graph
+from rana_fx.modules import names_of, quantised_modules, unwrap
 
-_MOST_SEEN = 4096  # tokens of the first batch whose rows are kept before it is known which are wanted
+_MOST_SEEN = 4096  # tokens of the first batch whose rows are kept before ``wanted`` has been called
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
-class Observer:
-    """The observing backend. Collects readings, and rows per group of weights."""
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What calibration text shows of a model.
 
-    def __init__(self, names: Mapping[int, str], *, capacity: int, seed: int) -> None:
-        self.names = names
-        self.capacity, self.seed = capacity, seed
-        self.readings: list[Reading] = []
-        self.seen: dict[frozenset[str], Reservoir] = {}  # by the sites that read a tensor, until the layout is settled
-        self.wanted: dict[Group, Keep] | None = None  # None: not settled yet, keep all
-        self.looking = False  # only at the layout: keep nothing
+    Attributes:
+        layout: sites, groups and MLP blocks of the model.
+        samples: names of a group's sites (``Layout.sites_of_group``) -> rows of the tensor that they read.
+        tokens: seen, padding not counted.
+    """
+
+    layout: Layout
+    samples: dict[tuple[str, ...], Reservoir]
+    tokens: int
+
+
+class _Sampler:
+    """Reads every traced graph once and samples the tensors that groups of linears read."""
+
+    def __init__(self, model: nn.Module, *, capacity: int, seed: int) -> None:
+        self.probe = Probe(model, self._instrument)
+        self._names = names_of(model)
+        self._capacity, self._seed = capacity, seed
+        self.graphs: list[TracedGraph] = []  # until the layout is settled
+        self.nodes = 0  # of all graphs
         self.samples: dict[tuple[str, ...], Reservoir] = {}  # by the sites of a group
-        self.masks: dict[str, Tensor] = {}
-        self.operations = 0
-
-    def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[object], **_: object) -> Callable[..., Any]:
-        prepare(graph_module, example_inputs)
-        scan = find_linears(graph_module, example_inputs, self.names)
-        for node, value in zip((n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=False):
-            if isinstance(value, Tensor) and not isinstance(value, torch._subclasses.FakeTensor):
-                node.meta["rana_real"] = value.detach()
-        _check_weights(scan)
-        reading = read_graph(scan)
-        self.operations += len(graph_module.graph.nodes)
-        if self.wanted is None:
-            self.readings.append(reading)
-        guard_weights([linear.weight_node for linear in scan.linears], attachment=False)
-        by_source: dict[Any, list[Fact]] = {}
-        for fact in reading.facts:
-            by_source.setdefault(fact.linear.source, []).append(fact)
-        for source, names in observed_together(reading.facts).items():
-            facts = by_source[source]
-            decoder = any(word in name for fact in facts for name in fact.inputs for word in _DECODER_INPUTS)
-            first = facts[0].linear
-            with graph_module.graph.inserting_before(first.node):
-                graph_module.graph.call_function(self._observe, (names, decoder, first.x))
-        graph_module.recompile()
-        return graph_module.forward
+        self.layout_only = False  # keep no rows
+        self._unsettled: dict[frozenset[str], Reservoir] = {}  # by the sites that read a tensor, until the layout is settled
+        self._wanted: dict[Group, Keep] | None = None  # None: not settled yet, keep all
 
     def settle(self, wanted: Mapping[Group, Keep]) -> None:
-        """From now on sample only these; what was seen so far counts."""
-        self.wanted, self.looking = dict(wanted), False
-        for group, keep in self.wanted.items():
-            for key in sorted(group.seen_with & self.seen.keys(), key=sorted):
-                if len(group.seen_with) == 1 and keep == Keep(self.capacity):
-                    self.samples[group.sites] = self.seen[key]
+        """From now on sample only these; what was sampled so far counts."""
+        self._wanted, self.layout_only = dict(wanted), False
+        for group, keep in self._wanted.items():
+            for key in sorted(group.seen_with & self._unsettled.keys(), key=sorted):
+                if len(group.seen_with) == 1 and keep == Keep(self._capacity):
+                    self.samples[group.sites] = self._unsettled[key]
                 else:
-                    self._sample(group, keep).add(self.seen[key].rows())
-        self.seen = {}
-        self.readings = []
+                    self._sample(group, keep).add(self._unsettled[key].rows())
+        self._unsettled = {}
+        self.graphs = []
 
-    def _sample(self, group: Group, keep: Keep) -> Reservoir:
-        if group.sites not in self.samples:
-            self.samples[group.sites] = keep.start(seed=self.seed)
-        return self.samples[group.sites]
+    def _instrument(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        prepare(graph_module, example_inputs)
+        scan = find_linears(graph_module, example_inputs, self._names)
+        _check_weights(scan)
+        traced = read_graph(scan, _values(graph_module.graph, example_inputs))
+        self.nodes += len(graph_module.graph.nodes)
+        if self._wanted is None:
+            self.graphs.append(traced)
+        guard_weights([linear.weight_node for linear in scan.linears], attachment=False)
+        readers: dict[Any, list[Occurrence]] = {}
+        for occurrence in traced.occurrences:
+            readers.setdefault(occurrence.linear.source, []).append(occurrence)
+        for source, names in observed_together(traced.occurrences).items():
+            inputs = (name for reader in readers[source] for name in reader.inputs)
+            decoder = any(word in name for name in inputs for word in _DECODER_INPUTS)
+            first = readers[source][0].linear
+            call_before(first.node, self._observe, names, decoder, first.x)
 
     def _observe(self, names: tuple[str, ...], decoder: bool, x: Tensor) -> None:
         key = frozenset(names)
-        known = self.seen.get(key)
+        known = self._unsettled.get(key)
         if known is not None and known.features not in (None, x.shape[-1]):
             return  # a weight used transposed as well; the layout leaves it out
-        groups = [(group, keep) for group, keep in (self.wanted or {}).items() if key in group.seen_with]
-        if self.wanted is not None and not groups:
+        groups = [(group, keep) for group, keep in (self._wanted or {}).items() if key in group.seen_with]
+        if self._wanted is not None and not groups:
             return
-        rows = real_rows(x, self.masks.get("decoder_" if decoder else ""))
+        rows = real_rows(x, self.probe.masks.get("decoder_" if decoder else ""))
         finite = torch.isfinite(rows)
         if not finite.all():
             count = int((~finite).sum())
             raise NonFinite(site=names[0], count=count, what="input activations", shape=tuple(x.shape))
-        if self.wanted is None and not self.looking:
-            self.seen.setdefault(key, Reservoir(self.capacity, seed=self.seed)).add(rows)
+        if self._wanted is None and not self.layout_only:
+            self._unsettled.setdefault(key, Reservoir(self._capacity, seed=self._seed)).add(rows)
         for group, keep in groups:
             self._sample(group, keep).add(rows)
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether any group is sampled, once settled."""
+        return bool(self._wanted)
+
+    def _sample(self, group: Group, keep: Keep) -> Reservoir:
+        if group.sites not in self.samples:
+            self.samples[group.sites] = keep.start(seed=self._seed)
+        return self.samples[group.sites]
 
 
 def calibrate(
@@ -123,45 +128,50 @@ def calibrate(
     capacity: int = CAPACITY,
     seed: int = 0,
     progress: bool = True,
-) -> tuple[Layout, dict[tuple[str, ...], Reservoir], int]:
+) -> Calibration:
     """Layout of the model, samples per group and the number of tokens seen.
 
     Args:
-        wanted: given the layout (after the first batch), the groups (by their site names) whose inputs to sample; a mapping says
-            what to ``Keep`` of each. A large first batch runs twice, since what it is wanted for is not known the first time.
-        capacity: rows kept per group where nothing else is said.
+        wanted: given the layout (after the first batch), the groups (by their site names) whose inputs to sample; a
+            mapping says what to ``Keep`` of each. A large first batch runs twice: the first time, the groups are not known.
+        capacity: rows kept per group where ``wanted`` is no mapping.
 
     Raises:
         NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, InvalidOption: ``batches`` is one batch.
     """
     model = unwrap(model)
-    observer = Observer(names_of(model), capacity=capacity, seed=seed)
+    sampler = _Sampler(model, capacity=capacity, seed=seed)
     layout: Layout | None = None
     tokens = 0
-    with evaluating(model), observing(model), torch.no_grad():
-        compiled = torch.compile(model, backend=observer)
+    with probing(model), torch.no_grad():
         for index, batch in enumerate(tqdm(check_batches(batches), desc="calibrate", unit="batch", disable=not progress)):
-            batch = to_device(batch, device_of(model))
-            observer.masks = padding_masks(batch)
-            count = count_tokens(batch, observer.masks)
+            batch = sampler.probe.load(batch)
+            count = sampler.probe.tokens(batch)
             tokens += count
-            observer.looking = layout is None and count > _MOST_SEEN
-            _run(model, compiled, batch, index)
+            sampler.layout_only = layout is None and count > _MOST_SEEN
+            _run(model, sampler.probe, batch, index)
             if layout is None:
-                layout = _settle(model, observer)
-                again = observer.looking
-                observer.settle(_keeps(layout, wanted(layout), Keep(capacity)))
-                if again and observer.wanted:
-                    _run(model, compiled, batch, index)
+                layout = _settle(model, sampler)
+                again = sampler.layout_only
+                sampler.settle(_keeps(layout, wanted(layout), Keep(capacity)))
+                if again and sampler.wants_rows:
+                    _run(model, sampler.probe, batch, index)
     if layout is None:
         raise NoBatches(hint=f"forward of {type(model).__name__}")
-    return layout, observer.samples, tokens
+    return Calibration(layout, sampler.samples, tokens)
 
 
-def _run(model: nn.Module, compiled: Callable[..., Any], batch: Any, index: int) -> None:
+def _values(graph: fx.Graph, example_inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
+    """The real tensors behind a graph's placeholders."""
+    pairs = zip((node for node in graph.nodes if node.op == "placeholder"), example_inputs, strict=False)
+    fake = torch._subclasses.FakeTensor
+    return {node: value.detach() for node, value in pairs if isinstance(value, Tensor) and not isinstance(value, fake)}
+
+
+def _run(model: nn.Module, probe: Probe, batch: Any, index: int) -> None:
     """Raises NonFinite, WeightsFreed, TraceFailed."""
     try:
-        call(compiled, batch)
+        probe.run(batch)
     except Exception as error:
         ours = _cause(error, (NonFinite, WeightsFreed))
         if ours is not None:
@@ -171,12 +181,12 @@ def _run(model: nn.Module, compiled: Callable[..., Any], batch: Any, index: int)
 
 
 def _keeps(layout: Layout, wanted: Collection[tuple[str, ...]], default: Keep) -> dict[Group, Keep]:
-    said = wanted if isinstance(wanted, Mapping) else {}
-    return {group: said.get(group.sites, default) for group in layout.groups if group.sites in wanted}
+    given = wanted if isinstance(wanted, Mapping) else {}
+    return {group: given.get(group.sites, default) for group in layout.groups if group.sites in wanted}
 
 
-def _settle(model: nn.Module, observer: Observer) -> Layout:
-    layout = merge(observer.readings)
+def _settle(model: nn.Module, sampler: _Sampler) -> Layout:
+    layout = merge(sampler.graphs)
     known = {*layout.sites, *(skip.site for skip in layout.skips)}
     unseen = (Skip(name, reason) for name, reason in quantised_modules(model).items() if name not in known)
     layout = replace(layout, skips=(*layout.skips, *unseen))
@@ -184,7 +194,7 @@ def _settle(model: nn.Module, observer: Observer) -> Layout:
         raise NoLinears(
             model=type(model).__name__,
             graphs=layout.graphs,
-            nodes=observer.operations,
+            nodes=sampler.nodes,
             skipped="; ".join(f"{skip.site}: {skip.reason}" for skip in layout.skips[:5]) or "none",
         )
     return layout

@@ -1,21 +1,22 @@
 """The model as adaptation sees it: sites, groups of sites and MLP blocks, merged over all traced graphs.
 
-In: one ``Reading`` per graph of a forward pass, in order of execution. Out: a ``Layout`` without any FX node, so that
+In: one ``TracedGraph`` per graph of a forward pass, in order of execution. Out: a ``Layout`` without any FX node, so that
 nothing downstream depends on how the model happened to be traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from rana_fx.graph.dataflow import value_of
-from rana_fx.graph.functionalize import written
 from rana_fx.graph.linears import Skip
-from rana_fx.graph.roles import Fact, Reading
+from rana_fx.graph.mlp_blocks import Rowwise, TracedMlp
+from rana_fx.graph.ops import writes_first
+from rana_fx.graph.roles import Occurrence, TracedGraph
 
 OUTSIDE = ("head", "stem", "constant")
 
@@ -57,7 +58,7 @@ class Group:
     """Sites that read the same tensor, wherever they occur.
 
     ``seen_with``: every set of sites that an occurrence of the group reads its tensor with. One, unless a weight is used
-    with different partners (keys of tokens and of positions, say); such a weight is a group of its own.
+    with different partners (such as keys of tokens and of positions); such a weight is a group of its own.
     """
 
     sites: tuple[str, ...]
@@ -66,7 +67,11 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class MlpBlock:
-    """``down(pointwise(up(x), ...))``: names of its sites and its pointwise part, replayable on any rows."""
+    """``down(pointwise(up(x), ...))``: names of its sites, and functions of rows.
+
+    ``pointwise``: (tokens, features) of each up's output -> rows of down's input. ``activation``: rows of the output of
+    ``ups[gate]`` -> the activated gate; None where what down reads is no product with one.
+    """
 
     ups: tuple[str, ...]
     down: str
@@ -81,14 +86,21 @@ class MlpBlock:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Everything adaptation needs to know of a model."""
+    """Everything that adaptation takes from a model. ``graphs``: how many a forward pass is traced to."""
 
     sites: dict[str, Site]
     groups: tuple[Group, ...]
     blocks: tuple[MlpBlock, ...]
     skips: tuple[Skip, ...]
     graphs: int
-    nodes: int
+
+    def group_of(self, site: str) -> Group:
+        """The group of a site. Raises KeyError."""
+        return self.groups[self.sites[site].group]
+
+    def sites_of_group(self, site: str) -> tuple[str, ...]:
+        """Names of all sites in the group of ``site``: the key of its sample in ``Calibration.samples``. Raises KeyError."""
+        return self.group_of(site).sites
 
     def stacks(self) -> list[tuple[str, ...]]:
         """Attention inputs that read one tensor and feed one attention: the paper's stacked qkv (or a fused one)."""
@@ -99,50 +111,43 @@ class Layout:
         return [tuple(names) for names in found.values()]
 
 
-def merge(readings: Sequence[Reading]) -> Layout:
+def merge(graphs: Sequence[TracedGraph]) -> Layout:
     """Settle heads and stems, and merge the occurrences of shared weights."""
-    facts = [(index, fact) for index, reading in enumerate(readings) for fact in reading.facts]
-    skips = list(dict.fromkeys(skip for reading in readings for skip in reading.scan.skips))
-    twisted = _twisted(facts)
-    skips += [Skip(name, "its weight is also used transposed, and one adapter cannot serve both") for name in twisted]
-    facts = [(index, fact) for index, fact in facts if fact.linear.name not in twisted]
-    _settle_outside(facts)
-    groups = _groups([[fact for fact in reading.facts if fact.linear.name not in twisted] for reading in readings])
-    sites = _sites(facts, {name: i for i, group in enumerate(groups) for name in group.sites})
+    found = [(index, occurrence) for index, graph in enumerate(graphs) for occurrence in graph.occurrences]
+    both = _used_both_orientations(found)
+    found = [(index, occurrence) for index, occurrence in found if occurrence.linear.name not in both]
+    _settle_outside(found)
+    groups = _groups([[item for item in graph.occurrences if item.linear.name not in both] for graph in graphs])
+    sites = _sites(found, {name: i for i, group in enumerate(groups) for name in group.sites})
+    skips = list(dict.fromkeys(skip for graph in graphs for skip in graph.scan.skips))
+    skips += [Skip(name, "its weight is also used transposed, and one adapter cannot serve both") for name in both]
     skips = [skip for skip in skips if skip.site not in sites]
     blocks = {
-        block.down.name: MlpBlock(
-            tuple(up.name for up in block.ups),
-            block.down.name,
-            block.gate,
-            _replay(block.pointwise),
-            None if block.activation is None else _replay(block.activation),
-        )  # fmt: skip
-        for reading in readings
-        for block in reading.blocks
+        block.down.name: _block(block, graph.values)
+        for graph in graphs
+        for block in graph.blocks
         if all(member.name in sites for member in (*block.ups, block.down))
     }
-    kept = tuple(block for block in blocks.values() if _stands(block, sites))
-    nodes = sum(len(reading.scan.linears) for reading in readings)
-    return Layout(sites, groups, kept, tuple(skips), len(readings), nodes)
+    adaptable = tuple(block for block in blocks.values() if _is_adaptable(block, sites))
+    return Layout(sites, groups, adaptable, tuple(skips), len(graphs))
 
 
-def _twisted(facts: Sequence[tuple[int, Fact]]) -> list[str]:
-    """Weights used as they are and transposed: one adapter cannot serve both."""
+def _used_both_orientations(found: Sequence[tuple[int, Occurrence]]) -> list[str]:
+    """Weights used as they are and transposed."""
     ways: dict[str, set[bool]] = {}
-    for _, fact in facts:
-        ways.setdefault(fact.linear.name, set()).add(fact.linear.transposed)
-    return sorted(name for name, found in ways.items() if len(found) > 1)
+    for _, occurrence in found:
+        ways.setdefault(occurrence.linear.name, set()).add(occurrence.linear.transposed)
+    return sorted(name for name, orientations in ways.items() if len(orientations) > 1)
 
 
-def _groups(readings: Sequence[Sequence[Fact]]) -> tuple[Group, ...]:
+def _groups(graphs: Sequence[Sequence[Occurrence]]) -> tuple[Group, ...]:
     """Sites that are always read together are one group; one that also occurs with others is a group of its own."""
-    data = {fact.linear.name for facts in readings for fact in facts if fact.role != "constant"}
+    data = {found.linear.name for graph in graphs for found in graph if found.role != "constant"}
     together: dict[frozenset[str], tuple[str, ...]] = {}
     members: dict[str, set[frozenset[str]]] = {}
-    for facts in readings:
+    for graph in graphs:
         # a table that a layer also reads is no partner, and no sample of what tokens bring
-        counted = [fact for fact in facts if fact.role != "constant" or fact.linear.name not in data]
+        counted = [found for found in graph if found.role != "constant" or found.linear.name not in data]
         for key in observed_together(counted).values():
             together.setdefault(frozenset(key), key)
             for name in key:
@@ -156,84 +161,109 @@ def _groups(readings: Sequence[Sequence[Fact]]) -> tuple[Group, ...]:
     return tuple(groups.values())
 
 
-def observed_together(facts: Sequence[Fact]) -> dict[tuple[fx.Node, fx.Node | None], tuple[str, ...]]:
+def observed_together(found: Sequence[Occurrence]) -> dict[tuple[fx.Node, fx.Node | None], tuple[str, ...]]:
     """Tensor read -> names of the linears of one graph that read it, in order."""
-    found: dict[tuple[fx.Node, fx.Node | None], dict[str, None]] = {}
-    for fact in facts:
-        found.setdefault(fact.linear.source, {})[fact.linear.name] = None
-    return {source: tuple(names) for source, names in found.items()}
+    names: dict[tuple[fx.Node, fx.Node | None], dict[str, None]] = {}
+    for occurrence in found:
+        names.setdefault(occurrence.linear.source, {})[occurrence.linear.name] = None
+    return {source: tuple(readers) for source, readers in names.items()}
 
 
-def _stands(block: MlpBlock, sites: dict[str, Site]) -> bool:
+def _is_adaptable(block: MlpBlock, sites: dict[str, Site]) -> bool:
     """All of it is inside the budget, and its ups belong to one group everywhere."""
     return all(sites[name].counted for name in block.sites) and len({sites[name].group for name in block.ups}) == 1
 
 
-def _settle_outside(facts: Sequence[tuple[int, Fact]]) -> None:
+def _settle_outside(found: Sequence[tuple[int, Occurrence]]) -> None:
     """Heads follow the last residual join; stems make the stream that everything else is added to."""
-    if not any(fact.joins_residual for _, fact in facts):
+    if not any(occurrence.joins_residual for _, occurrence in found):
         return  # nothing joins a residual stream, so there is no inside to be outside of
-    first, last = facts[0][0], facts[-1][0]
+    first, last = found[0][0], found[-1][0]
     heads = {
-        fact.linear
-        for index, fact in facts
-        # also what only meets another tower's output (contrastive losses), or reads an attention pool
-        if index == last and not fact.joins_residual and fact.role not in ("router", "constant") or _is_embedding(fact)
-    }
+        occurrence.linear
+        for index, occurrence in found
+        # also what is only multiplied by another tower's output (contrastive losses), or reads an attention pool
+        if index == last and not occurrence.joins_residual and occurrence.role not in ("router", "constant")
+        or _is_embedding(occurrence)
+    }  # fmt: skip
     changed = True
     while changed:
         nodes = {linear.node for linear in heads}
-        kept = {fact.linear for _, fact in facts if fact.linear in heads and (fact.feeds <= nodes or _is_embedding(fact))}
+        kept = {
+            occurrence.linear
+            for _, occurrence in found
+            if occurrence.linear in heads and (occurrence.feeds <= nodes or _is_embedding(occurrence))
+        }
         changed, heads = kept != heads, kept
-    for index, fact in facts:
-        if fact.linear in heads:
-            fact.role = "head"
-        elif index == first and fact.role == "other" and fact.starts_stream:
-            fact.role = "stem"
+    for index, occurrence in found:
+        if occurrence.linear in heads:
+            occurrence.role = "head"
+        elif index == first and occurrence.role == "other" and occurrence.starts_stream:
+            occurrence.role = "stem"
 
 
-def _is_embedding(fact: Fact) -> bool:
+def _is_embedding(found: Occurrence) -> bool:
     """A weight tied to an embedding table is the output head, wherever it stands."""
-    return any(getattr(user.target, "__name__", "") == "embedding" for user in fact.linear.weight_node.users)
+    return any(getattr(user.target, "__name__", "") == "embedding" for user in found.linear.weight_node.users)
 
 
-def _sites(facts: Iterable[tuple[int, Fact]], group_of: dict[str, int]) -> dict[str, Site]:
+def _sites(found: Iterable[tuple[int, Occurrence]], group_of: dict[str, int]) -> dict[str, Site]:
     sites: dict[str, Site] = {}
     attentions: dict[tuple[int, fx.Node], int] = {}
-    merged: dict[str, list[tuple[int, Fact]]] = {}
-    for index, fact in facts:
-        if fact.linear.name in group_of:
-            merged.setdefault(fact.linear.name, []).append((index, fact))
-    for name, occurrences in merged.items():
+    merged: dict[str, list[tuple[int, Occurrence]]] = {}
+    for index, occurrence in found:
+        if occurrence.linear.name in group_of:
+            merged.setdefault(occurrence.linear.name, []).append((index, occurrence))
+    for name, everywhere in merged.items():
         # an occurrence that reads no data (a table of positions) is not a cost per token
-        found = [item for item in occurrences if item[1].role != "constant"] or occurrences
-        index, fact = found[0]
-        linear = fact.linear
+        counted = [item for item in everywhere if item[1].role != "constant"] or everywhere
+        index, occurrence = counted[0]
+        linear = occurrence.linear
         attention = None
-        if fact.attention is not None:
-            attention = attentions.setdefault((index, fact.attention), len(attentions))
+        if occurrence.attention is not None:
+            attention = attentions.setdefault((index, occurrence.attention), len(attentions))
         sites[name] = Site(
-            name, linear.op, linear.out_features, linear.in_features, linear.transposed, linear.weight,
-            linear.matrix, linear.bias, fact.role, len(found), group_of[name], attention,
-        )  # fmt: skip
+            name=name,
+            op=linear.op,
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            transposed=linear.transposed,
+            weight=linear.weight,
+            view=linear.matrix,
+            bias=linear.bias,
+            role=occurrence.role,
+            uses=len(counted),
+            group=group_of[name],
+            attention=attention,
+        )
     return sites
 
 
-def _replay(module: fx.GraphModule) -> Callable[..., Tensor]:
-    """A pointwise chain with its constants (learned scales, say) bound to the tensors they are."""
-    constants = [_constant(node) for node in module.rana_constants]  # type: ignore[union-attr]
-    writes = any(written(node) is not None for node in module.graph.nodes)
+def _block(block: TracedMlp, values: Mapping[fx.Node, Tensor]) -> MlpBlock:
+    return MlpBlock(
+        ups=tuple(up.name for up in block.ups),
+        down=block.down.name,
+        gate=block.gate,
+        pointwise=_bound(block.pointwise, values),
+        activation=None if block.activation is None else _bound(block.activation, values),
+    )
+
+
+def _bound(chain: Rowwise, values: Mapping[fx.Node, Tensor]) -> Callable[..., Tensor]:
+    """A chain of operations with its constants (such as learned scales) bound to the tensors they are."""
+    constants = [_constant(node, values) for node in chain.constants]
+    writes = any(writes_first(node) for node in chain.module.graph.nodes)
 
     def run(*rows: Tensor) -> Tensor:
         with torch.no_grad():
-            # the caller keeps its rows, whatever the chain does in place
-            return module(*(row.clone() if writes else row for row in rows), *constants)  # type: ignore[no-any-return]
+            # in-place operations of the chain must not reach the caller's rows
+            return chain.module(*(row.clone() if writes else row for row in rows), *constants)  # type: ignore[no-any-return]
 
     return run
 
 
-def _constant(node: fx.Node) -> object:
-    real = node.meta.get("rana_real")
-    if isinstance(real, Tensor) and real.dim() > 1:
+def _constant(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> object:
+    real = values.get(node)
+    if real is not None and real.dim() > 1:
         return real.reshape(-1)  # one row, whatever the number of leading dimensions
     return real if real is not None else value_of(node)

@@ -1,4 +1,4 @@
-"""What is kept of the rows that pass one point of the model, in constant memory.
+"""Samples of the rows that pass one point of the model, in constant memory.
 
 In: batches of rows, as they come. Out: at most ``capacity`` of them, each equally likely to be kept, in the input's
 dtype. The paper decomposes on 32,000 tokens drawn from 256,000 (its section 5); a reservoir draws the same sample in
@@ -25,7 +25,7 @@ class Keep:
     moment: bool = False
 
     def start(self, *, seed: int) -> Reservoir:
-        """Nothing seen yet."""
+        """An empty reservoir that keeps so much."""
         made = Summary if self.moment else Reservoir
         return made(self.capacity, seed=seed, host=self.host)
 
@@ -69,7 +69,7 @@ class Reservoir:
         elif len(self._rows) >= needed:
             return self._rows
         device = torch.device("cpu") if self.host else like_TI.device
-        # on the host pages are touched only when written, so a short calibration does not pay for the full capacity
+        # on the host pages are touched only when written, so a short calibration does not use the full capacity
         room = self.capacity if device.type == "cpu" else min(self.capacity, max(_AT_FIRST, 2 * needed))
         grown = torch.empty(room, like_TI.shape[1], dtype=like_TI.dtype, device=device)
         if self._rows is not None:
@@ -78,7 +78,7 @@ class Reservoir:
         return grown
 
     def _replace(self, rows_TI: Tensor, priorities: Tensor) -> None:
-        """The buffer is full: newcomers with smaller priorities take the places of the largest."""
+        """The buffer is full: newcomers with smaller priorities replace those with the largest."""
         assert self._rows is not None
         kept = torch.cat([self._priorities, priorities]).topk(self.capacity, largest=False).indices
         incoming = kept[kept >= self.capacity] - self.capacity
@@ -88,8 +88,8 @@ class Reservoir:
         self._rows[slots.to(self._rows.device)] = rows_TI[incoming.to(rows_TI.device)].to(self._rows.device)
         self._priorities[slots] = priorities[incoming]
 
-    def forget(self) -> None:
-        """Give back its memory, where a recipe has made of it what it needs."""
+    def release(self) -> None:
+        """Free the memory of the rows; the reservoir holds none from now on."""
         self._rows, self._priorities = None, torch.empty(0)
 
     def rows(self) -> Tensor:
@@ -100,7 +100,7 @@ class Reservoir:
 
 
 class Summary(Reservoir):
-    """A sample of an eighth of the rows, and the second moment of the others: what is fitted to these is tried on those.
+    """A sample of an eighth of the rows, and the second moment of the others: a basis of the moment is judged on the sample.
 
     The eighth moves from batch to batch, so that it holds every position of a text.
     """
@@ -111,8 +111,8 @@ class Summary(Reservoir):
         self.summed = 0  # rows in it
         self._turn = 0
 
-    def forget(self) -> None:
-        super().forget()
+    def release(self) -> None:
+        super().release()
         self.moment = None
 
     def add(self, rows_TI: Tensor) -> None:

@@ -1,12 +1,23 @@
-"""Thresholds and kept energy from logarithmic histograms, instead of sorting every score.
+"""Log-binned histograms of non-negative scores, in place of sorting them: survival functions and partial sums.
 
-In: non-negative scores in chunks (z^2 per rank, or squared importance per input). Out: for any number of kept scores,
-the threshold that keeps exactly so many and the energy they hold. Bins follow the bits of the fp32 number, 1024 to an
-octave, so a threshold is within 0.1 % of the exact one (less by interpolation) and the energy of whole bins is exact.
+In: scores in chunks (z^2 per rank, squared importance per input). A bin is the leading bits of the fp32 number. Out, by what is
+looked up:
+
+    Histogram   grows over chunks of text, for blocks of columns apart; for any number of kept scores, the threshold that keeps
+                exactly so many and the energy they hold. 1024 bins to an octave over 56 octaves: a threshold is within 0.1 % of
+                the exact one (less by interpolation); the energy of a bin is its count times its middle.
+    Survival    made once from all scores; for any threshold, how many scores reach it and the sum of something else, exact per
+                bin, over those that do not. 128 bins to an octave, over all of fp32.
+
+They are two classes since neither holds what the other answers: a second sum per bin would double the memory of the first, of
+which there is one per block of ranks, and 1024 bins to an octave would make the second, of which there are several per
+candidate, eight times as long.
 """
 
 from __future__ import annotations
 
+import bisect
+from array import array
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -16,6 +27,8 @@ _SHIFT = 13  # of the 23 mantissa bits, 10 are kept
 _PER_OCTAVE = 1 << (23 - _SHIFT)
 _OCTAVES = 56
 _BINS = _PER_OCTAVE * _OCTAVES
+_COARSE_SHIFT = 16  # of the 23 mantissa bits, 7 are kept
+_CHUNK = 512  # tokens at a time
 
 
 class Histogram:
@@ -28,7 +41,7 @@ class Histogram:
 
     def __init__(self, blocks_C: Tensor, top: float) -> None:
         count = int(blocks_C.max()) + 1
-        self._base = (int(torch.tensor(max(top, 1e-30), dtype=torch.float32).view(torch.int32)) >> _SHIFT) - _BINS + 2
+        self._base = _bin(max(top, 1e-30), _SHIFT) - _BINS + 2
         self._first_C = (blocks_C * _BINS).to(torch.int32)  # where the block of each column begins
         self.counts = torch.zeros(count, _BINS, dtype=torch.int64, device=blocks_C.device)
 
@@ -82,7 +95,7 @@ class Profile:
         before = int(self._above[at]) - inside
         fraction = (count - before) / inside
         index = _BINS - 1 - at
-        low, high = _edge(index + self._base), _edge(index + 1 + self._base)
+        low, high = _edge(index + self._base, _SHIFT), _edge(index + 1 + self._base, _SHIFT)
         if index == 0:
             return (0.0 if fraction > 0.5 else high), float(self._energy_above[at]) - (1 - fraction) * float(self._energy[at])
         mean = float(self._energy[at]) / inside
@@ -93,5 +106,61 @@ class Profile:
         )
 
 
-def _edge(bits: int) -> float:
-    return float(torch.tensor(max(bits, 0) << _SHIFT, dtype=torch.int32).view(torch.float32))
+class Survival:
+    """Counts of scores at or above any threshold, and sums over those below it, per token.
+
+    Args:
+        squares_TI: with ``norms_I``, the scores ``squares_TI * norms_I``, fp32; they are taken to lie evenly inside a bin.
+        held_TI: what is summed; default: the scores.
+    """
+
+    def __init__(self, squares_TI: Tensor, norms_I: Tensor, held_TI: Tensor | None = None) -> None:
+        bins = (0x7F800000 >> _COARSE_SHIFT) + 1
+        counts = torch.zeros(bins, dtype=torch.float64, device=squares_TI.device)
+        sums = torch.zeros_like(counts)
+        for start, chunk in zip(range(0, len(squares_TI), _CHUNK), squares_TI.split(_CHUNK), strict=False):
+            flat = (chunk * norms_I).reshape(-1)
+            index = flat.view(torch.int32) >> _COARSE_SHIFT
+            counts += torch.bincount(index, minlength=bins)
+            held = flat if held_TI is None else held_TI[start : start + _CHUNK].reshape(-1)
+            sums += torch.bincount(index, weights=held.double(), minlength=bins)
+        rows = max(1, len(squares_TI))
+        used = counts.nonzero().flatten()
+        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        self._first, self._last = first, last
+        self._below, self._lost = (array("d", [0.0, *(part[first:last].cumsum(0) / rows).tolist()]) for part in (counts, sums))
+        self.total = self._below[-1]
+
+    def at(self, threshold: float) -> tuple[float, float]:
+        """(scores >= threshold, sum over those below), per token."""
+        at, share = self._place(threshold)
+        below = self._below[at] + share * (self._below[at + 1] - self._below[at])
+        return self.total - below, self._lost[at] + share * (self._lost[at + 1] - self._lost[at])
+
+    def threshold(self, dropped: float) -> float:
+        """The edge of a bin below which this share of the scores lies."""
+        at = bisect.bisect_left(self._below, dropped * self.total)
+        return _edge(self._first + min(at, self._last - self._first), _COARSE_SHIFT)
+
+    def _place(self, threshold: float) -> tuple[int, float]:
+        """Index of the bin, and the share of it that lies below ``threshold``."""
+        bits = _bin(min(max(threshold, 0.0), 3e38), _COARSE_SHIFT)
+        if bits < self._first:
+            return 0, 0.0
+        if bits >= self._last:
+            return self._last - self._first - 1, 1.0
+        low, high = _edge(bits, _COARSE_SHIFT), _edge(bits + 1, _COARSE_SHIFT)
+        # what is exactly zero lies in the lowest bin, and below any threshold
+        share = 1.0 if bits == 0 and threshold > 0 else (threshold - low) / (high - low)
+        return bits - self._first, min(1.0, max(0.0, share))
+
+
+def _bin(score: float, shift: int) -> int:
+    """The bin of a score: its fp32 bits without the last ``shift``."""
+    return int(torch.tensor(score, dtype=torch.float32).view(torch.int32)) >> shift
+
+
+def _edge(index: int, shift: int) -> float:
+    """The lowest number of a bin; of bins beyond fp32, the nearest finite one."""
+    bits = min(max(index, 0) << shift, 0x7F7FFFFF)
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))

@@ -1,11 +1,12 @@
 """What an error at the output of a linear does to the model's output: second moments of gradients there.
 
-In: a stage and some batches. Out: for every unit (sites stacked over one input) the mean of g g^T over tokens, g the gradient
-of a random projection of the model's output. For logits that is the log-likelihood of a label drawn from the model's own
-distribution, so that half of e^T (E g g^T) e is, to second order, the KL divergence that an error e causes: no labels are
-needed. Any other output is projected on normal noise, scaled by the output's own size. A unit with more outputs than inputs
-has its moment in the coordinates of its input, where errors of anything made of W lie: (W^T g)(W^T g)^T. Where the pass runs
-out of memory it is tried on smaller batches; where it fails, or reaches some linears only, the result says so.
+In: an instrumented model and some batches. Out: for every unit (sites stacked over one input) the mean of g g^T over tokens,
+g the gradient of a random projection of the model's output. For logits the projection is the log-likelihood of a label drawn
+from the model's own distribution, so that half of e^T (E g g^T) e is, to second order, the KL divergence that an error e causes:
+no labels are needed. Any other output is projected on normal noise, scaled by the output's own size. A unit with more outputs
+than inputs has its moment in the coordinates of its input, where errors of anything made of W lie: (W^T g)(W^T g)^T. Where the
+backward pass runs out of memory it is repeated on smaller batches; where it fails, or reaches some linears only, ``missing``
+holds the reason.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import optree
 import torch
 from torch import Tensor
 
+from rana_fx.calibration.batches import halves
+from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.probe import Stage, halves
 
 Unit = tuple[str, ...]
 
@@ -40,9 +42,11 @@ class Sensitivity:
     missing: str = ""
 
 
-def sensitivities(stage: Stage, layout: Layout, units: Sequence[Unit], batches: Iterable[Any], *, seed: int = 0) -> Sensitivity:
+def sensitivities(
+    model: InstrumentedModel, layout: Layout, units: Sequence[Unit], batches: Iterable[Any], *, seed: int = 0
+) -> Sensitivity:
     """Mean gradient moments over the real tokens of ``batches``. A site may be in several units."""
-    collector = _Collector(stage, layout, units)
+    collector = _Collector(model, layout, units)
     generator: torch.Generator | None = None
     waiting = list(batches)[::-1]
     while waiting:
@@ -51,9 +55,9 @@ def sensitivities(stage: Stage, layout: Layout, units: Sequence[Unit], batches: 
             with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
                 # Dynamo looks whether tensors that cross a graph break have gradients
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-                output = stage.run(batch, collector.step)
+                output = model.run(batch, collector.step)
                 generator = generator or torch.Generator(_device(output)).manual_seed(seed)
-                loss = _projected(output, stage, generator)
+                loss = _projected(output, model, generator)
                 if loss is None or not loss.requires_grad or not collector.leaves:
                     return Sensitivity(missing="its output does not depend on its linears by differentiable operations")
                 torch.autograd.grad(loss, collector.leaves, allow_unused=True)
@@ -76,8 +80,8 @@ def sensitivities(stage: Stage, layout: Layout, units: Sequence[Unit], batches: 
 class _Collector:
     """Takes gradients of one batch after the other at the linears' outputs."""
 
-    def __init__(self, stage: Stage, layout: Layout, units: Sequence[Unit]) -> None:
-        self._stage, self._layout = stage, layout
+    def __init__(self, model: InstrumentedModel, layout: Layout, units: Sequence[Unit]) -> None:
+        self._model, self._layout = model, layout
         self._units_of: dict[str, list[Unit]] = {}
         for unit in units:
             for name in unit:
@@ -93,7 +97,7 @@ class _Collector:
         self._squares: dict[str, Tensor] = {}
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
-        """For ``Stage.run``."""
+        """For ``InstrumentedModel.run``."""
         if not y.requires_grad:
             self.leaves.append(y.detach().requires_grad_())
             y = self.leaves[-1] * 1  # what follows may write into it
@@ -104,7 +108,7 @@ class _Collector:
 
     def _take(self, name: str, use: int, gradient: Tensor) -> None:
         site = self._layout.sites[name]
-        rows = self._stage.real(gradient)
+        rows = self._model.real(gradient)
         inner = rows @ site.view.to(rows.dtype)
         _add(self._squares, name, inner.float().square().sum(0))
         for unit in self._units_of[name]:
@@ -128,7 +132,7 @@ class _Collector:
         self.drop()
 
     def drop(self) -> None:
-        """Forget the batch that ran."""
+        """Release what is held of the batch that ran."""
         self._rows, self._squares, self._uses, self.leaves = {}, {}, {}, []
 
     def result(self) -> Sensitivity:
@@ -176,20 +180,20 @@ def floating(output: Any) -> list[Tensor]:
 
 
 def compared(output: Any) -> Any:
-    """What ``divergence`` reads of an output: a cache, say, need not be held for it."""
+    """The parts of an output that ``divergence`` reads; caches are left out."""
     logits = logits_of(output)
     return tuple(floating(output)) if logits is None else {"logits": logits}
 
 
-def real_outputs(values: Tensor, stage: Stage) -> Tensor:
+def real_outputs(values: Tensor, model: InstrumentedModel) -> Tensor:
     """Rows of an output, (rows, features), padding left out where it has a row per token."""
-    return values.reshape(1, -1) if values.dim() == 1 else stage.real(values)
+    return values.reshape(1, -1) if values.dim() == 1 else model.real(values)
 
 
-def _projected(output: Any, stage: Stage, generator: torch.Generator) -> Tensor | None:
+def _projected(output: Any, model: InstrumentedModel, generator: torch.Generator) -> Tensor | None:
     logits = logits_of(output)
     if logits is not None:
-        rows = _rows(logits, stage)
+        rows = _rows(logits, model)
         total = rows.new_zeros((), dtype=torch.float32)
         for chunk in rows.split(_ROWS):
             wide = chunk.float()
@@ -207,9 +211,9 @@ def _projected(output: Any, stage: Stage, generator: torch.Generator) -> Tensor 
     return projected
 
 
-def _rows(values: Tensor, stage: Stage) -> Tensor:
+def _rows(values: Tensor, model: InstrumentedModel) -> Tensor:
     """As ``real_outputs``, with gradients."""
-    mask = stage.mask(values)
+    mask = model.mask(values)
     rows = values.reshape(-1, values.shape[-1])
     return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
 
@@ -219,12 +223,12 @@ def _device(output: Any) -> torch.device:
     return found[0].device if found else torch.device("cpu")
 
 
-def divergence(output: Any, dense: Any, stage: Stage) -> tuple[float, int]:
+def divergence(output: Any, dense: Any, model: InstrumentedModel) -> tuple[float, int]:
     """(sum, rows): KL divergence from the dense model's logits, or relative squared error of its other outputs."""
     logits, expected = logits_of(output), logits_of(dense)
     if logits is not None and expected is not None:
         total, count = 0.0, 0
-        pairs = zip(real_outputs(logits, stage).split(_ROWS), real_outputs(expected, stage).split(_ROWS), strict=True)
+        pairs = zip(real_outputs(logits, model).split(_ROWS), real_outputs(expected, model).split(_ROWS), strict=True)
         for rows, reference in pairs:
             log_q, log_p = rows.float().log_softmax(-1), reference.float().log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
@@ -232,7 +236,7 @@ def divergence(output: Any, dense: Any, stage: Stage) -> tuple[float, int]:
         return total, count
     total, count = 0.0, 0
     for tensor, reference in zip(floating(output), floating(dense), strict=True):
-        rows, wanted = real_outputs(tensor, stage).double(), real_outputs(reference, stage).double()
+        rows, wanted = real_outputs(tensor, model).double(), real_outputs(reference, model).double()
         size = float(wanted.square().mean(0).sum()) or 1.0
         total += float((rows - wanted).square().sum()) / size
         count += len(rows)

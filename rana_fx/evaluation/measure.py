@@ -1,12 +1,12 @@
-"""Count what an adapted model really keeps on given text.
+"""Count what an adapted model keeps on given text.
 
-In: a model with a plan attached, and calls of it. Out: kept ranks per adapter and the budget measured, to hold against
-the budget asked. The rewritten graph runs with its reference kernels, and a counter sits before every masked product.
+In: a model with a plan attached, and calls of it. Out: kept ranks per adapter and the measured budget, to compare with the
+budget asked for. A ``Probe`` runs the rewritten graph with its reference kernels and counts before every masked matmul.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rana_fx._backend import rewrite
-from rana_fx.calibration.batches import call, evaluating, mask_of, observing, padding_masks, real_rows, to_device
+from rana_fx.calibration.probe import Probe, call_before, probing
 from rana_fx.errors import NoPlan
 from rana_fx.kernels.ops import masked_gemv, masked_rows
 from rana_fx.kernels.reference import kept
-from rana_fx.modules import device_of, unwrap
+from rana_fx.modules import unwrap
+from rana_fx.passes.rewrite_gated import gate_mask
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import attached
 
@@ -40,28 +41,62 @@ class Measurement:
     exact_density: dict[str, float]
 
 
+@dataclass(frozen=True, eq=False)
+class MaskedNode:
+    """A node of a rewritten graph at which an adapter masks something.
+
+    ``part``: the adapter's threshold in question: "tau" masks its ranks, "router_tau" what its router reads, "exact_tau" its
+    outputs. ``value``: what is masked. ``tau``: the thresholds of its square; None where zeros of ``value`` are the mask.
+    """
+
+    node: fx.Node
+    adapter: str
+    part: str
+    value: fx.Node
+    tau: fx.Node | None
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether it sets an activated gate to zero, which the matmuls behind it skip."""
+        return self.node.target is gate_mask
+
+
+def masked_nodes(graph: fx.Graph) -> list[MaskedNode]:
+    """All masks of a rewritten graph, in order: the one reader of what the passes note in ``node.meta``.
+
+    Behind a gate, the matmul with down is a masked node too, whose thresholds keep what is not zero.
+    """
+    found: list[MaskedNode] = []
+    for node in graph.nodes:
+        adapter, part = node.meta.get("rana_adapter"), node.meta.get("rana_part", "tau")
+        if adapter is None:
+            continue
+        if node.target in (masked_gemv, gate_mask):
+            found.append(MaskedNode(node, adapter, part, node.args[0], node.args[1]))
+        elif node.target is masked_rows and part == "exact_tau":
+            found.append(MaskedNode(node, adapter, part, node.args[1], None))
+    return found
+
+
 class Meter:
     """Calls the adapted model, with the backend's option ``prefill``, and counts."""
 
     def __init__(self, model: nn.Module, plan: Plan, *, prefill: str = "masked") -> None:
-        self._model, self._prefill = model, prefill
-        self._plan = plan
-        self._compiled = torch.compile(model, backend=self._backend)
-        # by name and part of the adapter: "tau" masks its ranks, "router_tau" what its router reads, "exact_tau" its outputs
+        self._plan, self._prefill = plan, prefill
+        self._probe = Probe(model, self._instrument)
+        # by name and part of the adapter
         self._kept: dict[tuple[str, str], float] = {}
         self._rows: dict[tuple[str, str], int] = {}
-        self._masks: dict[str, Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's output for one call."""
-        moved_args, moved_kwargs = to_device((args, kwargs), device_of(self._model))
-        self._masks = padding_masks(moved_kwargs)
         with torch.no_grad():
-            return self._compiled(*moved_args, **moved_kwargs)
+            return self._probe.forward(*args, **kwargs)
 
     def run(self, batch: Any) -> Any:
         """The adapted model's output for a batch as ``adapt`` takes them."""
-        return call(self, batch)
+        with torch.no_grad():
+            return self._probe.run(batch)
 
     def result(self) -> Measurement:
         """What was counted so far."""
@@ -79,25 +114,18 @@ class Meter:
             exact_density={name: value / (adapters[name].out or 1) for name, value in exact.items()},
         )
 
-    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewrite(gm, example_inputs, prefill=self._prefill)
+    def _instrument(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        rewrite(graph_module, example_inputs, prefill=self._prefill)
         counted: set[tuple[fx.Node, str, str]] = set()
-        for node in list(gm.graph.nodes):
-            name, part = node.meta.get("rana_adapter"), node.meta.get("rana_part", "tau")
-            exact = node.target is masked_rows and part == "exact_tau"
-            # what masks: v by its thresholds, or outputs by a gate of zeros and ones
-            mask = node.args[1] if exact else node.args[0] if node.target is masked_gemv else None
-            if mask is not None and (mask, name, part) not in counted:
-                counted.add((mask, name, part))
-                given = (mask,) if exact else node.args[:2]
-                with gm.graph.inserting_before(node):
-                    gm.graph.call_function(self._count, ((name, part), *given))
-        gm.recompile()
-        return gm.forward
+        for mask in masked_nodes(graph_module.graph):
+            key = (mask.value, mask.adapter, mask.part)
+            if key not in counted and not mask.is_gate:
+                counted.add(key)
+                call_before(mask.node, self._count, (mask.adapter, mask.part), mask.value, mask.tau)
 
     def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor | None = None) -> None:
         """Of v what ``tau`` keeps, or what is not zero."""
-        rows = real_rows(v, mask_of(v, self._masks))
+        rows = self._probe.real(v)
         self._kept[key] = self._kept.get(key, 0.0) + float((rows != 0 if tau is None else kept(rows, tau)).sum())
         self._rows[key] = self._rows.get(key, 0) + len(rows)
 
@@ -113,5 +141,5 @@ def measuring(model: nn.Module) -> Iterator[Meter]:
     if found is None:
         raise NoPlan(site=next((name for name, _ in model.named_parameters()), type(model).__name__))
     model = unwrap(model)
-    with evaluating(model), observing(model):
+    with probing(model):
         yield Meter(model, found.plan)

@@ -1,4 +1,4 @@
-"""Open regions of gradient checkpointing, so that the linears in them are found.
+"""Inline regions of gradient checkpointing, so that the linears in them are found.
 
     y = tag_activation_checkpoint(body, x, w)[0]        becomes        the nodes of body, each tagged to be recomputed
 
@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-# tells regions apart, and which comes first: what a later one reads of an earlier one is kept. PyTorch counts its own from zero
+# of regions, in order: what a later one reads of an earlier one is kept. PyTorch counts its own from zero
 _regions = itertools.count(1 << 32)
 
 
@@ -39,7 +39,7 @@ def _only_indexed(node: fx.Node) -> bool:
 
 
 def _open(graph_module: fx.GraphModule, node: fx.Node) -> int:
-    """Inline one; returns how many regions lay in it."""
+    """Inline one region; returns how many regions lay in it."""
     graph, reference = graph_module.graph, node.args[0]
     assert isinstance(reference, fx.Node)
     body: Any = getattr(graph_module, str(reference.target))
@@ -56,8 +56,8 @@ def _open(graph_module: fx.GraphModule, node: fx.Node) -> int:
             else:
                 made[inner] = graph.node_copy(inner, made.__getitem__)
                 if inner.op == "get_attr":
-                    made[inner].target = f"{reference.target}.{inner.target}"  # the body stays where its attributes are read
-                # the inner of two nested regions has tags already, which hold
+                    made[inner].target = f"{reference.target}.{inner.target}"  # the body's attributes stay in the body
+                # nodes of a nested region have tags already, which stay
                 made[inner].meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
                 made[inner].meta.setdefault("ac_graph_id", region)
     for user in list(node.users):

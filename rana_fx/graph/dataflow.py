@@ -1,78 +1,19 @@
-"""What dataflow rules need to know about an FX node, whatever wrote the graph.
+"""Facts of FX nodes that dataflow rules are made of, and the one search over a graph.
 
-In: nodes of a Dynamo graph (torch functions, methods) or of an exported one (aten overloads). Out: small facts:
-the operation's plain name, whether it is pointwise, a view that keeps the last dimension or a slice of it, and which
-nodes lie between two others. Everything is decided from operations and shapes, never from module names, so that an
-architecture nobody has seen is read like a known one.
+In: nodes of a Dynamo graph (torch functions, methods) or of an exported one (aten overloads). Out: a node's fake value and
+shape, whether it is a view that keeps rows whole or a slice of their columns, and which nodes lie between two others.
+Everything is decided from operations (rana_fx.graph.ops) and shapes, never from module names, so that an unknown architecture
+is read like a known one.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
-# names that do not change a value (at most its memory format), given the dtype stays
-_IDENTITY = {
-    "contiguous",
-    "clone",
-    "detach",
-    "alias",
-    "lift_fresh",
-    "identity",
-    "requires_grad_",
-    "to",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "type",
-    "type_as",
-    "_to_copy",
-}
-_DROPOUT = {"dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"}
-_RESHAPE = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "expand", "view_as", "reshape_as"}
-_PERMUTE = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "t", "T", "mT"}
-_SPLIT = {"chunk", "split", "tensor_split", "split_with_sizes", "unbind", "narrow", "getitem", "slice"}
-_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
-# take only the shape, dtype or device of a tensor
-_VALUE_FREE = {
-    "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
-    "randn_like", "size", "shape", "dim", "numel", "device", "dtype", "stride",
-}  # fmt: skip
-# products of two activations: where attention mixes tokens
-_PRODUCTS = {"bmm", "baddbmm", "matmul", "mm", "einsum", "tensordot", "addbmm"}
-_AUGMENTED = {
-    "iadd": "add",
-    "isub": "sub",
-    "imul": "mul",
-    "itruediv": "div",
-    "truediv": "div",
-    "ipow": "pow",
-    "imatmul": "matmul",
-}
-
-
-def op_name(node: fx.Node) -> str:
-    """The operation's bare name: ``add`` for ``torch.add``, ``operator.iadd``, ``Tensor.add_`` and ``aten.add.Tensor``."""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            name = target._schema.name.split("::")[-1]
-        elif target is getattr:
-            name = str(node.args[1])
-        else:
-            name = getattr(target, "__name__", None) or str(target)
-    else:
-        return str(node.op)
-    name = name.strip("_") if name.startswith("__") else name
-    if name.endswith("_") and not name.startswith("_"):
-        name = name[:-1]
-    return _AUGMENTED.get(name, name)
+from rana_fx.graph.ops import DROPOUT, IDENTITY, MIXING_MATMULS, PERMUTES, RESHAPES, SPLITS, VALUE_FREE, is_call, op_name
 
 
 def shape_of(node: fx.Node) -> torch.Size | None:
@@ -84,22 +25,6 @@ def shape_of(node: fx.Node) -> torch.Size | None:
 def value_of(node: fx.Node) -> object:
     """The fake value of a node: Dynamo stores it as ``example_value``, export and AOT as ``val``."""
     return node.meta.get("example_value", node.meta.get("val"))
-
-
-@functools.cache
-def _aten_pointwise(name: str) -> bool:
-    packet = getattr(torch.ops.aten, name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
-        return False
-    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """Each output element depends on the same element of the inputs (up to broadcasting); casts and dropout included."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = op_name(node)
-    return name in _CASTS or name in _DROPOUT or name in _IDENTITY or _aten_pointwise(name)
 
 
 def _keeps_last(node: fx.Node) -> bool:
@@ -123,25 +48,25 @@ def statically_equal(a: object, b: object) -> bool:
 
 def is_row_view(node: fx.Node) -> bool:
     """A view or identity after which every row (vector along the last dimension) is still a row of the source."""
-    if node.op not in ("call_function", "call_method") or not node.args:
+    if not is_call(node) or not node.args:
         return False
     name = op_name(node)
-    if name in _DROPOUT:
+    if name in DROPOUT:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         return training is False or bool(node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) == 0)
-    if name in _IDENTITY:
+    if name in IDENTITY:
         before, after = value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None, value_of(node)
         return isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dtype == after.dtype
-    if name in _RESHAPE:
+    if name in RESHAPES:
         return _keeps_last(node)
-    if name in _PERMUTE:
-        return name not in ("t", "T", "mT") and _keeps_last(node) and _permutation_keeps_last(node)
+    if name in PERMUTES:
+        return _keeps_last(node) and _permutation_keeps_last(node)
     return False
 
 
 def is_reshape(node: fx.Node) -> bool:
     """A row view that keeps the rows' number and order."""
-    return is_row_view(node) and op_name(node) not in _PERMUTE | {"expand"}
+    return is_row_view(node) and op_name(node) not in PERMUTES | {"expand"}
 
 
 def _permutation_keeps_last(node: fx.Node) -> bool:
@@ -158,7 +83,7 @@ def _permutation_keeps_last(node: fx.Node) -> bool:
 
 def is_column_slice(node: fx.Node) -> bool:
     """Takes some columns of the last dimension for every row: chunk, split, narrow, ``x[..., a:b]`` and their items."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in _SPLIT:
+    if not is_call(node) or op_name(node) not in SPLITS:
         return False
     source = node.args[0]
     if not isinstance(source, fx.Node):
@@ -193,8 +118,8 @@ def last_dim_slice(node: fx.Node, rank: int) -> tuple[object, ...] | None:
 
 
 def split_sizes(node: fx.Node) -> tuple[int, int] | None:
-    """(a, b) of a reshape of rows of a * b columns into a rows of b columns each: gate and up of one linear, say."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in _RESHAPE or not node.args:
+    """(a, b) of a reshape of rows of a * b columns into a rows of b columns each, such as gate and up of one linear."""
+    if not is_call(node) or op_name(node) not in RESHAPES or not node.args:
         return None
     before = shape_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
     after = shape_of(node)
@@ -208,7 +133,7 @@ def split_sizes(node: fx.Node) -> tuple[int, int] | None:
 
 def picked_part(node: fx.Node) -> int | None:
     """The index at which a node picks one of the parts that ``split_sizes`` made."""
-    if node.op not in ("call_function", "call_method") or len(node.args) < 2 or not isinstance(node.args[0], fx.Node):
+    if not is_call(node) or len(node.args) < 2 or not isinstance(node.args[0], fx.Node):
         return None
     name, source, index = op_name(node), node.args[0], node.args[1]
     if name == "getitem" and isinstance(index, int):
@@ -227,7 +152,7 @@ def picked_part(node: fx.Node) -> int | None:
 
 def unbinds_parts(node: fx.Node) -> bool:
     """An unbind of the parts that ``split_sizes`` made."""
-    if node.op not in ("call_function", "call_method") or op_name(node) != "unbind":
+    if not is_call(node) or op_name(node) != "unbind":
         return False
     return _dim_of_parts(node.args[0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0))
 
@@ -238,7 +163,7 @@ def _dim_of_parts(source: object, dim: object) -> bool:
 
 
 def row_source(node: fx.Node) -> fx.Node:
-    """The tensor a node is a mere row view of: what two linears share when they 'read the same tensor'."""
+    """The tensor that a node is a row view of, or the node. Two linears read the same tensor where their sources are one."""
     while is_row_view(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
@@ -246,12 +171,12 @@ def row_source(node: fx.Node) -> fx.Node:
 
 def mixes_tokens(node: fx.Node, weights: set[fx.Node]) -> bool:
     """A product of two activations (attention scores, attention output, or a fused attention operator)."""
-    if node.op not in ("call_function", "call_method"):
+    if not is_call(node):
         return False
     name = op_name(node)
     if "attention" in name or name == "flex_attention":
         return True
-    if name not in _PRODUCTS:
+    if name not in MIXING_MATMULS:
         return False
     operands = [a for a in node.all_input_nodes if isinstance(value_of(a), torch.Tensor)]
     return sum(operand not in weights for operand in operands) >= 2
@@ -259,7 +184,32 @@ def mixes_tokens(node: fx.Node, weights: set[fx.Node]) -> bool:
 
 def reads_values(node: fx.Node) -> bool:
     """Whether the values of its inputs matter to a node, not merely their shapes."""
-    return node.op not in ("call_function", "call_method") or op_name(node) not in _VALUE_FREE
+    return not is_call(node) or op_name(node) not in VALUE_FREE
+
+
+def walk(starts: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """Every node reachable from ``starts``, these included, each once, depth first.
+
+    ``following`` is called on a node after the loop that walks has handled it, so it may depend on what the loop decided.
+    """
+    seen: set[fx.Node] = set()
+    todo = list(starts)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            todo.extend(following(node))
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that any of ``nodes`` depends on, these included."""
+    return set(walk(nodes, lambda node: node.all_input_nodes))
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that depend on any of ``nodes``, these included."""
+    return set(walk(nodes, lambda node: node.users))
 
 
 def reach(
@@ -269,9 +219,11 @@ def reach(
     forward: bool = True,
     hidden: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
 ) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Nodes reachable from ``start`` (excluded) and the stopping nodes met; traversal does not pass a stopping node.
+    """(nodes that values reach from ``start``, itself excluded; stopping nodes reached). Nothing behind these counts.
 
-    ``hidden``: further edges in the direction of travel (memory written under another name).
+    Args:
+        forward: along users; False: along inputs.
+        hidden: further edges in the direction of travel (memory written under another name).
     """
     inside: set[fx.Node] = set()
     met: set[fx.Node] = set()
@@ -280,29 +232,10 @@ def reach(
         yield from node.users if forward else node.all_input_nodes
         yield from (hidden or {}).get(node, ())
 
-    todo = list(following(start))
-    while todo:
-        node = todo.pop()
-        if node in inside or node in met or not reads_values(node):
-            continue
-        if stop(node):
-            met.add(node)
-            continue
-        inside.add(node)
-        todo.extend(following(node))
+    for node in walk(following(start), lambda node: following(node) if node in inside else ()):
+        if reads_values(node):
+            (met if stop(node) else inside).add(node)
     return inside, met
-
-
-def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """All nodes that depend on any of ``nodes``, these included."""
-    seen: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo.extend(node.users)
-    return seen
 
 
 def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:

@@ -12,20 +12,21 @@ linear, left as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
 
-from rana_fx.graph.dataflow import op_name, shape_of
+from rana_fx.graph.dataflow import shape_of
 from rana_fx.graph.operands import Operand, operand
+from rana_fx.graph.ops import op_name
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """Letters of x and w that are kept and summed; ``output`` is the order in which the kept ones are wanted."""
+    """Letters of the activation x and of the weight w; ``output``: of the result, in its order."""
 
     x: str
     w: str
@@ -50,9 +51,31 @@ class Contraction:
         complete = sorted(self.output) == sorted(self.kept_x + self.kept_w)
         return distinct and complete and bool(self.summed and self.kept_x and self.kept_w)
 
+    @property
+    def over_last(self) -> bool:
+        """``ti,oi->to`` or ``ti,io->to``: a 2-D weight over the last dimension of x, nothing to permute."""
+        plain = len(self.w) == 2 and self.x == self.kept_x + self.summed and self.output == self.kept_x + self.kept_w
+        return self.linear and plain
 
-def parse(node: fx.Node) -> tuple[str, str, str, fx.Node, fx.Node] | None:
-    """(left letters, right letters, output letters, left, right) of an einsum of two tensors, written out in full."""
+
+@dataclass(frozen=True, eq=False)
+class Einsum:
+    """An einsum of two tensors, its letters written out in full."""
+
+    left: str
+    right: str
+    output: str
+    first: fx.Node
+    second: fx.Node
+
+    def contractions(self) -> Iterator[tuple[Contraction, fx.Node, fx.Node]]:
+        """(letters, x, w), with either operand as the weight; the second comes first."""
+        yield Contraction(self.left, self.right, self.output), self.first, self.second
+        yield Contraction(self.right, self.left, self.output), self.second, self.first
+
+
+def parse(node: fx.Node) -> Einsum | None:
+    """The einsum a node is; None where it is something else, or has an ellipsis or another number of operands."""
     if node.op != "call_function" or op_name(node) != "einsum" or node.kwargs:
         return None
     equation = node.args[0]
@@ -62,21 +85,17 @@ def parse(node: fx.Node) -> tuple[str, str, str, fx.Node, fx.Node] | None:
     inputs, output = equation.replace(" ", "").split("->")
     left, right = inputs.split(",")
     first, second = operands
-    return (left, right, output, first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
+    return Einsum(left, right, output, first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
 
 
 def as_linear(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> tuple[Any, list[fx.Node]] | None:
-    """(a function that builds the linear, its inputs x and w), or None where the einsum is not one or already is."""
+    """(a function that builds the linear, its inputs x and w), or None where the einsum is not one."""
     found = parse(node)
-    if found is None:
-        return None
-    left, right, output, first, second = found
-    for x_letters, w_letters, x, w in ((left, right, first, second), (right, left, second, first)):
-        form = Contraction(x_letters, w_letters, output)
+    for form, x, w in () if found is None else found.contractions():
         shape = shape_of(w)
         if not isinstance(operand(w, weights), Operand) or operand(x, weights) is not None or not form.linear or shape is None:
             continue
-        sizes = dict(zip(w_letters, shape, strict=True))
+        sizes = dict(zip(form.w, shape, strict=True))
         if not all(isinstance(size, int) for size in sizes.values()):
             continue
         return _builder(form, {letter: int(size) for letter, size in sizes.items()}), [x, w]

@@ -1,4 +1,4 @@
-"""Writes into tensors, told from dataflow: which value a node reads when memory changes under it.
+"""In-place writes, inferred from dataflow: which value a node reads when memory changes under it.
 
     h = linear(x, w); h.relu_(); y = linear(h, v)      becomes      h = linear(x, w); r = h.relu_(); y = linear(r, v)
 
@@ -12,38 +12,18 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from rana_fx.graph.dataflow import op_name, value_of
-
-_OPERATORS = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift",
-    "setitem",
-}  # fmt: skip
-_VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "expand", "view_as", "reshape_as",
-    "transpose", "permute", "swapaxes", "swapdims", "movedim", "t", "T", "mT", "chunk", "split", "tensor_split",
-    "split_with_sizes", "unbind", "narrow", "getitem", "slice", "select", "detach", "alias", "contiguous", "to", "identity",
-    "dropout",
-}  # fmt: skip
+from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.ops import VIEWS, is_call, op_name, writes_first
 
 
 def written(node: fx.Node) -> fx.Node | None:
     """The tensor a node writes into, if it writes."""
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    if node.op == "call_method":
-        raw = str(node.target)
-    elif isinstance(node.target, str):
-        raw = node.target
-    else:
-        raw = getattr(node.target, "__name__", "")
-    raw = raw.strip("_") if raw.startswith("__") else raw
-    if raw in _OPERATORS or (raw.endswith("_") and raw != "requires_grad_") or node.kwargs.get("inplace") is True:
-        return node.args[0] if isinstance(value_of(node.args[0]), Tensor) else None
-    return None
+    target = node.args[0] if writes_first(node) else None
+    return target if isinstance(target, fx.Node) and isinstance(value_of(target), Tensor) else None
 
 
 def redirect(graph_module: fx.GraphModule) -> int:
-    """Let uses of a tensor after a write to it name the writing node, which returns the same tensor; returns how many."""
+    """Make uses of a tensor after a write into it read the writing node, which returns the same tensor; returns how many."""
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     changed = 0
     for node in graph_module.graph.nodes:
@@ -60,7 +40,7 @@ def redirect(graph_module: fx.GraphModule) -> int:
 
 
 class Writes:
-    """Follows a graph in order and remembers the last write into each tensor's memory, views included."""
+    """The last write into each tensor's memory, views included, while a graph is walked in order."""
 
     def __init__(self) -> None:
         self._root: dict[fx.Node, fx.Node] = {}
@@ -81,13 +61,13 @@ class Writes:
         return self._root.get(node, node)
 
     def last(self, node: fx.Node) -> fx.Node | None:
-        """What last wrote into the memory of ``node``, so far."""
+        """The node that last wrote into the memory of ``node``, so far."""
         return self._last.get(self.root(node))
 
 
 def _is_view(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node may share the memory of ``source``. Indexing by a tensor copies."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in _VIEWS:
+    if not is_call(node) or op_name(node) not in VIEWS:
         return False
     others = (value_of(other) for other in node.all_input_nodes if other is not source)
     return op_name(node) != "getitem" or not any(isinstance(value, Tensor) for value in others)

@@ -1,4 +1,4 @@
-"""Make Dynamo recompile when a graph would meet other weights or another plan.
+"""Make Dynamo recompile when a graph would run with other weights or another plan.
 
 In: the graph inputs of the weights a rewrite depends on. Out: guards in the compile that is in progress.
 Why: Dynamo inlines modules, so one graph may serve every layer of a model compiled in pieces (graph breaks, or
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import fx, nn
 from torch._dynamo.source import AttrSource
 from torch._guards import TracingContext
@@ -42,11 +41,11 @@ def guard_weights(nodes: Iterable[fx.Node], *, attachment: bool) -> None:
 
 
 def _value(source: object) -> object:
-    output = torch._dynamo.convert_frame  # the frame's locals live on the current translator
-    del output
+    """What a local variable of the frame that is being compiled holds, or None."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
+        # the frame's locals live on the translator of the outermost function
         root = InstructionTranslator.current_tx().output.root_tx
         return root.f_locals.get(getattr(source, "local_name", ""), None)
     except (AttributeError, RuntimeError):

@@ -1,8 +1,8 @@
 """Find every linear layer of a traced graph by dataflow.
 
-In: one FX graph and the real Parameters behind its inputs. Out: a ``Linear`` for every product of an activation with a
+In: one FX graph and the real Parameters behind its inputs. Out: a ``Linear`` for every matmul of an activation with a
 matrix from a Parameter (``linear``, ``addmm`` with an (in, out) weight, ``matmul``/``mm`` with a transposed weight, a
-2-D ``einsum``), and a ``Skip`` with its reason for every weight that takes part in a product that is not one of these.
+2-D ``einsum``), and a ``Skip`` with its reason for every weight that takes part in a matmul that is not one of these.
 A weight is recognised by identity, through views; names come from the model or from Dynamo's source.
 """
 
@@ -16,14 +16,14 @@ import torch
 from torch import fx, nn
 
 from rana_fx.formats import is_plain
-from rana_fx.graph.dataflow import op_name, reads_values, row_source, tensor_inputs, value_of
+from rana_fx.graph.dataflow import reads_values, row_source, tensor_inputs, value_of
 from rana_fx.graph.functionalize import Writes, written
-from rana_fx.graph.operands import CASTS, INDEXING, TRANSPOSES, Operand, operand
+from rana_fx.graph.matmuls import Operands, operands_of
+from rana_fx.graph.operands import Operand, operand
+from rana_fx.graph.ops import CASTS, CLOSED, COPIES, INDEXING, TRANSPOSES, contains_matmul, is_call, is_matmul, op_name
 from rana_fx.skips import Skip as Skip
 
 DEVICES = ("cpu", "cuda", "xpu")  # where Inductor lowers the rewritten graph
-_CLOSED = ("multi_head_attention_forward", "encoder_layer_fwd")  # where rana_fx.graph.decompose_fused could not open it
-_PRODUCTS = ("mm", "matmul", "einsum", "linear", "bmm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,9 @@ class Linear:
     @property
     def x(self) -> fx.Node:
         """The tensor it reads now: a rewrite of another layer may have put another node there."""
-        found = operands_of(self.node)
-        assert found is not None and isinstance(found[0], fx.Node)
-        return found[0]
+        x = self._operands.x
+        assert isinstance(x, fx.Node)
+        return x
 
     @property
     def op(self) -> str:
@@ -68,9 +68,15 @@ class Linear:
     @property
     def factor(self) -> tuple[fx.Node, bool]:
         """The node it multiplies by, and whether that is (in, out)."""
+        found = self._operands
+        assert isinstance(found.matrix, fx.Node)
+        return found.matrix, not found.out_first
+
+    @property
+    def _operands(self) -> Operands:
         found = operands_of(self.node)
-        assert found is not None and isinstance(found[1], fx.Node)
-        return found[1], not found[3]
+        assert found is not None
+        return found
 
 
 @dataclass
@@ -125,19 +131,18 @@ def find_linears(graph_module: fx.GraphModule, example_inputs: Sequence[object],
     """All linears of one graph in execution order. ``names``: id of a Parameter -> its name in the model."""
     scan = Scan(weights=parameters_of(graph_module, example_inputs))
     scan.constant = constants(graph_module, scan.weights)
-    writes = Writes()
+    matcher = _Matcher(scan, names)
     seen: set[str] = set()
     for node in graph_module.graph.nodes:
-        writes.add(node)
-        if node.op not in ("call_function", "call_method"):
+        matcher.writes.add(node)
+        if not is_call(node):
             continue
-        match = _match(node, scan.weights, names, scan.constant, writes)
-        if match is None and any(word in op_name(node) for word in _CLOSED):
-            for source in node.all_input_nodes:
-                for leaf in scan.constant.get(source, ()):
-                    if scan.weights[leaf].dim() > 1:
-                        scan.products.add(node)
-                        scan.skips.append(Skip(_name(leaf, scan.weights, names), f"inside a fused operator ({op_name(node)})"))
+        match = matcher.match(node)
+        if match is None and any(word in op_name(node) for word in CLOSED):
+            hidden = matcher.hidden(node)
+            scan.skips += hidden
+            if hidden:
+                scan.products.add(node)
         if match is not None:
             scan.products.add(node)
         if isinstance(match, Linear):
@@ -151,7 +156,7 @@ def find_linears(graph_module: fx.GraphModule, example_inputs: Sequence[object],
 def constants(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]) -> dict[fx.Node, set[fx.Node]]:
     """Tensors that no data of the batch goes into (weights, buffers, what is computed from them) -> the weights in each.
 
-    The output of a constant product (keys of a table of positions) holds no weight: it is an activation that never changes.
+    The output of a constant matmul (keys of a table of positions) holds no weight: it is an activation that never changes.
     """
     found: dict[fx.Node, set[fx.Node]] = {}
     writes = Writes()
@@ -170,102 +175,117 @@ def constants(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Paramet
             found[node] = set()  # sizes
         elif not reads_values(node):
             found[node] = set()
-        elif node.op in ("call_function", "call_method") and all(item in found for item in node.all_input_nodes):
+        elif is_call(node) and all(item in found for item in node.all_input_nodes):
             held = set().union(*(found[item] for item in node.all_input_nodes))
-            found[node] = set() if _multiplies(op_name(node)) else held
+            found[node] = set() if is_matmul(op_name(node)) else held
     return found
 
 
-def _match(
-    node: fx.Node,
-    weights: Mapping[fx.Node, nn.Parameter],
-    names: Mapping[int, str],
-    constant: Mapping[fx.Node, set[fx.Node]],
-    writes: Writes,
-) -> Linear | Skip | None:
-    name = op_name(node)
-    operands = operands_of(node)
-    if operands is None:
-        return _expert(node, name, weights, names) or _computed(node, name, weights, names, constant)
-    x, weight, bias, wants_transposed = operands
-    found = operand(weight, weights)
-    if found is None or (isinstance(found, Operand) and found.value.dim() != 2):
-        return _expert(node, name, weights, names) or _computed(node, name, weights, names, constant)
-    if isinstance(found, str):
-        assert isinstance(weight, fx.Node)
-        origin = _origin(weight, weights)
-        return Skip(_name(origin, weights, names), _unsupported(node, x, weights[origin]) or found)
-    site = _name(found.source, weights, names) + found.part
-    reason = _unsupported(node, x, found.parameter)
-    bias_value = None
-    if bias is not None and reason is None:
-        bias_found = operand(bias, weights)
-        if not isinstance(bias_found, Operand) or bias_found.value.dim() != 1:
-            cast = isinstance(bias_found, str)
-            reason = "its bias is cast in the forward pass" if cast else "its bias is an activation or is computed"
-        else:
-            bias_value = bias_found.value
-    if reason is not None:
-        return Skip(site, reason)
-    assert isinstance(x, fx.Node)
-    # linear multiplies by W^T of an (out, in) operand; the others by the operand itself, (in, out)
-    matrix = found.value if wants_transposed else found.value.t()
-    transposed = found.flipped if wants_transposed else not found.flipped
-    whole = not found.part and found.parameter.dim() == 2
-    return Linear(
-        node, found.parameter, found.source, matrix, transposed, whole, bias_value, bias, site, writes.last(x)
-    )  # fmt: skip
+class _Matcher:
+    """Decides of one node after the other whether it is a linear; ``writes`` has to follow the graph."""
 
+    def __init__(self, scan: Scan, names: Mapping[int, str]) -> None:
+        self._weights, self._constant, self._names = scan.weights, scan.constant, names
+        self.writes = Writes()
 
-def _multiplies(name: str) -> bool:
-    return any(name.endswith(word) for word in _PRODUCTS)
+    def match(self, node: fx.Node) -> Linear | Skip | None:
+        """The linear; or the weight in a matmul that cannot be adapted; or None where no weight is multiplied."""
+        operands = operands_of(node)
+        found = None if operands is None else operand(operands.matrix, self._weights)
+        if operands is None or found is None or (isinstance(found, Operand) and found.value.dim() != 2):
+            return self._expert(node) or self._computed(node)
+        if isinstance(found, str):
+            assert isinstance(operands.matrix, fx.Node)
+            origin = self._origin(operands.matrix)
+            return Skip(self._name(origin), _unsupported(node, operands.x, self._weights[origin]) or found)
+        site = self._name(found.source) + found.part
+        reason = _unsupported(node, operands.x, found.parameter)
+        bias = None
+        if operands.bias is not None and reason is None:
+            held = operand(operands.bias, self._weights)
+            if not isinstance(held, Operand) or held.value.dim() != 1:
+                cast = isinstance(held, str)
+                reason = "its bias is cast in the forward pass" if cast else "its bias is an activation or is computed"
+            else:
+                bias = held.value
+        if reason is not None:
+            return Skip(site, reason)
+        return self._linear(node, operands, found, site, bias)
 
+    def _linear(self, node: fx.Node, operands: Operands, found: Operand, site: str, bias: torch.Tensor | None) -> Linear:
+        assert isinstance(operands.x, fx.Node)
+        return Linear(
+            node=node,
+            weight=found.parameter,
+            weight_node=found.source,
+            matrix=found.value if operands.out_first else found.value.t(),
+            transposed=found.flipped if operands.out_first else not found.flipped,
+            whole=not found.part and found.parameter.dim() == 2,
+            bias=bias,
+            bias_node=operands.bias,
+            name=site,
+            version=self.writes.last(operands.x),
+        )
 
-def _origin(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> fx.Node:
-    while node not in weights:
-        assert isinstance(node.args[0], fx.Node)
-        node = node.args[0]
-    return node
+    def hidden(self, node: fx.Node) -> list[Skip]:
+        """The weights inside an operator that could not be taken apart."""
+        leaves = (leaf for source in node.all_input_nodes for leaf in self._constant.get(source, ()))
+        reason = f"inside a fused operator ({op_name(node)})"
+        return [Skip(self._name(leaf), reason) for leaf in leaves if self._weights[leaf].dim() > 1]
 
-
-def _name(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter], names: Mapping[int, str]) -> str:
-    return names.get(id(weights[node])) or source_name(node)
-
-
-def operands_of(node: fx.Node) -> tuple[object, object, fx.Node | None, bool] | None:
-    """(x, weight operand, bias, operand is (out, in)?) of a product that may be a linear."""
-    name = op_name(node)
-    if name == "linear":
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        x = node.args[0] if node.args else node.kwargs.get("input")
-        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        return x, weight, bias if isinstance(bias, fx.Node) else None, True
-    if name == "addmm" and len(node.args) >= 3:
-        bias = node.args[0]
-        return node.args[1], node.args[2], bias if isinstance(bias, fx.Node) else None, False
-    if name in ("matmul", "mm") and len(node.args) >= 2:
-        return node.args[0], node.args[1], None, False
-    if name == "einsum":
-        return _einsum(node)
-    return None
-
-
-def _einsum(node: fx.Node) -> tuple[object, object, fx.Node | None, bool] | None:
-    """``...i,oi->...o`` or ``...i,io->...o``: a linear written as an einsum; anything else is not one."""
-    equation = node.args[0]
-    operands = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+    def _expert(self, node: fx.Node) -> Skip | None:
+        """A matmul with a weight of three dimensions (experts), or any use of a quantised matrix."""
+        if not contains_matmul(op_name(node)):
+            return None
+        for source in node.all_input_nodes:
+            found = self._through_indexing(source)
+            if found is None:
+                continue
+            parameter = self._weights[found]
+            site = self._name(found)
+            if parameter.dim() == 3:
+                count, *matrix = parameter.shape
+                kind = f"3-D weight, as of experts: {count} matrices of {tuple(matrix)} ({op_name(node)})"
+                return Skip(site, f"{kind}; not adapted, not in the budget")
+            if not is_plain(parameter):
+                return Skip(site, f"quantised weight ({parameter.dtype})")
         return None
-    inputs, output = equation.replace(" ", "").split("->")
-    left, right = inputs.split(",")
-    x, weight = operands
-    if len(right) != 2 or len(left) < 2 or len(set(left)) != len(left) or "." in right:
-        return None
-    contracted = left[-1]
-    kept = right.replace(contracted, "")
-    if contracted not in right or len(kept) != 1 or output != left[:-1] + kept or kept in left:
-        return None
-    return x, weight, None, right[1] == contracted
+
+    def _computed(self, node: fx.Node) -> Skip | None:
+        """A matmul of data with what is computed from Parameters alone, or from the left: reported, not adapted."""
+        if not is_matmul(op_name(node)):
+            return None
+        inputs = list(tensor_inputs(node))
+        if all(item in self._constant for item in inputs):
+            return None  # depends on no data: computed once, not a layer
+        leaves = (leaf for item in inputs for leaf in self._constant.get(item, ()))
+        matrices = [(self._weights[leaf].numel(), leaf) for leaf in leaves if self._weights[leaf].dim() > 1]
+        if not matrices:
+            return None
+        site = self._name(max(matrices, key=lambda pair: pair[0])[1])
+        operands = [operand(item, self._weights) for item in inputs]
+        if any(isinstance(found, Operand) and found.value.dim() > 1 for found in operands):
+            return Skip(site, f"its product with the activation is not one over the last dimension ({op_name(node)})")
+        return Skip(site, "its weight is computed in the forward pass")
+
+    def _through_indexing(self, node: fx.Node) -> fx.Node | None:
+        """The Parameter that a node shows, cast, transposed or indexed by whatever."""
+        while node not in self._weights:
+            if not is_call(node) or op_name(node) not in TRANSPOSES | CASTS | INDEXING | COPIES:
+                return None
+            if not node.args or not isinstance(node.args[0], fx.Node):
+                return None
+            node = node.args[0]
+        return node
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        while node not in self._weights:
+            assert isinstance(node.args[0], fx.Node)
+            node = node.args[0]
+        return node
+
+    def _name(self, node: fx.Node) -> str:
+        return self._names.get(id(self._weights[node])) or source_name(node)
 
 
 def _unsupported(node: fx.Node, x: object, weight: nn.Parameter) -> str | None:
@@ -279,65 +299,4 @@ def _unsupported(node: fx.Node, x: object, weight: nn.Parameter) -> str | None:
         return f"unsupported device {weight.device.type} (supported: {', '.join(DEVICES)})"
     if op_name(node) == "addmm" and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
         return "addmm with alpha or beta other than 1"
-    return None
-
-
-def _expert(node: fx.Node, name: str, weights: Mapping[fx.Node, nn.Parameter], names: Mapping[int, str]) -> Skip | None:
-    """A product with a weight of three dimensions (experts), or any use of a quantised matrix."""
-    if not any(word in name for word in _PRODUCTS):
-        return None
-    for source in node.all_input_nodes:
-        found = _through_indexing(source, weights)
-        if found is None:
-            continue
-        parameter = weights[found]
-        site = _name(found, weights, names)
-        if parameter.dim() == 3:
-            count, *matrix = parameter.shape
-            return Skip(
-                site,
-                f"3-D weight, as of experts: {count} matrices of {tuple(matrix)} ({name}); not adapted, not in the budget",
-            )
-        if not is_plain(parameter):
-            return Skip(site, f"quantised weight ({parameter.dtype})")
-    return None
-
-
-def _computed(
-    node: fx.Node,
-    name: str,
-    weights: Mapping[fx.Node, nn.Parameter],
-    names: Mapping[int, str],
-    constant: Mapping[fx.Node, set[fx.Node]],
-) -> Skip | None:
-    """A product of data with what is computed from Parameters alone, or from the left: reported, not adapted."""
-    if not _multiplies(name):
-        return None
-    inputs = list(tensor_inputs(node))
-    if all(item in constant for item in inputs):
-        return None  # depends on no data: computed once, not a layer
-    matrices = [(weights[leaf].numel(), leaf) for item in inputs for leaf in constant.get(item, ()) if weights[leaf].dim() > 1]
-    if not matrices:
-        return None
-    leaf = max(matrices, key=lambda pair: pair[0])[1]
-    site = _name(leaf, weights, names)
-    if any(isinstance(found, Operand) and found.value.dim() > 1 for found in (operand(item, weights) for item in inputs)):
-        return Skip(site, f"its product with the activation is not one over the last dimension ({name})")
-    return Skip(site, "its weight is computed in the forward pass")
-
-
-def _through_indexing(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> fx.Node | None:
-    for _ in range(8):
-        if node in weights:
-            return node
-        if node.op not in ("call_function", "call_method") or op_name(node) not in TRANSPOSES | CASTS | INDEXING | {
-            "contiguous",
-            "detach",
-            "alias",
-            "clone",
-        }:
-            return None
-        if not node.args or not isinstance(node.args[0], fx.Node):
-            return None
-        node = node.args[0]
     return None

@@ -1,7 +1,7 @@
 """Which Parameter, or which part of one, an operand of a graph is.
 
 In: a node and the graph's Parameters. Out: an ``Operand``: the Parameter, the part of it that the node shows and that
-part's real values; or the reason why the node is no such thing although Parameters went into it. Only data movement
+part's real values; or the reason why the node is none although Parameters went into it. Only data movement
 leads from a Parameter to an operand (transposes, slices, items, reshapes), so the matrix of a linear may be a whole
 Parameter, some rows of a packed one (q, k, v in one), or a 3-D weight of attention heads.
 """
@@ -16,15 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rana_fx.formats import is_plain
-from rana_fx.graph.dataflow import op_name, value_of
-
-TRANSPOSES = {"t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "numpy_T", "matrix_H"}
-CASTS = {"to", "float", "half", "bfloat16", "double", "type", "_to_copy", "type_as"}
-INDEXING = {"getitem", "index", "index_select", "select"}
-_TRANSPARENT = {"contiguous", "detach", "alias", "clone"}
-_PARTS = {"getitem", "select", "narrow", "slice", "chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
-_SHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "unsafe_split"}
-MOVEMENT = TRANSPOSES | _TRANSPARENT | _PARTS | _SHAPES
+from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.ops import CASTS, MOVEMENT, is_call, op_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +39,7 @@ def operand(node: object, weights: Mapping[fx.Node, nn.Parameter]) -> Operand | 
     cast = False
     current = node
     while current not in weights:
-        if current.op not in ("call_function", "call_method") or not current.args or not isinstance(current.args[0], fx.Node):
+        if not is_call(current) or not current.args or not isinstance(current.args[0], fx.Node):
             return None
         name = op_name(current)
         if name in CASTS:
@@ -97,7 +90,7 @@ def _flat(items: Any) -> list[Any]:
 
 
 def _flips(chain: list[fx.Node], parameter: nn.Parameter) -> bool:
-    """Whether a chain transposes. The Parameter's own strides do not tell: it may be stored by columns, or freed."""
+    """Whether a chain transposes. The Parameter's own strides do not show it: it may be stored by columns, or freed."""
     whole = torch.empty(parameter.shape, device="meta")
     view = _run(chain, whole)
     return view is not None and view.stride() == whole.stride()[::-1] != whole.stride()
@@ -105,7 +98,7 @@ def _flips(chain: list[fx.Node], parameter: nn.Parameter) -> bool:
 
 def _part(chain: list[fx.Node], parameter: nn.Parameter) -> str | None:
     """Where a part lies, as an index: "[0:32]" rows, "[:, 4:8]" columns; None if it is no block."""
-    whole = torch.empty(parameter.shape, device="meta")  # contiguous: strides of the view tell where it came from
+    whole = torch.empty(parameter.shape, device="meta")  # contiguous: a view's strides show which dimensions it has
     view = _run(chain, whole)
     if view is None or view._base is not whole:
         return None

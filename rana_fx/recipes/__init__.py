@@ -1,40 +1,20 @@
-"""Recipes by name: how a budget becomes adapters. A new recipe is one class with ``name``, ``wants`` and ``solve``."""
+"""Recipes by name: how a budget becomes adapters. A new recipe is one file with one class, see ``Recipe``."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Protocol
-
-from rana_fx.adapter import Adapter
-from rana_fx.calibration.layout import Layout
+from rana_fx import _moved
+from rana_fx.calibration.samples import Keep
 from rana_fx.recipes.baselines import Cats, Dense, Static, Thresholds
+from rana_fx.recipes.builders import gated_adapter, neuron_adapter, rank_adapter, stack_name
+from rana_fx.recipes.importance import importance_profile, neuron_threshold
+from rana_fx.recipes.mlp_rows import hidden_rows, up_outputs
 from rana_fx.recipes.paper.recipe import Paper
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.recipe import Rana
+from rana_fx.recipes.registry import RECIPES, Recipe, needs_holdout, split_budget
 
-
-class Recipe(Protocol):
-    """One way to spend a budget."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def rehearses(self) -> bool:
-        """Whether ``solve`` runs the model on some of the batches (``problem.rehearsal``)."""
-        ...
-
-    def wants(self, layout: Layout) -> Collection[tuple[str, ...]]:
-        """Groups (by their site names) whose inputs must be sampled; a mapping says what to ``Keep`` of each."""
-        ...
-
-    def solve(self, problem: Problem) -> list[Adapter]:
-        """Adapters for the problem; what stays dense goes to ``problem.skips`` with its reason."""
-        ...
-
-
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
+RECIPES.update(
+    (recipe.name, recipe)
     for recipe in (
         Dense(),
         Static(),
@@ -44,6 +24,28 @@ RECIPES: dict[str, Recipe] = {
         Paper(),
         Rana(),
     )
-}
+)
 
-__all__ = ["RECIPES", "Problem", "Recipe"]
+_moved.methods(
+    Problem,
+    rank_adapter=rank_adapter,
+    neuron_adapter=neuron_adapter,
+    gated_adapter=gated_adapter,
+    ups=up_outputs,
+    dense_rows=hidden_rows,
+)
+
+__all__ = [
+    "RECIPES",
+    "Keep",
+    "Problem",
+    "Recipe",
+    "gated_adapter",
+    "importance_profile",
+    "needs_holdout",
+    "neuron_adapter",
+    "neuron_threshold",
+    "rank_adapter",
+    "split_budget",
+    "stack_name",
+]

@@ -1,8 +1,8 @@
 """Try adapters on a model before there is a plan: what they really keep, and how far the model's output moves.
 
-In: a stage, batches and adapters. Out: an ``Outcome``. Adapters act in place of linears as their definition says, in plain
-PyTorch; each reads what the adapted linears before it produce, so kept ranks are those of the adapted model. A gated one has its
-mask from its gate's output, which comes first.
+In: an instrumented model, batches and adapters. Out: an ``Outcome``. Adapters act in place of linears as their definition says,
+in plain PyTorch; each reads what the adapted linears before it produce, so kept ranks are those of the adapted model. A gated
+one has its mask from its gate's output, which comes first.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.probe import Stage
 from rana_fx.calibration.sensitivity import divergence
 from rana_fx.formats import unpack
 
@@ -36,8 +36,8 @@ class Outcome:
 class Troupe:
     """Adapters ready to act in place of the linears they are for."""
 
-    def __init__(self, stage: Stage, layout: Layout, adapters: Sequence[Adapter]) -> None:
-        self._stage = stage
+    def __init__(self, model: InstrumentedModel, layout: Layout, adapters: Sequence[Adapter]) -> None:
+        self._model = model
         self._of = {name: adapter for adapter in adapters for name in adapter.sites}
         self._activations = {block.down: block.activation for block in layout.blocks}
         self._gated = {adapter.gate: adapter for adapter in adapters if adapter.gate is not None}
@@ -79,7 +79,7 @@ class Troupe:
         self._parts[adapter.name] = {key: _on(value, first) for key, value in vectors.items()}
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """For ``Stage.run``."""
+        """For ``InstrumentedModel.run``."""
         adapter = self._of.get(name)
         if adapter is not None:
             held = self._last.get(adapter.name)
@@ -107,7 +107,7 @@ class Troupe:
         tau, dtype = parts["tau"], self._dtype[adapter.name]
         assert tau is not None
         given = v = x.to(dtype)
-        self.tokens[adapter.name] = self.tokens.get(adapter.name, 0) + len(self._stage.real(v))
+        self.tokens[adapter.name] = self.tokens.get(adapter.name, 0) + len(self._model.real(v))
         if "router" in matrices:
             # what is stored in few bits is unpacked here and dropped: all of a model at once would be a second model
             router = unpack(*matrices["router"], dtype)
@@ -143,21 +143,23 @@ class Troupe:
         return torch.where(mask, v, v.new_zeros(()))
 
     def _count(self, name: str, part: str, mask: Tensor) -> None:
-        self.sums[name, part] = self.sums.get((name, part), 0.0) + float(self._stage.real(mask).sum())
+        self.sums[name, part] = self.sums.get((name, part), 0.0) + float(self._model.real(mask).sum())
 
     def means(self, part: str) -> dict[str, float]:
         return {name: total / max(1, self.tokens[name]) for (name, which), total in self.sums.items() if which == part}
 
 
-def attempt(stage: Stage, layout: Layout, adapters: Sequence[Adapter], batches: Iterable[Any], dense: Sequence[Any]) -> Outcome:
+def attempt(
+    model: InstrumentedModel, layout: Layout, adapters: Sequence[Adapter], batches: Iterable[Any], dense: Sequence[Any]
+) -> Outcome:
     """Run adapters over ``batches``; ``dense``: the dense model's outputs for the first of these, to compare with."""
-    troupe = Troupe(stage, layout, adapters)
+    troupe = Troupe(model, layout, adapters)
     moved, rows = 0.0, 0
     for index, batch in enumerate(batches):
-        output = stage.run(batch, troupe.step)
+        output = model.run(batch, troupe.step)
         troupe.forget()
         if index < len(dense):
-            found, count = divergence(output, dense[index], stage)
+            found, count = divergence(output, dense[index], model)
             moved, rows = moved + found, rows + count
     return Outcome(troupe.means("kept"), troupe.means("router_kept"), moved / max(1, rows), troupe.means("exact_kept"))
 

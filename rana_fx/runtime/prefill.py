@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from rana_fx.adapter import Adapter
-from rana_fx.formats import bits_of
-from rana_fx.kernels.cost import tokens_that_pay
+from rana_fx.kernels.registry import tokens_skipped
 from rana_fx.plan import Plan
 
 MODES = ("masked", "dense", "cheapest", "factors")
@@ -66,4 +65,4 @@ def tokens_masked(plan: Plan, adapter: Adapter, weight: nn.Parameter) -> int:
     """Up to how many tokens at once masks of an adapter are expected to save time; ``weight``: of one of its linears."""
     outputs = sum(record.out_features for record in plan.sites if record.name in adapter.sites)
     stored = weight if adapter.weight is None else adapter.weight
-    return tokens_that_pay(adapter.ranks, outputs, adapter.density, weight.device, bits=bits_of(stored))
+    return tokens_skipped(adapter.ranks, outputs, adapter.density, stored.dtype, weight.device)

@@ -11,7 +11,7 @@ import typer
 from bench.common.calibrated import batches_of, calibrate_once
 from bench.common.documents import read_text
 from bench.quality import ablation, prefix
-from rana_fx.calibration.probe import Rehearsal
+from rana_fx.calibration.holdout import Holdout
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.recipes import RECIPES
 from tests.support.tiny_model import saved_tiny
@@ -76,7 +76,7 @@ def test_dense_positions_are_those_of_the_dense_model(saved, tmp_path, capsys):
     calibrated = calibrate_once(network, batches_of(text, tokenizer, tokens=1280, context=64))
     plan = calibrated.plan(budget=0.6, metric="flops", recipe="teal")
     rules = {"all": 0, "most": 60, "whole": 64}
-    found = prefix.measured(Rehearsal(network, (), ()), calibrated.layout, plan, held, rules, 64)
+    found = prefix.measured(Holdout(network, (), ()), calibrated.layout, plan, held, rules, 64)
     change = {row["rule"]: row["delta"] for row in found}
     assert change["all"] == pytest.approx(rows["all"]["delta"], abs=1e-6)
     assert change["whole"] == 0

@@ -11,7 +11,7 @@ from bench.common.calibrated import counted_groups
 from bench.common.models import build
 from bench.speed.adapt_scale import measure, random_batches
 from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.probe import Keeper
+from rana_fx.calibration.holdout import Tee
 from rana_fx.calibration.samples import Keep, Summary
 from rana_fx.recipes import RECIPES, Problem
 from rana_fx.recipes.rana import recipe as rana
@@ -45,9 +45,9 @@ def test_a_failure_is_a_row(tmp_path):
 
 
 def calibrated(model, wants):
-    keeper = Keeper(random_batches(6000, 64, 4, 128))
-    layout, samples, _ = calibrate(model, keeper, wanted=wants, progress=False)
-    return Problem(layout, samples, 0.5, "flops", "rana", False, rehearsal=keeper.rehearsal(model))
+    tee = Tee(random_batches(6000, 64, 4, 128))
+    found = calibrate(model, tee, wanted=wants, progress=False)
+    return Problem(found.layout, found.samples, 0.5, "flops", "rana", False, holdout=tee.holdout(model))
 
 
 def test_where_rows_are_too_many_their_moments_do_as_well(monkeypatch):
@@ -81,7 +81,7 @@ def test_where_rows_are_too_many_their_moments_do_as_well(monkeypatch):
 def test_a_large_first_batch_runs_twice_and_counts_once():
     model = build("tiny", device=CPU, dtype="float32")
     ids = torch.randint(128, (70, 64), generator=torch.Generator().manual_seed(0))
-    _, samples, tokens = calibrate(model, [{"input_ids": ids, "use_cache": False}], wanted=counted_groups, progress=False)
-    assert tokens == 4480 and {sample.seen for sample in samples.values()} == {4480}
-    _, samples, _ = calibrate(model, [{"input_ids": ids, "use_cache": False}], wanted=lambda _: set(), progress=False)
-    assert samples == {}
+    found = calibrate(model, [{"input_ids": ids, "use_cache": False}], wanted=counted_groups, progress=False)
+    assert found.tokens == 4480 and {sample.seen for sample in found.samples.values()} == {4480}
+    found = calibrate(model, [{"input_ids": ids, "use_cache": False}], wanted=lambda _: set(), progress=False)
+    assert found.samples == {}

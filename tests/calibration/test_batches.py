@@ -147,11 +147,11 @@ def test_padding_does_not_count_in_any_shape_of_batch(shape, side):
     model = build("llama", 1)[0] if take is None else Nested(take)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, slice(0, 5) if side == "left" else slice(7, 12)] = 0
-    _, samples, tokens = calibrate(
+    found = calibrate(
         model, [make(ids() | {"attention_mask": mask})], wanted=lambda layout: {layout.groups[0].sites}, progress=False
     )
-    assert tokens == 19
-    assert next(iter(samples.values())).seen == 19
+    assert found.tokens == 19
+    assert next(iter(found.samples.values())).seen == 19
 
 
 @pytest.mark.parametrize("kind", [None, "torch", "numpy"])
@@ -181,11 +181,11 @@ def test_padding_of_time_first_layers():
     padding[0, 4:] = True
     x = torch.randn(10, 3, 16)
     x[4:, 0] = 77.0  # what stands in the padding
-    _, samples, tokens = calibrate(
+    found = calibrate(
         Encoder(), [{"x": x, "src_key_padding_mask": padding}], wanted=lambda layout: {layout.groups[0].sites}, progress=False
     )
-    rows = next(iter(samples.values())).rows()
-    assert tokens == len(rows) == 24
+    rows = next(iter(found.samples.values())).rows()
+    assert found.tokens == len(rows) == 24
     assert float(rows.max()) < 77
 
 

@@ -19,10 +19,11 @@ EVERY = ARCHITECTURES | FURTHER
 @pytest.mark.parametrize("name", EVERY)
 def test_counts(name, depth):
     model, batch = make(EVERY[name], depth)
-    layout, samples, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    calibrated = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrated.layout
     found = Counts(len(layout.sites), len(layout.groups), len(layout.blocks), len(layout.stacks()), len(layout.skips))
     assert found == EVERY[name].expected(depth)
-    assert samples == {}
+    assert calibrated.samples == {}
 
 
 REPLAYED = ["llama", "gpt2", "falcon", "t5", "nn_encoder", "plain", "apertus", "moshi", "in_place", "packed"]
@@ -31,19 +32,21 @@ REPLAYED = ["llama", "gpt2", "falcon", "t5", "nn_encoder", "plain", "apertus", "
 @pytest.mark.parametrize("name", REPLAYED)
 def test_dense_rows_replay_the_block(name):
     """The extracted pointwise part gives the down projection's input, seen by a hook, on the same tokens."""
+    from rana_fx.recipes.mlp_rows import hidden_rows
     from rana_fx.recipes.problem import Problem
 
     model, batch = make(EVERY[name])
-    layout, samples, _ = calibrate(model, [batch], wanted=lambda layout: {g.sites for g in layout.groups}, progress=False)
-    problem = Problem(layout, samples, 0.5, "flops", "paper", False)
+    found = calibrate(model, [batch], wanted=lambda layout: {g.sites for g in layout.groups}, progress=False)
+    layout = found.layout
+    problem = Problem(layout, found.samples, 0.5, "flops", "paper", False)
     for block in layout.blocks:
-        replayed = problem.dense_rows(block, problem.rows(block.ups[0]))
+        replayed = hidden_rows(problem, block, problem.rows(block.ups[0]))
         torch.testing.assert_close(replayed, problem.rows(block.down), rtol=1e-4, atol=1e-5)
 
 
 def test_roles_and_names():
     model, batch = build("llama", 1)
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
     roles = {name: site.role for name, site in layout.sites.items()}
     prefix = "model.layers.0."
     assert roles == {
@@ -61,7 +64,7 @@ def test_roles_and_names():
 
 def test_transposed_weights_are_recognised():
     model, batch = build("gpt2", 1)
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
     site = layout.sites["transformer.h.0.attn.c_attn"]
     assert site.transposed
     assert (site.out_features, site.in_features) == (96, 32)
@@ -78,14 +81,14 @@ def test_shared_weights_are_one_site_used_twice():
                 x = x + self.down(torch.relu(self.up(x)))
             return x
 
-    layout, _, _ = calibrate(Twice(), [torch.randn(3, 8)], wanted=lambda _: set(), progress=False)
+    layout = calibrate(Twice(), [torch.randn(3, 8)], wanted=lambda _: set(), progress=False).layout
     assert {name: site.uses for name, site in layout.sites.items()} == {"up": 2, "down": 2}
     assert len(layout.blocks) == 1
 
 
 def test_expert_weights_are_reported_with_a_reason():
     model, batch = build("mixtral", 1)
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
     assert {skip.site for skip in layout.skips} == {
         "model.layers.0.mlp.experts.gate_up_proj",
         "model.layers.0.mlp.experts.down_proj",
@@ -95,7 +98,7 @@ def test_expert_weights_are_reported_with_a_reason():
 
 def test_weights_that_cannot_be_adapted_are_reported_with_a_reason():
     model, batch = make(FURTHER["unusual"], 1)
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
     reasons = {skip.site.removeprefix("blocks.0."): skip.reason for skip in layout.skips}
     assert reasons == {
         "up.parametrizations.weight.original1": "its weight is computed in the forward pass",
@@ -107,14 +110,14 @@ def test_weights_that_cannot_be_adapted_are_reported_with_a_reason():
 
 def test_what_reads_no_data_is_outside():
     model, batch = make(FURTHER["xlnet"], 1)
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
     outside = {name.rpartition(".")[2]: site.role for name, site in layout.sites.items() if not site.counted}
     assert outside == {"r": "constant", "word_embedding": "head"}
 
 
 def test_a_layer_of_the_first_block_is_no_stem():
     model, batch = make(FURTHER["chained"], 2)
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
     roles = [{n.removeprefix(f"blocks.{i}."): s.role for n, s in layout.sites.items() if f".{i}." in n} for i in (0, 1)]
     assert roles[0] == roles[1]
     assert "stem" not in roles[0].values()
@@ -122,7 +125,7 @@ def test_a_layer_of_the_first_block_is_no_stem():
 
 def test_a_linear_before_the_blocks_is_a_stem():
     model, batch = make(FURTHER["albert"], 2)
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
     assert {n for n, s in layout.sites.items() if s.role == "stem"} == {"albert.encoder.embedding_hidden_mapping_in"}
     assert layout.sites["albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"].uses == 2
 
@@ -138,7 +141,7 @@ def test_a_buffer_that_data_is_written_into_is_data():
             hidden[:, ::2] = torch.relu(self.up(x))[:, 1::2]
             return x + self.down(hidden)
 
-    layout, _, _ = calibrate(Scatter(), [torch.randn(3, 8)], wanted=lambda _: set(), progress=False)
+    layout = calibrate(Scatter(), [torch.randn(3, 8)], wanted=lambda _: set(), progress=False).layout
     assert {name: site.counted for name, site in layout.sites.items()} == {"up": True, "down": True}
 
 
@@ -152,7 +155,7 @@ def test_attention_whose_weights_are_asked_for_is_reported():
             mixed, weights = self.attention(x, x, x)
             return x + self.up(mixed) * weights.sum()
 
-    layout, _, _ = calibrate(Asked(), [torch.randn(2, 3, 8)], wanted=lambda _: set(), progress=False)
+    layout = calibrate(Asked(), [torch.randn(2, 3, 8)], wanted=lambda _: set(), progress=False).layout
     assert [skip.site for skip in layout.skips] == ["attention.in_proj_weight", "attention.out_proj"]
     assert all("fused operator" in skip.reason for skip in layout.skips)
 
@@ -174,12 +177,10 @@ def test_padding_is_not_sampled():
     model, batch = build("llama", 1)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, 5:] = 0
-    layout, samples, tokens = calibrate(
-        model, [batch | {"attention_mask": mask}], wanted=lambda layout: {layout.groups[0].sites}, progress=False
-    )
-    assert tokens == 17
-    assert next(iter(samples.values())).rows().shape == (17, 32)
-    assert layout.graphs == 1
+    found = calibrate(model, [batch | {"attention_mask": mask}], wanted=lambda layout: {layout.groups[0].sites}, progress=False)
+    assert found.tokens == 17
+    assert next(iter(found.samples.values())).rows().shape == (17, 32)
+    assert found.layout.graphs == 1
 
 
 def test_rows_of_a_dataset_are_batches_of_one():
@@ -187,9 +188,9 @@ def test_rows_of_a_dataset_are_batches_of_one():
 
     model, _ = build("llama", 1)
     rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "attention_mask": [[1, 1, 1], [1, 0]]})
-    _, samples, tokens = calibrate(model, rows, wanted=lambda layout: {layout.groups[0].sites}, progress=False)
-    assert tokens == 4
-    assert len(next(iter(samples.values())).rows()) == 4
+    found = calibrate(model, rows, wanted=lambda layout: {layout.groups[0].sites}, progress=False)
+    assert found.tokens == 4
+    assert len(next(iter(found.samples.values())).rows()) == 4
 
 
 def test_a_write_into_a_copy_is_no_write_into_its_source():

@@ -14,7 +14,8 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import rana_fx
-from rana_fx.calibration.calibrate import calibrate, call
+from rana_fx.calibration.batches import call
+from rana_fx.calibration.calibrate import calibrate
 from rana_fx.errors import InvalidOption, NoPlan, PlanMismatch
 from rana_fx.evaluation.measure import measuring
 from rana_fx.kernels.triton.config import CPU_TOKENS
@@ -38,7 +39,7 @@ def full_rank(name, depth):
     model, batch, plan = adapted(name, depth, budget=0.9, recipe="static")
     adapters = []
     rana_fx.detach(model)
-    sites = calibrate(model, [batch], wanted=lambda _: set(), progress=False)[0].sites
+    sites = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout.sites
     for adapter in plan.adapters:
         parts = [sites[name].matrix() for name in adapter.sites]
         u, s, vh = torch.linalg.svd(torch.cat(parts).double(), full_matrices=False)

@@ -11,7 +11,7 @@ import torch
 
 import rana_fx
 from rana_fx.adapter import Adapter
-from rana_fx.calibration.calibrate import call
+from rana_fx.calibration.batches import call
 from rana_fx.evaluation.measure import measuring
 from rana_fx.formats import unpack
 from rana_fx.kernels.ops import masked_gemv

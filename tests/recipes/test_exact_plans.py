@@ -12,11 +12,11 @@ import rana_fx
 from rana_fx import plan_io as planfile
 from rana_fx.errors import PlanFileError, PlanVersion
 from rana_fx.evaluation.measure import measuring
-from rana_fx.recipes.rana.refine import _as_found
+from rana_fx.recipes.rana.refine import as_simulated
 from rana_fx.recipes.simulate import attempt
 from rana_fx.runtime.prefill import costs_more, memory_of
 from rana_fx.training import rethreshold, trainable, trained_plan
-from tests.recipes.test_rana import Classifier, rehearsed
+from tests.recipes.test_rana import Classifier, calibrated_with_holdout
 from tests.support.architectures import build, ids
 from tests.support.exact import FFN, WIDTH, batch_of, by_hand, mlp, plan_for, without
 
@@ -103,24 +103,24 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
     torch.manual_seed(0)
     model = Classifier()
     batches = [(torch.randn(4, 128, 4),) for _ in range(9)]
-    layout, _, rehearsal = rehearsed(model, batches)
+    layout, _, holdout = calibrated_with_holdout(model, batches)
     plan = plan_for(model, batches[0], ("ups.0", "ups.1"))
-    with rehearsal.opened(layout) as stage, torch.no_grad():
-        dense = [stage.run(batch) for batch in rehearsal.held]
-        outcome = attempt(stage, layout, plan.adapters, rehearsal.held, dense)
-        plain = attempt(stage, layout, without(plan).adapters, rehearsal.held, dense)
+    with holdout.instrumented(layout) as instrumented, torch.no_grad():
+        dense = [instrumented.run(batch) for batch in holdout.held]
+        outcome = attempt(instrumented, layout, plan.adapters, holdout.held, dense)
+        plain = attempt(instrumented, layout, without(plan).adapters, holdout.held, dense)
     assert plain.exact_kept == {} and outcome.divergence < plain.divergence
     rana_fx.attach(model, plan)
     with measuring(model) as meter:
-        got = meter.run(rehearsal.held[0])["logits"]
+        got = meter.run(holdout.held[0])["logits"]
         measured = meter.result()
     shares = {adapter.name: outcome.exact_kept[adapter.name] / adapter.out for adapter in plan.adapters}
     assert shares == pytest.approx(measured.exact_density, rel=1e-6) and all(0 < share < 1 for share in shares.values())
     assert {a.name: outcome.kept[a.name] / a.ranks for a in plan.adapters} == pytest.approx(measured.density, rel=1e-6)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), got.log_softmax(-1)
     assert outcome.divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
-    # what search stores of an adapter is what the model then costs
-    found = replace(plan, adapters=tuple(_as_found(adapter, outcome) for adapter in plan.adapters))
+    # the cost that refine stores with an adapter is that of the model
+    found = replace(plan, adapters=tuple(as_simulated(adapter, outcome) for adapter in plan.adapters))
     assert [adapter.exact_kept for adapter in found.adapters] == list(outcome.exact_kept.values())
     assert found.expected_budget("flops") == pytest.approx(measured.budget_flops, rel=1e-6)
     assert found.expected_budget("bytes") == pytest.approx(measured.budget_bytes, rel=1e-6)

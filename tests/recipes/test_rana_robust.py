@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import rana_fx
-from rana_fx.calibration.probe import Keeper, halves
+from rana_fx.calibration.batches import halves
+from rana_fx.calibration.holdout import Tee
 from rana_fx.calibration.sensitivity import sensitivities
 from rana_fx.errors import BudgetUnreachable
-from rana_fx.recipes.rana import refine as search
-from rana_fx.recipes.rana.recipe import units_of
-from tests.recipes.test_rana import Classifier, rehearsed
+from rana_fx.recipes.rana import refine
+from rana_fx.recipes.rana.units import units_of
+from tests.recipes.test_rana import Classifier, calibrated_with_holdout
 
 
 def batches(count=9, rows=4, tokens=128):
@@ -111,14 +112,14 @@ def short_of_memory(stage, most):
 
 def test_a_backward_pass_short_of_memory_takes_smaller_batches():
     torch.manual_seed(0)
-    layout, _, rehearsal = rehearsed(Classifier(), batches(tokens=512))
-    with rehearsal.opened(layout) as stage:
-        whole = sensitivities(stage, layout, units_of(layout), rehearsal.batches)
+    layout, _, holdout = calibrated_with_holdout(Classifier(), batches(tokens=512))
+    with holdout.instrumented(layout) as stage:
+        whole = sensitivities(stage, layout, units_of(layout), holdout.batches)
         sizes = short_of_memory(stage, 2)
-        found = sensitivities(stage, layout, units_of(layout), rehearsal.batches)
+        found = sensitivities(stage, layout, units_of(layout), holdout.batches)
         assert sizes == [4, 2, 2] * 4
         short_of_memory(stage, 0)
-        none = sensitivities(stage, layout, units_of(layout), rehearsal.batches)
+        none = sensitivities(stage, layout, units_of(layout), holdout.batches)
     assert found.missing == "" and found.moments.keys() == whole.moments.keys()
     for unit, moment in whole.moments.items():
         # labels are drawn anew, 8192 of them
@@ -136,16 +137,16 @@ def test_halves_are_of_all_tensors_alike():
     assert halves((torch.zeros(1, 4),)) == [] and halves((torch.zeros(4, 4), torch.zeros(3, 4))) == []
 
 
-def test_large_batches_of_texts_are_rehearsed_in_pieces():
-    keeper = Keeper([{"input_ids": torch.full((8, 512), index)} for index in range(9)])
-    assert len(list(keeper)) == 8
-    rehearsal = keeper.rehearsal(nn.Linear(1, 1))
-    assert [tuple(piece["input_ids"].shape) for piece in rehearsal.batches] == [(4, 512)] * 8
-    assert [int(piece["input_ids"][0, 0]) for piece in rehearsal.held] == [7, 7]
+def test_large_batches_of_texts_are_run_in_pieces():
+    tee = Tee([{"input_ids": torch.full((8, 512), index)} for index in range(9)])
+    assert len(list(tee)) == 8
+    holdout = tee.holdout(nn.Linear(1, 1))
+    assert [tuple(piece["input_ids"].shape) for piece in holdout.batches] == [(4, 512)] * 8
+    assert [int(piece["input_ids"][0, 0]) for piece in holdout.held] == [7, 7]
     # of one batch that is all there is, as many pieces as of four
-    keeper = Keeper([{"input_ids": torch.zeros(64, 512, dtype=torch.long)}])
-    list(keeper)
-    assert len(keeper.rehearsal(nn.Linear(1, 1)).batches) == 8
+    tee = Tee([{"input_ids": torch.zeros(64, 512, dtype=torch.long)}])
+    list(tee)
+    assert len(tee.holdout(nn.Linear(1, 1)).batches) == 8
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.1, 0.02])
@@ -156,8 +157,8 @@ def test_low_budgets_are_kept(budget):
 
 
 def test_a_budget_that_the_adapted_model_does_not_keep_is_unreachable(monkeypatch):
-    """Masks that keep more in the adapted model than was asked, at any price."""
-    monkeypatch.setattr(search._Search, "_spent", lambda self, points, adapters, outcome: 0.4 * self._total)  # noqa: ARG005
+    """Masks that keep more in the adapted model than the target, at any multiplier."""
+    monkeypatch.setattr(refine._Refinement, "_measured_cost", lambda self, *_: 0.4 * self._split.total)
     torch.manual_seed(0)
     with pytest.raises(BudgetUnreachable, match=r"budget=0\.200 .* lowest reachable budget is 0\.410 .*adapted model"):
         rana_fx.adapt(Classifier(), batches(), budget=0.2, progress=False)

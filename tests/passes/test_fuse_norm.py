@@ -11,8 +11,7 @@ from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
 from rana_fx.kernels.ops import masked_gemv, router
 from rana_fx.passes import lower
-from rana_fx.passes.fuse import fuse
-from tests.support.graphs import NONE, Fusing, fused, mask, ops_of
+from tests.support.graphs import NONE, Fusing, fuse, fused, mask, ops_of
 from tests.support.products import DTYPES, assert_close
 
 WIDTH, RANKS, FFN, EPS = 48, 20, 32, 1e-5
@@ -152,7 +151,7 @@ def test_few_tokens(lead, count):
 def test_another_device_is_left():
     operands = torch.randn(1, WIDTH), torch.randn(1, RANKS), mask(RANKS), torch.randn(RANKS, WIDTH)
     module = make_fx(lambda r, *operands: r + masked_gemv(*operands), tracing_mode="fake")(*operands)
-    assert fuse(module.graph) == NONE
+    assert fuse(module, devices=("cuda",)) == NONE
 
 
 RESIDUALS = {
@@ -242,7 +241,7 @@ def model(layers):
 def test_counts_follow_the_depth(layers):
     run, inputs = model(layers)
     module, counts = fused(run, *inputs)
-    assert counts == {"norm": layers, "residual": layers, "gated": layers, "parts": 0}
+    assert counts == {"norm": layers, "residual": layers, "gated": layers, "same_input": 0}
     assert ops_of(module) == ["normed_router", "masked_gemv_gated", "masked_gemv_add"] * layers
     # one of each, and nothing between them
     assert sum(node.op == "call_function" for node in module.graph.nodes) == 3 * layers
@@ -267,5 +266,5 @@ def test_inductor_lowers_what_was_fused():
     compiled = torch.compile(all_of_them, options={"post_grad_custom_pre_pass": fusing})
     with torch.no_grad():
         got = compiled(r, v, tau, w, *layers)
-    assert fusing.counted == [{"norm": 1, "residual": 1, "gated": 4, "parts": 0}]
+    assert fusing.counted == [{"norm": 1, "residual": 1, "gated": 4, "same_input": 0}]
     torch.testing.assert_close(got, all_of_them(r, v, tau, w, *layers), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,104 @@
+"""Batches that a recipe may run the model on: some of the calibration text, and a holdout set to judge choices on.
+
+In: the batches that ``adapt`` is given, passed on to calibration one by one. Out: a ``Holdout``. Every eighth batch is held out
+of the samples; a few are kept, large ones of token ids in pieces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rana_fx.calibration.batches import count_tokens, leading, part_of, to_device
+from rana_fx.calibration.instrumented import InstrumentedModel
+from rana_fx.calibration.layout import Layout
+from rana_fx.calibration.probe import probing
+from rana_fx.modules import unwrap
+
+_EVERY = 8
+_MOST_HELD = 2
+_MOST_KEPT = 4
+_PIECE = 2048  # tokens that the model is run on at a time: a backward pass holds what every layer made of them
+
+
+@dataclass(frozen=True, eq=False)
+class Holdout:
+    """A model and the batches that a recipe may run it on.
+
+    ``batches``: part of the sampled text. ``held``: held out of the sample, to judge choices on; where there are too few
+    batches, one that was sampled.
+    """
+
+    model: nn.Module
+    batches: tuple[Any, ...]
+    held: tuple[Any, ...]
+
+    @contextmanager
+    def instrumented(self, layout: Layout) -> Iterator[InstrumentedModel]:
+        """The model, ready to run with a step at its linears.
+
+        Inside, it is in evaluation mode and its weights require no gradients; what was compiled is dropped at the end.
+        """
+        model = unwrap(self.model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with probing(model):
+            try:
+                for parameter in trained:
+                    parameter.requires_grad_(False)
+                yield InstrumentedModel(model, layout)
+            finally:
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+
+    def opened(self, layout: Layout) -> AbstractContextManager[InstrumentedModel]:
+        """The old name of ``instrumented``, for one release."""
+        warnings.warn("Holdout.opened is named instrumented now", DeprecationWarning, stacklevel=2)
+        return self.instrumented(layout)
+
+
+class Tee:
+    """Iterates over batches for calibration, keeps a few of them, and holds every eighth out."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._kept: list[Any] = []
+        self._held: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(self._batches):
+            if index % _EVERY == _EVERY - 1 and len(self._held) < _MOST_HELD:
+                self._held.append(batch)
+                continue
+            if len(self._kept) < _MOST_KEPT:
+                self._kept.append(batch)
+            yield batch
+
+    def holdout(self, model: nn.Module) -> Holdout:
+        """What was kept and held out so far."""
+        held = self._held or self._kept[-1:]
+        return Holdout(model, _pieces(self._kept, 2 * _MOST_KEPT), _pieces(held, 2 * _MOST_HELD))
+
+
+def _pieces(batches: Sequence[Any], most: int) -> tuple[Any, ...]:
+    """At most so many pieces, from every batch equally many."""
+    turns = itertools.zip_longest(*map(_split, batches), fillvalue=None)
+    return tuple(itertools.islice((piece for turn in turns for piece in turn if piece is not None), most))
+
+
+def _split(batch: Any) -> list[Any]:
+    """A batch of texts in pieces of at most ``_PIECE`` tokens, or one text each; any other batch as it is."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return [batch]
+    batch = to_device(batch, torch.device("cpu"))
+    tokens, texts = count_tokens(batch, {}), leading(batch)
+    if tokens <= _PIECE or texts is None:
+        return [batch]
+    size = max(1, _PIECE * texts // tokens)
+    return [part_of(batch, start, start + size) for start in range(0, texts, size)]
