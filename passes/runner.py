@@ -10,7 +10,6 @@ RANA_FX_DUMP=<folder> writes the graph around every pass that changed it, and wh
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import time
@@ -20,10 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from torch import fx
-from torch._inductor.custom_graph_pass import get_hash_for_files
 
-import rana_fx
-from rana_fx.kernels import reference
 from rana_fx.passes import NORMALIZE, POST_GRAD, PRE_GRAD
 from rana_fx.passes.base import Declined, EachMatch, Pass, PassResult, PostGrad, PreGrad
 from rana_fx.passes.match import Matches, match_plan
@@ -33,9 +29,6 @@ from rana_fx.plan import Plan
 Context = TypeVar("Context")
 
 _graphs = itertools.count()
-# parts of rana_fx that run before a plan exists or beside the compiler: nothing that passes import is among them
-_NO_CODE = {"adaptation", "calibration", "cli", "commands", "data", "demo", "evaluation", "harness", "integrations", "lm_eval"}
-_NO_CODE |= {"_moved", "recipes", "report", "training"}
 
 
 @dataclass(frozen=True)
@@ -79,9 +72,9 @@ class Runner:
             seconds, start = time.perf_counter() - start, time.perf_counter()
             if verifier.changed():
                 changed = True
-                if past_autograd:
-                    graph_module.graph.eliminate_dead_code()
                 try:
+                    if past_autograd:
+                        graph_module.graph.eliminate_dead_code()
                     verifier.verify()
                 except (AssertionError, RuntimeError) as error:
                     raise AssertionError(f"after {step.__name__}: {error}") from error
@@ -177,19 +170,3 @@ def _folder() -> Path | None:
 def _text(graph_module: fx.GraphModule) -> str:
     """The graph as Python, where it is to be written down."""
     return graph_module.print_readable(print_output=False) if _folder() is not None else ""
-
-
-def hashed_files() -> tuple[str, ...]:
-    """Every source file that can change generated code: all of the package but the parts of ``_NO_CODE``."""
-    package = Path(rana_fx.__file__).resolve().parent
-    # an editable install has these two elsewhere
-    passes, kernels = Path(__file__).resolve().parent, Path(reference.__file__).resolve().parent
-    files = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0].removesuffix(".py") not in _NO_CODE]
-    files += [path for folder in (passes, kernels) for path in folder.rglob("*.py")]
-    return tuple(sorted({str(path) for path in files}))
-
-
-@functools.cache
-def sources_hash() -> bytes:
-    """Hash of ``hashed_files``: Inductor's cache does not hash passes and lowerings that live outside of it."""
-    return get_hash_for_files(hashed_files())

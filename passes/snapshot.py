@@ -32,8 +32,8 @@ class Snapshot:
         return [node for node, facts in self.nodes.items() if node in before.nodes and _differ(facts, before.nodes[node])]
 
     def equals(self, before: Snapshot) -> bool:
-        """Whether no node was added, changed or removed."""
-        return len(self.nodes) == len(before.nodes) and not self.added(before) and not self.changed(before)
+        """Whether no node was added, removed, changed or moved."""
+        return list(self.nodes) == list(before.nodes) and not self.changed(before)
 
 
 def _differ(facts: tuple[object, ...], before: tuple[object, ...]) -> bool:

@@ -19,7 +19,8 @@ from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.graph.guards import guard_weights
 from rana_fx.kernels.registry import fingerprint
 from rana_fx.passes.check_freed import weights_to_free
-from rana_fx.passes.runner import Result, run, run_post_grad, sources_hash
+from rana_fx.passes.runner import Result, run, run_post_grad
+from rana_fx.passes.sources import sources_hash
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import attachment_of
 from rana_fx.runtime.plan_option import plan_of
