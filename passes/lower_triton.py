@@ -128,8 +128,8 @@ def _masked_gemv(
     operands += [*realized(bias, residual_TN), counters(v_TK.get_device())]
 
     def launch(v: Any, tau: Any, weight: Any, scale: Any, bias: Any, residual: Any, zeros: Any) -> Any:
-        finish: dict[str, Any] = dict(residual=residual, activation=activation, counters=zeros)
-        return kernel.masked_gemv(v, tau, weight, bias, scale, config=config, traced=True, pdl=early, **finish)
+        epilogue: dict[str, Any] = dict(residual=residual, activation=activation, counters=zeros)
+        return kernel.masked_gemv(v, tau, weight, bias, scale, config=config, traced=True, pdl=early, **epilogue)
 
     return traced(launch, operands, key=("masked_gemv", config, activation, early))
 

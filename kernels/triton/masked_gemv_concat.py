@@ -1,7 +1,7 @@
-"""Several masked products of one v, each with its own thresholds and weight, in one launch: y = [y_0, y_1, ...].
+"""Several masked GEMVs of one v, each with its own thresholds and weight, in one launch: y = [y_0, y_1, ...].
 
-q, k and v under masks of their own read one tensor. Apart they are three launches, each too small to fill the GPU. Here blocks of
-outputs of all parts share a grid; a program takes the pointers of its part and goes on as in masked_gemv.py.
+q, k and v under masks of their own read one tensor. As three launches, each is too small to fill the GPU. Here blocks of outputs
+of all parts share a grid; a program selects the pointers of its part and continues as in masked_gemv.py.
 
 Weights are floating, rank-major with unit stride, of one dtype; up to three.   Error: as masked_gemv.py.
 """
@@ -83,7 +83,7 @@ def masked_gemv_parts(
     lists = lists_for(v, grid, meta)
 
     def three(values: Sequence[Any]) -> list[Any]:
-        # a part that is not there has no block
+        # a part beyond the last has no block
         return [*values, *[values[-1]] * (MOST_PARTS - len(values))]
 
     kernel = torch.library.wrap_triton(masked_parts_kernel) if traced else masked_parts_kernel

@@ -33,8 +33,8 @@ from rana_fx.kernels.triton.router import default_config as router_config
 
 
 def default_config(N: int, K: int, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> RouterConfig:
-    """The router's for several tokens, so with half of its rows for one: those that are dropped leave as much of the GPU's loads
-    in flight unused, which more programs on a multiprocessor make up for. Not from a sweep.
+    """The router's for several tokens, so half of its rows for one token: dropped rows leave as many of the GPU's loads in flight
+    unused, which more programs on a multiprocessor compensate. Not from a sweep.
     """
     return router_config(N, K, TOKENS_AT_ONCE, sm_count, bits=bits)
 
@@ -48,7 +48,7 @@ def masked_rows_kernel(
     i_b, i_t0 = tl.program_id(0), tl.program_id(1) * BT
     o_n = (i_b * BR + tl.arange(0, BR)).to(tl.int64)
     m_n = o_n < N
-    # which rows are needed is what the previous kernel wrote: there is nothing to read before it is done
+    # the previous kernel wrote which rows are needed: there is nothing to read before it is done
     wait_for_previous(PDL)
     m_any = o_n < 0
     b_as = ()
@@ -57,7 +57,7 @@ def masked_rows_kernel(
         b_a = tl.load(p_a, mask=m_n & (o_n * 0 + i_t0 + i_t < T), other=0.0).to(tl.float32)
         b_as = b_as + (b_a,)
         m_any = m_any | (b_a != 0)
-    # a row that is not there is not kept; its address is the last one's
+    # a row beyond the last is not kept; its address is that of the last
     p_w = w + tl.minimum(o_n, N - 1)[:, None] * s_wr
     stop = tl.max(m_any.to(tl.int32), 0) * K
     b_sums = zero_accumulators(BT, BR, BK // 8)
@@ -83,7 +83,7 @@ def masked_rows(
     x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     config: RouterConfig | None = None, traced: bool = False, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The product in a's shape and x's dtype, in one launch.
+    """The kept rows' products in a's shape and x's dtype, in one launch.
 
     Args:
         x: (..., K) floating, T <= 16 rows in all. a: (..., N), as many rows. weight: (N, K) floating, any strides; rows that are

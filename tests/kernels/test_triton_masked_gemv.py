@@ -16,7 +16,7 @@ from rana_fx.formats import pack, unpack
 from rana_fx.kernels.reference import ACTIVATIONS
 from rana_fx.kernels.triton.config import GROUP, Config
 from rana_fx.kernels.triton.masked_gemv import masked_gemv
-from rana_fx.kernels.triton.splitk import ACTIVATIONS as KERNELS
+from rana_fx.kernels.triton.splitk import ACTIVATION_CODES as KERNELS
 from rana_fx.kernels.triton.splitk import RING, counters_for
 from tests.support.products import STRIDES, Product, kernels_run_on, products, strided
 
