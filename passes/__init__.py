@@ -6,14 +6,12 @@ declines matches of other kinds. ``run`` (rana_fx.passes.runner) owns matching, 
 
 from __future__ import annotations
 
+from rana_fx.passes.rewrite_adapter import rewrite_adapter
 from rana_fx.passes.rewrite_gated import rewrite_gated
-from rana_fx.passes.rewrite_neuron import rewrite_neuron
-from rana_fx.passes.rewrite_rank import rewrite_rank
 
 PIPELINE = (
-    rewrite_gated,  # first: it recognises the gate by its linear, which the next ones would replace
-    rewrite_rank,
-    rewrite_neuron,
+    rewrite_gated,  # first: it recognises the gate by its linear, which the next one would replace
+    rewrite_adapter,
 )
 
 __all__ = ["PIPELINE"]

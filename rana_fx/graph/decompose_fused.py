@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rana_fx.graph.dataflow import op_name, value_of
 from rana_fx.graph.einsums import as_linear
+from rana_fx.graph.record import Recorder
 
 _MHA = "multi_head_attention_forward"
 _LAYER = "_transformer_encoder_layer_fwd"
@@ -175,50 +175,13 @@ def _dtype_flag(node: object) -> bool | None:
 
 
 def _splice(node: fx.Node, build: Callable[..., Any], inputs: list[Any], *, item: bool) -> None:
-    """Record ``build`` before ``node`` by running it on proxies, fill in fake values, and take the node's place."""
-    graph = node.graph
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    existing = set(graph.nodes)
-    with graph.inserting_before(node):
-        proxies: Any = fx.node.map_aggregate(inputs, _proxy(tracer))
-        result = build(*proxies).node
-    for fresh in list(graph.nodes):
-        if fresh not in existing:
-            fresh.meta = {key: value for key, value in node.meta.items() if key not in ("example_value", "val")}
-            fresh.meta["example_value"] = fake_run(fresh)
+    """Record ``build`` in the place of ``node``. ``item``: of the tuple that ``node`` yields, in the place of the first."""
+    result = Recorder(node)(build, *inputs)
     if item:
         for user in list(node.users):
             if user.args[1] == 0:
                 user.replace_all_uses_with(result)
-            graph.erase_node(user)
+            node.graph.erase_node(user)
     else:
         node.replace_all_uses_with(result)
-    graph.erase_node(node)
-
-
-def _proxy(tracer: fx.proxy.TracerBase) -> Callable[[Any], Any]:
-    return lambda leaf: fx.Proxy(leaf, tracer) if isinstance(leaf, fx.Node) else leaf
-
-
-def fake_run(node: fx.Node) -> Any:
-    """The fake value of a new node, by running it on the fake values of its inputs."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _fake)
-    values: Any = [value_of(source) for source in node.all_input_nodes]
-    leaves: list[Any] = optree.tree_leaves(values)
-    mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)), None)
-    if mode is None:
-        return None
-    run: Callable[..., Any] = node.target if node.op == "call_function" else _method(str(node.target))  # type: ignore[assignment]
-    with mode:
-        return run(*args, **kwargs)
-
-
-def _fake(node: fx.Node) -> Any:
-    return value_of(node)
-
-
-def _method(name: str) -> Callable[..., Any]:
-    def call(self: Any, *args: Any, **kwargs: Mapping[str, Any]) -> Any:
-        return getattr(self, name)(*args, **kwargs)
-
-    return call
+    node.graph.erase_node(node)

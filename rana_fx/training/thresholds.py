@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from rana_fx._backend import rewrite
+from rana_fx.apply import gate_mask
 from rana_fx.calibration.batches import call, evaluating, mask_of, observing, padding_masks, real_rows, to_device
 from rana_fx.calibration.score_histogram import Histogram
 from rana_fx.errors import NoBatches
 from rana_fx.evaluation.measure import Measurement, measuring
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.modules import device_of, unwrap
-from rana_fx.passes.rewrite_gated import gate_mask
 from rana_fx.training.parameters import attachment_to_train
 
 SETTLING = 32_000  # tokens that are enough, as many as adapt takes

@@ -19,7 +19,7 @@ from rana_fx.recipes.rana.mlp_candidate import Rows
 from rana_fx.recipes.rana.mlp_exact import ExactCut
 from rana_fx.recipes.rana.quantization import own
 from rana_fx.recipes.rana.recipe import Rana, units_of
-from rana_fx.recipes.simulate import attempt
+from rana_fx.recipes.simulate import simulate
 from tests.recipes.test_mlp_gated import WIDTH, batches, problem_of
 from tests.recipes.test_rana import Classifier
 
@@ -134,7 +134,7 @@ def test_the_plan_costs_what_was_asked_and_does_what_was_tried(budget, monkeypat
     problem = problem_of(seeded(), budget=budget)
     with torch.no_grad(), problem.rehearsal.opened(problem.layout) as stage:
         dense = [stage.run(batch) for batch in problem.rehearsal.held]
-        outcome = attempt(stage, problem.layout, plan.adapters, problem.rehearsal.held, dense)
+        outcome = simulate(stage, problem.layout, plan.adapters, problem.rehearsal.held, dense)
     with measuring(model) as meter:
         got = meter.run(problem.rehearsal.held[0])["logits"]
         measured = meter.result()

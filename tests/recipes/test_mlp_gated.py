@@ -21,7 +21,7 @@ from rana_fx.recipes.rana.operating_point import Point
 from rana_fx.recipes.rana.quantization import own
 from rana_fx.recipes.rana.recipe import Rana, units_of
 from rana_fx.recipes.rana.refine import _Found, _surcharge
-from rana_fx.recipes.simulate import Outcome, attempt
+from rana_fx.recipes.simulate import Outcome, simulate
 from tests.recipes.test_rana import Classifier, rehearsed
 
 WIDTH, FFN = 16, 40
@@ -269,7 +269,7 @@ def test_a_cut_is_taken_only_where_held_out_batches_lose_less_by_it(budget):
             made = Rana(kinds=kinds, allocations=("price",)).solve(problem)
             with problem.rehearsal.opened(problem.layout) as stage:
                 dense = [stage.run(batch) for batch in problem.rehearsal.held]
-                moved.append(attempt(stage, problem.layout, made, problem.rehearsal.held, dense).divergence)
+                moved.append(simulate(stage, problem.layout, made, problem.rehearsal.held, dense).divergence)
         cut.append(any(adapter.kind == "gated" for adapter in made))
     assert cut[0] is False
     assert moved[1] < moved[0] if cut[1] else moved[1] == pytest.approx(moved[0], rel=1e-6)

@@ -19,7 +19,7 @@ from rana_fx.recipes.rana.candidates import _STEP, Menu, Part
 from rana_fx.recipes.rana.loss_metric import geometry, loss_basis
 from rana_fx.recipes.rana.quantization import in_fewer_bits, own
 from rana_fx.recipes.rana.recipe import Rana, units_of
-from rana_fx.recipes.simulate import attempt
+from rana_fx.recipes.simulate import simulate
 
 SHAPES = [(24, 10), (10, 24), (12, 12)]
 
@@ -233,7 +233,7 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
         adapters = RECIPES["rana"].solve(problem)
         with rehearsal.opened(layout) as stage:
             dense = [stage.run(batch) for batch in rehearsal.held]
-            outcome = attempt(stage, layout, adapters, rehearsal.held, dense)
+            outcome = simulate(stage, layout, adapters, rehearsal.held, dense)
     plan = rana_fx.adapt(model, batches, budget=0.5, recipe="rana", progress=False)
     with measuring(model) as meter:
         output = meter.run(rehearsal.held[0])["logits"]

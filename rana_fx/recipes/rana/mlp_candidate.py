@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.apply import Target, apply
 from rana_fx.recipes.problem import Problem
+from rana_fx.recipes.rana.builders import build
 from rana_fx.recipes.rana.candidates import Menu
 from rana_fx.recipes.rana.eligible_mlps import Cuttable
 from rana_fx.recipes.rana.loss_metric import Geometry
 from rana_fx.recipes.rana.operating_point import Point, Unit
-from rana_fx.recipes.rana.replay import outputs
 from rana_fx.recipes.rana.tails import Tails
 
 # shares of neurons at which it is measured
@@ -174,9 +175,10 @@ class Cut(ABC):
         name = (self.of.gate,)
         if gate.kind == "dense":
             return rows.ups[self.of.block.gate]
-        bias = self.problem.bias(name)
-        found = outputs(self.gate, gate, self.problem.matrix(name), rows.x_TI)
-        return found if bias is None else found + bias
+        (made,) = build(self.problem, name, self.gate, gate)
+        made = made.on(rows.x_TI.device).to(rows.x_TI.dtype)
+        dense = self.problem.matrix(name), self.problem.bias(name), rows.x_TI.dtype
+        return apply(made, made.tensors(), rows.x_TI, [Target(self.of.gate, (0, len(dense[0])), *dense)])[0]
 
     def _dense(self) -> Rows:
         step = max(1, len(self._rows_TI) // _ROWS)

@@ -22,7 +22,7 @@ from rana_fx.recipes.rana.builders import build, settled
 from rana_fx.recipes.rana.candidates import Menu
 from rana_fx.recipes.rana.mlp_candidate import cuts_of
 from rana_fx.recipes.rana.operating_point import CUTS, Point, Unit
-from rana_fx.recipes.simulate import Outcome, attempt
+from rana_fx.recipes.simulate import Outcome, simulate
 
 ALLOCATIONS = ("price", "fraction")  # one for the whole model, one for every unit
 
@@ -146,7 +146,7 @@ class _Search:
             points = points_at(self._menus, chosen, price, scale=scale)
             adapters = {unit: build(self._problem, unit, self._menus[unit], point) for unit, point in points.items()}
             flat = [adapter for made in adapters.values() for adapter in made]
-            outcome = attempt(self._stage, self._problem.layout, flat, self._held, self._dense)
+            outcome = simulate(self._stage, self._problem.layout, flat, self._held, self._dense)
             found = _Found(points, outcome, self._spent(points, adapters, outcome))
             # with few rounds left what is nearest counts: one that spends too much is none
             if best is None or self._distance(found) < self._distance(best):
