@@ -19,18 +19,16 @@ from rana_fx.passes.fuse_gated import fuse_gated
 from rana_fx.passes.fuse_norm import fuse_norm
 from rana_fx.passes.fuse_residual import fuse_residual
 from rana_fx.passes.fuse_same_input import fuse_same_input
+from rana_fx.passes.rewrite_adapter import rewrite_adapter
 from rana_fx.passes.rewrite_gated import rewrite_gated
 from rana_fx.passes.rewrite_lora import rewrite_lora
-from rana_fx.passes.rewrite_neuron import rewrite_neuron
-from rana_fx.passes.rewrite_rank import rewrite_rank
 
 PRE_GRAD: tuple[Pass[PreGrad], ...] = (
     # before any rewrite: it looks at what is added to planned linears, which the rewrites replace
     check_foreign_lora,
     # before the other rewrites: it recognises the gate by its linear, which they would replace
     EachMatch(rewrite_gated),
-    EachMatch(rewrite_rank),
-    EachMatch(rewrite_neuron),
+    EachMatch(rewrite_adapter),
     # after every rewrite of linears: none that the plan names may be left
     check_rewritten,
     # after the rewrites, which find linears by their weight: it adds to whatever multiplies by a matrix then

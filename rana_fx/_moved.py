@@ -69,7 +69,6 @@ MOVED = {
     "recipes.menus": "recipes.rana.make_candidates",
     "recipes.point": "recipes.rana.operating_point",
     "recipes.race": "recipes.paper.split_search",
-    "recipes.replay": "recipes.rana.replay",
     "recipes.rounding": "recipes.rana.gptq",
     "recipes.search": "recipes.rana.refine",
     "recipes.storage": "recipes.rana.quantization",

@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.einsums import as_linear
-from rana_fx.graph.fake_values import fake_run
 from rana_fx.graph.graph_pass import Declined, PassResult
 from rana_fx.graph.ops import op_name
+from rana_fx.graph.record import Recorder
 
 _MHA = "multi_head_attention_forward"
 _LAYER = "_transformer_encoder_layer_fwd"
@@ -197,26 +197,13 @@ def _dtype_flag(node: object) -> bool | None:
 
 
 def _splice(node: fx.Node, build: Callable[..., Any], inputs: list[Any], *, item: bool) -> None:
-    """Record ``build`` before ``node`` by running it on proxies, fill in fake values, and take the node's place."""
-    graph = node.graph
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    existing = set(graph.nodes)
-    with graph.inserting_before(node):
-        proxies: Any = fx.node.map_aggregate(inputs, _proxy(tracer))
-        result = build(*proxies).node
-    for fresh in list(graph.nodes):
-        if fresh not in existing:
-            fresh.meta = {key: value for key, value in node.meta.items() if key not in ("example_value", "val")}
-            fresh.meta["example_value"] = fake_run(fresh)
+    """Record ``build`` in the place of ``node``. ``item``: of the tuple that ``node`` yields, in the place of the first."""
+    result = Recorder(node)(build, *inputs)
     if item:
         for user in list(node.users):
             if user.args[1] == 0:
                 user.replace_all_uses_with(result)
-            graph.erase_node(user)
+            node.graph.erase_node(user)
     else:
         node.replace_all_uses_with(result)
-    graph.erase_node(node)
-
-
-def _proxy(tracer: fx.proxy.TracerBase) -> Callable[[Any], Any]:
-    return lambda leaf: fx.Proxy(leaf, tracer) if isinstance(leaf, fx.Node) else leaf
+    node.graph.erase_node(node)

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from bench.common.calibrated import calibrate_once
-from bench.quality.block_error import Cast, score
+from bench.quality.block_error import AdaptedBlock, score
 from rana_fx.recipes import neuron_adapter
 from tests.support.storages import STORAGES, rebuilt, stored_matrix
 
@@ -84,8 +84,8 @@ def test_masks_of_a_hybrid_are_counted_and_act():
     made = replace(made, router_tau=torch.linspace(0, 2, 32), tau=torch.linspace(0, 5, 32))
     down = neuron_adapter(problem, block.down, 0.5, torch.ones(80), 0.5)
     x = problem.rows(block.ups[0])
-    cast = Cast(problem, block, [made, down])
-    got = cast.output(x)
+    adapted = AdaptedBlock(problem, block, [made, down])
+    got = adapted.output(x)
     inputs = x.square() >= made.router_tau
     z = (x * inputs).double() @ made.router.double()
     ranks = z.square() >= made.tau
@@ -94,8 +94,8 @@ def test_masks_of_a_hybrid_are_counted_and_act():
     neurons = hidden.square() >= down.tau
     expected = (hidden * neurons) @ problem.matrix((block.down,)).t().double() + problem.bias((block.down,))
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert cast.router_kept == {made.name: float(inputs.sum())} and 0 < float(inputs.float().mean()) < 1
-    assert cast.kept == {made.name: float(ranks.sum()), down.name: float(neurons.sum())}
+    assert adapted.sums["router_tau"] == {made.name: float(inputs.sum())} and 0 < float(inputs.float().mean()) < 1
+    assert adapted.sums["tau"] == {made.name: float(ranks.sum()), down.name: float(neurons.sum())}
     mean = [float(mask.sum()) / len(x) for mask in (inputs, ranks, neurons)]
     spent = mean[0] * 32 + mean[1] * 160 + mean[2] * 32
     assert score(problem, block, [made, down])[1] == pytest.approx(spent / (3 * 32 * 80))

@@ -29,8 +29,7 @@ def test_order():
     assert names(PRE_GRAD) == [
         "check_foreign_lora",
         "rewrite_gated",
-        "rewrite_rank",
-        "rewrite_neuron",
+        "rewrite_adapter",
         "check_rewritten",
         "rewrite_lora",
         "check_freed",
@@ -171,7 +170,7 @@ def test_results_of_a_rewrite():
     (result,) = results(model, batch_of())
     assert [record.name for record in result.runner.records] == names([*NORMALIZE, *PRE_GRAD])
     kinds = {adapter.kind: len(adapter.sites) for adapter in plan.adapters}
-    assert result.replaced == {"rewrite_gated": 0, "rewrite_rank": kinds["rank"], "rewrite_neuron": kinds.get("neuron", 0)}
+    assert result.replaced == {"rewrite_gated": 0, "rewrite_adapter": kinds["rank"] + kinds.get("neuron", 0)}
     assert result.declined == ()
 
 

@@ -13,7 +13,7 @@ from rana_fx import plan_io as planfile
 from rana_fx.errors import PlanFileError, PlanVersion
 from rana_fx.evaluation.measure import measuring
 from rana_fx.recipes.rana.refine import as_simulated
-from rana_fx.recipes.simulate import attempt
+from rana_fx.recipes.simulate import simulate
 from rana_fx.runtime.prefill import costs_more, memory_of
 from rana_fx.training import rethreshold, trainable, trained_plan
 from tests.recipes.test_rana import Classifier, calibrated_with_holdout
@@ -107,8 +107,8 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
     plan = plan_for(model, batches[0], ("ups.0", "ups.1"))
     with holdout.instrumented(layout) as instrumented, torch.no_grad():
         dense = [instrumented.run(batch) for batch in holdout.held]
-        outcome = attempt(instrumented, layout, plan.adapters, holdout.held, dense)
-        plain = attempt(instrumented, layout, without(plan).adapters, holdout.held, dense)
+        outcome = simulate(instrumented, layout, plan.adapters, holdout.held, dense)
+        plain = simulate(instrumented, layout, without(plan).adapters, holdout.held, dense)
     assert plain.exact_kept == {} and outcome.divergence < plain.divergence
     rana_fx.attach(model, plan)
     with measuring(model) as meter:

@@ -20,7 +20,7 @@ from rana_fx.recipes.rana.mlp_exact import ExactMlp
 from rana_fx.recipes.rana.quantization import unquantized
 from rana_fx.recipes.rana.recipe import Rana
 from rana_fx.recipes.rana.units import units_of
-from rana_fx.recipes.simulate import attempt
+from rana_fx.recipes.simulate import simulate
 from tests.recipes.test_mlp_gated import WIDTH, batches, problem_of
 from tests.recipes.test_rana import Classifier
 
@@ -137,7 +137,7 @@ def test_the_plan_meets_the_budget_and_does_what_was_simulated(budget, monkeypat
     problem = problem_of(seeded(), budget=budget)
     with torch.no_grad(), problem.holdout.instrumented(problem.layout) as instrumented:
         dense = [instrumented.run(batch) for batch in problem.holdout.held]
-        outcome = attempt(instrumented, problem.layout, plan.adapters, problem.holdout.held, dense)
+        outcome = simulate(instrumented, problem.layout, plan.adapters, problem.holdout.held, dense)
     with measuring(model) as meter:
         got = meter.run(problem.holdout.held[0])["logits"]
         measured = meter.result()

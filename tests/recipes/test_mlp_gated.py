@@ -22,7 +22,7 @@ from rana_fx.recipes.rana.quantization import unquantized
 from rana_fx.recipes.rana.recipe import Rana
 from rana_fx.recipes.rana.refine import Simulated, joint_correction
 from rana_fx.recipes.rana.units import units_of
-from rana_fx.recipes.simulate import Outcome, attempt
+from rana_fx.recipes.simulate import Outcome, simulate
 from tests.recipes.test_rana import Classifier, calibrated_with_holdout
 
 WIDTH, FFN = 16, 40
@@ -290,7 +290,7 @@ def test_joint_candidates_are_taken_only_where_held_out_batches_lose_less_by_the
             made = Rana(kinds=kinds, allocations=("multiplier",)).solve(problem)
             with problem.holdout.instrumented(problem.layout) as stage:
                 dense = [stage.run(batch) for batch in problem.holdout.held]
-                moved.append(attempt(stage, problem.layout, made, problem.holdout.held, dense).divergence)
+                moved.append(simulate(stage, problem.layout, made, problem.holdout.held, dense).divergence)
         joint.append(any(adapter.kind == "gated" for adapter in made))
     assert joint[0] is False
     assert moved[1] < moved[0] if joint[1] else moved[1] == pytest.approx(moved[0], rel=1e-6)

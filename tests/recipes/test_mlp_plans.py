@@ -12,7 +12,7 @@ import rana_fx
 from rana_fx.evaluation.measure import measuring
 from rana_fx.recipes import RECIPES
 from rana_fx.recipes.rana.recipe import Rana
-from rana_fx.recipes.simulate import attempt
+from rana_fx.recipes.simulate import simulate
 from rana_fx.runtime.attachment import attached
 from rana_fx.training import rethreshold, trained_plan
 from tests.recipes.test_mlp_gated import FFN, WIDTH, batches, problem_of, seeded
@@ -42,7 +42,7 @@ def test_the_simulation_keeps_and_loses_what_the_attached_plan_does(gated):
         adapters = recipe.solve(problem)
         with problem.holdout.instrumented(problem.layout) as instrumented:
             dense = [instrumented.run(batch) for batch in problem.holdout.held]
-            outcome = attempt(instrumented, problem.layout, adapters, problem.holdout.held, dense)
+            outcome = simulate(instrumented, problem.layout, adapters, problem.holdout.held, dense)
     assert all(torch.equal(ours.tau, theirs.tau) for ours, theirs in zip(adapters, plan.adapters, strict=True))
     with measuring(model) as meter:
         got = meter.run(problem.holdout.held[0])["logits"]

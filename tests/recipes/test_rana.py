@@ -22,7 +22,7 @@ from rana_fx.recipes.rana.loss_metric import loss_basis, loss_metric
 from rana_fx.recipes.rana.quantization import quantized_formats, unquantized
 from rana_fx.recipes.rana.recipe import Rana
 from rana_fx.recipes.rana.units import units_of
-from rana_fx.recipes.simulate import attempt
+from rana_fx.recipes.simulate import simulate
 
 SHAPES = [(24, 10), (10, 24), (12, 12)]
 
@@ -238,7 +238,7 @@ def test_the_simulation_keeps_and_loses_what_the_attached_plan_does():
         adapters = RECIPES["rana"].solve(problem)
         with holdout.instrumented(layout) as instrumented:
             dense = [instrumented.run(batch) for batch in holdout.held]
-            outcome = attempt(instrumented, layout, adapters, holdout.held, dense)
+            outcome = simulate(instrumented, layout, adapters, holdout.held, dense)
     plan = rana_fx.adapt(model, batches, budget=0.5, recipe="rana", progress=False)
     with measuring(model) as meter:
         output = meter.run(holdout.held[0])["logits"]

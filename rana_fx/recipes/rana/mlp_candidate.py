@@ -19,14 +19,15 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.apply import Target, apply
 from rana_fx.calibration.score_histogram import Survival
 from rana_fx.recipes.mlp_rows import up_outputs
 from rana_fx.recipes.problem import Problem
+from rana_fx.recipes.rana.builders import build
 from rana_fx.recipes.rana.candidates import UnitCandidates
 from rana_fx.recipes.rana.eligible_mlps import EligibleMlp
 from rana_fx.recipes.rana.loss_metric import LossMetric
 from rana_fx.recipes.rana.operating_point import OperatingPoint
-from rana_fx.recipes.rana.replay import outputs
 from rana_fx.recipes.rana.units import Unit
 
 # shares of neurons at which it is measured
@@ -185,9 +186,10 @@ class MlpCandidate(ABC):
         name = (self.mlp.gate,)
         if gate.kind == "dense":
             return rows.ups[self.mlp.block.gate]
-        bias = self.problem.bias(name)
-        found = outputs(self.gate, gate, self.problem.matrix(name), rows.x_TI)
-        return found if bias is None else found + bias
+        (made,) = build(self.problem, name, self.gate, gate)
+        made = made.on(rows.x_TI.device).to(rows.x_TI.dtype)
+        dense = self.problem.matrix(name), self.problem.bias(name), rows.x_TI.dtype
+        return apply(made, made.tensors(), rows.x_TI, [Target(self.mlp.gate, (0, len(dense[0])), *dense)])[0]
 
     def _dense(self) -> MlpRows:
         step = max(1, len(self._rows_TI) // _ROWS)

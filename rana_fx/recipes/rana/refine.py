@@ -24,7 +24,7 @@ from rana_fx.recipes.rana.operating_point import JOINT_KINDS, OperatingPoint
 from rana_fx.recipes.rana.options import Options
 from rana_fx.recipes.rana.units import Unit
 from rana_fx.recipes.registry import unreachable
-from rana_fx.recipes.simulate import Outcome, attempt
+from rana_fx.recipes.simulate import Outcome, simulate
 from rana_fx.recipes.stages import Stages
 
 _ROUNDS = 4
@@ -161,7 +161,7 @@ class _Refinement:
             unit: decision.adapters(self._problem, unit, points[unit]) for decision in self._decisions for unit in decision.units
         }
         flat = [adapter for made in adapters.values() for adapter in made]
-        outcome = attempt(self._model, self._problem.layout, flat, self._held_out, self._dense)
+        outcome = simulate(self._model, self._problem.layout, flat, self._held_out, self._dense)
         return Simulated(points, outcome, self._measured_cost(points, adapters, outcome))
 
     def _measured_cost(self, points: Points, adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
