@@ -1,6 +1,6 @@
-"""Measured choices, remembered: which config of a few is the fastest for a bucket of shapes, across processes.
+"""Which of a few configs is the fastest for a bucket of shapes: measured once, kept across processes.
 
-In: a key that names the bucket, the configs worth trying and a function that times one. Out: the fastest. What was measured is
+In: a key that names the bucket, the configs and a function that times one. Out: the fastest. What was measured is
 kept in a JSON file beside Inductor's own caches, one per device, torch, Triton and version of these kernels; it is replaced in
 one step, so a process that is killed loses its own measurements and nothing else. Shapes are in one bucket where their sizes lie
 in the same quarter of an octave and their densities in the same tenth: layers of one model differ by a few ranks.
@@ -29,7 +29,7 @@ _MARGIN = 0.05
 
 
 def bucket(K: int, N: int, T: int, density: float, bits: int, dtype: torch.dtype) -> str:
-    """The name of a bucket of masked products (density 1 for a router)."""
+    """The name of a bucket of masked GEMVs (density 1 for a router)."""
     sizes = "x".join(str(round(4 * math.log2(max(size, 1)))) for size in (K, N))
     return f"{sizes} T{T} d{round(10 * density)} b{bits} {str(dtype).removeprefix('torch.')}"
 

@@ -1,23 +1,23 @@
-"""What a product takes, in microseconds, from the bytes it reads and the launches it makes: the choice of masked or dense.
+"""Estimated time of masked and dense GEMVs in microseconds, from the bytes they read and the launches they need: which is faster.
 
     rows read          K * (1 - (1 - density)^T)                 T <= 4 tokens with independent masks read the union,
                                                                  more tokens that of each group of 4, from L2 if not beyond it
     masked, bytes      rows * N * bits / 8 + scales + K * (2 T + 4) + 2 * splits * T * N * 4     values, thresholds, partials
-    masked, us         masked_fixed + bytes / bandwidth * slower (1 + more (min(T, 4) - 1)) [+ launch for anything done apart]
-                       slower 2.2 in 4 bits, 1.45 in 8 bits and blocks below 1024: numbers take longer to make than to read
-                       more 0.25 in blocks of 512 outputs, 0.55 in narrower ones, 2 in 8 and 4 bits: tokens multiply in turn
+    masked, us         masked_fixed + bytes / bandwidth * slower (1 + more (min(T, 4) - 1))
+                       slower 2.2 in 4 bits, 1.45 in 8 bits and blocks below 1024: dequantizing takes longer than reading
+                       more 0.25 in blocks of 512 outputs, 0.55 in narrower ones, 2 in 8 and 4 bits: tokens are multiplied in turn
     rows, us           dense_fixed + bytes / bandwidth * (1 + 0.55 (min(T, 4) - 1))    masked_rows: no partials, T values a row
     dense, bytes       K * N * bits / 8 + scales
     dense, us          dense_fixed + launch + bytes / bandwidth  the launch puts the masked input into memory
 
 Constants of the H200 are fitted to medians of CUDA-graph replays in bf16 over buffers beyond L2 (torch 2.11, Triton 3.6) of the
-products of Llama-2-7B at 0, 50 and 70 % masked (bench/results/kernels-h200.jsonl): within 20 % of each for one and two tokens in
+matmuls of Llama-2-7B at 0, 50 and 70 % masked (bench/results/kernels-h200.jsonl): within 20 % of each for one and two tokens in
 16 bits, and for one in 8 and 4 bits, but for 4096 x 12288 in 8 bits, whose config is newer than its rows; within 30 % of those
 of Llama-3-8B, Gemma-2B and Pythia-1.4B, which they were not fitted to (one token, 16 bits). At four tokens and more the model is
-a third or more too high, where dense wins anyway. Of masked_fixed, two to three microseconds are the hand-over of partials to
-the last program (memory fence, counter, reading them), the rest is launch and ramp, as in a dense product. Constants of the H100
+a third or more too high, where dense wins anyway. Of masked_fixed, two to three microseconds are the reduction of partials by
+the last program (memory fence, counter, reading them), the rest is launch and ramp, as in a dense matmul. Constants of the H100
 are the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured. Nor is
-masked_rows: it hands nothing over, and its tokens are taken to cost what they cost narrow masked products.
+masked_rows: it has no partials, and its tokens are taken to cost what they cost narrow masked GEMVs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import math
 
 import torch
 
-from rana_fx.kernels.triton.config import CPU_TOKENS, MAX_TOKENS, TOKENS_AT_ONCE, cdiv, default_config
+from rana_fx.kernels.triton.config import TOKENS_AT_ONCE, cdiv, default_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """bytes_per_us: memory traffic in the long run. *_fixed_us: what a product takes beyond it. launch_us: one more launch."""
+    """bytes_per_us: memory traffic in the long run. *_fixed_us: the time of a GEMV beyond it. launch_us: one more launch."""
 
     name: str
     sm_count: int
@@ -67,15 +67,15 @@ def weight_bytes(rows: float, N: int, bits: int, group: int = 64) -> float:
     return rows * (N * bits / 8 + scales)
 
 
-def masked_us(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 16, launches: int = 1) -> float:
-    """Time of the masked product. launches beyond the first are somebody else's."""
+def masked_us(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> float:
+    """Time of the masked GEMV."""
     config = default_config(K, N, T, density, device.sm_count, bits=bits)
     traffic = weight_bytes(rows_read(K, T, density), N, bits) + K * (2 * T + 4) + 2 * config.splits * T * N * 4
     more = 2.0 if bits < 16 else 0.25 if config.block_n >= 512 else 0.55
     narrow = bits == 8 and config.block_n < 1024
     slower = (2.2 if bits == 4 else 1.45 if narrow else 1.0) * (1 + more * (min(T, TOKENS_AT_ONCE) - 1))
     fixed = device.packed_fixed_us if bits < 16 and not narrow else device.masked_fixed_us
-    return fixed + traffic / device.bytes_per_us * slower + (launches - 1) * device.launch_us
+    return fixed + traffic / device.bytes_per_us * slower
 
 
 def rows_us(N: int, K: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> float:
@@ -85,38 +85,28 @@ def rows_us(N: int, K: int, T: int, density: float, device: Device = H200, *, bi
 
 
 def dense_us(K: int, N: int, device: Device = H200, *, bits: int = 16, launches: int = 1) -> float:
-    """Time of the dense product for a few tokens, which read the weight once."""
+    """Time of the dense matmul for a few tokens, which read the weight once."""
     return device.dense_fixed_us + weight_bytes(K, N, bits) / device.bytes_per_us + (launches - 1) * device.launch_us
 
 
 def prefers_masked(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> bool:
-    """Whether skipping rows is expected to be faster than a dense product of a weight stored alike."""
+    """Whether skipping rows is expected to be faster than a dense matmul of a weight stored alike."""
     return masked_us(K, N, T, density, device, bits=bits) < dense_us(K, N, device, bits=bits, launches=2)
 
 
 def prefers_rows(N: int, K: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> bool:
-    """Whether ``masked_rows`` is expected to be faster than the dense product. Both are one launch: what is pointwise in front of
-    it or behind it is another one either way. Above a few tokens a matrix product reads a weight as fast, and multiplies faster.
+    """Whether ``masked_rows`` is expected to be faster than the dense matmul. Both are one launch: what is pointwise in front of
+    it or behind it is another one either way. Above a few tokens a matmul reads a weight as fast, and multiplies faster.
     """
     return T <= TOKENS_AT_ONCE and rows_us(N, K, T, density, device, bits=bits) < dense_us(K, N, device, bits=bits)
 
 
 def prefers_rows_on_cpu(T: int, density: float, *, bits: int = 16) -> bool:
-    """The same on a CPU, where each of T tokens multiplies the rows that any of them keeps, and a matrix product in 16 bits has
+    """Whether it is on a CPU, where each of T tokens multiplies the rows that any of them keeps, and a matmul in 16 bits has
     instructions of its own: up to 6 times the weight in 32 bits, 1.6 times in 16 (2048 x 5632 on one core of an AMD EPYC, 1 to 8
     tokens, densities 0.2 to 0.9: up to there the template was faster or within a tenth, beyond it not faster).
     """
     return T * (1 - math.pow(1 - density, T)) <= (6.0 if bits >= 32 else 1.6)
-
-
-def tokens_that_pay(K: int, N: int, density: float, device: torch.device, *, bits: int = 16) -> int:
-    """Up to how many tokens at once are expected to be faster masked than dense, at most MAX_TOKENS; 0 where one is not."""
-    if device.type == "cpu":
-        return CPU_TOKENS
-    if device.type != "cuda":
-        return 0
-    found = nearest(device)
-    return next((T - 1 for T in range(1, MAX_TOKENS + 1) if not prefers_masked(K, N, T, density, found, bits=bits)), MAX_TOKENS)
 
 
 def nearest(device: torch.device) -> Device:

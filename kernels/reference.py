@@ -1,4 +1,4 @@
-"""The meaning of every operation in plain PyTorch: what tests compare with and what is used where no kernel applies.
+"""What every operation computes, in plain PyTorch: tests compare with it, and it is used where no kernel applies.
 
     masked_gemv(v, tau, weight, bias, scale):  y = bias + sum over k with v_k^2 >= tau_k of v_k * w[k, :]
     router(x, weight, scale):                  z = x @ w^T
@@ -7,7 +7,7 @@
     masked_gemv_add(..., residual):            masked_gemv(...) + residual
     masked_gemv_gated(..., activation):        act(first half) * second half of the N columns of masked_gemv(...)
     masked_gemv_parts(v, taus, weights, biases):  masked_gemv(v, taus[p], weights[p], biases[p]) beside each other
-    w is weight, or what quantize.unpack makes of weight and scale
+    w is what the storage format of weight and scale dequantizes (rana_fx/formats), registered from wherever it may be
 
 Legend: T tokens (all leading dims), K ranks or inputs, N outputs, R ranks, D inputs.
 """
@@ -54,7 +54,7 @@ def router(x: Tensor, weight_RD: Tensor, scale: Tensor | None = None) -> Tensor:
 def masked_rows(x: Tensor, a: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """(..., K), (..., N), (N, K), (N,) -> a's shape, in x's dtype, which is a's.
 
-    By selection, so that what an output that is dropped would have been does not matter, were it infinite.
+    By selection, so that a dropped output that would have been infinite does not become NaN.
     """
     bias = None if bias_N is None else bias_N.to(x.dtype)
     up = torch.nn.functional.linear(x, weight_NK.to(x.dtype), bias).reshape(a.shape)
@@ -64,7 +64,7 @@ def masked_rows(x: Tensor, a: Tensor, weight_NK: Tensor, bias_N: Tensor | None =
 def normed_router(
     h: Tensor, gain_D: Tensor | None, weight_RD: Tensor, scale: Tensor | None = None, eps: float = 0.0, offset: float = 0.0
 ) -> Tensor:
-    """(..., D), (D,), (R, D) -> (..., R) in h's dtype. Norm, gain and product in fp32 (fp64 for fp64), rounded once."""
+    """(..., D), (D,), (R, D) -> (..., R) in h's dtype. Norm, gain and matmul in fp32 (fp64 for fp64), rounded once."""
     wide = torch.promote_types(h.dtype, torch.float32)
     x = h.to(wide) * torch.rsqrt(h.to(wide).square().mean(-1, keepdim=True) + eps)
     if gain_D is not None:
@@ -76,7 +76,7 @@ def masked_gemv_add(
     v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None, residual: Tensor
 ) -> Tensor:
     """As masked_gemv, plus (..., N), added before the result is rounded to v's dtype."""
-    y = _wide(v, tau_K, weight_KN, bias_N, scale)
+    y = _unrounded(v, tau_K, weight_KN, bias_N, scale)
     return (y + residual.to(y.dtype)).to(v.dtype)
 
 
@@ -86,7 +86,7 @@ def masked_gemv_gated(
     """As masked_gemv, then act(first half) * second half, (..., N / 2), before the result is rounded to v's dtype."""
     if activation not in ACTIVATIONS:
         raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
-    first, second = _wide(v, tau_K, weight_KN, bias_N, scale).chunk(2, -1)
+    first, second = _unrounded(v, tau_K, weight_KN, bias_N, scale).chunk(2, -1)
     return (ACTIVATIONS[activation](first) * second).to(v.dtype)
 
 
@@ -96,7 +96,7 @@ def masked_gemv_parts(v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tenso
     return torch.cat([masked_gemv(v, *part) for part in zip(taus, weights, given, strict=True)], -1)
 
 
-def _wide(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None) -> Tensor:
+def _unrounded(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None) -> Tensor:
     """masked_gemv in fp32 (fp64 for fp64)."""
     wide = torch.promote_types(v.dtype, torch.float32)
     masked = torch.where(kept(v, tau_K), v, v.new_zeros(())).to(wide)

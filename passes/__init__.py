@@ -1,19 +1,50 @@
 """Graph passes: from a traced graph and the plan on its weights to a graph of ``rana::`` operations.
 
-``PIPELINE`` is the order. Each rewrite takes (graph_module, match) and returns the number of linears it replaced; it
-declines matches of other kinds. ``run`` (rana_fx.passes.runner) owns matching, dumps, verification and clean-up.
+Every step is in one of three tuples, in the order in which ``rana_fx.passes.runner`` runs them; nothing else changes a graph.
+A pass follows ``rana_fx.passes.base``: a function over (graph module, context) that returns a ``PassResult``.
+
+    NORMALIZE     a Dynamo graph before linears are looked for in it (rana_fx/graph/normalize.py; calibration runs it, too)
+    PRE_GRAD      the same graph, once the plan's linears are found in it (match.py): linears become rana operations
+    POST_GRAD     Inductor's graph, past autograd: what surrounds rana operations goes into their launches
 """
 
 from __future__ import annotations
 
+from rana_fx.graph.normalize import NORMALIZE
+from rana_fx.passes.base import EachMatch, Pass, PostGrad, PreGrad
+from rana_fx.passes.check_foreign_lora import check_foreign_lora
+from rana_fx.passes.check_freed import check_freed
+from rana_fx.passes.check_rewritten import check_rewritten
+from rana_fx.passes.fuse_gated import fuse_gated
+from rana_fx.passes.fuse_norm import fuse_norm
+from rana_fx.passes.fuse_residual import fuse_residual
+from rana_fx.passes.fuse_same_input import fuse_same_input
+from rana_fx.passes.rewrite_adapter import rewrite_adapter
 from rana_fx.passes.rewrite_gated import rewrite_gated
-from rana_fx.passes.rewrite_neuron import rewrite_neuron
-from rana_fx.passes.rewrite_rank import rewrite_rank
+from rana_fx.passes.rewrite_lora import rewrite_lora
 
-PIPELINE = (
-    rewrite_gated,  # first: it recognises the gate by its linear, which the next ones would replace
-    rewrite_rank,
-    rewrite_neuron,
+PRE_GRAD: tuple[Pass[PreGrad], ...] = (
+    # before any rewrite: it looks at what is added to planned linears, which the rewrites replace
+    check_foreign_lora,
+    # before the other rewrites: it recognises the gate by its linear, which they would replace
+    EachMatch(rewrite_gated),
+    EachMatch(rewrite_adapter),
+    # after every rewrite of linears: none that the plan names may be left
+    check_rewritten,
+    # after the rewrites, which find linears by their weight: it adds to whatever multiplies by a matrix then
+    rewrite_lora,
+    # last: what a graph still reads is known once nothing changes it any more
+    check_freed,
 )
 
-__all__ = ["PIPELINE"]
+POST_GRAD: tuple[Pass[PostGrad], ...] = (
+    # first: a norm is recognised by what it reads, while the masked matmuls that made it are still apart
+    fuse_norm,
+    # before the gate: a masked matmul whose output is only added to has no gate behind it
+    fuse_residual,
+    fuse_gated,
+    # last: matmuls that share a launch have no epilogue, so that each of them is better off with its own
+    fuse_same_input,
+)
+
+__all__ = ["NORMALIZE", "POST_GRAD", "PRE_GRAD"]

@@ -1,4 +1,4 @@
-"""Refuse adapters that somebody put beside a linear which the plan masks or replaces.
+"""Refuse LoRA modules that were attached in parallel to a linear which the plan masks or replaces.
 
     y = linear(x, w) + linear(linear(dropout(x), a), b) * s          with w in the plan, a and b put there after it was attached
 
@@ -14,21 +14,21 @@ from rana_fx.errors import LoraBeside
 from rana_fx.graph.dataflow import is_row_view, tensor_inputs
 from rana_fx.graph.linears import Linear, source_name
 from rana_fx.graph.ops import is_pointwise, op_name
-from rana_fx.passes.match import Matches
+from rana_fx.passes.base import PassResult, PreGrad
 from rana_fx.runtime.attachment import attachment_of
 
 
-def check_alone(matches: Matches) -> None:
+def check_foreign_lora(_: fx.GraphModule, context: PreGrad) -> PassResult:
     """Raises LoraBeside."""
+    matches = context.matches
     # an attachment is marked on every Parameter the model had
     foreign = {linear.node: linear for linear in matches.scan.linears if attachment_of(linear.weight) is None}
-    if not foreign or not matches.attachments:
-        return
-    for match in matches.found:
-        for linear in match.linears:
+    if foreign and matches.attachments:
+        for linear in (linear for match in matches.found for linear in match.linears):
             added = _added(linear, foreign)
             if added is not None and attachment_of(linear.weight) is not None:
                 raise LoraBeside(site=linear.name, weight=source_name(added.weight_node))
+    return PassResult()
 
 
 def _added(linear: Linear, foreign: dict[fx.Node, Linear]) -> Linear | None:

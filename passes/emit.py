@@ -1,20 +1,44 @@
 """Put new nodes into a graph with true metadata, and the plan's factors beside them.
 
-In: operations and their inputs. Out: nodes whose fake value is computed, not guessed, and which carry the stack trace
-of what they replace. Factors become attributes that AOTAutograd lifts to graph inputs: values, not constants.
+In: operations and their inputs, or plain Python to record (``Emitter.record``). Out: nodes whose fake value is computed, not
+guessed, and which carry the stack trace of what they replace. Factors become attributes that AOTAutograd lifts to graph inputs:
+values, not constants. The adapter an operation belongs to stands in its metadata (``Annotation``), for those who count masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import LocalSource
 
+from rana_fx.adapter import TENSORS
+from rana_fx.apply import NONZERO, nonzero_tau
 from rana_fx.graph.dataflow import value_of
-from rana_fx.graph.decompose_fused import fake_run
+from rana_fx.graph.record import Recorder, dtype_of, inherit
+from rana_fx.passes.match import Match
+
+__all__ = ["Annotation", "Emitter", "Factors", "annotate", "dtype_of"]
+
+_ATTRIBUTES = {NONZERO: "zeros"}  # of the graph module, where they are not called as the tensor is
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Of a node: the adapter it belongs to, and what for ("router", or the thresholds of its mask; rana_fx/apply.py)."""
+
+    adapter: str
+    part: str = "tau"
+
+
+def annotate(node: fx.Node, annotation: Annotation) -> None:
+    node.meta["rana"] = annotation
+    node.meta["rana_adapter"] = annotation.adapter
+    if annotation.part in ("router_tau", "exact_tau"):
+        node.meta["rana_part"] = annotation.part
 
 
 class Emitter:
@@ -23,25 +47,19 @@ class Emitter:
     def __init__(self, graph_module: fx.GraphModule, at: fx.Node) -> None:
         self._module = graph_module
         self._at = at
+        self.record = Recorder(at)  # emit.record(function, *inputs)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """``target(*args, **kwargs)``."""
-        with self._at.graph.inserting_before(self._at):
-            node = self._at.graph.call_function(target, args, kwargs)
-        return self._fill(node)
-
-    def method(self, name: str, *args: Any) -> fx.Node:
-        """``args[0].name(*args[1:])``."""
-        with self._at.graph.inserting_before(self._at):
-            node = self._at.graph.call_method(name, args)
-        return self._fill(node)
+        """``target(*args, **kwargs)`` as one node, whatever it is made of."""
+        return self.record.create_node("call_function", target, args, kwargs)
 
     def after(self, target: Callable[..., Any], *args: Any) -> fx.Node:
         """``target(*args)`` behind ``at``, which is one of its arguments, and instead of it for all who read that."""
         with self._at.graph.inserting_after(self._at):
             node = self._at.graph.call_function(target, args)
         self._at.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
-        return self._fill(node)
+        inherit(node, self._at)
+        return node
 
     def factor(self, name: str, value: Tensor) -> fx.Node:
         """A get_attr node for a live tensor; one attribute per name and module."""
@@ -54,26 +72,37 @@ class Emitter:
             if sources is not None:
                 # without a source of its own, AOTAutograd refuses attributes that Dynamo did not create
                 sources[name] = LocalSource(f"__rana_fx_{name}")
-        with self._at.graph.inserting_before(self._at):
-            node = self._at.graph.get_attr(name)
-        self._copy_meta(node)
+        node = self.record.create_node("get_attr", name, (), {})
         like = next((v for v in map(value_of, self._at.all_input_nodes) if isinstance(v, torch._subclasses.FakeTensor)), None)
         if like is not None:
             node.meta["example_value"] = like.fake_mode.from_tensor(value, static_shapes=True)
         return node
 
-    def _copy_meta(self, node: fx.Node) -> None:
-        node.meta = {key: value for key, value in self._at.meta.items() if key not in ("example_value", "val", "grapharg")}
 
-    def _fill(self, node: fx.Node) -> fx.Node:
-        self._copy_meta(node)
-        value = fake_run(node)
-        if value is not None:
-            node.meta["example_value"] = value
-        return node
+class Factors(Mapping[str, Any]):
+    """The live tensors of a match's adapter, as proxies in front of ``emit``'s place, each made when it is first asked for."""
 
+    def __init__(self, emit: Emitter, match: Match) -> None:
+        self._emit, self._match = emit, match
+        self._made: dict[str, Any] = {}
 
-def dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype a node yields, where tracing recorded it."""
-    value = value_of(node)
-    return value.dtype if isinstance(value, Tensor) else None
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._made:
+            value = self._value(key)
+            if value is None:
+                raise KeyError(key)
+            name = f"rana_{self._match.attachment.plan.digest()[:8]}_{self._match.index}_{_ATTRIBUTES.get(key, key)}"
+            self._made[key] = self._emit.record.proxy(self._emit.factor(name, value))
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in (*TENSORS, NONZERO) if self._value(key) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _value(self, key: str) -> Tensor | None:
+        if key != NONZERO:
+            return self._match.attachment.tensor(self._match.index, key)
+        tau = self._match.attachment.tensor(self._match.index, "tau")
+        return None if tau is None else nonzero_tau(self._match.adapter, tau.device)

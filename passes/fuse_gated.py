@@ -1,11 +1,10 @@
-"""Recognise act(first half) * second half of the columns of a masked product, however a graph spells it.
+"""Take act(first half) * second half of the columns of a masked matmul into its launch, however a graph spells it.
 
-In: a ``rana.masked_gemv`` node y of an aten graph past autograd. Out: the node that computes the gated value and the name of its
-activation, or None.
+    g, u = split(rana.masked_gemv(v, tau, At, c), n, -1); e = exp(neg(to_fp32(g))); p = to_bf16(to_fp32(g) / (e + 1)) * u
+  becomes
+    p = rana.masked_gemv_gated(v, tau, At, c, None, density, "silu")
 
-    g, u = split(y, n, -1); e = exp(neg(to_fp32(g))); p = to_bf16(to_fp32(g) / (e + 1)) * u
-  gives
-    p, "silu"
+In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GPU. Out: the same graph, rewritten in place.
 
 What hangs on y by views, pointwise operations and numbers alone computes each element from single elements of y. So it is run,
 in fp64 and without its casts, and compared with every activation the kernel knows: silu has four spellings in use and tanh-GELU
@@ -27,7 +26,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rana_fx.formats import gated_unit
 from rana_fx.graph.dataflow import shape_of, value_of
+from rana_fx.kernels.ops import masked_gemv, masked_gemv_gated
 from rana_fx.kernels.reference import ACTIVATIONS
+from rana_fx.passes.base import Declined, PassResult, PostGrad
+from rana_fx.passes.fusible import fusible, operands, put, replace
 
 _aten = torch.ops.aten
 _MOVES = {
@@ -54,6 +56,36 @@ _CASTS = {torch.ops.prims.convert_element_type.default, _aten._to_copy.default}
 ROUNDINGS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # what the kernel's own fp32 arithmetic may differ by, relative to the activation's argument
 _BOUND = 8 * torch.finfo(torch.float32).eps
+
+
+def fuse_gated(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
+    """Every masked matmul behind which one half of the columns gates the other."""
+    matmuls, declined = fusible(graph_module.graph, masked_gemv, "masked_gemv_gated", context.devices)
+    count = 0
+    for node in matmuls:
+        reason = _fuse(node)
+        count += reason is None
+        if reason is not None:
+            declined.append(Declined(node.name, reason))
+    return PassResult(count, tuple(declined))
+
+
+def _fuse(node: fx.Node) -> str | None:
+    """Takes the gate in, or returns why not."""
+    found = gated_of(node)
+    if found is None:
+        return "no known activation of the first half of its columns times the second half follows"
+    product, activation = found
+    fused = put(product, masked_gemv_gated, (*operands(node).values(), activation))
+    result, wanted = fused, product.meta["val"].shape
+    if wanted != fused.meta["val"].shape:
+        result = put(product, _aten.reshape.default, (fused, list(wanted)))
+    if not replace(product, result):
+        if result is not fused:
+            node.graph.erase_node(fused)
+        return "the gated value has another memory layout"
+    # what it was computed from has no other reader: the runner removes it
+    return None
 
 
 def gated_of(y: fx.Node) -> tuple[fx.Node, str] | None:

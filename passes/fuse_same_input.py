@@ -1,97 +1,102 @@
-"""Masked products that read one tensor, each under a mask of its own, in one launch: q, k and v; gate and up.
+"""Masked matmuls that read one tensor, each under a mask of its own, in one launch: q, k and v; gate and up.
 
     q, k, v = rana.masked_gemv(x, tau_q, Wq), rana.masked_gemv(x, tau_k, Wk), rana.masked_gemv(x, tau_v, Wv)
   becomes
     y = rana.masked_gemv_parts(x, [tau_q, tau_k, tau_v], [Wq, Wk, Wv], [], density); q, k, v = y[..., :a], y[..., a:b], y[..., b:]
 
-In: an aten graph past autograd, few tokens on a GPU, masked products told by their operands. Out: the same graph, rewritten in
-place. Products are left apart where skipping rows is not expected to win for them together (kernels/cost.py), where weights are
-in 8 or 4 bits or a skipped row is no stretch of memory, and where operands of one are computed after another.
+In: an aten graph past autograd, few tokens on a GPU. Out: the same graph, rewritten in place. Matmuls are left apart where
+skipping rows is not expected to win for them together (kernels/cost.py), where weights are in 8 or 4 bits or a skipped row is no
+stretch of memory, and where operands of one are computed after another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from rana_fx.formats import is_plain
 from rana_fx.kernels import cost
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_parts
 from rana_fx.kernels.triton.config import MOST_PARTS
+from rana_fx.passes.base import Declined, PassResult, PostGrad
+from rana_fx.passes.fusible import fusible, operands, put, replace
 
 _aten = torch.ops.aten
-_NAMES = ("v", "tau", "weight", "bias", "scale", "density")
-_DEFAULTS = {"bias": None, "scale": None, "density": 0.5}
 _MOVES = {_aten.permute.default, _aten.t.default, _aten.transpose.int, _aten.view.default}
 
 
-def fuse_parts(graph: fx.Graph, few: Callable[[object], bool]) -> int:
-    """Returns how many launches it made. few: whether a node holds few enough tokens on the right device."""
+def fuse_same_input(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
+    """All masked matmuls of one tensor, up to ``MOST_PARTS`` in a launch. The count is that of launches made."""
+    matmuls, declined = fusible(graph_module.graph, masked_gemv, "masked_gemv_parts", context.devices)
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.target is masked_gemv and few(node.args[0]) and _fits(node):
-            given = operands(node)
-            key = (given["v"], given["weight"].meta["val"].dtype, given["bias"] is None)
-            groups.setdefault(key, []).append(node)
+    for node in matmuls:
+        reason = _why_unfit(node)
+        if reason is not None:
+            declined.append(Declined(node.name, reason))
+            continue
+        given = operands(node)
+        key = (given["v"], given["weight"].meta["val"].dtype, given["bias"] is None)
+        groups.setdefault(key, []).append(node)
     made = 0
     for nodes in groups.values():
         for start in range(0, len(nodes), MOST_PARTS):
-            made += _together(graph, nodes[start : start + MOST_PARTS])
-    return made
+            left = _together(nodes[start : start + MOST_PARTS])
+            made += len(left) < len(nodes[start : start + MOST_PARTS])
+            declined += left
+    return PassResult(made, tuple(declined))
 
 
-def operands(node: fx.Node) -> dict[str, Any]:
-    """Of a masked product, by name, in the order it takes them."""
-    given = _DEFAULTS | dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
-    return {name: given[name] for name in _NAMES}
-
-
-def _fits(node: fx.Node) -> bool:
+def _why_unfit(node: fx.Node) -> str | None:
+    """Why a masked matmul cannot share a launch, or None."""
     given = operands(node)
     nodes = [given["tau"], given["weight"], *([] if given["bias"] is None else [given["bias"]])]
     values = [part.meta.get("val") if isinstance(part, fx.Node) else None for part in nodes]
     if given["scale"] is not None or not all(isinstance(value, Tensor) for value in values):
-        return False
+        return "its weight is in 8 or 4 bits"
     tau, weight, *bias = values
     assert isinstance(weight, Tensor) and isinstance(tau, Tensor)
-    sizes_known = all(isinstance(size, int) for size in (*weight.shape, *weight.stride()))
+    if not all(isinstance(size, int) for size in (*weight.shape, *weight.stride())):
+        return "the size of its weight varies"
+    if not is_plain(weight) or weight.stride(1) != 1:
+        return "a row of its weight is no stretch of memory"
     flat = all(isinstance(value, Tensor) and value.is_contiguous() for value in (tau, *bias))
-    return sizes_known and weight.is_floating_point() and weight.stride(1) == 1 and flat
+    return None if flat else "its thresholds or its bias are no stretch of memory"
 
 
-def _together(graph: fx.Graph, nodes: list[fx.Node]) -> int:
-    first, order = nodes[0], {node: index for index, node in enumerate(graph.nodes)}
-    nodes = [node for node in nodes if all(_is_before(operand, first, order) for operand in node.all_input_nodes)]
-    if len(nodes) < 2 or not _pays(nodes):
-        return 0
+def _together(nodes: list[fx.Node]) -> list[Declined]:
+    """Makes one launch of these, or of those whose operands are there in time; returns which are left."""
+    first, order = nodes[0], {node: index for index, node in enumerate(nodes[0].graph.nodes)}
+    late = [node for node in nodes if not all(_is_before(operand, first, order) for operand in node.all_input_nodes)]
+    left = [Declined(node.name, f"one of its operands is computed after {first.name}") for node in late]
+    nodes = [node for node in nodes if node not in late]
+    if len(nodes) < 2:
+        return [*left, Declined(first.name, "no other masked matmul reads the same tensor under like conditions")]
+    if not _pays(nodes):
+        return left + [
+            Declined(node.name, "skipping rows is not expected to be faster for all of them together") for node in nodes
+        ]
     for node in nodes:
         for operand in node.all_input_nodes:
             if order[operand] > order[first]:
                 first.prepend(operand)
     parts = [operands(node) for node in nodes]
-    v, value = parts[0]["v"], first.meta["val"]
     sizes = [part["weight"].meta["val"].shape[1] for part in parts]
     biases = [part["bias"] for part in parts if part["bias"] is not None]
     lists = ([part["tau"] for part in parts], [part["weight"] for part in parts], biases)
-    with graph.inserting_before(first):
-        fused = graph.call_function(masked_gemv_parts, (v, *lists, _density(parts, sizes)))
-        whole = value.new_empty((*value.shape[:-1], sum(sizes)))
-        fused.meta = meta_of(first) | {"val": whole}
-        stop = 0
-        for node, size in zip(nodes, sizes, strict=True):
-            start, stop = stop, stop + size
-            cut = graph.call_function(_aten.slice.Tensor, (fused, value.dim() - 1, start, stop))
-            cut.meta = meta_of(node) | {"val": whole.new_empty_strided((*value.shape[:-1], size), whole.stride())}
-            # what follows may view it; at one token this costs nothing, at a few it fuses with the consumer
-            part = graph.call_function(_aten.clone.default, (cut,), {"memory_format": torch.contiguous_format})
-            part.meta = meta_of(node)
-            node.replace_all_uses_with(part)
+    fused = put(first, masked_gemv_parts, (parts[0]["v"], *lists, _density(parts, sizes)))
+    stop = 0
+    for node, size in zip(nodes, sizes, strict=True):
+        start, stop = stop, stop + size
+        cut = put(node, _aten.slice.Tensor, (fused, fused.meta["val"].dim() - 1, start, stop), at=first)
+        # what follows may view it; at one token this costs nothing, at a few it fuses with the consumer
+        part = put(node, _aten.clone.default, (cut,), at=first, memory_format=torch.contiguous_format)
+        assert replace(node, part)
     for node in nodes:
-        graph.erase_node(node)
-    return 1
+        node.graph.erase_node(node)
+    return left
 
 
 def _is_before(operand: fx.Node, place: fx.Node, order: dict[fx.Node, int]) -> bool:
@@ -115,8 +120,3 @@ def _pays(nodes: list[fx.Node]) -> bool:
 def _density(parts: list[dict[str, Any]], sizes: list[int]) -> float:
     kept: float = sum(part["density"] * size for part, size in zip(parts, sizes, strict=True))
     return kept / sum(sizes)
-
-
-def meta_of(node: fx.Node) -> dict[str, object]:
-    """What holds for a node of the same value. Inductor takes the arguments that AOTAutograd recorded for this one's own."""
-    return {key: value for key, value in node.meta.items() if key != "eager_input_vals"}

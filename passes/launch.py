@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
-import sympy
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import ir
@@ -24,8 +23,7 @@ from torch._inductor.lowering import lowerings, process_subgraph_nodes
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# blocks of outputs of one finished launch, at most
-COUNTERS = 4096
+from rana_fx.kernels.triton.config import COUNTERS
 
 
 def traced(launch: Callable[..., Any], operands: Sequence[Any], *, key: Hashable) -> Any:
@@ -88,11 +86,6 @@ def fake(node: Any) -> torch.Tensor | None:
     with V.fake_mode:
         memory = torch.empty(max(length, 0), dtype=node.get_dtype(), device=node.get_device())
         return memory.as_strided(size, stride, offset)
-
-
-def static(*nodes: Any) -> bool:
-    """Whether all sizes are numbers (operands may be None)."""
-    return all(isinstance(size, (int, sympy.Integer)) for node in nodes if node is not None for size in node.get_size())
 
 
 def counters(device: torch.device) -> Any:

@@ -1,10 +1,14 @@
-"""Lowers ``rana::masked_gemv``, ``rana::router`` and ``rana::masked_rows`` in Inductor.
+"""Lowers the ``rana::`` operations in Inductor by the implementation that the registry chooses (kernels/registry.py).
 
-In: the operations as AOTAutograd left them in the graph. Out: Inductor IR, one of
+In: an operation as AOTAutograd left it in the graph. Out: Inductor IR of its result, one of
 
-    a Triton kernel (GPU, few tokens, where the cost model expects it to win): lower_triton.py
+    a Triton kernel (GPU, few tokens, where the cost model expects it to be faster): lower_triton.py
     a C++ template (CPU, few tokens): reads only the rows that are kept; lower_cpp.py
-    a matrix product (everything else): a mask of its input fuses into what precedes it, one of its output into what follows
+    a matmul (everything else): a mask of its input fuses into what precedes it, one of its output into what follows; of fused
+    forms, the operations they were made of: lower_dense.py
+
+All leading dimensions of activations are one dimension for an implementation. Logging at level DEBUG ("rana_fx.passes.lower")
+names the implementation of each operation, and why those before it were passed over.
 
 A lowering and not a decomposition: decompositions handed to ``compile_fx`` become part of the FX cache's key, operators
 among them cannot be pickled (torch 2.13), and the whole compile is then never cached.
@@ -12,84 +16,72 @@ among them cannot be pickled (torch 2.13), and the whole compile is then never c
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings, register_lowering, to_dtype
+from torch._inductor.virtualized import V
 
-from rana_fx.kernels.ops import (
-    masked_gemv,
-    masked_gemv_add,
-    masked_gemv_gated,
-    masked_gemv_parts,
-    masked_rows,
-    normed_router,
-    router,
-)
-from rana_fx.passes import lower_cpp, lower_fused, lower_triton
+from rana_fx.kernels import registry
+from rana_fx.kernels.ops import arguments_of, without_density
+from rana_fx.kernels.problem import Operand, Problem, problem_of
+from rana_fx.kernels.triton.config import CPU_TOKENS, MAX_TOKENS
 
 _aten = torch.ops.aten
+_log = logging.getLogger(__name__)
+# operands with a row per token
+_ACTIVATIONS = ("v", "x", "a", "residual")
 
 
 def register() -> None:
-    """Make Inductor use this lowering. Importing Inductor takes a second, so it waits for the first compile."""
-    if masked_gemv not in lowerings:
-        register_lowering(masked_gemv, type_promotion_kind=None)(_masked_gemv)
-        register_lowering(router, type_promotion_kind=None)(_router)
-        register_lowering(masked_rows, type_promotion_kind=None)(_masked_rows)
-        register_lowering(masked_gemv_add, type_promotion_kind=None)(lower_fused.masked_gemv_add)
-        register_lowering(masked_gemv_gated, type_promotion_kind=None)(lower_fused.masked_gemv_gated)
-        register_lowering(masked_gemv_parts, type_promotion_kind=None)(lower_fused.masked_gemv_parts)
-        register_lowering(normed_router, type_promotion_kind=None)(lower_fused.normed_router)
+    """Make Inductor use these lowerings. Importing Inductor takes a second, so this waits for the first compile."""
+    for op in registry.OPERATIONS:
+        target = getattr(torch.ops.rana, op).default
+        if target not in lowerings:
+            register_lowering(target, type_promotion_kind=None)(_lowering_of(op))
 
 
-def _router(x: Any, weight: Any, scale: Any = None) -> Any:
-    *lead, inner = x.get_size()
-    x_TI = lowerings[_aten.view.default](x, [sympy.prod(lead), inner])
-    z_TR = lower_triton.router_product(x_TI, weight, scale)
-    if z_TR is None:
-        z_TR = lower_cpp.router_product(x_TI, weight, scale)
-    if z_TR is None and scale is not None:  # quantised: what eager mode would run
-        return fallback_handler(router, add_to_fallback_set=False)(x, weight, scale)
-    if z_TR is None:
-        z_TR = lowerings[_aten.mm.default](x_TI, lowerings[_aten.permute.default](weight, [1, 0]))
-    return lowerings[_aten.view.default](to_dtype(z_TR, x.get_dtype()), [*lead, z_TR.get_size()[1]])
+def _lowering_of(op: str) -> Callable[..., Any]:
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        view = lowerings[_aten.view.default]
+        arguments = arguments_of(op, args, kwargs)
+        flat = dict(arguments)
+        for name in _ACTIVATIONS:
+            if name in flat:
+                *lead, inner = flat[name].get_size()
+                flat[name] = view(flat[name], [sympy.prod(lead), inner])
+        problem = problem_of_ir(op, flat)
+        chosen = registry.choose(problem)
+        if _log.isEnabledFor(logging.DEBUG):
+            passed = "".join(f"; {row.name} {reason}" for row, reason in registry.why(problem))
+            _log.debug("%s by %s%s; %s", op, chosen.name, passed, problem)
+        y_TN = chosen.code(compiled=True)(problem, *without_density(flat))
+        first = next(iter(arguments.values()))
+        lead = arguments.get("a", first).get_size()[:-1]
+        return view(to_dtype(y_TN, first.get_dtype()), [*lead, y_TN.get_size()[-1]])
+
+    return lower
 
 
-def _masked_rows(x: Any, a: Any, weight: Any, bias: Any = None, density: float = 0.5) -> Any:
-    view = lowerings[_aten.view.default]
-    (*lead, inner), (*places, columns) = x.get_size(), a.get_size()
-    x_TK, a_TN = view(x, [sympy.prod(lead), inner]), view(a, [sympy.prod(places), columns])
-    h_TN = lower_triton.rows_product(x_TK, a_TN, weight, bias, density)
-    if h_TN is None:
-        h_TN = lower_cpp.rows_product(x_TK, a_TN, weight, bias, density)
-    if h_TN is None:
-        up_TN = lowerings[_aten.mm.default](x_TK, lowerings[_aten.permute.default](to_dtype(weight, x.get_dtype()), [1, 0]))
-        if bias is not None:
-            up_TN = lowerings[_aten.add.Tensor](up_TN, to_dtype(bias, x.get_dtype()))
-        product = lowerings[_aten.mul.Tensor](a_TN, up_TN)
-        h_TN = lowerings[_aten.where.self](lowerings[_aten.ne.Scalar](a_TN, 0), product, 0)
-    return view(to_dtype(h_TN, x.get_dtype()), a.get_size())
+def problem_of_ir(op: str, arguments: dict[str, Any]) -> Problem:
+    """The problem of a call whose activations have one leading dimension. It gives weights memory if tokens are few."""
+    activations = next(iter(arguments.values()))
+    most_tokens = _at_most(activations.get_size()[0])
+
+    def operand_of(node: Any) -> Operand:
+        size = tuple(int(n) if isinstance(n, (int, sympy.Integer)) else None for n in node.get_size())
+        contiguous = False
+        if node is not activations and most_tokens is not None and None not in size:
+            contiguous = bool(ir.ExternKernel.realize_input(node).get_stride()[-1] == 1)
+        return Operand(size, node.get_dtype(), node.get_device(), contiguous)
+
+    return problem_of(op, arguments, operand_of, most_tokens=most_tokens, compiled=True)
 
 
-def _masked_gemv(v: Any, tau: Any, weight: Any, bias: Any = None, scale: Any = None, density: float = 0.5) -> Any:
-    *lead, inner = v.get_size()
-    v_TK = lowerings[_aten.view.default](v, [sympy.prod(lead), inner])
-    y_TN = lower_triton.masked_product(v_TK, tau, weight, bias, scale, density)
-    if y_TN is not None:
-        return lowerings[_aten.view.default](y_TN, [*lead, y_TN.get_size()[1]])
-    y_TN = lower_cpp.masked_product(v_TK, tau, weight, scale)
-    if y_TN is None and scale is not None:  # quantised: what eager mode would run
-        return fallback_handler(masked_gemv, add_to_fallback_set=False)(v, tau, weight, bias, scale, density)
-    if y_TN is None:
-        y_TN = _dense(v_TK, tau, to_dtype(weight, v.get_dtype()))
-    if bias is not None:
-        y_TN = lowerings[_aten.add.Tensor](y_TN, bias)
-    return lowerings[_aten.view.default](to_dtype(y_TN, v.get_dtype()), [*lead, y_TN.get_size()[1]])
-
-
-def _dense(v_TK: Any, tau: Any, weight: Any) -> Any:
-    wide = to_dtype(v_TK, torch.float32)
-    kept = lowerings[_aten.ge.Tensor](lowerings[_aten.mul.Tensor](wide, wide), tau)
-    return lowerings[_aten.mm.default](lowerings[_aten.where.self](kept, v_TK, 0), weight)
+def _at_most(tokens: Any) -> int | None:
+    """A limit of kernels that a number of tokens is known to keep to."""
+    return next((limit for limit in (CPU_TOKENS, MAX_TOKENS) if V.graph.sizevars.statically_known_leq(tokens, limit)), None)

@@ -16,6 +16,7 @@ from torch import fx
 
 from rana_fx.adapter import Adapter
 from rana_fx.graph.dataflow import row_source, shape_of, value_of
+from rana_fx.graph.graph_pass import Declined
 from rana_fx.graph.linears import Linear, Scan, find_linears, parameters_of
 from rana_fx.kernels.triton.config import MAX_TOKENS
 from rana_fx.plan import Plan
@@ -53,6 +54,7 @@ class Matches:
     attachments: tuple[Attachment, ...]
     found: tuple[Match, ...]
     missing: str | None  # a linear whose model has no plan, when none of the graph's has
+    declined: tuple[Declined, ...] = ()  # planned linears that stay as they are in this graph
 
 
 def match_plan(
@@ -75,24 +77,32 @@ def match_plan(
     names = {key: name for attachment in attachments for key, name in attachment.names.items()}
     scan = find_linears(graph_module, example_inputs, names)
     gathered: dict[tuple[Attachment, int, fx.Node], list[Linear]] = {}
+    declined: list[Declined] = []
     for linear in scan.linears:
         attachment = attachment_of(linear.weight) if plan is None else given
         planned = attachment.adapter(linear.name) if attachment is not None else None
+        if attachment is None or planned is None:
+            continue
+        index, adapter = planned
+        reason = None
         if row_source(linear.x) in scan.constant:
-            continue  # positions, say, computed by a weight that also reads tokens: nothing was calibrated on it
-        if attachment is not None and planned is not None:
-            if prefill == "dense" and not _at_most(linear.x, tokens_masked(attachment.plan, planned[1], linear.weight)):
-                continue
-            if prefill == "cheapest" and costs_more(attachment.plan, planned[1]) and not _at_most(linear.x, MAX_TOKENS):
-                continue
-            gathered.setdefault((attachment, planned[0], linear.x), []).append(linear)
+            # positions, say, computed by a weight that also reads tokens
+            reason = "it reads no tokens: nothing was calibrated on its input"
+        elif prefill == "dense" and not _at_most(linear.x, tokens_masked(attachment.plan, adapter, linear.weight)):
+            reason = "prefill=dense, and more tokens than masks are faster for"
+        elif prefill == "cheapest" and costs_more(attachment.plan, adapter) and not _at_most(linear.x, MAX_TOKENS):
+            reason = f"prefill=cheapest, more than {MAX_TOKENS} tokens, and its factors take more multiply-adds than it"
+        if reason is None:
+            gathered.setdefault((attachment, index, linear.x), []).append(linear)
+        else:
+            declined.append(Declined(linear.name, reason))
     named = {linear.node: linear.name for linear in scan.linears}
     found = tuple(
         Match(attachment, index, attachment.plan.adapters[index], tuple(linears), named)
         for (attachment, index, _), linears in gathered.items()
     )
     missing = scan.linears[0].name if scan.linears and not attachments else None
-    return Matches(scan, tuple(attachments), found, missing)
+    return Matches(scan, tuple(attachments), found, missing, tuple(declined))
 
 
 def gradients_flow(match: Match, node: fx.Node) -> bool:

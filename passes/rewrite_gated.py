@@ -14,10 +14,12 @@ are many, and what a backward pass needs of up would have to be made again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
+from rana_fx.apply import cast, gate_mask
 from rana_fx.graph.dataflow import (
     is_reshape,
     is_row_view,
@@ -30,18 +32,10 @@ from rana_fx.graph.functionalize import Writes, written
 from rana_fx.graph.linears import Linear
 from rana_fx.graph.matmuls import operands_of
 from rana_fx.graph.ops import is_pointwise, op_name
-from rana_fx.kernels.ops import masked_gemv, masked_rows
-from rana_fx.kernels.reference import kept
-from rana_fx.passes.emit import Emitter, dtype_of
+from rana_fx.kernels.ops import masked_rows
+from rana_fx.passes.emit import Annotation, Emitter, Factors, annotate, dtype_of
 from rana_fx.passes.match import Match, gradients_flow
-from rana_fx.passes.stacked import Factors, cast
-
-_TINY = torch.finfo(torch.float32).tiny  # as a threshold: exactly the zeros are skipped
-
-
-def gate_mask(a: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    """a where a^2 >= tau, else 0."""
-    return torch.where(kept(a, tau), a, a.new_zeros(()))
+from rana_fx.passes.rewrite_adapter import replace
 
 
 def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
@@ -55,26 +49,13 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
             continue
         product, gate = found
         emit = Emitter(graph_module, product)
-        factors = Factors(emit, match)
-        masked = emit.call(gate_mask, gate, factors["tau"])
-        masked.meta["rana_adapter"] = match.adapter.name
+        masked = emit.call(gate_mask, gate, Factors(emit, match)["tau"].node)
+        annotate(masked, Annotation(match.adapter.name))
         product.replace_input_with(gate, masked)
         chain = _chain_to_up(product, masked, match)
         if chain:
             _skip_rows(emit, product, masked, chain, match)
-        emit = Emitter(graph_module, linear.node)
-        tau, bias = factors.value("tau"), Factors(emit, match)["bias"]
-        assert tau is not None
-        tiny = torch.full((match.adapter.ranks,), _TINY, device=tau.device)
-        zeros = emit.factor(f"rana_{match.attachment.plan.digest()[:8]}_{match.index}_zeros", tiny)
-        factor, transposed = linear.factor
-        weight = factor if transposed else emit.call(torch.t, factor)
-        bias = linear.bias_node if bias is None else bias
-        y = emit.call(masked_gemv, linear.x, zeros, weight, bias, None, match.adapter.density)
-        y.meta["rana_adapter"] = match.adapter.name
-        linear.node.replace_all_uses_with(y)
-        graph_module.graph.erase_node(linear.node)
-        replaced += 1
+        replaced += replace(graph_module, match, [linear])
     return replaced
 
 
@@ -123,9 +104,14 @@ def _skip_rows(emit: Emitter, product: fx.Node, masked: fx.Node, chain: list[fx.
     """Put ``rana.masked_rows`` in the place of the product, of which up is the end of the chain."""
     found = operands_of(chain[-1])
     assert found is not None and isinstance(found.x, fx.Node)
-    weight = found.matrix if found.out_first else emit.call(torch.t, found.matrix)
-    h = emit.call(masked_rows, cast(emit, found.x, dtype_of(product)), masked, weight, found.bias, match.adapter.density)
-    h.meta["rana_adapter"] = match.adapter.name
+    wanted, density, out_first = dtype_of(product), match.adapter.density, found.out_first
+
+    def hidden(x: Any, a: Any, matrix: Any, bias: Any) -> Any:
+        weight = matrix if out_first else torch.t(matrix)
+        return masked_rows(cast(x, wanted), a, weight, bias, density)
+
+    h = emit.record(hidden, found.x, masked, found.matrix, found.bias)
+    annotate(h, Annotation(match.adapter.name))
     product.replace_all_uses_with(h)
     for node in (product, *chain):
         product.graph.erase_node(node)

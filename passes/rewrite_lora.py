@@ -14,7 +14,7 @@ without dropout, made anew in the backward pass. After the rewrites, which find 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
+from rana_fx.apply import cast
 from rana_fx.graph.linears import parameters_of
 from rana_fx.graph.matmuls import operands_of
 from rana_fx.graph.operands import Operand, operand
 from rana_fx.graph.ops import MOVEMENT, op_name
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
+from rana_fx.kernels.reference import kept
+from rana_fx.passes.base import PassResult, PreGrad
 from rana_fx.passes.emit import Emitter, dtype_of
-from rana_fx.passes.stacked import cast
-from rana_fx.runtime.attachment import Attachment
 from rana_fx.runtime.lora_state import Addition
 
 
@@ -45,13 +46,13 @@ class _Product:
     gate: fx.Node | None = None
 
 
-def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], attachments: Sequence[Attachment]) -> int:
-    """Rewrite in place; returns how many reads of a matrix were changed."""
-    tables = [attachment.factors.lowrank for attachment in attachments if attachment.factors.lowrank is not None]
+def rewrite_lora(graph_module: fx.GraphModule, context: PreGrad) -> PassResult:
+    """Every read of a matrix that LoRA is added to. The count is that of reads."""
+    tables = [found.factors.lowrank for found in context.matches.attachments if found.factors.lowrank is not None]
     if not tables:
-        return 0
+        return PassResult()
     added = {id(addition.matrix): (addition, number) for number, table in enumerate(tables) for addition in table.additions()}
-    weights = parameters_of(graph_module, example_inputs)
+    weights = parameters_of(graph_module, context.example_inputs)
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     products = {node: found for node in position if (found := _product(node)) is not None}
     changed = 0
@@ -77,7 +78,7 @@ def add_lowrank(graph_module: fx.GraphModule, example_inputs: Sequence[object], 
         if otherwise:
             _sum(graph_module, source, otherwise, addition, prefix)
             changed += len(otherwise)
-    return changed
+    return PassResult(changed)
 
 
 def _product(node: fx.Node) -> _Product | None:
@@ -123,29 +124,25 @@ def _multiply(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, d
     emit, wanted = Emitter(graph_module, node), dtype_of(node)
     product = _product(node)  # as it reads now: what it multiplies may have got an addition itself
     assert product is not None
-    x = cast(emit, product.x, wanted)
-    if product.tau is not None:
-        # as kernels.reference.kept has it
-        kept = emit.call(torch.ge, emit.call(torch.square, emit.method("float", x)), product.tau)
-        x = emit.call(torch.where, kept, x, 0.0)
-    if dropout is not None:
-        rate = emit.factor(f"{prefix}_dropout", dropout)
-        drawn = emit.call(torch.rand_like, x, dtype=torch.float32)
-        x = emit.call(torch.where, emit.call(torch.ge, drawn, rate), x, 0.0)
-        x = emit.call(torch.div, x, emit.call(torch.rsub, rate, 1.0))
-    a, b = _pair(emit, addition, wanted, prefix)
-    # scaled where it is smallest
-    z = emit.call(torch.mul, emit.call(F.linear, x, a), addition.scaling)
-    added = emit.call(F.linear, z, b)
-    if product.gate is not None:
-        added = emit.call(torch.mul, emit.method("view_as", added, product.gate), product.gate)
-    emit.after(torch.add, node, added)
+    rate = None if dropout is None else emit.factor(f"{prefix}_dropout", dropout)
+
+    def added(x: Any, tau: Any, rate: Any, a: Any, b: Any, gate: Any) -> Any:
+        x = cast(x, wanted)
+        if tau is not None:
+            x = torch.where(kept(x, tau), x, 0.0)
+        if rate is not None:
+            x = torch.where(torch.rand_like(x, dtype=torch.float32) >= rate, x, 0.0)
+            x = x / (1.0 - rate)
+        # scaled where it is smallest
+        y = F.linear(F.linear(x, cast(a, wanted)) * addition.scaling, cast(b, wanted))
+        return y if gate is None else y.view_as(gate) * gate
+
+    emit.after(torch.add, node, emit.record(added, product.x, product.tau, rate, *_pair(emit, addition, prefix), product.gate))
 
 
-def _pair(emit: Emitter, addition: Addition, wanted: torch.dtype | None, prefix: str) -> tuple[fx.Node, fx.Node]:
+def _pair(emit: Emitter, addition: Addition, prefix: str) -> tuple[fx.Node, fx.Node]:
     name = f"{prefix}_" + "".join(letter if letter.isalnum() else "_" for letter in addition.name)
-    a, b = emit.factor(f"{name}_a", addition.a), emit.factor(f"{name}_b", addition.b)
-    return cast(emit, a, wanted), cast(emit, b, wanted)
+    return emit.factor(f"{name}_a", addition.a), emit.factor(f"{name}_b", addition.b)
 
 
 def _looks_up(user: fx.Node, source: fx.Node) -> bool:
@@ -155,24 +152,27 @@ def _looks_up(user: fx.Node, source: fx.Node) -> bool:
 
 
 def _look_up(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, prefix: str) -> None:
-    emit = Emitter(graph_module, node)
-    a, b = _pair(emit, addition, dtype_of(node), prefix)
-    rows = emit.call(F.embedding, node.args[0] if node.args else node.kwargs["input"], b)
-    emit.after(torch.add, node, emit.call(torch.matmul, emit.call(torch.mul, rows, addition.scaling), a))
+    emit, wanted = Emitter(graph_module, node), dtype_of(node)
+
+    def added(index: Any, a: Any, b: Any) -> Any:
+        return torch.matmul(F.embedding(index, cast(b, wanted)) * addition.scaling, cast(a, wanted))
+
+    index = node.args[0] if node.args else node.kwargs["input"]
+    emit.after(torch.add, node, emit.record(added, index, *_pair(emit, addition, prefix)))
 
 
 def _sum(graph_module: fx.GraphModule, source: fx.Node, users: list[fx.Node], addition: Addition, prefix: str) -> None:
     emit = Emitter(graph_module, users[0])
-    a, b = _pair(emit, addition, None, prefix)
-    delta = emit.call(torch.matmul, b, emit.call(torch.mul, a, addition.scaling))
-    made: list[Any] = [delta, *delta.args[1:]]
-    if addition.transposed:
-        made.append(emit.call(torch.t, delta))
-        delta = made[-1]
-    made.append(emit.method("to", delta, addition.matrix.dtype))
-    made.append(emit.call(torch.add, source, made[-1]))
-    for step in made:
+    a, b = _pair(emit, addition, prefix)
+    given = len(emit.record.made)
+
+    def summed(weight: Any, a: Any, b: Any) -> Any:
+        delta = torch.matmul(b, a * addition.scaling)
+        return weight + (torch.t(delta) if addition.transposed else delta).to(addition.matrix.dtype)
+
+    total = emit.record(summed, source, a, b)
+    for step in emit.record.made[given:]:
         step.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
         step.meta.setdefault("ac_graph_id", 0)
     for user in users:
-        user.replace_input_with(source, made[-1])
+        user.replace_input_with(source, total)

@@ -1,39 +1,131 @@
-"""Run the pipeline over one graph.
+"""Run passes over one graph: time, count, dump and verify each.
 
-In: a graph module as Dynamo or torch.export made it, and its inputs. Out: the same module rewritten in place, and a
-``Result`` that says what was replaced. RANA_FX_DUMP=<folder> writes the graph before and after.
+In: a graph module as Dynamo or torch.export made it, and its inputs (``run``); later Inductor's graph of the same code
+(``Runner.run``). Out: the module rewritten in place, and a ``Result``: what each pass changed and declined, and how long it took.
+
+RANA_FX_DUMP=<folder> writes the graph around every pass that changed it, and what all passes did to it:
+    00.05.rewrite_adapter.before.py, 00.05.rewrite_adapter.after.py    graph 0 before and after its pass 7
+    00.report.txt                                                a line for each pass, and one for each place it declined
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from torch import fx
-from torch._inductor.custom_graph_pass import get_hash_for_files
 
-from rana_fx.graph.normalize import prepare
-from rana_fx.kernels import reference
-from rana_fx.passes import PIPELINE
-from rana_fx.passes.check_foreign_lora import check_alone
+from rana_fx.passes import NORMALIZE, POST_GRAD, PRE_GRAD
+from rana_fx.passes.base import Declined, EachMatch, Pass, PassResult, PostGrad, PreGrad
 from rana_fx.passes.match import Matches, match_plan
-from rana_fx.passes.rewrite_lora import add_lowrank
-from rana_fx.passes.verify import verify
+from rana_fx.passes.verify import Verifier
 from rana_fx.plan import Plan
 
-_dumps = itertools.count()
+Context = TypeVar("Context")
+
+_graphs = itertools.count()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one pass did to a graph. ``seconds``: in the pass itself; ``verify_seconds``: in checking the graph after it."""
+
+    name: str
+    result: PassResult
+    seconds: float
+    verify_seconds: float
+
+
+@dataclass(eq=False)
+class Runner:
+    """Runs tuples of passes over one graph and what becomes of it, and keeps their records in order."""
+
+    graph: int = field(default_factory=lambda: next(_graphs))
+    records: list[Record] = field(default_factory=list)
+
+    def run(
+        self, passes: Sequence[Pass[Context]], graph_module: fx.GraphModule, context: Context, *, past_autograd: bool = False
+    ) -> None:
+        """In place; what the passes did is appended to ``records``.
+
+        Args:
+            passes: for example ``(*POST_GRAD, my_pass)``.
+            context: what these passes take beside the graph.
+            past_autograd: whether it is Inductor's graph, which writes nothing in place: what nobody reads is removed after
+                each pass, and strides are verified as well.
+
+        Raises:
+            AssertionError: a pass left a graph that is not valid (``rana_fx.passes.verify``). What passes that check raise.
+        """
+        start = time.perf_counter()
+        verifier = Verifier(graph_module, past_autograd=past_autograd)
+        setup, changed = time.perf_counter() - start, False
+        for step in passes:
+            before = _text(graph_module)
+            start = time.perf_counter()
+            result = step(graph_module, context)
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            if verifier.changed():
+                changed = True
+                try:
+                    if past_autograd:
+                        graph_module.graph.eliminate_dead_code()
+                    verifier.verify()
+                except (AssertionError, RuntimeError) as error:
+                    raise AssertionError(f"after {step.__name__}: {error}") from error
+                finally:
+                    self._dump(graph_module, step.__name__, before)
+            self.records.append(Record(step.__name__, result, seconds, time.perf_counter() - start + setup))
+            setup = 0.0
+        if changed:
+            graph_module.recompile()
+        self._report()
+
+    def declined(self) -> list[tuple[str, Declined]]:
+        """(name of the pass, place and reason), in order."""
+        return [(record.name, declined) for record in self.records for declined in record.result.declined]
+
+    def _dump(self, graph_module: fx.GraphModule, name: str, before: str) -> None:
+        folder = _folder()
+        if folder is not None:
+            stem = f"{self.graph:02}.{len(self.records):02}.{name}"
+            (folder / f"{stem}.before.py").write_text(before)
+            (folder / f"{stem}.after.py").write_text(_text(graph_module))
+
+    def _report(self) -> None:
+        folder = _folder()
+        if folder is None or not any(record.result.count or record.result.declined for record in self.records):
+            return
+        lines = []
+        for record in self.records:
+            times = f"{1e3 * record.seconds:9.2f} ms, verified in {1e3 * record.verify_seconds:.2f} ms"
+            lines.append(f"{record.name:28} {record.result.count:5} changed {times}")
+            lines += [f"    {declined.where}: {declined.reason}" for declined in record.result.declined]
+        (folder / f"{self.graph:02}.report.txt").write_text("\n".join(lines) + "\n")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Linears replaced per pass, and what was matched."""
+    """What was matched in a graph, and what the passes did. ``runner``: runs further passes over what becomes of the graph."""
 
-    replaced: dict[str, int]
     matches: Matches
+    runner: Runner
+
+    @property
+    def replaced(self) -> dict[str, int]:
+        """Linears replaced, for each pass that replaces them."""
+        names = [step.__name__ for step in PRE_GRAD if isinstance(step, EachMatch)]
+        return {record.name: record.result.count for record in self.runner.records if record.name in names}
+
+    @property
+    def declined(self) -> tuple[tuple[str, Declined], ...]:
+        """(name of the pass, place and reason): what was left alone that looked like something to change."""
+        return tuple(("match", declined) for declined in self.matches.declined) + tuple(self.runner.declined())
 
 
 def run(
@@ -51,40 +143,30 @@ def run(
         prefill: one of rana_fx.runtime.prefill.MODES.
 
     Raises:
-        LoraBeside.
+        LoraBeside, WeightsFreed.
     """
-    prepare(graph_module, example_inputs)
+    runner = Runner()
+    runner.run(NORMALIZE, graph_module, example_inputs)
     matches = match_plan(graph_module, example_inputs, plan, prefill)
-    replaced = dict.fromkeys((step.__name__ for step in PIPELINE), 0)
-    if not matches.found:
-        if add_lowrank(graph_module, example_inputs, matches.attachments):
-            graph_module.recompile()
-        return Result(replaced, matches)
-    check_alone(matches)
-    order = next(_dumps)
-    _dump(graph_module, order, "before")
-    for step in PIPELINE:
-        for match in matches.found:
-            replaced[step.__name__] += step(graph_module, match)
-    verify(graph_module, matches, sum(replaced.values()))
-    add_lowrank(graph_module, example_inputs, matches.attachments)
-    graph_module.recompile()
-    _dump(graph_module, order, "after")
-    return Result(replaced, matches)
+    runner.run(PRE_GRAD, graph_module, PreGrad(example_inputs, matches))
+    return Result(matches, runner)
 
 
-def _dump(graph_module: fx.GraphModule, order: int, when: str) -> None:
-    folder = os.environ.get("RANA_FX_DUMP")
-    if folder:
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / f"{order:02}.{when}.py").write_text(graph_module.print_readable(print_output=False))
+def run_post_grad(result: Result, graph: fx.Graph, *, devices: tuple[str, ...] | None = None) -> None:
+    """Run ``POST_GRAD`` over a graph of Inductor's, forward or backward, that came of the graph of ``result``."""
+    graph_module = graph.owning_module
+    assert graph_module is not None, "Inductor runs passes on the graphs of modules"
+    result.runner.run(POST_GRAD, graph_module, PostGrad(devices), past_autograd=True)
 
 
-@functools.cache
-def sources_hash() -> bytes:
-    """Hash of every file that can change generated code: Inductor's cache does not hash lowerings that live outside of it."""
-    here = Path(__file__).resolve().parent
-    kernels = Path(reference.__file__).resolve().parent
-    files = sorted(str(path) for folder in (here, kernels) for path in folder.rglob("*.py"))
-    return get_hash_for_files(tuple(files))
+def _folder() -> Path | None:
+    name = os.environ.get("RANA_FX_DUMP")
+    if not name:
+        return None
+    Path(name).mkdir(parents=True, exist_ok=True)
+    return Path(name)
+
+
+def _text(graph_module: fx.GraphModule) -> str:
+    """The graph as Python, where it is to be written down."""
+    return graph_module.print_readable(print_output=False) if _folder() is not None else ""

@@ -17,9 +17,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from rana_fx.dense_memory import free_
 from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.graph.guards import guard_weights
-from rana_fx.passes.check_freed import check_present, superfluous
-from rana_fx.passes.fuse import fuse
-from rana_fx.passes.runner import Result, run, sources_hash
+from rana_fx.kernels.registry import fingerprint
+from rana_fx.passes.check_freed import weights_to_free
+from rana_fx.passes.runner import Result, run, run_post_grad
+from rana_fx.passes.sources import sources_hash
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import attachment_of
 from rana_fx.runtime.plan_option import plan_of
@@ -70,14 +71,14 @@ def backend(
         raise InvalidOption(name="prefill", got=prefill, expected=f"{expected}, since it frees weights for good")
     patches = inductor_options(given, mode)
     result = rewrite(gm, example_inputs, plan=plan, prefill=prefill)
-    weights = superfluous(result.matches) if prefill == "factors" else []
+    weights = weights_to_free(result.matches) if prefill == "factors" else []
     patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
-    return _freeing(compiled, weights) if weights else compiled
+    return _freeing_after_first_run(compiled, weights) if weights else compiled
 
 
-def _freeing(compiled: Callable[..., Any], weights: list[nn.Parameter]) -> Callable[..., Any]:
-    """Free weights once the compiled function has run: guards on them, made between here and there, would not hold otherwise."""
+def _freeing_after_first_run(compiled: Callable[..., Any], weights: list[nn.Parameter]) -> Callable[..., Any]:
+    """Guards on the weights are made between the compilation and the first run; they would not hold for freed ones."""
 
     def run_and_free(*args: Any) -> Any:
         output = compiled(*args)
@@ -92,11 +93,13 @@ def _freeing(compiled: Callable[..., Any], weights: list[nn.Parameter]) -> Calla
 def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | None = None, prefill: str = "masked") -> Result:
     """Rewrite by the attached plan, or by ``plan``, and guard on what it depends on.
 
+    Returns:
+        For each pass what it changed, and what it declined with the reason (``Result``).
+
     Raises:
-        NoPlan, PlanMismatch, WeightsFreed.
+        NoPlan, PlanMismatch, LoraBeside, WeightsFreed.
     """
     result = run(gm, example_inputs, plan=plan, prefill=prefill)
-    check_present(result.matches)
     if result.matches.missing is not None:
         raise NoPlan(site=result.matches.missing)
     weights = result.matches.scan.weights
@@ -139,11 +142,10 @@ def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dic
 
 
 class _PostGrad(CustomGraphPass):
-    """Fuses what surrounds our operations (passes/fuse.py), after a pass the user had set; makes the plan and our sources part
-    of Inductor's cache key.
-    """
+    """Runs ``POST_GRAD``, after a pass the user had set; makes the plan and our sources part of Inductor's cache key."""
 
     def __init__(self, result: Result, inner: Any = None) -> None:
+        self._result = result
         self._plans = "+".join(sorted(attachment.plan.digest() for attachment in result.matches.attachments))
         inner = inner if inner is not None else torch._inductor.config.post_grad_custom_pre_pass
         self._inner: list[Any] = [] if inner is None else list(inner) if isinstance(inner, (list, tuple)) else [inner]
@@ -151,9 +153,9 @@ class _PostGrad(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for step in self._inner:
             step(graph)
-        fuse(graph)
+        run_post_grad(self._result, graph)
 
     def uuid(self) -> Any:
         inner = [step.uuid() if isinstance(step, CustomGraphPass) else None for step in self._inner]
         # a pass without a key of its own makes the whole compile uncacheable, as it does without us
-        return None if None in inner else (sources_hash(), self._plans, *inner)
+        return None if None in inner else (sources_hash(), fingerprint(), self._plans, *inner)

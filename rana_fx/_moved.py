@@ -11,11 +11,15 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 # old module -> new module, both below rana_fx
 MOVED = {
+    "demo": "commands.demo_run",
     "adapters": "adapter",
     "aliases": "graph.functionalize",
     "attachment": "runtime.attachment",
@@ -65,7 +69,6 @@ MOVED = {
     "recipes.menus": "recipes.rana.make_candidates",
     "recipes.point": "recipes.rana.operating_point",
     "recipes.race": "recipes.paper.split_search",
-    "recipes.replay": "recipes.rana.replay",
     "recipes.rounding": "recipes.rana.gptq",
     "recipes.search": "recipes.rana.refine",
     "recipes.storage": "recipes.rana.quantization",
@@ -86,6 +89,45 @@ MOVED = {
 
 # old attribute -> new attribute, in full
 RENAMED = {
+    "decompose.Basis": "recipes.basis.Basis",
+    "decompose.Choice": "recipes.basis.RankThreshold",
+    "decompose.importance_profile": "recipes.importance.importance_profile",
+    "decompose.neuron_threshold": "recipes.importance.neuron_threshold",
+    "decompose.output_basis": "recipes.basis.output_basis",
+    "decompose.second_moment": "recipes.basis.second_moment",
+    "recipes.allocate.Choice": "recipes.rana.decision.Choice",
+    "recipes.build.settled": "recipes.rana.builders.for_plan",
+    "recipes.cut.Acted": "recipes.rana.mlp_candidate.AdaptedRows",
+    "recipes.cut.Cut": "recipes.rana.mlp_candidate.MlpCandidate",
+    "recipes.cut.Rows": "recipes.rana.mlp_candidate.MlpRows",
+    "recipes.cuttable.Cuttable": "recipes.rana.eligible_mlps.EligibleMlp",
+    "recipes.cuttable.cuttables": "recipes.rana.eligible_mlps.eligible_mlps",
+    "recipes.exact.ExactCut": "recipes.rana.mlp_exact.ExactMlp",
+    "recipes.gated.GatedCut": "recipes.rana.mlp_gated.GatedMlp",
+    "recipes.geometry.Geometry": "recipes.rana.loss_metric.LossMetric",
+    "recipes.geometry.LossBasis": "recipes.basis.Basis",
+    "recipes.geometry.geometry": "recipes.rana.loss_metric.loss_metric",
+    "recipes.interplay.Interplay": "recipes.rana.joint_drop.JointDropCorrection",
+    "recipes.menu.Menu": "recipes.rana.candidates.UnitCandidates",
+    "recipes.menu.OF_BASIS": "recipes.rana.operating_point.BASIS_KINDS",
+    "recipes.menu.Part": "recipes.rana.candidates.UnitSite",
+    "recipes.menus.ROWS": "recipes.rana.unit_rows.ROWS",
+    "recipes.menus.average": "recipes.rana.make_candidates.typical_scale",
+    "recipes.menus.has_basis": "recipes.rana.units.has_basis",
+    "recipes.menus.menus_of": "recipes.rana.make_candidates.make_decisions",
+    "recipes.menus.shape_of_unit": "recipes.rana.units.shape_of_unit",
+    "recipes.point.CUTS": "recipes.rana.operating_point.JOINT_KINDS",
+    "recipes.point.Point": "recipes.rana.operating_point.OperatingPoint",
+    "recipes.point.Unit": "recipes.rana.units.Unit",
+    "recipes.race.Candidate": "recipes.paper.split_search.SplitCandidate",
+    "recipes.race.race": "recipes.paper.split_search.successive_elimination",
+    "recipes.rounding.rounded": "recipes.rana.gptq.quantize",
+    "recipes.search.ALLOCATIONS": "recipes.rana.options.ALLOCATIONS",
+    "recipes.search.search": "recipes.rana.refine.refine",
+    "recipes.storage.KINDS": "recipes.rana.operating_point.KINDS",
+    "recipes.storage.Storage": "recipes.rana.quantization.UnitFormat",
+    "recipes.storage.in_fewer_bits": "recipes.rana.quantization.quantized_formats",
+    "recipes.storage.own": "recipes.rana.quantization.unquantized",
     "calibrate.Observer": "calibration.probe.Probe",
     "groups.Block": "graph.mlp_blocks.TracedMlp",
     "groups.Fact": "graph.roles.Occurrence",
@@ -102,10 +144,10 @@ RENAMED = {
     "weights.INDEXING": "graph.ops.INDEXING",
     "weights.TRANSPOSES": "graph.ops.TRANSPOSES",
     "running.bare": "modules.unwrap",
-    "running.weights_of": "modules.weights_of",
+    "running.device_of": "modules.device_of",
     "running.names_of": "modules.names_of",
     "running.quantised_modules": "modules.quantised_modules",
-    "running.device_of": "modules.device_of",
+    "running.weights_of": "modules.weights_of",
 }
 
 
@@ -149,3 +191,52 @@ def install() -> None:
     """Find old names, once a process."""
     if not any(type(finder).__name__ == _Finder.__name__ and type(finder).__module__ == __name__ for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
+
+
+def methods(owner: type, **functions: Callable[..., Any]) -> None:
+    """Functions that were methods of ``owner`` by these names stay methods, with a warning, for one release."""
+    for name, function in functions.items():
+        setattr(owner, name, _method(owner, name, function))
+
+
+def _method(owner: type, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: object, *args: object, **options: object) -> Any:
+        now = f"{function.__module__}.{function.__name__}({owner.__name__.lower()}, ...)"
+        text = f"{owner.__name__}.{name} is {now}; the old name goes with the next release"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return function(self, *args, **options)
+
+    return call
+
+
+def options(**renamed: str) -> Callable[[type[_T]], type[_T]]:
+    """Decorates a dataclass, whose fields may be given, and read, by their old names, with a warning, for one release."""
+
+    def decorate(owner: type[_T]) -> type[_T]:
+        init = owner.__init__
+
+        def __init__(self: _T, **given: object) -> None:
+            for old in given.keys() & renamed.keys():
+                _warn_renamed(type(self), old, renamed[old])
+                given[renamed[old]] = given.pop(old)
+            init(self, **given)
+
+        owner.__init__ = __init__  # type: ignore[assignment]
+        for old, new in renamed.items():
+            setattr(owner, old, property(_reader(owner, old, new)))
+        return owner
+
+    return decorate
+
+
+def _reader(owner: type, old: str, new: str) -> Callable[[object], Any]:
+    def read(self: object) -> Any:
+        _warn_renamed(owner, old, new)
+        return getattr(self, new)
+
+    return read
+
+
+def _warn_renamed(owner: type, old: str, new: str) -> None:
+    text = f"{owner.__name__}: {old} is {new} now; the old name goes with the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)

@@ -1,26 +1,39 @@
-"""``adapt``: calibrate, decompose, allocate, attach, on one screen."""
+"""``adapt``: calibrate, solve, plan, attach, on one screen.
+
+Each step is a function of its own for sweeps over many plans and for benches, which calibrate once or time the steps:
+
+    calibration = calibrated(model, batches, recipe)
+    problem = calibration.problem(budget=0.5, metric="flops", recipe=recipe.name)
+    plan = planned(calibration, problem, solved(problem, recipe))
+    attach(model, plan)
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import numbers
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from rana_fx.adapter import Adapter
 from rana_fx.calibration.batches import check_batches
 from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.holdout import Tee
+from rana_fx.calibration.holdout import Holdout, Tee
 from rana_fx.calibration.layout import Layout
+from rana_fx.calibration.samples import Reservoir
+from rana_fx.cost import METRICS
 from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, UnknownMetric, UnknownRecipe
-from rana_fx.graph.linears import Skip
 from rana_fx.modules import unwrap
-from rana_fx.plan import METRICS, Plan, SiteRecord, weight_digest
-from rana_fx.recipes import RECIPES, Problem, needs_holdout
+from rana_fx.plan import Plan, SiteRecord, weight_digest
+from rana_fx.recipes import RECIPES, Problem, Recipe, needs_holdout
 from rana_fx.runtime.attachment import attach, attached
+from rana_fx.skips import Note, Skip, typed
 
 
 def adapt(
@@ -44,8 +57,8 @@ def adapt(
             uniformly from all that pass.
         budget: expected cost per token of all linears inside the blocks, router included, over their dense cost, in (0, 1].
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
-        recipe: "rana", the best of the menu allocated over the whole model; "paper" (RaNA as published), or a baseline: "dense",
-            "static", "cats", "teal", "wina".
+        recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
+            published), or a baseline (docs/recipes.md).
         seed: of the token sample.
 
     Returns:
@@ -60,60 +73,86 @@ def adapt(
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
         >>> fast = torch.compile(model, backend=rana_fx.backend)
     """
-    if not isinstance(budget, numbers.Real) or isinstance(budget, bool) or not 0 < budget <= 1:
-        raise BudgetOutOfRange(budget=budget)
-    if metric not in METRICS:
-        raise UnknownMetric(kind="metric", got=metric, valid=", ".join(METRICS))
-    if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise UnknownRecipe(kind="recipe", got=recipe, valid=", ".join(RECIPES))
+    chosen = _check_options(budget, metric, recipe)
     model = unwrap(model)
-    present = attached(model)
-    if present is not None:
-        old = present.plan
-        raise AlreadyAdapted(model=type(model).__name__, recipe=old.recipe, budget=old.budget, digest=old.digest()[:12])
-    chosen = RECIPES[recipe]
-    tee = Tee(check_batches(batches)) if needs_holdout(chosen) else None
-    found = calibrate(model, tee or batches, wanted=chosen.wants, seed=seed, progress=progress)
-    layout, holdout = found.layout, None if tee is None else tee.holdout(model)
-    problem = Problem(layout, found.samples, float(budget), metric, recipe, progress, holdout=holdout)
-    with torch.no_grad():
-        adapters = tuple(chosen.solve(problem))
-    plan = Plan(
-        recipe=recipe,
-        metric=metric,
-        budget=float(budget),
-        seed=seed,
-        tokens=found.tokens,
-        model=type(model).__name__,
-        versions=versions(),
-        sites=records(layout),
-        adapters=adapters,
-        skips=_skips(layout, problem.skips),
-    )
+    _check_not_adapted(model)
+    calibration = calibrated(model, batches, chosen, seed=seed, progress=progress)
+    problem = calibration.problem(budget=float(budget), metric=metric, recipe=recipe, progress=progress)
+    plan = planned(calibration, problem, solved(problem, chosen))
     attach(model, plan)
     return plan
 
 
-def records(layout: Layout) -> tuple[SiteRecord, ...]:
-    """The fingerprint of every linear."""
+@dataclass(frozen=True, eq=False)
+class CalibratedModel:
+    """What calibration found of a model, for any number of plans.
+
+    Attributes:
+        model: the name of its class. tokens: seen, padding not counted. seed: of the sample.
+        samples: by the sites of a group, rows of the tensor that the group reads.
+        holdout: batches to run the model on again, for recipes that simulate their adapters.
+        hashed: False to leave digests of weights out of the records of plans that will not be loaded.
+    """
+
+    model: str
+    layout: Layout
+    samples: Mapping[tuple[str, ...], Reservoir]
+    tokens: int
+    seed: int
+    holdout: Holdout | None = None
+    hashed: bool = True
+
+    def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
+        """One adaptation of the model."""
+        return Problem(self.layout, self.samples, budget, metric, recipe, progress, holdout=self.holdout)
+
+    @functools.cached_property
+    def sites(self) -> tuple[SiteRecord, ...]:
+        """The fingerprint of every linear; weights are read the first time."""
+        return records(self.layout, hashed=self.hashed)
+
+
+def calibrated(
+    model: nn.Module, batches: Iterable[Any], recipe: Recipe, *, seed: int = 0, progress: bool = False
+) -> CalibratedModel:
+    """Run the model on ``batches`` and sample what ``recipe`` wants. Raises what ``rana_fx.adapt`` says of batches and models."""
+    tee = Tee(check_batches(batches)) if needs_holdout(recipe) else None
+    found = calibrate(model, tee or batches, wanted=recipe.wants, seed=seed, progress=progress)
+    holdout = None if tee is None else tee.holdout(model)
+    return CalibratedModel(type(unwrap(model)).__name__, found.layout, found.samples, found.tokens, seed, holdout)
+
+
+def solved(problem: Problem, recipe: Recipe) -> tuple[Adapter, ...]:
+    """The recipe's adapters. Raises BudgetUnreachable, TooFewTokens."""
+    with torch.no_grad():
+        return tuple(recipe.solve(problem))
+
+
+def planned(calibration: CalibratedModel, problem: Problem, adapters: Sequence[Adapter]) -> Plan:
+    """The plan of a solved problem."""
+    return Plan(
+        recipe=problem.recipe,
+        metric=problem.metric,
+        budget=problem.budget,
+        seed=calibration.seed,
+        tokens=calibration.tokens,
+        model=calibration.model,
+        versions=versions(),
+        sites=calibration.sites,
+        adapters=tuple(adapters),
+        skips=_skips(calibration.layout, problem.skips),
+    )
+
+
+def records(layout: Layout, *, hashed: bool = True) -> tuple[SiteRecord, ...]:
+    """The fingerprint of every linear; unless ``hashed``, without the digest of its weight."""
     return tuple(
         SiteRecord(
             site.name, site.role, site.op, site.out_features, site.in_features, site.transposed, site.uses, site.counted,
-            str(site.weight.dtype).removeprefix("torch."), weight_digest(site.weight),
+            str(site.weight.dtype).removeprefix("torch."), weight_digest(site.weight) if hashed else "",
         )
         for site in layout.sites.values()
     )  # fmt: skip
-
-
-def _skips(layout: Layout, chosen: list[Skip]) -> tuple[Skip, ...]:
-    reasons = {
-        "head": "outside the blocks: it follows the last residual join",
-        "stem": "outside the blocks: it makes the stream that the blocks add to",
-        "constant": "it reads nothing of the batch, so its cost is not one per token",
-        "router": "its output selects experts",
-    }
-    outside = [Skip(site.name, reasons[site.role]) for site in layout.sites.values() if site.role in reasons]
-    return tuple(dict.fromkeys([*layout.skips, *outside, *chosen]))
 
 
 def versions() -> dict[str, str]:
@@ -125,3 +164,31 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _check_options(budget: float, metric: str, recipe: str) -> Recipe:
+    if not isinstance(budget, numbers.Real) or isinstance(budget, bool) or not 0 < budget <= 1:
+        raise BudgetOutOfRange(budget=budget)
+    if metric not in METRICS:
+        raise UnknownMetric(kind="metric", got=metric, valid=", ".join(METRICS))
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise UnknownRecipe(kind="recipe", got=recipe, valid=", ".join(RECIPES))
+    return RECIPES[recipe]
+
+
+def _check_not_adapted(model: nn.Module) -> None:
+    present = attached(model)
+    if present is not None:
+        old = present.plan
+        raise AlreadyAdapted(model=type(model).__name__, recipe=old.recipe, budget=old.budget, digest=old.digest()[:12])
+
+
+def _skips(layout: Layout, chosen: Sequence[Skip | Note]) -> tuple[Skip | Note, ...]:
+    reasons = {
+        "head": "outside the blocks: it follows the last residual join",
+        "stem": "outside the blocks: it makes the stream that the blocks add to",
+        "constant": "it reads nothing of the batch, so its cost is not one per token",
+        "router": "its output selects experts",
+    }
+    outside = [Skip(site.name, reasons[site.role]) for site in layout.sites.values() if site.role in reasons]
+    return tuple(dict.fromkeys([*layout.skips, *outside, *map(typed, chosen)]))

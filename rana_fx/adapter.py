@@ -7,8 +7,8 @@ Every kind is the same computation, y = c + sum over kept k of v_k Wt[k, :], kep
     stored   v = x, tau = 0, Wt = W^T in fewer bits: every input is kept, weights are only stored in less memory
 
 A neuron adapter multiplies by the model's own weight, or by a Wt of its own, which may be in fewer bits and stack several sites.
-Matrices are floating, int8 or packed 4-bit (uint8): the dtype tells, scales beside them (``rana_fx.formats``). A router
-may itself be masked by its input (hybrid): it then lies input-major, so that an input left out skips a row in one piece, and
+Matrices are in any registered storage format, with scales beside them (``rana_fx.formats``). A router may itself be masked
+by its input (hybrid): it then lies input-major, so that an input left out skips a row in one piece, and
 
     z = masked_gemv(x, router_tau, router, None, router_scale, router_density)
 
@@ -23,13 +23,14 @@ SiLU, ReLU) only large outputs matter: those are computed anew from the model's 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from rana_fx.cost import Cost, Kept
 from rana_fx.errors import BadOperand
-from rana_fx.formats import bits_of, shape_of
+from rana_fx.formats import Matrix, is_plain
 
 Kind = Literal["rank", "static", "neuron", "gated", "stored"]
 
@@ -38,6 +39,17 @@ TENSORS = ("tau", "router", "router_scale", "router_tau", "weight", "weight_scal
 
 
 @dataclass(frozen=True, eq=False)
+class Mask:
+    """Thresholds, fp32, and how many of the masked values are expected to reach theirs, per token.
+
+    What is compared is v^2 (ranks), x^2 (a router's inputs) or y (exact outputs).
+    """
+
+    threshold: Tensor
+    expected: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """Adapter of ``sites`` (stacked in this order).
 
@@ -57,7 +69,7 @@ class Adapter:
         bytes: expected weight bytes read per token, scales included. dense_bytes: of the layers replaced.
         error: relative squared output error over the calibration tokens, where it was measured.
         also: a further site whose cost the adapter changes (``gated``: the up projection whose rows are skipped).
-        router_scale, weight_scale: of a router or weight in 8 or 4 bits, as ``quantize.pack`` gives them.
+        router_scale, weight_scale: of a router or weight whose format has a scale, as ``formats.pack`` gives them.
         router_tau: thresholds on x^2, fp32, (in,), in front of the router. router_kept: expected number of inputs it keeps.
         shift: (ranks,), subtracted from v before the mask, in the model's dtype.
         exact_tau: thresholds on y, c included, fp32, (out,): from there on an output is the model's own. Infinity: never, minus
@@ -100,16 +112,17 @@ class Adapter:
         assert self.router_tau is None or self.router is not None, f"{self.name}: router_tau without a router"
         alike = self.kind == "gated" and tuple(self.tau.shape) == (1,)
         _check_vector(self, "tau", 1 if alike else self.ranks, torch.float32)
-        if self.weight is not None:
-            rows, columns = _stored_shape(self, "weight")
+        weight, router = self.matrix("weight"), self.matrix("router")
+        if weight is not None:
+            rows, columns = weight.shape
             _check(self, "weight", str((rows, columns)), rows == self.ranks, f"{self.ranks} rows, one per rank")
             _check_vector(self, "bias", columns)
         else:
             if self.bias is not None:
                 _check_vector(self, "bias", self.bias.numel())
             _check(self, "weight_scale", "a scale", self.weight_scale is None, "None: there is no weight")
-        if self.router is not None:
-            shape = _stored_shape(self, "router")
+        if router is not None:
+            shape = router.shape
             ranks = shape[0 if self.router_tau is None else 1]
             where = "rows" if self.router_tau is None else "columns, input-major since router_tau masks inputs"
             _check(self, "router", str(shape), ranks == self.ranks, f"{self.ranks} {where}")
@@ -131,6 +144,58 @@ class Adapter:
         _check_vector(self, "exact_tau", self.out, torch.float32)
         assert 0 <= self.exact_kept <= self.out, f"{self.name}: exact_kept"
 
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {self.kind}, {self.kept:.1f} of {self.ranks} kept)"
+
+    def matrix(self, key: str) -> Matrix | None:
+        """The stored matrix "router" or "weight", if it has one. Raises BadOperand, by the adapter's names."""
+        values = getattr(self, key)
+        if values is None:
+            return None
+        try:
+            return Matrix.of(values, getattr(self, f"{key}_scale"))
+        except BadOperand as error:
+            name = f"{key}_scale" if error.facts["name"] == "scale" else key
+            raise BadOperand(**error.facts | {"name": f"{self.name}: {name}"}) from None
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """The matrices it stores, by "router" and "weight"."""
+        found = {key: self.matrix(key) for key in MATRICES}
+        return {key: matrix for key, matrix in found.items() if matrix is not None}
+
+    @property
+    def mask(self) -> Mask:
+        """What selects ranks: v^2 >= threshold. ``gated``: act(gate)^2."""
+        return Mask(self.tau, self.kept)
+
+    @property
+    def router_mask(self) -> Mask | None:
+        """What selects the inputs that a router reads: x^2 >= threshold."""
+        return None if self.router_tau is None or self.router_kept is None else Mask(self.router_tau, self.router_kept)
+
+    @property
+    def exact_mask(self) -> Mask | None:
+        """What selects the outputs that are computed from the model's own weight: y >= threshold."""
+        return None if self.exact_tau is None or self.exact_kept is None else Mask(self.exact_tau, self.exact_kept)
+
+    @property
+    def expected(self) -> Kept:
+        """What it is expected to keep per token; None for a mask that it does not have."""
+        return Kept(self.kept, self.router_kept, self.exact_kept)
+
+    def with_kept(self, kept: Kept) -> Adapter:
+        """The same with other expectations, those of masks that it has, and its costs counted from them."""
+        kept = kept.otherwise(self.expected)
+        changed = replace(
+            self,
+            kept=self.kept if kept.ranks is None else kept.ranks,
+            router_kept=None if self.router_tau is None else kept.inputs,
+            exact_kept=None if self.exact_tau is None else kept.outputs,
+        )
+        cost = changed._counted(kept)
+        return replace(changed, flops=cost.flops, bytes=cost.bytes)
+
     @property
     def density(self) -> float:
         """Expected fraction of ranks kept."""
@@ -139,15 +204,15 @@ class Adapter:
     @property
     def width(self) -> int:
         """Inputs of the linears it replaces."""
-        if self.router is None:
-            return self.ranks
-        return shape_of(self.router, self.router_scale)[1 if self.router_tau is None else 0]
+        router = self.matrix("router")
+        return self.ranks if router is None else router.shape[1 if self.router_tau is None else 0]
 
     @property
     def out(self) -> int | None:
-        """Outputs of the linears it replaces, stacked; None where neither a weight nor a bias of its own tells."""
-        if self.weight is not None:
-            return shape_of(self.weight, self.weight_scale)[1]
+        """Outputs of the linears it replaces, stacked; None where neither a weight nor a bias of its own determines them."""
+        weight = self.matrix("weight")
+        if weight is not None:
+            return weight.shape[1]
         return None if self.bias is None else len(self.bias)
 
     @property
@@ -167,61 +232,97 @@ class Adapter:
 
     def bits(self) -> dict[str, int]:
         """Bits per number of each matrix it stores: ``{"router": 8, "weight": 16}``."""
-        found = {key: getattr(self, key) for key in MATRICES}
-        return {key: bits_of(value) for key, value in found.items() if value is not None}
+        return {key: matrix.bits for key, matrix in self.matrices.items()}
 
+    @property
+    def expected_cost(self) -> Cost:
+        """Cost per token, as its maker counted it."""
+        return Cost(self.flops, self.bytes)
+
+    @property
+    def dense_cost(self) -> Cost:
+        """Cost per token of the layers it replaces."""
+        return Cost(self.dense_flops, self.dense_bytes)
+
+    @overload
     def cost(
         self, metric: str, kept: float | None = None, router_kept: float | None = None, exact_kept: float | None = None
-    ) -> float:
-        """Cost per token in ``metric`` ("flops" or "bytes").
+    ) -> float: ...
 
-        Without further arguments what the maker said (``flops``, ``bytes``). With ``kept``, counted from what is stored: the
-        router's rows that are read, of each of ``kept`` ranks a row of the weight, scales included, and ``exact_kept`` rows of
-        the model's own.
+    @overload
+    def cost(self, metric: None = None, kept: Kept | None = None) -> Cost: ...
+
+    @overload
+    def cost(self, metric: Kept) -> Cost: ...
+
+    def cost(
+        self,
+        metric: str | Kept | None = None,
+        kept: float | Kept | None = None,
+        router_kept: float | None = None,
+        exact_kept: float | None = None,
+    ) -> Cost | float:
+        """Cost per token: ``adapter.cost(Kept(...))``; in one metric ``adapter.cost("bytes", kept, router_kept, exact_kept)``.
+
+        Where nothing is given as kept, what the maker counted (``expected_cost``). Otherwise counted from what is stored: the
+        router's rows that are read, a row of the weight, scales included, for each rank that is kept, and the model's own rows of
+        outputs computed exactly. A mean that is None is the one expected.
+
+        Raises:
+            UnknownMetric.
         """
-        dense = self.dense_flops if metric == "flops" else self.dense_bytes
-        if kept is None and router_kept is None and exact_kept is None:
-            return self.flops if metric == "flops" else self.bytes
-        kept = self.kept if kept is None else kept
-        if self.weight is None:
-            return dense * kept / self.ranks
-        exact = 0.0
-        if self.exact_kept is not None:
-            exact = (self.exact_kept if exact_kept is None else exact_kept) * dense / shape_of(self.weight, self.weight_scale)[1]
-        return self.fixed(metric, router_kept) + self._uses * kept * _row(self.weight, self.weight_scale, metric) + exact
+        if isinstance(metric, Kept):
+            metric, kept = None, metric
+        if not isinstance(kept, Kept):
+            kept = Kept(kept, router_kept, exact_kept)
+        found = self.expected_cost if kept == Kept() else self._counted(kept)
+        return found if metric is None else found[metric]
 
-    def fixed(self, metric: str, router_kept: float | None = None) -> float:
-        """The part of the cost that does not depend on ``tau``: the router's, when it keeps ``router_kept`` inputs."""
-        if self.router is None:
-            return 0.0
+    def _counted(self, kept: Kept) -> Cost:
+        kept = kept.otherwise(self.expected)
+        weight = self.matrix("weight")
+        assert kept.ranks is not None
+        if weight is None:
+            return self.dense_cost * kept.ranks / self.ranks
+        own = Cost()
+        if self.exact_kept is not None and kept.outputs is not None:
+            own = self.dense_cost * kept.outputs / weight.shape[1]
+        return self.fixed_cost(kept.inputs) + self._uses(weight) * kept.ranks * _row(weight) + own
+
+    def fixed_cost(self, inputs: float | None = None) -> Cost:
+        """The part of the cost that does not depend on ``tau``: the router's, where it reads ``inputs``; None: as expected."""
+        router, weight = self.matrix("router"), self.matrix("weight")
+        if router is None or weight is None:
+            return Cost()
         rows: float = self.ranks
         if self.router_kept is not None:
-            rows = self.router_kept if router_kept is None else router_kept
-        return self._uses * rows * _row(self.router, self.router_scale, metric)
+            rows = self.router_kept if inputs is None else inputs
+        return self._uses(weight) * rows * _row(router)
 
     def costed(self) -> Adapter:
         """The same with ``flops`` and ``bytes`` counted from its tensors and what it is expected to keep."""
         assert self.dense_flops > 0 and self.dense_bytes > 0, f"{self.name}: the dense costs come first"
-        return replace(self, flops=self.cost("flops", self.kept), bytes=self.cost("bytes", self.kept))
+        return self.with_kept(self.expected)
 
-    @property
-    def _uses(self) -> float:
+    def _uses(self, weight: Matrix) -> float:
         """How often a token meets it."""
-        assert self.weight is not None
-        return self.dense_flops / (self.width * shape_of(self.weight, self.weight_scale)[1])
+        return self.dense_flops / (self.width * weight.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be stored."""
         named = {key: getattr(self, key) for key in TENSORS}
         return {key: value for key, value in named.items() if value is not None}
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the tensors that are trained and follow the model's dtype: not thresholds, scales and what is quantised."""
+        given = self.tensors()
+        return tuple(key for key in ("router", "weight", "bias", "shift") if key in given and is_plain(given[key]))
+
     def to(self, dtype: torch.dtype) -> Adapter:
         """Factors in the model's dtype. Thresholds stay fp32; what is quantised, and its scales, stay as they are."""
-        given = self.tensors()
-        cast = {key: given[key].contiguous() for key in MATRICES if key in given}
-        cast |= {key: given[key] for key in ("bias", "shift") if key in given}
-        cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cast.items()}
-        changed: dict[str, Any] = cast
+        changed: dict[str, Any] = {key: getattr(self, key).contiguous() for key in MATRICES if getattr(self, key) is not None}
+        changed |= {key: (changed.get(key, getattr(self, key))).to(dtype) for key in self.trained}
         return replace(self, **changed)
 
     def on(self, device: torch.device | str) -> Adapter:
@@ -230,32 +331,19 @@ class Adapter:
         return replace(self, **moved)
 
 
-def _row(matrix: Tensor, scale: Tensor | None, metric: str) -> float:
-    """Multiply-adds, or bytes with scales, of one row of a stored matrix."""
-    rows, columns = shape_of(matrix, scale)
-    if metric == "flops":
-        return float(columns)
-    stored = [matrix] if scale is None else [matrix, scale]
-    return sum(part.numel() * part.element_size() for part in stored) / rows
-
-
-def _stored_shape(adapter: Adapter, key: str) -> tuple[int, int]:
-    """Rows and columns of a stored matrix. Raises BadOperand, by the adapter's names."""
-    try:
-        return shape_of(getattr(adapter, key), getattr(adapter, f"{key}_scale"))
-    except BadOperand as error:
-        name = f"{key}_scale" if error.facts["name"] == "scale" else key
-        raise BadOperand(**error.facts | {"name": f"{adapter.name}: {name}"}) from None
+def _row(matrix: Matrix) -> Cost:
+    """Of one row of a stored matrix, scales included."""
+    return Cost(matrix.flops_per_row, matrix.bytes_per_row)
 
 
 def _check_vector(adapter: Adapter, key: str, length: int, dtype: torch.dtype | None = None) -> None:
     value: Tensor | None = getattr(adapter, key)
     if value is not None:
-        fits = tuple(value.shape) == (length,) and (value.is_floating_point() if dtype is None else value.dtype == dtype)
+        fits = tuple(value.shape) == (length,) and (is_plain(value) if dtype is None else value.dtype == dtype)
         _check(adapter, key, f"{tuple(value.shape)} {value.dtype}", fits, f"({length},) {dtype or 'floating'}")
 
 
 def _check(adapter: Adapter, key: str, got: str, right: bool, expected: str) -> None:
     if not right:
-        todo = "Stack the sites in the adapter's order, and pass what quantize.pack gave."
+        todo = "Stack the sites in the adapter's order, and pass what formats.pack gave."
         raise BadOperand(name=f"{adapter.name}: {key}", got=got, expected=expected, todo=todo)

@@ -2,25 +2,34 @@
 
 In: the recipe's adapters and the fingerprint of the weights they were made for. Out: costs, a summary, a digest (part
 of the compile-cache key) and, through ``rana_fx.plan_io``, a folder on disk.
+
+Facts on disk are the fields of ``Plan``, ``SiteRecord`` and ``Adapter`` but for tensors; those have names such as "0.router",
+the adapter's index first. The schema they are checked by is derived from the same fields.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
+import types
+import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 
+from rana_fx import plan_io, summary
 from rana_fx.adapter import TENSORS, Adapter
-from rana_fx.graph.linears import REMARK, Skip
-
-METRICS = ("flops", "bytes")
+from rana_fx.cost import METRICS as METRICS
+from rana_fx.cost import Cost, Kept
+from rana_fx.errors import BadOperand, PlanFileError
+from rana_fx.skips import Note, Skip, entry, stored
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,17 @@ class SiteRecord:
     def flops(self) -> float:
         return float(self.uses * self.out_features * self.in_features)
 
+    @property
+    def dense_cost(self) -> Cost:
+        """Per token."""
+        return Cost(self.flops, self.flops * getattr(torch, self.dtype).itemsize)
+
     def cost(self, metric: str) -> float:
-        """Dense cost per token."""
-        width = getattr(torch, self.dtype).itemsize if metric == "bytes" else 1
-        return self.flops * width
+        """``dense_cost`` in one metric."""
+        return self.dense_cost[metric]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """One adaptation of one model.
 
@@ -56,7 +69,7 @@ class Plan:
         budget: asked, a fraction of the dense cost in ``metric`` ("flops": multiply-adds, "bytes": weight bytes read).
         tokens: calibration tokens seen, padding not counted.
         sites: every linear found; those with ``counted`` make up the budget.
-        adapters: what is replaced. skips: what is not, and why; and remarks on the plan (``remarks``).
+        adapters: what is replaced. skips: what is not, and why (``left``), and notes on what is (``notes``), in one order.
     """
 
     recipe: str
@@ -68,31 +81,39 @@ class Plan:
     versions: dict[str, str]
     sites: tuple[SiteRecord, ...]
     adapters: tuple[Adapter, ...]
-    skips: tuple[Skip, ...]
+    skips: tuple[Skip | Note, ...]
+
+    def __repr__(self) -> str:
+        facts = f"recipe={self.recipe!r}, budget={self.budget:g}, metric={self.metric!r}, model={self.model!r}"
+        counts = f"{len(self.adapters)} adapters, {len(self.left)} not adapted, {len(self.sites)} linears"
+        return f"Plan({facts}, {counts}, digest {self.digest()[:12]})"
+
+    @property
+    def dense_cost(self) -> Cost:
+        """Per token, of all linears that make up the budget."""
+        return sum((site.dense_cost for site in self.sites if site.counted), Cost())
 
     def expected_budget(
         self,
         metric: str | None = None,
         *,
-        kept: Mapping[str, float] | None = None,
+        kept: Mapping[str, float | Kept] | None = None,
         router_kept: Mapping[str, float] | None = None,
         exact_kept: Mapping[str, float] | None = None,
     ) -> float:
-        """Cost per token over the dense cost.
+        """Cost per token over the dense cost, in ``metric`` (the plan's own where it is None).
 
         Args:
-            kept: mean kept ranks by adapter name; default as calibrated. router_kept: mean inputs that masked routers keep.
-                exact_kept: mean outputs computed exactly.
+            kept: by adapter name, what is kept per token: a ``Kept``, or the mean number of ranks. Default: as calibrated.
+            router_kept: mean inputs that masked routers keep. exact_kept: mean outputs computed exactly.
+
+        Raises:
+            UnknownMetric.
         """
-        metric = metric or self.metric
-        dense = sum(site.cost(metric) for site in self.sites if site.counted)
-        counts = [means or {} for means in (kept, router_kept, exact_kept)]
-        change = sum(
-            adapter.cost(metric, *(means.get(adapter.name) for means in counts))
-            - (adapter.dense_flops if metric == "flops" else adapter.dense_bytes)
-            for adapter in self.adapters
-        )
-        return (dense + change) / dense if dense else 1.0
+        metric, dense = metric or self.metric, self.dense_cost
+        means = Kept.by_name(kept, router_kept, exact_kept)
+        change = sum((adapter.cost(means.get(adapter.name, Kept())) - adapter.dense_cost for adapter in self.adapters), Cost())
+        return (dense + change)[metric] / dense[metric] if dense[metric] else 1.0
 
     def adapter_of(self, site: str) -> Adapter | None:
         """The adapter that replaces a site, if any."""
@@ -101,11 +122,13 @@ class Plan:
     @property
     def left(self) -> tuple[Skip, ...]:
         """What is not adapted, and why."""
-        return tuple(skip for skip in self.skips if not skip.site.startswith(REMARK))
+        return tuple(skip for skip in self.skips if isinstance(skip, Skip))
 
-    def remarks(self, site: str = "") -> tuple[str, ...]:
+    def notes(self, site: str = "") -> tuple[str, ...]:
         """What a user should know of the plan as a whole, or of a site that it adapts."""
-        return tuple(skip.reason for skip in self.skips if skip.site == REMARK + site)
+        return tuple(note.text for note in self.skips if isinstance(note, Note) and note.site == site)
+
+    remarks = notes
 
     @functools.cached_property
     def _digest(self) -> str:
@@ -127,11 +150,11 @@ class Plan:
         return facts | {
             "sites": [asdict(site) for site in self.sites],
             "adapters": [adapter_facts(adapter) for adapter in self.adapters],
-            "skips": [asdict(skip) for skip in self.skips],
+            "skips": [stored(skip) for skip in self.skips],
         }
 
-    def summary(self) -> str:
-        """A few lines for people."""
+    def summary(self, *, all: bool = False) -> str:
+        """A few lines for people: adapters by kind and role, at most 25 lines and the notes; ``all``: a line for each adapter."""
         kinds: dict[str, int] = {}
         for adapter in self.adapters:
             kinds[adapter.kind] = kinds.get(adapter.kind, 0) + 1
@@ -142,11 +165,11 @@ class Plan:
             "  expected cost per token over dense: "
             f"flops {self.expected_budget('flops'):.3f}, bytes {self.expected_budget('bytes'):.3f}",
         ]
-        lines += [f"  note: {text}" for text in self.remarks()]
-        for adapter in self.adapters:
-            error = "" if adapter.error is None else f", error {adapter.error:.4f}"
-            lines.append(f"  {adapter.name}: {adapter.kind}, {adapter.kept:.1f} of {adapter.ranks} kept{details(adapter)}{error}")
-        return "\n".join(lines)
+        lines += [f"  note: {text}" for text in self.notes()]
+        if all:
+            return "\n".join([*lines, *summary.one_by_one(self.adapters)])
+        roles = {site.name: site.role for site in self.sites}
+        return "\n".join([*lines, *summary.by_role(self.adapters, roles, self.metric, self.dense_cost)])
 
     def save(self, path: str | Path) -> None:
         """Write to a folder, atomically: an interrupted or failed save leaves an older plan there intact.
@@ -154,9 +177,10 @@ class Plan:
         Raises:
             PlanWriteError.
         """
-        from rana_fx.plan_io import write
-
-        write(self, Path(path))
+        exact = any(adapter.exact_tau is not None for adapter in self.adapters)
+        number = plan_io.FORMAT if exact else plan_io.BEFORE
+        tensors = {f"{i}.{key}": value for i, a in enumerate(self.adapters) for key, value in a.tensors().items()}
+        plan_io.write(plan_io.Stored(number, self.digest(), self.to_dict(), tensors), Path(path))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -165,28 +189,64 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         PlanFileError, PlanVersion.
     """
-    from rana_fx.plan_io import read
-
-    return read(Path(path))
+    folder = Path(path)
+    found = plan_io.read(folder, _SCHEMA)
+    facts: dict[str, Any] = {field.name: getattr(found.facts, field.name) for field in dataclasses.fields(Plan)}
+    try:
+        facts["adapters"] = tuple(_adapter(i, one, found.tensors) for i, one in enumerate(found.facts.adapters))
+    except (KeyError, AssertionError, BadOperand) as error:
+        raise PlanFileError(path=folder, reason=f"facts and tensors do not belong together ({error})") from error
+    facts["skips"] = tuple(entry(skip.site, skip.reason) for skip in found.facts.skips)
+    plan = Plan(**facts)
+    for adapter in plan.adapters:
+        _check_sites(folder, plan, adapter)
+    if plan.digest() != found.digest:
+        raise PlanFileError(path=folder, reason="its content does not match its digest: it was changed after it was saved")
+    return plan
 
 
 def adapter_facts(adapter: Adapter) -> dict[str, Any]:
     """An adapter's facts without tensors."""
-    facts = {field.name: getattr(adapter, field.name) for field in fields(adapter) if field.name not in TENSORS}
+    facts = {field.name: getattr(adapter, field.name) for field in dataclasses.fields(adapter) if field.name not in TENSORS}
     if adapter.exact_kept is None:
         del facts["exact_kept"]  # so that plans from before there were exact outputs keep their digest
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
 
-def details(adapter: Adapter) -> str:
-    """How its matrices are stored, what masks its router and which outputs are exact, for people: ", router 8 bit, ..."."""
-    names = {"router": "router", "weight": "factors" if adapter.router is not None else "weights"}
-    parts = [f"{names[key]} {bits} bit" for key, bits in adapter.bits().items()]
-    if adapter.router_kept is not None:
-        parts.insert(1, f"which reads {adapter.router_kept:.1f} of {adapter.width} inputs")
-    if adapter.exact_kept is not None:
-        parts.append(f"{adapter.exact_kept:.1f} of {adapter.out} outputs exact")
-    return "".join(f", {part}" for part in parts)
+def _facts_type(name: str, source: type, **changed: Any) -> Any:
+    """A dataclass of the fields of ``source`` but for tensors. All are wanted but the one that ``adapter_facts`` may omit."""
+    found = {key: value for key, value in typing.get_type_hints(source).items() if key not in TENSORS} | changed
+    names = [field.name for field in dataclasses.fields(source) if field.name in found]
+    wanted: list[Any] = [(key, found[key]) for key in names if key != "exact_kept"]
+    wanted += [(key, found[key], None) for key in names if key == "exact_kept"]
+    return dataclasses.make_dataclass(name, wanted, frozen=True)
+
+
+_AdapterFacts = _facts_type("_AdapterFacts", Adapter)
+_Facts = _facts_type("_Facts", Plan, adapters=types.GenericAlias(tuple, (_AdapterFacts, ...)), skips=tuple[Skip, ...])
+_SCHEMA: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(_Facts)
+
+
+def _adapter(index: int, facts: Any, tensors: Mapping[str, Tensor]) -> Adapter:
+    """Raises KeyError, AssertionError, BadOperand where facts and tensors do not belong together."""
+    own: dict[str, Any] = {key: tensors.get(f"{index}.{key}") for key in TENSORS if key != "tau"}
+    fields: dict[str, Any] = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
+    return Adapter(**fields, tau=tensors[f"{index}.tau"], **own)
+
+
+def _check_sites(folder: Path, plan: Plan, adapter: Adapter) -> None:
+    """An adapter has the sizes of the linears it replaces. Raises PlanFileError."""
+    records = {record.name: record for record in plan.sites}
+    unknown = [site for site in (*adapter.sites, *adapter.also) if site not in records]
+    if unknown:
+        raise PlanFileError(path=folder, reason=f"adapter {adapter.name} replaces {unknown[0]}, which is not among its linears")
+    sites = [records[site] for site in adapter.sites]
+    out, widths = sum(site.out_features for site in sites), {site.in_features for site in sites}
+    if widths != {adapter.width}:
+        reason = f"adapter {adapter.name} reads {adapter.width} inputs, its linears {' and '.join(map(str, sorted(widths)))}"
+        raise PlanFileError(path=folder, reason=reason)
+    if adapter.out not in (None, out):
+        raise PlanFileError(path=folder, reason=f"adapter {adapter.name} makes {adapter.out} outputs, its linears {out}")
 
 
 def tensor_bytes(value: Tensor) -> memoryview:

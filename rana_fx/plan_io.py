@@ -1,5 +1,7 @@
 """A plan on disk: ``plan.json`` with the facts, and one safetensors file with the factors, named by its content.
 
+In: facts and tensors by name, as ``rana_fx.plan`` makes them of a plan. Out: a folder; and both again from a folder.
+
 The tensors are written first, under a name that no older plan uses; then ``plan.json`` is replaced in one step; only
 then are tensors of an older plan removed. So at every moment the folder holds a whole plan: the old or the new one.
 """
@@ -18,12 +20,10 @@ from typing import Any
 import pydantic
 import safetensors
 import safetensors.torch
+from torch import Tensor
 
-from rana_fx.adapter import TENSORS, Adapter, Kind
 from rana_fx.atomic import replacing
-from rana_fx.errors import BadOperand, PlanFileError, PlanVersion, PlanWriteError
-from rana_fx.graph.linears import Skip
-from rana_fx.plan import Plan, SiteRecord
+from rana_fx.errors import PlanFileError, PlanVersion, PlanWriteError
 
 FORMAT = 3  # 3: exact outputs of rank adapters
 BEFORE = 2  # factors in 8 and 4 bits, weights of neuron adapters, masked routers, shifts; written where no output is exact
@@ -31,47 +31,21 @@ HEADER = "plan.json"
 
 
 @dataclass(frozen=True)
-class _AdapterFacts:
-    name: str
-    kind: Kind
-    sites: tuple[str, ...]
-    ranks: int
-    kept: float
-    flops: float
-    dense_flops: float
-    bytes: float
-    dense_bytes: float
-    error: float | None
-    gate: str | None
-    also: tuple[str, ...]
-    router_kept: float | None
-    exact_kept: float | None = None
+class Stored:
+    """What a folder holds. number: of the format. facts: JSON-able; after ``read``, what the schema made of them."""
+
+    number: int
+    digest: object
+    facts: Any
+    tensors: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _Facts:
-    recipe: str
-    metric: str
-    budget: float
-    seed: int
-    tokens: int
-    model: str
-    versions: dict[str, str]
-    sites: tuple[SiteRecord, ...]
-    adapters: tuple[_AdapterFacts, ...]
-    skips: tuple[Skip, ...]
-
-
-_SCHEMA = pydantic.TypeAdapter(_Facts)
-
-
-def write(plan: Plan, folder: Path) -> None:
+def write(stored: Stored, folder: Path) -> None:
     """Write atomically. Raises PlanWriteError."""
-    tensors = {f"{i}.{key}": value.cpu().contiguous() for i, a in enumerate(plan.adapters) for key, value in a.tensors().items()}
-    number = FORMAT if any(adapter.exact_tau is not None for adapter in plan.adapters) else BEFORE
-    content = safetensors.torch.save(tensors, metadata={"rana_fx": str(number)})
+    tensors = {key: value.cpu().contiguous() for key, value in stored.tensors.items()}
+    content = safetensors.torch.save(tensors, metadata={"rana_fx": str(stored.number)})
     name = f"plan-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    header = {"format": number, "digest": plan.digest(), "tensors": name, "plan": plan.to_dict()}
+    header = {"format": stored.number, "digest": stored.digest, "tensors": name, "plan": stored.facts}
     created = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,12 +86,12 @@ def _replace(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def read(folder: Path) -> Plan:
-    """Read and check. Raises PlanFileError, PlanVersion."""
+def read(folder: Path, schema: pydantic.TypeAdapter[Any]) -> Stored:
+    """Read and check that facts fit ``schema`` and tensors are whole. Raises PlanFileError, PlanVersion."""
     content = _header(folder)
     while True:
         try:
-            return _parse(folder, content)
+            return _parse(folder, content, schema)
         except PlanFileError:
             # saved anew meanwhile: the tensors of the header that was read may be gone
             before, content = content, _header(folder)
@@ -136,7 +110,7 @@ def _header(folder: Path) -> bytes:
         raise PlanFileError(path=folder / HEADER, reason=error.strerror or str(error)) from error
 
 
-def _parse(folder: Path, content: bytes) -> Plan:
+def _parse(folder: Path, content: bytes, schema: pydantic.TypeAdapter[Any]) -> Stored:
     try:
         header: Any = json.loads(content)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -148,25 +122,17 @@ def _parse(folder: Path, content: bytes) -> Plan:
         todo = "Upgrade rana_fx." if newer else "Make the plan again with rana_fx.adapt."
         raise PlanVersion(path=folder, got=header["format"], expected=FORMAT, todo=todo)
     try:
-        facts = _SCHEMA.validate_python(header["plan"])
-        tensors = _tensors(folder, str(header["tensors"]))
-        adapters = tuple(_adapter(i, fact, tensors) for i, fact in enumerate(facts.adapters))
+        facts = schema.validate_python(header["plan"])
+        return Stored(header["format"], header.get("digest"), facts, _tensors(folder, str(header["tensors"])))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise PlanFileError(path=folder / HEADER, reason=f"{where or 'plan'}: {first['msg']}") from error
-    except (KeyError, AssertionError, BadOperand) as error:
+    except KeyError as error:
         raise PlanFileError(path=folder, reason=f"facts and tensors do not belong together ({error})") from error
-    rest = {key: getattr(facts, key) for key in facts.__dataclass_fields__ if key != "adapters"}
-    plan = Plan(**rest, adapters=adapters)
-    for adapter in adapters:
-        _check_sites(folder, plan, adapter)
-    if plan.digest() != header.get("digest"):
-        raise PlanFileError(path=folder, reason="its content does not match its digest: it was changed after it was saved")
-    return plan
 
 
-def _tensors(folder: Path, name: str) -> dict[str, Any]:
+def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
     path = folder / Path(name).name
     try:
         content = path.read_bytes()
@@ -178,24 +144,3 @@ def _tensors(folder: Path, name: str) -> dict[str, Any]:
         return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise PlanFileError(path=path, reason=f"it is not a safetensors file ({error})") from error
-
-
-def _adapter(index: int, facts: _AdapterFacts, tensors: dict[str, Any]) -> Adapter:
-    own: dict[str, Any] = {key: tensors.get(f"{index}.{key}") for key in TENSORS if key != "tau"}
-    fields: dict[str, Any] = {key: getattr(facts, key) for key in facts.__dataclass_fields__}
-    return Adapter(**fields, tau=tensors[f"{index}.tau"], **own)
-
-
-def _check_sites(folder: Path, plan: Plan, adapter: Adapter) -> None:
-    """An adapter has the sizes of the linears it replaces. Raises PlanFileError."""
-    records = {record.name: record for record in plan.sites}
-    unknown = [site for site in (*adapter.sites, *adapter.also) if site not in records]
-    if unknown:
-        raise PlanFileError(path=folder, reason=f"adapter {adapter.name} replaces {unknown[0]}, which is not among its linears")
-    sites = [records[site] for site in adapter.sites]
-    out, widths = sum(site.out_features for site in sites), {site.in_features for site in sites}
-    if widths != {adapter.width}:
-        reason = f"adapter {adapter.name} reads {adapter.width} inputs, its linears {' and '.join(map(str, sorted(widths)))}"
-        raise PlanFileError(path=folder, reason=reason)
-    if adapter.out not in (None, out):
-        raise PlanFileError(path=folder, reason=f"adapter {adapter.name} makes {adapter.out} outputs, its linears {out}")

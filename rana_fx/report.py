@@ -13,9 +13,10 @@ from torch import nn
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.layout import Site
 from rana_fx.modules import unwrap
-from rana_fx.plan import Plan, details
+from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import attached
 from rana_fx.runtime.prefill import MODES, costs_more, memory_of, tokens_masked
+from rana_fx.summary import details
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         graphs=layout.graphs,
         rows=tuple(rows),
         memory=_memory(plan),
-        notes=() if plan is None else plan.remarks(),
+        notes=() if plan is None else plan.notes(),
     )
 
 
@@ -136,8 +137,8 @@ def _row(site: Site, plan: Plan | None) -> Row:
     most = tokens_masked(plan, adapter, site.weight)
     detail += f", masked kernel up to {most} tokens" if most else ", masks do not pay on this device: dense product"
     if costs_more(plan, adapter):
-        detail += ", dearer than dense in a prompt"
-    detail += "".join(f"; {text}" for text in plan.remarks(site.name))
+        detail += ", more FLOPs than dense during prefill"
+    detail += "".join(f"; {text}" for text in plan.notes(site.name))
     flops, read = adapter.flops / adapter.dense_flops, adapter.bytes / adapter.dense_bytes
     return Row(site.name, site.role, site.op, shape, adapter.kind, detail, flops, read, adapter.error)
 
@@ -145,5 +146,5 @@ def _row(site: Site, plan: Plan | None) -> Row:
 def _reason(site: Site, plan: Plan | None) -> str:
     if plan is None:
         return "no plan attached" if site.counted else f"outside the budget ({site.role})"
-    reasons = [skip.reason for skip in plan.skips if skip.site == site.name]
+    reasons = [skip.reason for skip in plan.left if skip.site == site.name]
     return "; ".join(reasons) or "not adapted by the recipe"

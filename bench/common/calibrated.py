@@ -1,7 +1,7 @@
 """Calibrate a model once, then make plans of any recipe and budget from the same samples.
 
-In: a model and calibration batches. Out: plans equal to those ``rana_fx.adapt`` makes from these batches, but for the list of
-skips. A sweep over thirty plans runs the model over the calibration text once instead of thirty times.
+In: a model and calibration batches. Out: plans equal to those ``rana_fx.adapt`` makes from these batches. A sweep over
+thirty plans runs the model over the calibration text once instead of thirty times.
 """
 
 from __future__ import annotations
@@ -11,31 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bench.common.record import head
-from rana_fx.adaptation import records, versions
+from rana_fx.adaptation import CalibratedModel, planned, solved
 from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.holdout import Holdout, Tee
+from rana_fx.calibration.holdout import Tee
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.samples import Reservoir
 from rana_fx.evaluation.text import load_texts, token_batches
-from rana_fx.plan import Plan, SiteRecord
-from rana_fx.recipes import RECIPES, Problem, Recipe
+from rana_fx.plan import Plan
+from rana_fx.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True, eq=False)
-class Calibrated:
+class Calibrated(CalibratedModel):
     """A model's layout and samples of every input that any recipe may ask for."""
-
-    model: str
-    layout: Layout
-    samples: dict[tuple[str, ...], Reservoir]
-    tokens: int
-    seed: int
-    sites: tuple[SiteRecord, ...]
-    holdout: Holdout | None = None
 
     def head(self, bench: str, model: str, calib: str, *, context: int, dtype: str) -> dict[str, Any]:
         """What all rows of a bench say of the calibrated model."""
@@ -48,35 +38,18 @@ class Calibrated:
             "seed": self.seed,
         }
 
-    def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
-        return Problem(self.layout, self.samples, budget, metric, recipe, progress, holdout=self.holdout)
-
     def plan(self, *, budget: float, metric: str, recipe: str | Recipe, progress: bool = False) -> Plan:
         """``recipe``: its name, or a recipe that has none. Raises BudgetUnreachable, TooFewTokens."""
         chosen = RECIPES[recipe] if isinstance(recipe, str) else recipe
         problem = self.problem(budget=budget, metric=metric, recipe=chosen.name, progress=progress)
-        with torch.no_grad():
-            adapters = tuple(chosen.solve(problem))
-        return Plan(
-            recipe=chosen.name,
-            metric=metric,
-            budget=budget,
-            seed=self.seed,
-            tokens=self.tokens,
-            model=self.model,
-            versions=versions(),
-            sites=self.sites,
-            adapters=adapters,
-            skips=tuple(dict.fromkeys([*self.layout.skips, *problem.skips])),
-        )
+        return planned(self, problem, solved(problem, chosen))
 
 
 def calibrate_once(model: nn.Module, batches: Iterable[Any], *, seed: int = 0, progress: bool = False) -> Calibrated:
     """Sample the inputs of all groups that the budget counts."""
     tee = Tee(batches)
     found = calibrate(model, tee, wanted=counted_groups, seed=seed, progress=progress)
-    sites = records(found.layout)
-    return Calibrated(type(model).__name__, found.layout, found.samples, found.tokens, seed, sites, tee.holdout(model))
+    return Calibrated(type(model).__name__, found.layout, found.samples, found.tokens, seed, tee.holdout(model))
 
 
 def counted_groups(layout: Layout) -> set[tuple[str, ...]]:

@@ -6,15 +6,15 @@ the whole recipe. Variants:
 
     rana          the recipe as it is
     alike         all errors count alike: no gradients
-    price         one price for the whole model, and nothing else tried
+    price         one multiplier for the whole model, and nothing else tried
     fraction      one fraction of its cost for every unit, and nothing else tried
     no-hybrid     no masks before routers
     no-rank       no components behind a whole router; behind a masked one there are
-    no-basis      input thresholds alone, and cuts
-    no-cuts       no cut through an MLP, gated or not
-    dense-gates   gates of cuts stay dense
+    no-basis      input thresholds and joint candidates of MLPs alone
+    no-cuts       no joint candidates of MLPs, gated or not
+    dense-gates   gates of joint candidates stay dense
     alone         every linear a unit of its own: no shared routers
-    unsettled     the price is not set again on the adapted model: read its row at the budget that was measured
+    unsettled     the multiplier is not refined on the adapted model: read its row at the budget that was measured
     no-bits, no-4-bits, nearest    with --metric bytes: 16 bits alone, 16 and 8, and 4 bits rounded to nearest
 
 The model is calibrated once. To decide on an ingredient, hold documents of the calibration text out and give those as --text.
@@ -43,7 +43,7 @@ from rana_fx.errors import BudgetUnreachable, TooFewTokens
 from rana_fx.evaluation.perplexity import evaluate, load_model
 from rana_fx.modules import device_of
 from rana_fx.plan import METRICS
-from rana_fx.recipes.rana.quantization import KINDS
+from rana_fx.recipes.rana.operating_point import KINDS
 from rana_fx.recipes.rana.recipe import Rana
 
 
@@ -54,7 +54,7 @@ def _without(*kinds: str) -> tuple[str, ...]:
 VARIANTS = {
     "rana": Rana(),
     "alike": Rana(weighted=False),
-    "price": Rana(allocations=("price",)),
+    "price": Rana(allocations=("multiplier",)),
     "fraction": Rana(allocations=("fraction",)),
     "no-hybrid": Rana(kinds=_without("hybrid")),
     "no-rank": Rana(kinds=_without("rank", "static")),
@@ -62,12 +62,12 @@ VARIANTS = {
     "no-cuts": Rana(kinds=_without("gated", "exact")),
     "dense-gates": Rana(gates=False),
     "alone": Rana(shared=False),
-    "unsettled": Rana(settles=False),
+    "unsettled": Rana(refine_lambda=False),
 }
 IN_BYTES = {
     "no-bits": Rana(bits=()),
     "no-4-bits": Rana(bits=(8,)),
-    "nearest": Rana(carried=False),
+    "nearest": Rana(error_feedback=False),
 }
 
 

@@ -2,107 +2,96 @@
 
 In: the block's sites and sampled inputs, and adapters of any kind: stacked or not, behind masked routers, in any storage.
 Out: relative error of the block's output and its cost over the dense one in the problem's metric, both over the rows given.
-Plain PyTorch, by the adapters' definition (rana_fx/adapter.py).
+In fp32, by the adapters' definition (rana_fx/apply.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from rana_fx.adapter import Adapter
+from rana_fx.apply import NONZERO, Target, apply, nonzero_tau, spans
 from rana_fx.calibration.layout import MlpBlock
-from rana_fx.formats import unpack
-from rana_fx.kernels.reference import masked_gemv
+from rana_fx.kernels.reference import kept
+from rana_fx.recipes.mlp_rows import hidden_rows
 from rana_fx.recipes.problem import Problem
 
 _ROWS = 1024  # at a time
 
 
-class Cast:
-    """Adapters of one block. ``kept``, ``router_kept``, ``exact_kept``: sums over the rows seen, by adapter."""
+class AdaptedBlock:
+    """A block with adapters.
+
+    ``sums``: by part (as rana_fx.apply names them) and adapter, how many elements of masks were set, over the rows seen.
+    """
 
     def __init__(self, problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> None:
         self._problem, self._block = problem, block
         device = problem.matrix((block.down,)).device
-        self.adapters = [adapter.on(device) for adapter in adapters]
+        self.adapters = [adapter.on(device).to(torch.float32) for adapter in adapters]
         self._of = {site: adapter for adapter in self.adapters for site in adapter.sites}
         outside = self._of.keys() - set(block.sites)
         assert not outside, f"not of the block: {outside}"
-        self.kept: dict[str, float] = {}
-        self.router_kept: dict[str, float] = {}
-        self.exact_kept: dict[str, float] = {}
+        self.sums: dict[str, dict[str, float]] = {"tau": {}, "router_tau": {}, "exact_tau": {}}
 
     def output(self, x_TI: Tensor) -> Tensor:
         """Of the block, biases included."""
         block = self._block
         ups = self._linears(block.ups, x_TI)
-        hidden = block.pointwise(*ups).float()
-        last = self._of.get(block.down)
-        if last is None or last.kind != "gated":
-            return self._linears((block.down,), hidden)[0]
-        assert block.activation is not None
-        mask = block.activation(ups[block.gate]).float().square() >= last.tau
-        self._count(self.kept, last, mask)
-        bias = self._problem.bias((block.down,)) if last.bias is None else last.bias.float()
-        return linear(hidden * mask, self._problem.matrix((block.down,)), bias)
+        gate, last = None, self._of.get(block.down)
+        if last is not None and last.kind == "gated":
+            assert block.activation is not None
+            gate = kept(block.activation(ups[block.gate]), last.tau)
+        return self._linears((block.down,), block.pointwise(*ups).float(), gate)[0]
 
-    def _linears(self, names: Sequence[str], x_TI: Tensor) -> list[Tensor]:
-        """Outputs of sites that read one input; an adapter of several acts once."""
+    def _linears(self, names: Sequence[str], x_TI: Tensor, gate: Tensor | None = None) -> list[Tensor]:
+        """Outputs of sites that read one input; an adapter of several computes them at once."""
         done: dict[str, Tensor] = {}
         for name in names:
             adapter = self._of.get(name)
             if adapter is None:
                 done[name] = linear(x_TI, self._problem.matrix((name,)), self._problem.bias((name,)))
             elif name not in done:
-                widths = [self._problem.layout.sites[site].out_features for site in adapter.sites]
-                done |= zip(adapter.sites, self._act(adapter, x_TI).split(widths, dim=1), strict=True)
+                done |= zip(adapter.sites, self._adapted(adapter, x_TI, gate), strict=True)
         return [done[name] for name in names]
 
-    def _act(self, adapter: Adapter, x_TI: Tensor) -> Tensor:
-        own = adapter.weight is None
-        v, bias = x_TI, adapter.bias
-        if own and bias is None:
-            bias = self._problem.bias(adapter.sites)
-        if adapter.router is not None:
-            router = unpack(adapter.router, adapter.router_scale)
-            if adapter.router_tau is None:
-                v = linear(v, router)
-            else:
-                self._count(self.router_kept, adapter, v.square() >= adapter.router_tau)
-                v = masked_gemv(v, adapter.router_tau, router, None)
-        if adapter.shift is not None:
-            v = v - adapter.shift
-        self._count(self.kept, adapter, v.square() >= adapter.tau)
-        weight = self._problem.matrix(adapter.sites).t() if own else unpack(adapter.weight, adapter.weight_scale)
-        y = masked_gemv(v, adapter.tau, weight, None if bias is None else bias.float())
-        if adapter.exact_tau is None:
-            return y
-        large = y >= adapter.exact_tau
-        self._count(self.exact_kept, adapter, large)
-        return torch.where(large, linear(x_TI, self._problem.matrix(adapter.sites), self._problem.bias(adapter.sites)), y)
+    def _adapted(self, adapter: Adapter, x_TI: Tensor, gate: Tensor | None) -> list[Tensor]:
+        problem = self._problem
+        seen: set[str] = set()
 
-    @staticmethod
-    def _count(sums: dict[str, float], adapter: Adapter, mask: Tensor) -> None:
-        sums[adapter.name] = sums.get(adapter.name, 0.0) + float(mask.sum())
+        def count(part: str, output: Tensor, mask: Callable[[], Tensor] | None) -> None:  # noqa: ARG001
+            if mask is not None and part not in seen:  # linears that read one tensor share its mask
+                seen.add(part)
+                sums = self.sums[part]
+                sums[adapter.name] = sums.get(adapter.name, 0.0) + float(mask().sum())
+
+        columns = spans(adapter, {name: problem.layout.sites[name].out_features for name in adapter.sites})
+        targets = [
+            Target(name, columns[name], problem.matrix((name,)), problem.bias((name,)), torch.float32) for name in adapter.sites
+        ]
+        tensors = adapter.tensors()
+        if adapter.kind == "gated":
+            tensors[NONZERO] = nonzero_tau(adapter, x_TI.device)
+        return apply(adapter, tensors, x_TI, targets, gate=gate, every_row=True, observe=count)
 
 
 def score(problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> tuple[float, float]:
     """(||y^ - y||^2 / ||y||^2, cost over dense) on the problem's rows; y without the bias of down."""
     rows, weight, bias = problem.rows(block.ups[0]), problem.matrix((block.down,)), problem.bias((block.down,))
-    cast = Cast(problem, block, adapters)
+    adapted = AdaptedBlock(problem, block, adapters)
     energy = error = 0.0
     for x_TI in rows.float().split(_ROWS):
-        y_TO = linear(problem.dense_rows(block, x_TI), weight)
+        y_TO = linear(hidden_rows(problem, block, x_TI), weight)
         energy += float(y_TO.square().sum(dtype=torch.float64))
-        moved = cast.output(x_TI) - (y_TO if bias is None else y_TO + bias)
+        moved = adapted.output(x_TI) - (y_TO if bias is None else y_TO + bias)
         error += float(moved.square().sum(dtype=torch.float64))
     total = cost = problem.size(block.sites)
-    for adapter in cast.adapters:
-        counted = (cast.kept, cast.router_kept, cast.exact_kept)
+    for adapter in adapted.adapters:
+        counted = (adapted.sums[part] for part in ("tau", "router_tau", "exact_tau"))
         means = [sums[adapter.name] / len(rows) if adapter.name in sums else None for sums in counted]
         cost += adapter.cost(problem.metric, *means) - (adapter.dense_flops if problem.metric == "flops" else adapter.dense_bytes)
     return error / max(energy, 1e-30), cost / total

@@ -45,7 +45,9 @@ from rana_fx.recipes import RECIPES
 
 # one block at one fraction is no entry point of a recipe: the sweep takes the steps behind it
 from rana_fx.recipes.baselines import _masked_sites, _threshold_block
-from rana_fx.recipes.paper.line_search import importance_profile, neuron_threshold, second_moment
+from rana_fx.recipes.basis import second_moment
+from rana_fx.recipes.builders import neuron_adapter
+from rana_fx.recipes.importance import importance_profile, neuron_threshold
 from rana_fx.recipes.paper.recipe import _adapt_mlp
 from rana_fx.recipes.problem import Problem
 
@@ -178,7 +180,7 @@ def _inputs(problem: Problem, block: MlpBlock, fraction: float, *, weighted: boo
         norms = torch.linalg.vector_norm(problem.matrix((name,)), dim=0)
         norms = norms if weighted else torch.ones_like(norms)
         threshold = neuron_threshold(importance_profile(problem.rows(name), norms), fraction)
-        adapters.append(problem.neuron_adapter(name, threshold, norms, fraction))
+        adapters.append(neuron_adapter(problem, name, threshold, norms, fraction))
     return adapters
 
 
@@ -192,7 +194,7 @@ def _cats(problem: Problem, block: MlpBlock, fraction: float) -> list[Adapter] |
 def _ideal(problem: Problem, block: MlpBlock, fraction: float) -> list[Adapter]:
     norms = torch.linalg.vector_norm(problem.matrix((block.down,)), dim=0)
     threshold = neuron_threshold(importance_profile(problem.rows(block.down), norms), fraction)
-    return [problem.neuron_adapter(block.down, threshold, norms, fraction)]
+    return [neuron_adapter(problem, block.down, threshold, norms, fraction)]
 
 
 def _tables(model: str, rows: list[dict[str, Any]]) -> None:

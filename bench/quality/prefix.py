@@ -29,28 +29,28 @@ from bench.common.calibrated import batches_of, calibrate_once
 from bench.common.documents import Text, read_text
 from bench.common.record import append, start
 from bench.quality.divergence import interval
-from rana_fx.calibration.holdout import Holdout
 from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
+from rana_fx.calibration.probe import Holdout
 from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.plan import METRICS, Plan
 from rana_fx.recipes import RECIPES
-from rana_fx.recipes.simulate import Troupe
+from rana_fx.recipes.simulate import AdapterSimulator
 
 _FIRST = (1, 4, 16)
 _EDGES = (0, 1, 4, 16, 64, 256)  # positions that a target is predicted from, where the second table begins a column
 
 
-class Cast:
-    """Adapters that act from a position of every sequence on; before it the linears act themselves."""
+class FromPosition:
+    """Simulates adapters from a position of every sequence on; linears before it stay dense."""
 
-    def __init__(self, troupe: Troupe, tokens: tuple[int, int], dense: int) -> None:
-        self._troupe, self._tokens, self._dense = troupe, tokens, dense
+    def __init__(self, simulator: AdapterSimulator, tokens: tuple[int, int], dense: int) -> None:
+        self._simulator, self._tokens, self._dense = simulator, tokens, dense
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """For ``InstrumentedModel.run``."""
-        adapted = self._troupe.step(name, x, y)
+        adapted = self._simulator.step(name, x, y)
         if self._dense == 0:
             return adapted
         rows, length = self._tokens
@@ -106,9 +106,9 @@ def measured(
     with holdout.instrumented(layout) as model:
         dense = _losses(model, text, None, 0)
         for rule, leading in rules.items():
-            troupe = Troupe(model, layout, plan.adapters)
-            more = _losses(model, text, troupe, leading) - dense
-            kept, router, exact = (troupe.means(part) for part in ("kept", "router_kept", "exact_kept"))
+            simulator = AdapterSimulator(model, layout, plan.adapters)
+            more = _losses(model, text, simulator, leading) - dense
+            kept, router, exact = (simulator.means(part) for part in ("tau", "router_tau", "exact_tau"))
             budget = plan.expected_budget(plan.metric, kept=kept, router_kept=router, exact_kept=exact)
             row = {"rule": rule, "dense_positions": leading, "measured": budget}
             row["cost"] = budget + (1 - budget) * leading / context
@@ -123,17 +123,17 @@ def measured(
             yield row
 
 
-def _losses(model: InstrumentedModel, text: Text, troupe: Troupe | None, leading: int) -> Tensor:
+def _losses(model: InstrumentedModel, text: Text, simulator: AdapterSimulator | None, leading: int) -> Tensor:
     """Of every target, (sequences, context - 1); NaN where it or the token before it is padding."""
     found = []
     for batch in text.batches:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         assert isinstance(ids, Tensor)
         assert isinstance(mask, Tensor)
-        step = None if troupe is None else Cast(troupe, (ids.shape[0], ids.shape[1]), leading).step
+        step = None if simulator is None else FromPosition(simulator, (ids.shape[0], ids.shape[1]), leading).step
         logits = model.run(batch, step).logits.float().cpu()
-        if troupe is not None:
-            troupe.forget()
+        if simulator is not None:
+            simulator.forget()
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").double()
         found.append(losses.masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, torch.nan))
     return torch.cat(found)

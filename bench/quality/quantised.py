@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rana_fx.calibration.layout import Site
 from rana_fx.errors import InvalidOption
-from rana_fx.recipes.paper.line_search import second_moment
+from rana_fx.recipes.basis import second_moment
 from rana_fx.recipes.problem import Problem
 
 _NAME = re.compile(r"(int|gptq)([2-8])(?:-g(\d+))?(-asym)?")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.common.calibrated import Calibrated
-from rana_fx.recipes.paper.line_search import output_basis, second_moment
+from rana_fx.recipes.basis import output_basis, second_moment
 from rana_fx.recipes.problem import Problem
 
 QUANTILES = (0.1, 0.5, 0.9)

@@ -25,7 +25,6 @@ import typer
 
 from bench.common.calibrated import batches_of
 from bench.common.record import ROOT, append, head, start
-from rana_fx.calibration.calibrate import calibrate
 from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.plan import load_plan
@@ -38,7 +37,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 def measure(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a causal language model.")],
-    calib: Annotated[str, typer.Option(help="Calibration text.")],
+    calib: Annotated[str, typer.Option(help="CalibratedModel text.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
     tokens: Annotated[str, typer.Option(help="Numbers of calibration tokens, by commas.")] = "32000,256000",
     budget: Annotated[float, typer.Option(help="Budget in flops.")] = 0.58,
@@ -72,9 +71,8 @@ def measure(
 @app.command(hidden=True)
 def adapt_worker(job: str) -> None:
     """One adaptation, by the steps of ``rana_fx.adapt``, timed."""
-    from rana_fx.adaptation import records, versions
-    from rana_fx.plan import Plan
-    from rana_fx.recipes import RECIPES, Problem
+    from rana_fx.adaptation import calibrated, planned, solved
+    from rana_fx.recipes import RECIPES
 
     given = json.loads(job)
     marks = [time.perf_counter()]
@@ -83,32 +81,19 @@ def adapt_worker(job: str) -> None:
     before = _peak_mib()
     marks.append(time.perf_counter())
     chosen = RECIPES[given["recipe"]]
-    found = calibrate(model, batches, wanted=chosen.wants, progress=False)
-    layout, samples, count = found.layout, found.samples, found.tokens
+    calibration = calibrated(model, batches, chosen)
     marks.append(time.perf_counter())
-    problem = Problem(layout, samples, given["budget"], "flops", given["recipe"], progress=False)
-    with torch.no_grad():
-        adapters = tuple(chosen.solve(problem))
+    problem = calibration.problem(budget=given["budget"], metric="flops", recipe=given["recipe"])
+    adapters = solved(problem, chosen)
     marks.append(time.perf_counter())
-    plan = Plan(
-        recipe=given["recipe"],
-        metric="flops",
-        budget=given["budget"],
-        seed=0,
-        tokens=count,
-        model=type(model).__name__,
-        versions=versions(),
-        sites=records(layout),
-        adapters=adapters,
-        skips=tuple(layout.skips),
-    )
+    plan = planned(calibration, problem, adapters)
     attach(model, plan)
     marks.append(time.perf_counter())
     if given["plan"] is not None:
         plan.save(given["plan"])
     names = ("load", "calibrate", "solve", "attach")
     seconds = {f"{name}_seconds": marks[i + 1] - marks[i] for i, name in enumerate(names)}
-    _reply({"kind": "adapt", "tokens": count, **seconds, "rss_before_mib": before, "peak_rss_mib": _peak_mib()})
+    _reply({"kind": "adapt", "tokens": plan.tokens, **seconds, "rss_before_mib": before, "peak_rss_mib": _peak_mib()})
 
 
 @app.command(hidden=True)

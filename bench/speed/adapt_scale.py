@@ -30,13 +30,11 @@ import typer
 from bench.common.calibrated import batches_of
 from bench.common.models import build, vocabulary_of
 from bench.common.record import ROOT, append, head, start
-from rana_fx.adaptation import records, versions
-from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.holdout import Tee
+from rana_fx.adaptation import calibrated, planned
 from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
-from rana_fx.plan import Plan
-from rana_fx.recipes import RECIPES, Problem
+from rana_fx.recipes import RECIPES
+from rana_fx.recipes.stages import solve_in_stages
 from rana_fx.runtime.attachment import attach
 
 _GIB = 2**30
@@ -74,7 +72,7 @@ def measure(
     model: Annotated[str, typer.Argument(help="A shape (llama-2-7b, llama-1b, tiny, ...) or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
     tokens: Annotated[str, typer.Option(help="Numbers of calibration tokens, by commas.")] = "32000,256000",
-    text: Annotated[str | None, typer.Option(help="Calibration text of a checkpoint; default: random ids.")] = None,
+    text: Annotated[str | None, typer.Option(help="CalibratedModel text of a checkpoint; default: random ids.")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe.")] = "rana",
     budget: Annotated[float, typer.Option(help="Budget.")] = 0.5,
     metric: Annotated[str, typer.Option(help="What the budget counts: flops or bytes.")] = "flops",
@@ -143,39 +141,23 @@ def _adapt(given: dict[str, Any], clock: Clock) -> dict[str, Any]:
     clock.own = torch.cuda.memory_allocated() if clock.device.type == "cuda" else 0
     before = _peak_gib()
     chosen = RECIPES[given["recipe"]]
-    tee = Tee(batches) if chosen.needs_holdout else None
     with clock.within("calibrate"):
-        found = calibrate(model, tee or batches, wanted=chosen.wants, progress=False)
-    layout, samples, count = found.layout, found.samples, found.tokens
-    holdout = None if tee is None else tee.holdout(model)
-    problem = Problem(
-        layout, samples, given["budget"], given["metric"], given["recipe"], False, within=clock.within, holdout=holdout
-    )
+        calibration = calibrated(model, batches, chosen)
+    problem = calibration.problem(budget=given["budget"], metric=given["metric"], recipe=given["recipe"])
     began = time.perf_counter()
     with torch.no_grad():
-        adapters = tuple(chosen.solve(problem))
+        adapters = tuple(solve_in_stages(chosen, problem, clock.within))
     clock.seconds["solve"] = time.perf_counter() - began
     with clock.within("attach"):
-        plan = Plan(
-            recipe=given["recipe"],
-            metric=given["metric"],
-            budget=given["budget"],
-            seed=0,
-            tokens=count,
-            model=type(model).__name__,
-            versions=versions(),
-            sites=records(layout),
-            adapters=adapters,
-            skips=(*layout.skips, *problem.skips),
-        )
+        plan = planned(calibration, problem, adapters)
         attach(model, plan)
     kinds = [adapter.kind for adapter in adapters]
     return {
-        "tokens": count,
+        "tokens": plan.tokens,
         "rss_before_gib": before,
         "expected": {unit: plan.expected_budget(unit) for unit in ("flops", "bytes")},
         "adapters": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        "notes": list(plan.remarks()),
+        "notes": list(plan.notes()),
     }
 
 

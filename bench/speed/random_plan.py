@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rana_fx.adaptation import versions
+from rana_fx.adaptation import CalibratedModel, planned
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.layout import Layout
@@ -36,8 +36,8 @@ from rana_fx.evaluation.measure import Meter
 from rana_fx.formats import pack
 from rana_fx.kernels.cost import weight_bytes
 from rana_fx.modules import device_of
-from rana_fx.plan import Plan, SiteRecord
-from rana_fx.recipes.problem import Problem, stack_name
+from rana_fx.plan import Plan
+from rana_fx.recipes import Problem, neuron_adapter, split_budget, stack_name
 from rana_fx.runtime.attachment import Factors, place
 
 _ALIGNED = 16  # ranks come in whole tiles where there are many
@@ -107,7 +107,8 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
         ranked += [block.ups] if menu.stacked else [(up,) for up in block.ups]
     masked = [site.name for site in layout.sites.values() if site.role == "attention_out"] + [b.down for b in layout.blocks]
     adapted = (*(name for names in ranked for name in names), *masked)
-    fraction = min(1.0, problem.fraction(adapted, why="some linears are neither of attention nor of an MLP block"))
+    left = split_budget(problem, adapted, why="some linears are neither of attention nor of an MLP block")
+    fraction = min(1.0, left.fraction)
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with torch.no_grad():
         masks = [(name,) for name in masked]
@@ -118,19 +119,9 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
         adapters = [_rank(problem, names, fraction, menu, generator) for names in ranked]
         adapters += [_neuron(problem, names, fraction, menu) for names in masks]
     order = {name: index for index, name in enumerate(layout.sites)}
-    plan = Plan(
-        recipe=RECIPE,
-        metric="bytes",
-        budget=budget,
-        seed=seed,
-        tokens=0,
-        model=type(model).__name__,
-        versions=versions(),
-        sites=tuple(_record(layout, name) for name in layout.sites),
-        adapters=tuple(sorted(adapters, key=lambda adapter: order[adapter.sites[0]])),
-        skips=layout.skips,
-    )
-    return _with_cheap_digest(plan)
+    adapters.sort(key=lambda adapter: order[adapter.sites[0]])
+    calibration = CalibratedModel(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False)
+    return _with_cheap_digest(planned(calibration, problem, adapters))
 
 
 def ranks_for(
@@ -243,7 +234,7 @@ def _rank(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu,
 def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu) -> Adapter:
     site = problem.layout.sites[names[0]]
     zeros = torch.zeros(site.in_features, device=site.weight.device)
-    made = replace(problem.neuron_adapter(names[0], 0.0, torch.ones_like(zeros), fraction), tau=zeros)
+    made = replace(neuron_adapter(problem, names[0], 0.0, torch.ones_like(zeros), fraction), tau=zeros)
     if menu.factor_bits == 16 and len(names) == 1:
         return made
     out = sum(problem.layout.sites[name].out_features for name in names)
@@ -272,14 +263,6 @@ def _stored(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 def _floating(bits: int, weight: Tensor) -> int:
     """16 means as the model's weights are."""
     return 8 * weight.element_size() if bits == 16 else bits
-
-
-def _record(layout: Layout, name: str) -> SiteRecord:
-    site = layout.sites[name]
-    return SiteRecord(
-        site.name, site.role, site.op, site.out_features, site.in_features, site.transposed, site.uses, site.counted,
-        str(site.weight.dtype).removeprefix("torch."), "",
-    )  # fmt: skip
 
 
 def _with_cheap_digest(plan: Plan) -> Plan:

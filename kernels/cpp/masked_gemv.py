@@ -8,8 +8,8 @@ are those that any token keeps; a token's coefficient of a row it does not keep 
 follows (bias, activation, residual, cast) is pointwise, and Inductor fuses it into the template.
 
 Weights are floating, int8 with a scale per row (which becomes part of the coefficient) or 4 bits with a scale per row and group
-of columns (quantize.py); numbers are exact in fp32, so nothing is rounded before it is multiplied. Rows must be contiguous.
-Error: fp32 accumulation in a fixed order, so two runs are equal to the bit, on any number of threads.
+of columns (rana_fx.formats); stored numbers are exact in fp32, so nothing is rounded before it is multiplied. Rows must be
+contiguous.   Error: fp32 accumulation in a fixed order, so two runs are equal to the bit, on any number of threads.
 """
 
 from __future__ import annotations

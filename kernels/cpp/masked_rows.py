@@ -3,7 +3,7 @@
     h[t, n] = a[t, n] * (bias[n] + sum over k of x[t, k] * w[n, k])  where a[t, n] is not zero, else 0      in fp32, T small
 
 Every thread lists the kept rows once (N steps against N * K products), writes the zeros of its stretch of rows and multiplies its
-share of the list as the router does (router_cpp.py). Shares are equal however the kept rows lie. The result is fp32; the cast to
+share of the list as the router does (router.py). Shares are equal however the kept rows lie. The result is fp32; the cast to
 x's dtype, and whatever else is pointwise, is fused into the template.
 
 Error: fp32 accumulation in a fixed order, so two runs are equal to the bit, on any number of threads.

@@ -1,14 +1,14 @@
-"""Building blocks of the gathering kernels: which ranks a program works on, what it does with their rows, who adds up.
+"""Building blocks of the kernels: which ranks a program works on, how it lists the active ones and adds up their rows.
 
 Slice i_s of S takes ranks GROUP at a time in turn (rank k belongs to slice k // GROUP % S), because the ranks of an adapter
-come sorted by energy: contiguous slices would give one program all the work.
+are sorted by energy: contiguous slices would give one program all the work.
 
 A program compacts its slice into its own stretch of global memory: the ranks that some token keeps, in rising order, then each
 token's values there in fp32, 0 where that token drops the rank, times the row's scale where rows have one; filled up to whole
-row blocks with rank 0 and value 0. What follows reads neighbouring numbers, several at once, and knows nothing of masks. The
+row blocks with rank 0 and value 0. The loop behind it reads neighbouring entries, several at once, and has no masks. The
 stretch is (1 + BT, KB + BM) int32, values by their bits.
 
-Sums: the rows at hand are added up before they meet the running sums, of which a token has RW * BN, not BM * BN. RW is the number
+Sums: a block of rows is added up before it meets the accumulators, of which a token has RW * BN, not BM * BN. RW is the number
 of warps that lie along the rows (config.py: a warp spans 512 bytes), so that this stays inside a thread.
 
 Legend: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ loaded block; KS ranks of a slice, KB the power of two above, BM
@@ -33,18 +33,18 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 if INTERPRETED:
 
-    def trips(count):
+    def loop_bound(count):
         """A loop bound. Triton 3.6 interprets scalars as arrays of one element, which NumPy 2.4 no longer takes as integers."""
         return int(count.handle.data.item())
 
 else:
 
     @triton.jit
-    def trips(count):
+    def loop_bound(count):
         return count
 
 
-def few_tokens(name: str, x: Tensor) -> int:
+def check_token_count(name: str, x: Tensor) -> int:
     """The rows of an operand. Raises BadOperand for more than a launch takes, or none."""
     tokens = math.prod(x.shape[:-1])
     if not 1 <= tokens <= MAX_TOKENS:
@@ -59,16 +59,16 @@ def sm_count_of(x: Tensor) -> int:
 
 
 def launch_options(pdl: bool, traced: bool) -> dict[str, bool]:
-    """What a launch with ``PDL`` is launched with. In a traced one Inductor says it (passes/launch.py)."""
+    """Options of a launch with ``PDL``. To a traced launch Inductor's code adds them (passes/launch.py)."""
     return {"launch_pdl": True} if pdl and not traced else {}
 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Wait until the kernel before this one is done, then let the next one start, as far as it does without what this one writes.
+    """Wait until the kernel before this one is done, then let the next one start, up to where it waits for this one.
 
-    Before this only what no kernel writes may be read, and nothing written. In this order, and not the next one first: who sees
-    the next kernel start knows that all before this one are done, which Inductor's own early launches build on.
+    Before this call only memory that no kernel writes may be read, and nothing written. The wait comes first: when the next
+    kernel starts, all kernels before this one are then done, and Inductor's own early launches rely on that.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -76,7 +76,7 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def places(i_n, half, N, BN: tl.constexpr, ACT: tl.constexpr):
+def column_offsets(i_n, half, N, BN: tl.constexpr, ACT: tl.constexpr):
     """Columns of block i_n, and which of them exist: BN in a row or, with an activation, the same BN / 2 of both halves."""
     o_n = tl.arange(0, BN)
     if ACT:
@@ -98,7 +98,7 @@ def ranks_of(o_r, i_s, S: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED: tl.constexpr):
-    """Thresholds and scales of ranks b_k, fp32: all that is known of them before there is a v."""
+    """Thresholds and scales of ranks b_k, fp32: what can be read before v is computed."""
     o_k = b_k.to(tl.int64)
     b_tau = tl.load(tau + o_k * s_tau, mask=m_k, other=0.0, eviction_policy="evict_last").to(tl.float32)
     b_scale = b_tau
@@ -109,7 +109,7 @@ def constants_of(tau, scale, b_k, m_k, s_tau, s_sk, SCALED: tl.constexpr):
 
 @triton.jit
 def kept_values(v, b_tau, b_scale, b_k, m_k, T, s_vt, s_vk, BT: tl.constexpr, SCALED: tl.constexpr):
-    """Where some token keeps rank b_k, and a tuple of each token's values there: fp32, 0 where that token drops it."""
+    """Where some token keeps rank b_k, and a tuple with each token's values there: fp32, 0 where that token drops it."""
     o_k = b_k.to(tl.int64)
     b_vs = ()
     m_any = b_k < 0
@@ -135,7 +135,7 @@ def list_ranks(
     S: tl.constexpr, KS: tl.constexpr, KB: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr, BM: tl.constexpr,
     BT: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the slice's list to p_list, less its first EARLY ranks; how many were kept. Waits for the previous kernel.
+    """Write the slice's list to p_list, without its first EARLY ranks, and return its length. Waits for the previous kernel.
 
     A long slice is listed CB ranks at a time, so that they fit into registers.
     """
@@ -183,8 +183,8 @@ def load_rows(p_w, m_n, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def no_sums(BT: tl.constexpr, RW: tl.constexpr, BN: tl.constexpr):
-    """A tuple of BT running sums, (RW, BN) fp32."""
+def zero_accumulators(BT: tl.constexpr, RW: tl.constexpr, BN: tl.constexpr):
+    """A tuple of BT accumulators, (RW, BN) fp32."""
     b_sums = ()
     for _ in tl.static_range(BT):
         b_sums = b_sums + (tl.zeros((RW, BN), tl.float32),)
@@ -193,13 +193,13 @@ def no_sums(BT: tl.constexpr, RW: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def summed(b_rows, RW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Rows of any shape -> (RW, BN): row r goes to sum r % RW."""
+    """Rows of any shape -> (RW, BN): row r is added to accumulator r % RW."""
     return tl.sum(tl.reshape(b_rows, (BM // RW, RW, BN)), 0)
 
 
 @triton.jit
 def add_rows(b_sums, b_vs, b_w, BT: tl.constexpr, RW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Each token's sums plus its values times the rows b_w (BM, BN), fp32."""
+    """Each token's accumulators plus its values times the rows b_w (BM, BN), fp32."""
     b_more = ()
     for i_t in tl.static_range(BT):
         b_more = b_more + (b_sums[i_t] + summed(b_w * b_vs[i_t][:, None], RW, BM, BN),)

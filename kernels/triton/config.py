@@ -1,28 +1,34 @@
-"""How the masked product is launched: a config, the few worth trying, and the one to take without trying."""
+"""Launch configs of the masked GEMV: the default by rule, and the few that autotuning measures (autotune.py)."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from rana_fx.errors import InvalidOption
+from rana_fx.formats import FLOATING, INT4, INT8
 
+READ = (FLOATING, INT8, INT4)  # storage formats that kernels read; others are dequantized by the reference
 MAX_TOKENS = 16
-# on a CPU: beyond, masks of several tokens cover most rows and a matrix product is faster
+# on a CPU: for more, masks of several tokens cover most rows and a matmul is faster
 CPU_TOKENS = 8
 TOKENS_AT_ONCE = 4
 H200_SM_COUNT = 132
-MOST_PARTS = 3  # products in one launch: as many pointers as its kernel takes
+# blocks of outputs of one launch in a compiled graph, at most: as many counters as the graph's launches share
+COUNTERS = 4096
+# ranks that a slice takes in turn
+GROUP = 16
+MOST_PARTS = 3  # GEMVs in one launch: as many pointers as its kernel takes
 # what one warp reads of a row with 16 bytes per thread
 WARP_BYTES = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Choices of one launch of the masked product.
+    """Choices of one launch of the masked GEMV.
 
     splits: programs that share one block of outputs, each with its own ranks. block_n: outputs of a program. block_m: rows in
-    flight per stage. stages: 1 holds rows in registers, more prefetch them to shared memory. group: ranks a slice takes in
-    turn. early: ranks of a slice that are read before their mask is known.
+    flight per stage. stages: 1 holds rows in registers, more prefetch them to shared memory. early: ranks of a slice that are
+    read before their mask is known.
     """
 
     splits: int
@@ -30,11 +36,10 @@ class Config:
     block_m: int = 4
     warps: int = 2
     stages: int = 4
-    group: int = 16
     early: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_n", "block_m", "warps", "group"):
+        for name in ("block_n", "block_m", "warps"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise InvalidOption(name=name, got=value, expected="a power of two")
@@ -45,8 +50,8 @@ class Config:
                 raise InvalidOption(name=name, got=getattr(self, name), expected="a positive number")
 
     def slice_ranks(self, ranks: int) -> int:
-        """Ranks of one slice, at most: whole groups, taken in turn."""
-        return cdiv(cdiv(ranks, self.group), self.splits) * self.group
+        """Ranks of one slice, at most: whole groups of GROUP, taken in turn."""
+        return cdiv(cdiv(ranks, GROUP), self.splits) * GROUP
 
 
 def cdiv(a: int, b: int) -> int:
@@ -65,9 +70,9 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
     to six warps. Wide results take blocks of 1024 (4096 x 22016) or 512 outputs (4096 x 12288), narrow ones 256 or 128 with one
     warp (11008 x 4096, 4096 x 4096), whose programs do not wait for each other inside; rows of 8 bits are half as long, so wide
     blocks have half the warps. One slice, so that nothing is handed over, takes half as long again: programs are then few and
-    uneven. Reading 16 rows early pays where a slice keeps more than a few of them and has few outputs.
+    uneven. Reading 16 rows early is faster where a slice keeps more than a few of them and has few outputs.
 
-    4 bits, whose numbers take more time to make than to read: 128 outputs, a block of 32 rows in the registers of four warps.
+    4 bits, which take more time to dequantize than to read: 128 outputs, a block of 32 rows in the registers of four warps.
     """
     if bits >= 16:
         # several tokens hold as many sums in registers
@@ -90,7 +95,7 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
 
 
 def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> list[Config]:
-    """At most 16 that are worth trying, the default first."""
+    """At most 16 to measure, the default first."""
     base = default_config(K, N, T, density, sm_count, bits=bits)
 
     def with_programs(block_n: int, warps: int, per_sm: float) -> Config:
@@ -115,7 +120,7 @@ def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H2
 
 def _splits(K: int, N: int, block_n: int, programs: int, *, most: int) -> int:
     """Slices of whole groups of ranks, none empty and none below two groups, that make about so many programs."""
-    groups = cdiv(K, 16)
+    groups = cdiv(K, GROUP)
     wanted = min(max(programs // cdiv(N, block_n), 1), cdiv(groups, 2), most)
     return cdiv(groups, cdiv(groups, wanted))
 

@@ -1,14 +1,14 @@
 """y_TN = c_N + sum over k with v_Tk^2 >= tau_k of v_Tk * w_kN, reading only the rows of w that some token keeps.
 
-One launch: program (i_n, i_s) lists the active ranks of its slice (gather.py) and adds their rows, BN outputs wide and BM rows at
-a time, in fp32. The S partials (S, T, N) are added by the last program to arrive (finish.py), which also adds the bias and
-the residual, and may apply act(gate) * up. No float atomics, nothing to zero, the same bits in every run.
+One launch: program (i_n, i_s) lists the active ranks of its slice (compaction.py) and adds their rows, BN outputs wide and BM
+rows at a time, in fp32. The S partials (S, T, N) are added by the last program to arrive (splitk.py), which also adds the bias
+and the residual, and may apply act(gate) * up. No float atomics, nothing to zero, the same bits in every run.
 
-EARLY ranks of a slice are read before anything is known of v: the memory would be idle while the list is made.
+EARLY ranks of a slice are read before v is: the memory would be idle while the list is made.
 
-w is (K, N), rank-major: floating here, in 8 or 4 bits in packed.py. Any strides; with unit stride along N rows are read 16 bytes
-at a time. Up to 4 tokens share every row that is read; more are taken 4 at a time, and read what they need again, from L2.
-At independent masks of 50 % four tokens need 94 % of the rows: there dense is the rival (cost.py).
+w is (K, N), rank-major: floating here, in 8 or 4 bits in masked_gemv_packed.py. Any strides; with unit stride along N rows are
+read 16 bytes at a time. Up to 4 tokens share every row that is read; more are taken 4 at a time, and read what they need again,
+from L2. With independent masks of 50 % four tokens need 94 % of the rows: a dense matmul is as fast there (cost.py).
 
 Error: products and sums in fp32, relative RMSE <= 4 * eps(fp32) * sqrt(log2 K + 1) before the result is rounded to v's dtype.
 """
@@ -26,22 +26,22 @@ from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.formats import bits_of, gated_unit, group_of, shape_of
 from rana_fx.kernels.triton.compaction import (
     add_rows,
+    check_token_count,
+    column_offsets,
     constants_of,
-    few_tokens,
     kept_values,
     launch_options,
     list_ranks,
     listed_values,
     load_rows,
-    no_sums,
-    places,
+    loop_bound,
     ranks_of,
     sm_count_of,
-    trips,
+    zero_accumulators,
 )
-from rana_fx.kernels.triton.config import TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
+from rana_fx.kernels.triton.config import GROUP, TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
 from rana_fx.kernels.triton.masked_gemv_packed import masked_gemv_packed_kernel, words
-from rana_fx.kernels.triton.splitk import ACTIVATIONS, counters_for, finish, hand_over, partials_at_once
+from rana_fx.kernels.triton.splitk import ACTIVATION_CODES, counters_for, partials_at_once, reduce_partials, store_sums
 
 
 @triton.jit
@@ -53,11 +53,11 @@ def masked_sums(
     STAGES: tl.constexpr, WHOLE: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Block i_n of a product's columns, slice i_s, for tokens from i_t0 on. i_p: among all blocks of the launch."""
+    """Block i_n of the columns, slice i_s, for tokens from i_t0 on. i_p: the block's index in the launch."""
     LENGTH: tl.constexpr = KB + BM
     v += i_t0.to(tl.int64) * s_vt
     p_list = lists + (i_s * tl.num_programs(0) + i_p).to(tl.int64) * ((1 + BT) * LENGTH)
-    o_c, m_c = places(i_n, half, N, BN, ACT)
+    o_c, m_c = column_offsets(i_n, half, N, BN, ACT)
     p_n = w + o_c * s_wn
     if EARLY > 0:
         o_e = tl.arange(0, EARLY)
@@ -68,23 +68,23 @@ def masked_sums(
     n_active = list_ranks(
         v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, False, PDL
     )
-    b_sums = no_sums(BT, RW, BN)
+    b_sums = zero_accumulators(BT, RW, BN)
     if EARLY > 0:
         b_vs = kept_values(v, b_tau, b_unit, b_k, m_k, T - i_t0, s_vt, s_vk, BT, False)[1]
         b_sums = add_rows(b_sums, b_vs, b_early.to(tl.float32), BT, RW, EARLY, BN)
-    for j in tl.range(0, trips(n_active), BM, num_stages=STAGES):
+    for j in tl.range(0, loop_bound(n_active), BM, num_stages=STAGES):
         o_p = j + tl.arange(0, BM)
         o_k = tl.load(p_list + o_p).to(tl.int64)
         b_w = load_rows(p_n[None, :] + o_k[:, None] * s_wk, m_c, WHOLE)
         b_sums = add_rows(b_sums, listed_values(p_list, o_p, LENGTH, BT), b_w.to(tl.float32), BT, RW, BM, BN)
-    o_n, m_n = places(i_n, half, half if ACT else N, BN // 2 if ACT else BN, 0)
+    o_n, m_n = column_offsets(i_n, half, half if ACT else N, BN // 2 if ACT else BN, 0)
     for i_t in tl.static_range(BT):
-        hand_over(
+        store_sums(
             tl.sum(b_sums[i_t], 0), part, y, bias, residual, i_s, i_t, i_t0, T, o_c, m_c, o_n, m_n,
             s_ps, s_pt, s_yt, s_bias, s_rt, s_rn, S, BN, HAS_BIAS, HAS_RESIDUAL, ACT,
         )  # fmt: skip
     if S > 1:
-        finish(
+        reduce_partials(
             part, y, bias, residual, counters, i_p, i_t0, T, half, o_n, m_n, s_ps, s_pt, s_yt,
             s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
         )  # fmt: skip
@@ -112,17 +112,17 @@ def masked_gemv(
     residual: Tensor | None = None, activation: str | None = None, config: Config | None = None,
     counters: Tensor | None = None, traced: bool = False, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The product in v's dtype, in one launch.
+    """The masked GEMV in v's dtype, in one launch.
 
     Args:
-        v: (..., K) floating, T <= 16 rows in all. tau: (K,). weight, scale: as quantize.py stores them, K rows.
+        v: (..., K) floating, T <= 16 rows in all. tau: (K,). weight, scale: as rana_fx.formats stores them, K rows.
         bias: (N,).
         residual: (..., N) floating, added in fp32, last; not together with an activation.
         activation: "silu", "gelu_tanh", "gelu" or "relu": the result is act(first half) * second half of the N columns, in fp32
             until it is rounded once. N is even then; in 8 and 4 bits a half is whole words and groups.
         config: the default one if None.
         counters: zeros, int32, one for each block of outputs and each 4 tokens, that no other launch uses at the same time; the
-            device's next ones if None (finish.py). A traced launch needs its own.
+            device's next ones if None (splitk.py). A traced launch needs its own.
         traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
         pdl: start before the previous kernel of the stream is done (programmatic dependent launch, compute capability 9.0):
             thresholds, scales and early rows are then read before it ends, so no kernel just before may have written them.
@@ -140,12 +140,12 @@ def masked_gemv(
     if residual is not None and (tuple(residual.shape) != wanted or activation is not None):
         todo = "One number per token and output, and no activation."
         raise BadOperand(name="residual", got=str(tuple(residual.shape)), expected=f"{wanted}", todo=todo)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
+    if activation is not None and activation not in ACTIVATION_CODES:
+        raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATION_CODES))
     if traced and counters is None:
         # a tensor that is made while a graph is traced does not outlive the tracing
         raise BadOperand(name="counters", got="None", expected="int32 zeros", todo="Make them before tracing.")
-    act = ACTIVATIONS[activation] if activation else 0
+    act = ACTIVATION_CODES[activation] if activation else 0
     unit = gated_unit(weight, scale)
     if act and columns % unit:
         raise BadOperand(
@@ -169,7 +169,7 @@ def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tupl
         raise BadOperand(name="v", got=got, expected=f"floating, (..., {ranks})", todo="Its last size is weight's first.")
     if tuple(tau.shape) != (ranks,):
         raise BadOperand(name="tau", got=str(tuple(tau.shape)), expected=f"({ranks},)", todo="One threshold per rank.")
-    tokens = few_tokens("v", v)
+    tokens = check_token_count("v", v)
     return tokens, columns
 
 
@@ -213,11 +213,11 @@ def _launch(
 
 
 def meta_of(config: Config, tokens: int, ranks: int, block_n: int, bits: int) -> dict[str, int]:
-    """What a launch is compiled for, as far as a config and sizes say it."""
+    """The constants a launch is compiled for that follow from its config and sizes."""
     groups, slice_size = cdiv(tokens, TOKENS_AT_ONCE), config.slice_ranks(ranks)
     row_warps = row_warps_of(config.warps, block_n, bits)
     return dict(
-        S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=config.group,
+        S=config.splits, KS=slice_size, KB=triton.next_power_of_2(slice_size), GROUP=GROUP,
         EARLY=config.early and max(config.early, row_warps), BT=cdiv(tokens, groups), TG=groups,
         BM=max(config.block_m, row_warps), BN=block_n, RW=row_warps, SR=partials_at_once(config.warps, block_n),
         STAGES=config.stages, num_warps=config.warps,
@@ -225,5 +225,5 @@ def meta_of(config: Config, tokens: int, ranks: int, block_n: int, bits: int) ->
 
 
 def lists_for(v: Tensor, grid: tuple[int, int], meta: dict[str, int]) -> Tensor:
-    """Memory for the lists of a launch's programs (gather.py)."""
+    """Memory for the lists of a launch's programs (compaction.py)."""
     return torch.empty(grid[0] * grid[1] * (1 + meta["BT"]) * (meta["KB"] + meta["BM"]), dtype=torch.int32, device=v.device)

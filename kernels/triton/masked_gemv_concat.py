@@ -1,7 +1,7 @@
-"""Several masked products of one v, each with its own thresholds and weight, in one launch: y = [y_0, y_1, ...].
+"""Several masked GEMVs of one v, each with its own thresholds and weight, in one launch: y = [y_0, y_1, ...].
 
-q, k and v under masks of their own read one tensor. Apart they are three launches, each too small to fill the GPU. Here blocks of
-outputs of all parts share a grid; a program takes the pointers of its part and goes on as in masked_gemv.py.
+q, k and v under masks of their own read one tensor. As three launches, each is too small to fill the GPU. Here blocks of outputs
+of all parts share a grid; a program selects the pointers of its part and continues as in masked_gemv.py.
 
 Weights are floating, rank-major with unit stride, of one dtype; up to three.   Error: as masked_gemv.py.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.triton.compaction import few_tokens, launch_options, sm_count_of
+from rana_fx.kernels.triton.compaction import check_token_count, launch_options, sm_count_of
 from rana_fx.kernels.triton.config import MOST_PARTS, TOKENS_AT_ONCE, Config, cdiv, default_config
 from rana_fx.kernels.triton.masked_gemv import lists_for, masked_sums, meta_of
 from rana_fx.kernels.triton.splitk import counters_for
@@ -83,7 +83,7 @@ def masked_gemv_parts(
     lists = lists_for(v, grid, meta)
 
     def three(values: Sequence[Any]) -> list[Any]:
-        # a part that is not there has no block
+        # a part beyond the last has no block
         return [*values, *[values[-1]] * (MOST_PARTS - len(values))]
 
     kernel = torch.library.wrap_triton(masked_parts_kernel) if traced else masked_parts_kernel
@@ -117,4 +117,4 @@ def _check(v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases:
         if biases and (bias is None or tuple(bias.shape) != (weight.shape[1],) or not bias.is_contiguous()):
             got = "None" if bias is None else str(tuple(bias.shape))
             raise BadOperand(name=f"biases[{index}]", got=got, expected=f"({weight.shape[1]},)", todo="One number per output.")
-    return few_tokens("v", v)
+    return check_token_count("v", v)

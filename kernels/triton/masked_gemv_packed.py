@@ -1,11 +1,11 @@
-"""The masked product over rows stored in 8 bits (a scale per row) or 4 (a scale per row and group of columns).
+"""The masked GEMV over rows stored in 8 bits (a scale per row) or 4 (a scale per row and group of columns).
 
 As masked_gemv.py, with tiles of (BM rows, words, PER numbers of a word). Words are int32 where the rows allow it, so that a
 thread reads 16 bytes at a time, else bytes; N counts words. In 8 bits a row's scale is already in the listed values.
 
 At full bandwidth an H200 has about 7 instructions per 8-bit and 3.5 per 4-bit weight, and its integer conversions run at an
-eighth of the rate of the rest. So a number is made where it stands: AND and OR put it into the mantissa of 2^23, a subtraction
-leaves it times a power of two, a multiply-add takes it; the power is divided out once, at the end, exactly.
+eighth of the rate of the rest. So a number is dequantized in place: AND and OR put it into the mantissa of 2^23, a subtraction
+leaves it times a power of two, a multiply-add uses it; the power is divided out once, at the end, exactly.
 
 Error: as masked_gemv.py against the unpacked weight.
 """
@@ -18,26 +18,26 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from rana_fx.kernels.triton.compaction import (
+    column_offsets,
     constants_of,
     kept_values,
     list_ranks,
     listed_values,
     load_rows,
-    no_sums,
-    places,
+    loop_bound,
     ranks_of,
     summed,
-    trips,
+    zero_accumulators,
 )
-from rana_fx.kernels.triton.splitk import finish, hand_over
+from rana_fx.kernels.triton.splitk import reduce_partials, store_sums
 
 
 @triton.jit
-def numbers(b_word, zero, BITS: tl.constexpr, PER: tl.constexpr):
-    """(A, B) words -> (A, B, PER) fp32: what is stored, times 2^shift of its place (``units`` undoes it).
+def dequantize(b_word, zero, BITS: tl.constexpr, PER: tl.constexpr):
+    """(A, B) words -> (A, B, PER) fp32: the numbers stored, each times 2^shift of its position (``units`` undoes it).
 
-    zero: an integer 0 that the compiler does not know for one. It would else move the sign flip of a word to each of its bytes,
-    and take AND and OR with two constants for two instructions, where one has room for a constant and a register.
+    zero: an integer 0 that the compiler cannot recognise. It would otherwise move the sign flip of a word to each of its bytes,
+    and make AND and OR with two constants two instructions, where one has room for a constant and a register.
     """
     # reshape keeps the layout of the load, [..., None] would move it to one of its own and the sums after it: shifts that are no
     # longer constants, and 482 instead of 325 instructions for 64 4-bit weights (Triton 3.6, sm_90)
@@ -75,7 +75,7 @@ def add_packed_rows(
     b_sums, b_vs, b_w, b_scale, BT: tl.constexpr, BITS: tl.constexpr, RW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """As gather.add_rows, for ``numbers`` (BM, words, PER), in 4 bits with scales (BM, chunks)."""
+    """As compaction.add_rows, for what ``dequantize`` returns (BM, words, PER), in 4 bits with scales (BM, chunks)."""
     b_more = ()
     for i_t in tl.static_range(BT):
         if BITS == 4:
@@ -105,9 +105,9 @@ def masked_gemv_packed_kernel(
     v += i_t0.to(tl.int64) * s_vt
     p_list = lists + (i_s * tl.num_programs(0) + i_p).to(tl.int64) * ((1 + BT) * LENGTH)
     # half counts words, too
-    o_w, m_w = places(i_n, half, N, BW, ACT)
+    o_w, m_w = column_offsets(i_n, half, N, BW, ACT)
     p_n = w + o_w * s_wn
-    o_chunk, m_chunk = places(i_n, half * PER // CHUNK, tl.cdiv(N * PER, CHUNK), BN // CHUNK, ACT)
+    o_chunk, m_chunk = column_offsets(i_n, half * PER // CHUNK, tl.cdiv(N * PER, CHUNK), BN // CHUNK, ACT)
     # a scale for each thread's 16 bytes, though a group has several
     o_g = o_chunk * CHUNK // QG
     if EARLY > 0:
@@ -120,34 +120,34 @@ def masked_gemv_packed_kernel(
     n_active = list_ranks(
         v, tau, scale, p_list, i_s, T - i_t0, K, s_vt, s_vk, s_tau, s_sk, S, KS, KB, GROUP, EARLY, BM, BT, SCALED, PDL
     )
-    b_sums = no_sums(BT, RW, BN)
+    b_sums = zero_accumulators(BT, RW, BN)
     if EARLY > 0:
         b_vs_e = kept_values(v, b_tau, b_unit, b_ke, m_k, T - i_t0, s_vt, s_vk, BT, SCALED)[1]
-        b_sums = add_packed_rows(b_sums, b_vs_e, numbers(b_early, zero, BITS, PER), b_scale_e, BT, BITS, RW, EARLY, BN, CHUNK)
-    for j in tl.range(0, trips(n_active), BM, num_stages=STAGES):
+        b_sums = add_packed_rows(b_sums, b_vs_e, dequantize(b_early, zero, BITS, PER), b_scale_e, BT, BITS, RW, EARLY, BN, CHUNK)
+    for j in tl.range(0, loop_bound(n_active), BM, num_stages=STAGES):
         o_p = j + tl.arange(0, BM)
         b_k = tl.load(p_list + o_p)
         b_w = load_rows(p_n[None, :] + b_k.to(tl.int64)[:, None] * s_wk, m_w, WHOLE)
         b_scale = scales_of(scale, b_k, o_g, m_chunk, s_sk, s_sg, BITS)
         b_vs = listed_values(p_list, o_p, LENGTH, BT)
-        b_sums = add_packed_rows(b_sums, b_vs, numbers(b_w, zero, BITS, PER), b_scale, BT, BITS, RW, BM, BN, CHUNK)
-    o_c, m_c = places(i_n, half * PER, N * PER, BN, ACT)
-    o_n, m_n = places(i_n, half * PER, (half if ACT else N) * PER, BN // 2 if ACT else BN, 0)
+        b_sums = add_packed_rows(b_sums, b_vs, dequantize(b_w, zero, BITS, PER), b_scale, BT, BITS, RW, BM, BN, CHUNK)
+    o_c, m_c = column_offsets(i_n, half * PER, N * PER, BN, ACT)
+    o_n, m_n = column_offsets(i_n, half * PER, (half if ACT else N) * PER, BN // 2 if ACT else BN, 0)
     for i_t in tl.static_range(BT):
         b_y = tl.reshape(tl.reshape(tl.sum(b_sums[i_t], 0), (BW, PER)) * units(BITS, PER)[None, :], (BN,))
-        hand_over(
+        store_sums(
             b_y, part, y, bias, residual, i_s, i_t, i_t0, T, o_c, m_c, o_n, m_n,
             s_ps, s_pt, s_yt, s_bias, s_rt, s_rn, S, BN, HAS_BIAS, HAS_RESIDUAL, ACT,
         )  # fmt: skip
     if S > 1:
-        finish(
+        reduce_partials(
             part, y, bias, residual, counters, i_p, i_t0, T, half * PER, o_n, m_n, s_ps, s_pt, s_yt,
             s_bias, s_rt, s_rn, S, SR, BT, HAS_BIAS, HAS_RESIDUAL, ACT,
         )  # fmt: skip
 
 
 def words(weight: Tensor) -> tuple[Tensor, int]:
-    """A packed weight by the widest words its rows allow, and the numbers in one."""
+    """A packed weight as a tensor of the widest words its rows allow, and how many numbers a word holds."""
     bits = 4 if weight.dtype == torch.uint8 else 8
     whole = weight.shape[1] % 4 == 0 and weight.stride(1) == 1 and weight.stride(0) % 4 == 0
     if whole and weight.storage_offset() % 4 == 0:

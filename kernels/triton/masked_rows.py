@@ -18,15 +18,23 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.triton.compaction import few_tokens, launch_options, no_sums, sm_count_of, trips, wait_for_previous
+from rana_fx.formats import is_plain
+from rana_fx.kernels.triton.compaction import (
+    check_token_count,
+    launch_options,
+    loop_bound,
+    sm_count_of,
+    wait_for_previous,
+    zero_accumulators,
+)
 from rana_fx.kernels.triton.config import H200_SM_COUNT, TOKENS_AT_ONCE, cdiv
 from rana_fx.kernels.triton.router import RouterConfig, add_products
 from rana_fx.kernels.triton.router import default_config as router_config
 
 
 def default_config(N: int, K: int, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> RouterConfig:
-    """The router's for several tokens, so with half of its rows for one: those that are dropped leave as much of the GPU's loads
-    in flight unused, which more programs on a multiprocessor make up for. Not from a sweep.
+    """The router's for several tokens, so half of its rows for one token: dropped rows leave as many of the GPU's loads in flight
+    unused, which more programs on a multiprocessor compensate. Not from a sweep.
     """
     return router_config(N, K, TOKENS_AT_ONCE, sm_count, bits=bits)
 
@@ -40,7 +48,7 @@ def masked_rows_kernel(
     i_b, i_t0 = tl.program_id(0), tl.program_id(1) * BT
     o_n = (i_b * BR + tl.arange(0, BR)).to(tl.int64)
     m_n = o_n < N
-    # which rows are needed is what the previous kernel wrote: there is nothing to read before it is done
+    # the previous kernel wrote which rows are needed: there is nothing to read before it is done
     wait_for_previous(PDL)
     m_any = o_n < 0
     b_as = ()
@@ -49,11 +57,11 @@ def masked_rows_kernel(
         b_a = tl.load(p_a, mask=m_n & (o_n * 0 + i_t0 + i_t < T), other=0.0).to(tl.float32)
         b_as = b_as + (b_a,)
         m_any = m_any | (b_a != 0)
-    # a row that is not there is not kept; its address is the last one's
+    # a row beyond the last is not kept; its address is that of the last
     p_w = w + tl.minimum(o_n, N - 1)[:, None] * s_wr
     stop = tl.max(m_any.to(tl.int32), 0) * K
-    b_sums = no_sums(BT, BR, BK // 8)
-    for k in tl.range(0, trips(stop), BK, num_stages=STAGES):
+    b_sums = zero_accumulators(BT, BR, BK // 8)
+    for k in tl.range(0, loop_bound(stop), BK, num_stages=STAGES):
         o_k = (k + tl.arange(0, BK)).to(tl.int64)
         m_w = m_any[:, None] & (o_k < K)[None, :]
         b_w = tl.load(p_w + o_k[None, :] * s_wc, mask=m_w, other=0, eviction_policy="evict_first")
@@ -75,7 +83,7 @@ def masked_rows(
     x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     config: RouterConfig | None = None, traced: bool = False, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The product in a's shape and x's dtype, in one launch.
+    """The kept rows' products in a's shape and x's dtype, in one launch.
 
     Args:
         x: (..., K) floating, T <= 16 rows in all. a: (..., N), as many rows. weight: (N, K) floating, any strides; rows that are
@@ -88,14 +96,14 @@ def masked_rows(
     Raises:
         BadOperand.
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
+    if weight.dim() != 2 or not is_plain(weight):
         got = f"{tuple(weight.shape)} {weight.dtype}"
         raise BadOperand(name="weight", got=got, expected="floating, (N, K)", todo="Unpack it first.")
     columns, width = weight.shape
     if x.dim() < 1 or x.shape[-1] != width or not x.is_floating_point():
         got = f"{tuple(x.shape)} {x.dtype}"
         raise BadOperand(name="x", got=got, expected=f"floating, (..., {width})", todo="Its last size is weight's last.")
-    tokens = few_tokens("x", x)
+    tokens = check_token_count("x", x)
     if a.dim() < 1 or a.shape[-1] != columns or a.numel() != tokens * columns or not a.is_floating_point():
         got, expected = f"{tuple(a.shape)} {a.dtype}", f"floating, (..., {columns}), of {tokens} tokens"
         raise BadOperand(name="a", got=got, expected=expected, todo="One value per token and row of weight.")

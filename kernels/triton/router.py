@@ -1,10 +1,11 @@
-"""z_TR = x_TD @ w_RD^T for a few tokens; on request with the root-mean-square norm of x in front of it.
+"""z_TR = x_TD @ w_RD^T for a few tokens; optionally with the root-mean-square norm of x in front.
 
 Program i_b takes BR rows and all of D, in fp32: no split, so nothing to add up afterwards. R / BR programs fill the GPU down to
-BR = 1 wherever a router is worth a kernel (R >= 264).
+BR = 1 for every router of two rows per multiprocessor or more (R >= 264).
 
-w is floating, int8 with a scale per row, or 4 bits with a scale per row and group of columns, made numbers as in packed.py. Up
-to 4 tokens share every row that is read; more are taken 4 at a time, from L2.   Error: as masked_gemv.py, over D.
+w is floating, int8 with a scale per row, or 4 bits with a scale per row and group of columns, dequantized as in
+masked_gemv_packed.py. Up to 4 tokens share every row that is read; more are taken 4 at a time, from L2.
+Error: as masked_gemv.py, over D.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ import triton
 import triton.language as tl
 from rana_fx.errors import BadOperand
 from rana_fx.formats import bits_of, group_of, shape_of
-from rana_fx.kernels.triton.compaction import few_tokens, launch_options, no_sums, sm_count_of, trips, wait_for_previous
+from rana_fx.kernels.triton.compaction import (
+    check_token_count,
+    launch_options,
+    loop_bound,
+    sm_count_of,
+    wait_for_previous,
+    zero_accumulators,
+)
 from rana_fx.kernels.triton.config import H200_SM_COUNT, TOKENS_AT_ONCE, WARP_BYTES, cdiv
-from rana_fx.kernels.triton.masked_gemv_packed import numbers, scales_of, units, words
+from rana_fx.kernels.triton.masked_gemv_packed import dequantize, scales_of, units, words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +95,12 @@ def add_products(
     BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BITS: tl.constexpr, QG: tl.constexpr, PER: tl.constexpr,
     NORM: tl.constexpr, HAS_GAIN: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Each token's sums plus its products with what ``read_rows`` gave; with NORM, x times its gain, and the sums of x^2."""
-    # eight products, which are one thread's, are added up before they meet the running sums
+    """Each token's accumulators plus products with rows of ``read_rows``; with NORM of x times its gain, and sums of x^2."""
+    # the eight products of one thread are added up before they meet the accumulators
     CHUNKS: tl.constexpr = BD * PER // 8
     NG: tl.constexpr = BD * PER // QG
     if BITS < 16:
-        b_wide = numbers(b_w, zero, BITS, PER)
+        b_wide = dequantize(b_w, zero, BITS, PER)
     else:
         b_wide = tl.reshape(b_w.to(tl.float32), (BR, BD, 1))
     o_x = (d * PER + tl.arange(0, BD * PER)).to(tl.int64)
@@ -138,15 +146,15 @@ def router_kernel(
     for i_d in tl.static_range(AHEAD):
         b_ahead = b_ahead + (read_rows(w, scale, o_row, i_d * BD, D, s_wr, s_wd, s_sk, s_sg, BD, BITS, QG, PER),)
     wait_for_previous(PDL)
-    b_sums = no_sums(BT, BR, BD * PER // 8)
-    b_squares = no_sums(BT, 1, BD * PER // 8)
+    b_sums = zero_accumulators(BT, BR, BD * PER // 8)
+    b_squares = zero_accumulators(BT, 1, BD * PER // 8)
     for i_d in tl.static_range(AHEAD):
         b_sums, b_squares = add_products(
             b_sums, b_squares, b_ahead[i_d][0], b_ahead[i_d][1], x, gain, i_t0, i_d * BD, T, D, R >> 31,
             s_xt, s_xd, s_gain, BT, BR, BD, BITS, QG, PER, NORM, HAS_GAIN, OFFSET,
         )  # fmt: skip
     if MORE:
-        for d in tl.range(AHEAD * BD, trips(D), BD, num_stages=STAGES):
+        for d in tl.range(AHEAD * BD, loop_bound(D), BD, num_stages=STAGES):
             b_w, b_scale = read_rows(w, scale, o_row, d, D, s_wr, s_wd, s_sk, s_sg, BD, BITS, QG, PER)
             b_sums, b_squares = add_products(
                 b_sums, b_squares, b_w, b_scale, x, gain, i_t0, d, T, D, R >> 31,
@@ -155,7 +163,7 @@ def router_kernel(
     for i_t in tl.static_range(BT):
         b_z = tl.sum(b_sums[i_t], 1)
         if NORM:
-            # the product is linear: what each token's norm divides by is divided out at the end
+            # a matmul is linear: each token is divided by its norm at the end
             b_z *= tl.rsqrt(tl.sum(b_squares[i_t]) / (D * PER) + EPS)
         if BITS == 8:
             b_z *= tl.load(scale + o_row.to(tl.int64) * s_sk).to(tl.float32)
@@ -170,7 +178,7 @@ def router(
     """z, (..., R) in x's dtype.
 
     Args:
-        x: (..., D) floating with T <= 16 rows. weight, scale: (R, D) as quantize.py stores it. config: the default one if None.
+        x: (..., D) floating with T <= 16 rows. weight, scale: (R, D) as rana_fx.formats stores it. config: the default if None.
         eps: where given, x is normalised first, x / sqrt(mean x^2 + EPS) * (gain + offset), in fp32 and without being rounded.
         gain: (D,), with ``eps``; None for ones.
         traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
@@ -186,7 +194,7 @@ def router(
         raise BadOperand(name="x", got=got, expected=f"floating, (..., {columns})", todo="Its last size is weight's last.")
     if gain is not None and (tuple(gain.shape) != (columns,) or eps is None):
         raise BadOperand(name="gain", got=str(tuple(gain.shape)), expected=f"({columns},)", todo="One per input, and an eps.")
-    tokens = few_tokens("x", x)
+    tokens = check_token_count("x", x)
     bits = bits_of(weight)
     if config is None:
         sm_count = sm_count_of(x)

@@ -1,16 +1,17 @@
-"""Who adds the partials up: the last program to arrive, in the same launch. With one slice there are none, nor a counter.
+"""Split-K reduction in the same launch: the last program of a block to arrive adds the partials up (a semaphore per block).
 
-Each program writes its fp32 partial, then adds one to its block's counter (an integer, acquire and release, GPU scope). The one
-that finds all others counted adds the S partials in the order of slices, then bias, activation and residual, and sets the counter
-back to zero. So nothing is zeroed per launch, nothing depends on who came last, and every run gives the same bits.
+Each program writes its fp32 partial, then adds one to its block's counter (an integer, acquire and release, GPU scope). The
+program that finds all others counted adds the S partials in the order of slices, then bias, activation and residual, and sets the
+counter back to zero. So nothing is zeroed per launch, the result does not depend on which program is last, and every run gives
+the same bits. With one slice there are neither partials nor counters.
 
-Counters are zeros that outlive launches, and launches that share some must not overlap. ``counters_for`` deals them out from a
-ring per device, made once and never freed, since captured graphs hold addresses. So launches that do overlap, on two streams or
-in two graphs, meet only if the ring went round between them, after some thousand launches. Whoever cannot rule that out gives
-launches counters of their own.
+Counters are zeros that outlive launches, and launches that share some must not overlap. ``counters_for`` takes them from a ring
+buffer per device, made once and never freed, since captured graphs hold addresses. Launches that overlap, on two streams or in
+two graphs, share counters only if the ring went round between them, after some thousand launches. Where that can happen, launches
+need counters of their own.
 
-    ACT      0 none; else y_n = act(first_n) * second_n over the two halves of N columns: 1 silu, 2 tanh-GELU, 3 ReLU, 4 GELU.
-             A block then is the same places of both halves, so its last program has all it needs.
+    ACT      0 none; else y_n = act(first_n) * second_n over the two halves of N columns, by ACTIVATION_CODES.
+             A block is then the same columns of both halves, so that its last program has all operands.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from rana_fx.kernels.reference import ACTIVATIONS
 
-ACTIVATIONS = {"silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4}
+# what ``activated`` is compiled for: 1 silu, 2 tanh-GELU, 3 ReLU, 4 GELU
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS, 1)}
 RING = 1 << 16
-# whole lines of L2, so that launches at the same time do not wait for each other's
+# whole lines of L2, so that launches at the same time do not contend for one
 STEP = 32
 _rings: dict[torch.device, Tensor] = {}
 _next: dict[torch.device, int] = {}
 
 
 def counters_for(device: torch.device, blocks: int) -> Tensor:
-    """(blocks,) int32 zeros, which every launch leaves zero: the device's next ones."""
+    """(blocks,) int32 zeros from the device's ring buffer; a launch leaves its counters zero."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if blocks > RING:
@@ -50,7 +53,7 @@ def counters_for(device: torch.device, blocks: int) -> Tensor:
 
 
 def partials_at_once(warps: int, block_n: int) -> int:
-    """SR: partials that are added in one step, in 128 registers a thread: each step waits for L2 once."""
+    """SR: partials added in one step, in 128 registers a thread. Each step waits for L2 once."""
     return min(max(128 * 32 * warps // block_n, 1), 32)
 
 
@@ -106,11 +109,11 @@ def write(y, b_y, residual, o_t, o_n, m_y, s_rt, s_rn, s_yt, HAS_RESIDUAL: tl.co
 
 
 @triton.jit
-def hand_over(
+def store_sums(
     b_y, part, y, bias, residual, i_s, i_t, i_t0, T, o_c, m_c, o_n, m_n, s_ps, s_pt, s_yt, s_bias, s_rt, s_rn,
     S: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """A program's sums of columns o_c for token i_t0 + i_t: its partial or, where it has no partner, the result's columns o_n."""
+    """Store a program's sums of columns o_c for token i_t0 + i_t: its partial or, with one slice, the result's columns o_n."""
     o_t = (i_t0 + i_t).to(tl.int64)
     m_sum = m_c & (o_c * 0 + o_t < T)
     if S > 1:
@@ -126,7 +129,7 @@ def hand_over(
 
 
 @triton.jit
-def finish(
+def reduce_partials(
     part, y, bias, residual, counters, i_p, i_t0, T, half, o_n, m_n, s_ps, s_pt, s_yt, s_bias, s_rt, s_rn,
     S: tl.constexpr, SR: tl.constexpr, BT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rana_fx.commands import options as o
+from rana_fx.commands.plan_table import show_plan
 from rana_fx.commands.record import data_batches, facts_of, show, write_json
 
 
@@ -27,9 +28,10 @@ def command(
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = None,
+    every_adapter: o.All = False,
     json: o.Json = None,
 ) -> None:
-    """Measure MODEL on a text, decide what every linear layer keeps, and write that plan."""
+    """Calibrate MODEL on a text, decide how much of every linear each token needs, and write that plan."""
     import torch
 
     from rana_fx.adaptation import adapt
@@ -58,14 +60,7 @@ def command(
         "seconds": seconds,
         "plan": plan.to_dict(),
     }
-    show(
-        f"plan for {model}",
-        ("adapter", "kind", "linears", "ranks", "kept", "density", "flops", "bytes", "error"),
-        [
-            (a.name, a.kind, len(a.sites), a.ranks, a.kept, a.density, a.flops / a.dense_flops, a.bytes / a.dense_bytes, a.error)
-            for a in plan.adapters
-        ],
-    )
+    show_plan(f"plan for {model}", plan, every_adapter=every_adapter)
     show(
         "adapted",
         ("", "value"),
@@ -76,7 +71,7 @@ def command(
             ("budget expected, bytes", plan.expected_budget("bytes")),
             ("calibration tokens", plan.tokens),
             ("linears left dense or skipped", len(plan.left)),
-            *(("note", text) for text in plan.remarks()),
+            *(("note", text) for text in plan.notes()),
             ("seconds", seconds),
             ("seed", str(plan.seed)),
             ("digest", plan.digest()[:12]),

@@ -1,4 +1,4 @@
-"""``rana-fx demo``: the embedded model, adapted, compiled and held against its dense self; no network needed."""
+"""``rana-fx demo``: the embedded model, adapted, compiled and compared with the dense one; no network needed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 import typer
 
 from rana_fx.commands import options as o
+from rana_fx.commands.plan_table import show_plan
 from rana_fx.commands.record import facts_of, show, write_json
 
 
 def command(
     budget: o.Budget = 0.58,
     metric: o.Metric = "flops",
-    recipe: o.Recipe = "paper",
+    recipe: o.Recipe = "rana",
     tokens: o.Tokens = 32_000,
     context: o.Context = 512,
     batch_size: o.BatchSize = 8,
@@ -21,10 +22,11 @@ def command(
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = None,
+    every_adapter: o.All = False,
     json: o.Json = None,
 ) -> None:
     """Adapt, compile and try the language model that ships with rana_fx. Takes a few minutes on two CPU cores."""
-    from rana_fx import demo
+    from rana_fx.commands import demo_run
 
     options = {
         "budget": budget,
@@ -35,28 +37,15 @@ def command(
         "batch_size": batch_size,
     }
     facts = facts_of("demo", seed=seed, **options, max_new_tokens=max_new_tokens, dtype=dtype, device=device)
-    facts |= demo.run(
-        budget=budget,
-        metric=metric,
-        recipe=recipe,
-        tokens=tokens,
-        context=context,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        say=typer.echo,
-    )
+    chosen = demo_run.Options(**options, max_new_tokens=max_new_tokens, seed=seed, device=device, dtype=dtype)  # type: ignore[arg-type]
+    made, plan = demo_run.run(chosen, report=typer.echo)
+    facts |= made
     for name in ("dense", "adapted"):
         typer.echo(f"\n{name}: {facts['generation']['prompt']}{facts['generation'][name]['text']}")
     typer.echo()
-    show(
-        f"{facts['model']} on {facts['device']}, {facts['dtype']}",
-        ("", "dense", "adapted", "ratio"),
-        _rows(facts),
-        notes=[facts["note"]],
-    )
+    show_plan("plan", plan, every_adapter=every_adapter)
+    title = f"{facts['model']} on {facts['device']}, {facts['dtype']}"
+    show(title, ("", "dense", "adapted", "ratio"), _rows(facts), notes=[facts["note"], "", demo_run.gain(facts)])
     write_json(json, facts)
 
 

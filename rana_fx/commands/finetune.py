@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rana_fx.commands import options as o
-from rana_fx.commands.memory import explained
+from rana_fx.commands.memory import memory_hints
 from rana_fx.commands.record import data_batches, facts_of, show, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rana_fx.training import Settings, Training
 
 
 def command(
@@ -55,115 +59,148 @@ def command(
     device: o.Device = None,
     json: o.Json = None,
 ) -> None:
-    """Train MODEL as its plan runs it, and write it and its plan anew."""
-    import torch
+    """Train MODEL with its plan applied, and write the trained model and its plan."""
+    from rana_fx.training import Settings
 
-    from rana_fx import attach, detach, load_plan
-    from rana_fx.errors import InvalidOption, TooLittleText, UnknownChoice
-    from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
-    from rana_fx.training import (
-        Settings,
-        best_rate,
-        checkpoint_gradients,
-        lora_config,
-        merge_lora,
-        rethreshold,
-        train,
-        trained_plan,
-    )
-    from rana_fx.training.checkpoint import rate_of
-    from rana_fx.training.methods import METHODS, choose
-    from rana_fx.training.thresholds import SETTLING
-
-    if method not in METHODS:  # before anything is loaded
-        raise UnknownChoice(kind="method", got=method, valid=", ".join(METHODS))
+    given = {name: value for name, value in locals().items() if name in _OPTIONS}
     rate = _rate(lr)
     settings = Settings(
         rate=rate or 1.0, decay=decay, warmup=warmup, weight_decay=weight_decay, clip=clip, accumulate=accumulate,
         distill=distill, autocast=autocast, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every, seed=seed,
     )  # fmt: skip
-    torch.manual_seed(seed)
-    network, tokenizer = load_model(model, dtype=dtype, device=device)
-    old = load_plan(plan)
-    attach(network, old)
-    at_once = context * batch_size
-    steps = tokens // (at_once * accumulate)
-    if not steps:
-        expected = f"at least {at_once * accumulate}, one step of {accumulate} x {batch_size} x {context}"
-        raise InvalidOption(name="--tokens", got=tokens, expected=expected)
-    training, testing = steps * accumulate, -(-held_out // at_once)
-    asked = (training + testing) * at_once
-    batches = data_batches(
-        network, tokenizer, data, column=column, split=split, tokens=asked, context=context, batch_size=batch_size, shuffle=seed
-    )
-    got = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    if got < asked:
-        facts: dict[str, Any] = {"trained": training * at_once, "held_out": testing * at_once, "batch": at_once}
-        raise TooLittleText(source=data, got=got, asked=asked, **facts)
-    batches, rest = _shuffled(batches[:training], seed), batches[training:]
-    dense = evaluate(network, rest)
-    before, _ = evaluate_adapted(network, rest)
-    config = lora_config(rank=rank, alpha=alpha, dropout=dropout, targets=target or None) if method == "lora" else None
-    choose(network, method, config=config, seed=seed)
-    if gradient_checkpointing:
-        checkpoint_gradients(network)
-    rates: dict[float, float] = {}
-    with explained(
-        device=network.device, out=out, batch_size=batch_size, context=context, method=method, distill=distill,
-        checkpointing=gradient_checkpointing,
-    ):  # fmt: skip
-        if rate is None and resume:
-            rate = rate_of(out)
-        elif rate is None:
-            rate, rates = best_rate(network, batches, settings=settings, held_out=rest)
+    _Finetuning(given, settings, rate).run()
+
+
+@dataclass(eq=False)
+class _Finetuning:
+    """One run of the command. ``given``: its arguments and options by name; ``rate``: None to search for one."""
+
+    given: dict[str, Any]
+    settings: Settings
+    rate: float | None
+    rates: dict[float, float] = field(default_factory=dict)  # tried -> held-out loss
+
+    def run(self) -> None:
+        """Raises what loading, training and saving raise."""
+        import torch
+
+        from rana_fx import attach, detach, load_plan
+        from rana_fx.errors import UnknownChoice
+        from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
+        from rana_fx.training import merge_lora, rethreshold, trained_plan
+        from rana_fx.training.methods import METHODS
+        from rana_fx.training.thresholds import SETTLING
+
+        given, out = self.given, self.given["out"]
+        if given["method"] not in METHODS:  # before anything is loaded
+            raise UnknownChoice(kind="method", got=given["method"], valid=", ".join(METHODS))
+        torch.manual_seed(self.settings.seed)
+        network, tokenizer = load_model(given["model"], dtype=given["dtype"], device=given["device"])
+        old = load_plan(given["plan"])
+        attach(network, old)
+        batches, held_out = self._batches(network, tokenizer)
+        dense, (before, _) = evaluate(network, held_out), evaluate_adapted(network, held_out)
+        self._choose(network)
         started = time.perf_counter()
-        done = train(network, batches, settings=replace(settings, rate=rate), held_out=rest, folder=out, resume=resume)
-    seconds = time.perf_counter() - started
-    merge_lora(network)
-    if thresholds:
-        rethreshold(network, batches[: -(-SETTLING // at_once)])
-    new = trained_plan(network)
-    after, measured = evaluate_adapted(network, rest)
-    detach(network)
-    new.save(out / "plan")
-    network.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
-    record = facts_of(
-        "finetune", seed=seed, model=model, plan=plan, data=data, out=out, tokens=tokens, method=method, lr=lr, held_out=held_out,
-        decay=decay, warmup=warmup, weight_decay=weight_decay, clip=clip, accumulate=accumulate, distill=distill, rank=rank,
-        alpha=alpha, dropout=dropout, target=target, thresholds=thresholds, autocast=autocast,
-        gradient_checkpointing=gradient_checkpointing, context=context, batch_size=batch_size, column=column, split=split,
-        dtype=dtype, device=str(network.device), resume=resume,
-    )  # fmt: skip
-    quality = {"dense": dense.mean_loss, "before": before.mean_loss, "after": after.mean_loss}
-    budget = {"asked": new.budget, "metric": new.metric}
-    budget["measured"] = {"flops": measured.budget_flops, "bytes": measured.budget_bytes}
-    record |= {
-        "model": str(out / "model"), "plan": str(out / "plan"), "digest": new.digest(), "trained_from": old.digest(),
-        "rate": rate, "rates": {f"{key:g}": loss for key, loss in rates.items()}, "steps": len(done.losses),
-        "tokens": done.tokens, "held_out_tokens": after.tokens, "loss": quality, "losses": done.losses,
-        "evaluations": done.evaluations, "budget": budget, "seconds": seconds,
-    }  # fmt: skip
-    show(
-        f"fine-tuned {model}",
-        ("", "value"),
-        [
-            ("loss held out, dense", dense.mean_loss),
-            ("loss held out, adapted", before.mean_loss),
-            ("loss held out, fine-tuned", after.mean_loss),
-            ("budget asked", f"{new.budget:g} of the dense {new.metric}"),
-            ("budget measured, flops", measured.budget_flops),
-            ("budget measured, bytes", measured.budget_bytes),
-            *((f"loss of rate {key:g}", loss) for key, loss in rates.items()),
-            ("learning rate", f"{rate:g}"),
-            ("steps", len(done.losses)),
-            ("tokens", done.tokens),
-            ("tokens/s", done.tokens / max(done.seconds, 1e-9)),
-            ("digest", new.digest()[:12]),
-            ("written to", out),
-        ],
-    )
-    write_json(json, record)
+        done = self._train(network, batches, held_out)
+        seconds = time.perf_counter() - started
+        merge_lora(network)
+        if given["thresholds"]:
+            rethreshold(network, batches[: -(-SETTLING // (given["context"] * given["batch_size"]))])
+        new = trained_plan(network)
+        after, measured = evaluate_adapted(network, held_out)
+        detach(network)
+        new.save(out / "plan")
+        network.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+        options = {key: value for key, value in given.items() if key not in _NOT_RECORDED}
+        record = facts_of("finetune", seed=self.settings.seed, **options | {"device": str(network.device)})
+        record |= {
+            "model": str(out / "model"), "plan": str(out / "plan"), "digest": new.digest(), "trained_from": old.digest(),
+            "rate": self.rate, "rates": {f"{key:g}": loss for key, loss in self.rates.items()}, "steps": len(done.losses),
+            "tokens": done.tokens, "held_out_tokens": after.tokens,
+            "loss": {"dense": dense.mean_loss, "before": before.mean_loss, "after": after.mean_loss}, "losses": done.losses,
+            "evaluations": done.evaluations,
+            "budget": {
+                "asked": new.budget, "metric": new.metric,
+                "measured": {"flops": measured.budget_flops, "bytes": measured.budget_bytes},
+            },
+            "seconds": seconds,
+        }  # fmt: skip
+        show(f"fine-tuned {given['model']}", ("", "value"), _rows(record, done.seconds))
+        write_json(given["json"], record)
+
+    def _batches(self, network: Any, tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+        """(to train on, held out). Raises InvalidOption, TooLittleText."""
+        from rana_fx.errors import InvalidOption, TooLittleText
+
+        given, accumulate = self.given, self.settings.accumulate
+        batch = given["context"] * given["batch_size"]
+        steps = given["tokens"] // (batch * accumulate)
+        if not steps:
+            expected = f"at least {batch * accumulate}, one step of {accumulate} x {given['batch_size']} x {given['context']}"
+            raise InvalidOption(name="--tokens", got=given["tokens"], expected=expected)
+        training, testing = steps * accumulate, -(-given["held_out"] // batch)
+        asked = (training + testing) * batch
+        text = {key: given[key] for key in ("column", "split", "context", "batch_size")}
+        batches = data_batches(network, tokenizer, given["data"], tokens=asked, shuffle=self.settings.seed, **text)
+        got = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        if got < asked:
+            facts: dict[str, Any] = {"trained": training * batch, "held_out": testing * batch, "batch": batch}
+            raise TooLittleText(source=given["data"], got=got, asked=asked, **facts)
+        return _shuffled(batches[:training], self.settings.seed), batches[training:]
+
+    def _choose(self, network: Any) -> None:
+        """Decide which Parameters are trained."""
+        from rana_fx.training import checkpoint_gradients, lora_config
+        from rana_fx.training.methods import choose
+
+        given, config = self.given, None
+        if given["method"] == "lora":
+            lora = {key: given[key] for key in ("rank", "alpha", "dropout")}
+            config = lora_config(targets=given["target"] or None, **lora)
+        choose(network, given["method"], config=config, seed=self.settings.seed)
+        if given["gradient_checkpointing"]:
+            checkpoint_gradients(network)
+
+    def _train(self, network: Any, batches: Sequence[dict[str, Tensor]], held_out: Sequence[dict[str, Tensor]]) -> Training:
+        """Raises OutOfMemory, LossNotFinite, CheckpointError; typer.Exit where it was interrupted."""
+        from rana_fx.training import best_rate, train
+        from rana_fx.training.checkpoint import rate_of
+
+        given = self.given
+        limits = {key: given[key] for key in ("out", "batch_size", "context", "method", "distill")}
+        with memory_hints(device=network.device, checkpointing=given["gradient_checkpointing"], **limits):
+            if self.rate is None and given["resume"]:
+                self.rate = rate_of(given["out"])
+            elif self.rate is None:
+                self.rate, self.rates = best_rate(network, batches, settings=self.settings, held_out=held_out)
+            settings = replace(self.settings, rate=self.rate)
+            return train(network, batches, settings=settings, held_out=held_out, folder=given["out"], resume=given["resume"])
+
+
+# arguments and options of the command, in order; what its record holds elsewhere or not at all
+_OPTIONS = tuple(inspect.signature(command).parameters)
+_NOT_RECORDED = ("seed", "json", "evaluate_every", "checkpoint_every")
+
+
+def _rows(record: dict[str, Any], seconds: float) -> list[tuple[str, object]]:
+    loss, budget = record["loss"], record["budget"]
+    return [
+        ("loss held out, dense", loss["dense"]),
+        ("loss held out, adapted", loss["before"]),
+        ("loss held out, fine-tuned", loss["after"]),
+        ("budget asked", f"{budget['asked']:g} of the dense {budget['metric']}"),
+        ("budget measured, flops", budget["measured"]["flops"]),
+        ("budget measured, bytes", budget["measured"]["bytes"]),
+        *((f"loss of rate {key}", value) for key, value in record["rates"].items()),
+        ("learning rate", f"{record['rate']:g}"),
+        ("steps", record["steps"]),
+        ("tokens", record["tokens"]),
+        ("tokens/s", record["tokens"] / max(seconds, 1e-9)),
+        ("digest", record["digest"][:12]),
+        ("written to", Path(record["model"]).parent),
+    ]
 
 
 def _rate(lr: str) -> float | None:

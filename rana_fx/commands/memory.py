@@ -1,4 +1,4 @@
-"""Say which option to lower when training does not fit into memory, and how to go on after an interruption."""
+"""Hints for training that runs out of memory, and for one that was interrupted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 @contextmanager
-def explained(
+def memory_hints(
     *, device: object, out: Path, batch_size: int, context: int, method: str, distill: float, checkpointing: bool
 ) -> Iterator[None]:
     """Around training. Raises OutOfMemory, and typer.Exit where it was interrupted."""

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from rana_fx.recipes import RECIPES
+
 Model = Annotated[str, typer.Argument(help="Local folder or hub name of a causal language model.", metavar="MODEL")]
 Data = Annotated[
     str, typer.Option(help="Text: a .txt, .json(l), .parquet file (.xz, .gz), a folder of them, or a hub name[:config].")
@@ -15,7 +17,7 @@ PlanDir = Annotated[Path | None, typer.Option("--plan", help="Folder that `rana-
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file.")]
 Budget = Annotated[float, typer.Option(help="Expected cost per token of the linear layers, over dense, in (0, 1].")]
 Metric = Annotated[str, typer.Option(help="What the budget counts: flops or bytes.")]
-Recipe = Annotated[str, typer.Option(help="rana, paper, or a baseline: dense, static, cats, teal, wina.")]
+Recipe = Annotated[str, typer.Option(help=f"How the budget is distributed over layers: {', '.join(RECIPES)}.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Use at most so many tokens of the text.")]
 Context = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]
@@ -25,3 +27,4 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: float32 on CPU, the checkpoint's own on GPU.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1. Default: a GPU if there is one.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Generate at most so many tokens.")]
+All = Annotated[bool, typer.Option("--all", help="A line for every adapter instead of the summary by layer and role.")]

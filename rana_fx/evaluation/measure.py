@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rana_fx._backend import rewrite
+from rana_fx.apply import gate_mask
 from rana_fx.calibration.probe import Probe, call_before, probing
 from rana_fx.errors import NoPlan
 from rana_fx.kernels.ops import masked_gemv, masked_rows
 from rana_fx.kernels.reference import kept
 from rana_fx.modules import unwrap
-from rana_fx.passes.rewrite_gated import gate_mask
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import attached
 

@@ -5,7 +5,7 @@
   become
     qkv = linear(x, w_qkv, b_qkv); q, k, v = chunk(qkv, 3); a = scaled_dot_product_attention(q, k, v); out = linear(a, w_o, b_o)
 
-In: a Dynamo graph, changed in place. Out: how many operators were opened. Keys and values of
+In: a Dynamo graph, changed in place. Out: how many operators were opened, and why others were not. Keys and values of
 another tensor get their part of w_qkv. What cannot be opened exactly (returned attention weights, bias_k, dropout)
 stays as it is.
 """
@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.einsums import as_linear
+from rana_fx.graph.graph_pass import Declined, PassResult
 from rana_fx.graph.ops import op_name
+from rana_fx.graph.record import Recorder
 
 _MHA = "multi_head_attention_forward"
 _LAYER = "_transformer_encoder_layer_fwd"
@@ -39,48 +40,65 @@ _LAYER_NAMES = [
 ]  # fmt: skip
 
 
-def unfuse(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]) -> int:
-    """Open every operator that can be opened exactly; returns the count. ``weights``: the graph's Parameters."""
-    opened = 0
+def unfuse(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]) -> PassResult:
+    """Open every operator that can be opened exactly. ``weights``: the graph's Parameters."""
+    opened, declined = 0, []
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function":
             continue
         name = op_name(node)
         if name == "einsum":
             found = as_linear(node, weights)
+            reason = None if found is not None else "it is no linear"
             if found is not None:
                 _splice(node, found[0], found[1], item=False)
-                opened += 1
         elif name.endswith(_MHA):
-            opened += _open_attention(node)
+            reason = _open_attention(node)
         elif name.endswith(_LAYER.strip("_")):
-            opened += _open_layer(node)
+            reason = _open_layer(node)
+        else:
+            continue
+        opened += reason is None
+        if reason is not None:
+            declined.append(Declined(node.name, reason))
     if opened:
         graph_module.graph.lint()
         graph_module.recompile()
-    return opened
+    return PassResult(opened, tuple(declined))
 
 
 def _named(node: fx.Node, names: list[str]) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _open_attention(node: fx.Node) -> bool:
+def _why_closed(node: fx.Node, given: Mapping[str, Any]) -> str | None:
+    """Why a fused attention cannot be opened exactly, or None."""
+    rank, separate = _rank(given["query"]), bool(given.get("use_separate_proj_weight"))
+    reasons = {
+        "its attention weights are read": any(
+            op_name(user) != "getitem" or (user.args[1] == 1 and user.users) for user in node.users
+        ),
+        "it appends to keys or values": given.get("bias_k") is not None or bool(given.get("add_zero_attn")),
+        "its keys or values are given": given.get("static_k") is not None or given.get("static_v") is not None,
+        "it drops attention weights": bool(given.get("training", True)) and given.get("dropout_p", 0) != 0,
+        "its query has neither 2 nor 3 dimensions": rank not in (2, 3),
+        "it has no weight for query, key and value": given["in_proj_weight"] is None and not separate,
+        "it masks keys of an input without a batch": rank == 2 and _dtype_flag(given.get("key_padding_mask")) is not None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _open_attention(node: fx.Node) -> str | None:
+    """Opens it, or returns why not."""
     given = _named(node, _MHA_NAMES)
-    weights_used = any(op_name(user) != "getitem" or (user.args[1] == 1 and user.users) for user in node.users)
-    plain = given.get("bias_k") is None and not given.get("add_zero_attn") and given.get("static_k") is None
-    drops = bool(given.get("training", True)) and given.get("dropout_p", 0) != 0
+    closed = _why_closed(node, given)
+    if closed is not None:
+        return closed
     separate = bool(given.get("use_separate_proj_weight"))
     rank = _rank(given["query"])
     same = given["query"] is given["key"] is given["value"]
-    if weights_used or not plain or drops or rank not in (2, 3) or given.get("static_v") is not None:
-        return False
-    if given["in_proj_weight"] is None and not separate:
-        return False
     mask = _dtype_flag(given.get("attn_mask"))
     padding = _dtype_flag(given.get("key_padding_mask"))
-    if rank == 2 and padding is not None:
-        return False
 
     def build(q: Any, k: Any, v: Any, weights: Any, bias: Any, out_weight: Any, out_bias: Any, attn: Any, keys: Any) -> Any:
         bias_sum = _mask(attn, mask, None if attn is None else _rank(given["attn_mask"]) == 3, q, given["num_heads"])
@@ -107,14 +125,17 @@ def _open_attention(node: fx.Node) -> bool:
         + [given.get("attn_mask"), given.get("key_padding_mask")],
         item=True,
     )
-    return True
+    return None
 
 
-def _open_layer(node: fx.Node) -> bool:
+def _open_layer(node: fx.Node) -> str | None:
+    """Opens it, or returns why not."""
     given = _named(node, _LAYER_NAMES)
     mask, kind = given.get("mask"), given.get("mask_type")
-    if _rank(given["src"]) != 3 or (mask is not None and kind not in (0, 1)):
-        return False
+    if _rank(given["src"]) != 3:
+        return "its input has not 3 dimensions"
+    if mask is not None and kind not in (0, 1):
+        return f"its mask is of type {kind}"
     boolean = _dtype_flag(mask)
 
     def build(x: Any, m: Any, *weights: Any) -> Any:
@@ -144,7 +165,7 @@ def _open_layer(node: fx.Node) -> bool:
         return norm(x + feed(x), "norm2")
 
     _splice(node, build, [given["src"], mask, *(given[k] for k in _LAYER_NAMES[3:7] + _LAYER_NAMES[10:18])], item=False)
-    return True
+    return None
 
 
 def _attend(qkv: Any, wo: Any, bo: Any, heads: int, mask: Any, order: tuple[int, ...], back: tuple[int, ...]) -> Any:
@@ -176,50 +197,13 @@ def _dtype_flag(node: object) -> bool | None:
 
 
 def _splice(node: fx.Node, build: Callable[..., Any], inputs: list[Any], *, item: bool) -> None:
-    """Record ``build`` before ``node`` by running it on proxies, fill in fake values, and take the node's place."""
-    graph = node.graph
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    existing = set(graph.nodes)
-    with graph.inserting_before(node):
-        proxies: Any = fx.node.map_aggregate(inputs, _proxy(tracer))
-        result = build(*proxies).node
-    for fresh in list(graph.nodes):
-        if fresh not in existing:
-            fresh.meta = {key: value for key, value in node.meta.items() if key not in ("example_value", "val")}
-            fresh.meta["example_value"] = fake_run(fresh)
+    """Record ``build`` in the place of ``node``. ``item``: of the tuple that ``node`` yields, in the place of the first."""
+    result = Recorder(node)(build, *inputs)
     if item:
         for user in list(node.users):
             if user.args[1] == 0:
                 user.replace_all_uses_with(result)
-            graph.erase_node(user)
+            node.graph.erase_node(user)
     else:
         node.replace_all_uses_with(result)
-    graph.erase_node(node)
-
-
-def _proxy(tracer: fx.proxy.TracerBase) -> Callable[[Any], Any]:
-    return lambda leaf: fx.Proxy(leaf, tracer) if isinstance(leaf, fx.Node) else leaf
-
-
-def fake_run(node: fx.Node) -> Any:
-    """The fake value of a new node, by running it on the fake values of its inputs."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _fake)
-    values: Any = [value_of(source) for source in node.all_input_nodes]
-    leaves: list[Any] = optree.tree_leaves(values)
-    mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)), None)
-    if mode is None:
-        return None
-    run: Callable[..., Any] = node.target if node.op == "call_function" else _method(str(node.target))  # type: ignore[assignment]
-    with mode:
-        return run(*args, **kwargs)
-
-
-def _fake(node: fx.Node) -> Any:
-    return value_of(node)
-
-
-def _method(name: str) -> Callable[..., Any]:
-    def call(self: Any, *args: Any, **kwargs: Mapping[str, Any]) -> Any:
-        return getattr(self, name)(*args, **kwargs)
-
-    return call
+    node.graph.erase_node(node)

@@ -41,9 +41,11 @@ def guard_weights(nodes: Iterable[fx.Node], *, attachment: bool) -> None:
 
 
 def _value(source: object) -> object:
-    from torch._dynamo.symbolic_convert import InstructionTranslator  # it holds the frame's locals
+    """What a local variable of the frame that is being compiled holds, or None."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
+        # the frame's locals live on the translator of the outermost function
         root = InstructionTranslator.current_tx().output.root_tx
         return root.f_locals.get(getattr(source, "local_name", ""), None)
     except (AttributeError, RuntimeError):

@@ -15,24 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from rana_fx.formats import is_plain
 from rana_fx.graph.dataflow import reads_values, row_source, tensor_inputs, value_of
 from rana_fx.graph.functionalize import Writes, written
 from rana_fx.graph.matmuls import Operands, operands_of
 from rana_fx.graph.operands import Operand, operand
 from rana_fx.graph.ops import CASTS, CLOSED, COPIES, INDEXING, TRANSPOSES, contains_matmul, is_call, is_matmul, op_name
+from rana_fx.skips import Skip as Skip
 
 DEVICES = ("cpu", "cuda", "xpu")  # where Inductor lowers the rewritten graph
-
-
-REMARK = "*"  # before the name of a site that is adapted, or of none: a remark on it, or on the whole plan
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A weight or a group that is left as it is, and why; or a remark (``REMARK``)."""
-
-    site: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +247,7 @@ class _Matcher:
                 count, *matrix = parameter.shape
                 kind = f"3-D weight, as of experts: {count} matrices of {tuple(matrix)} ({op_name(node)})"
                 return Skip(site, f"{kind}; not adapted, not in the budget")
-            if _is_quantised(parameter):
+            if not is_plain(parameter):
                 return Skip(site, f"quantised weight ({parameter.dtype})")
         return None
 
@@ -302,14 +293,10 @@ def _unsupported(node: fx.Node, x: object, weight: nn.Parameter) -> str | None:
         return "its input is not a tensor of the graph"
     if type(weight) is not nn.Parameter:
         return f"quantised or wrapped weight ({type(weight).__name__})"
-    if _is_quantised(weight):
+    if not is_plain(weight):
         return f"quantised weight ({weight.dtype})"
     if weight.device.type not in DEVICES:
         return f"unsupported device {weight.device.type} (supported: {', '.join(DEVICES)})"
     if op_name(node) == "addmm" and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
         return "addmm with alpha or beta other than 1"
     return None
-
-
-def _is_quantised(weight: nn.Parameter) -> bool:
-    return not weight.dtype.is_floating_point or weight.element_size() < 2

@@ -1,7 +1,7 @@
-"""What is done to every Dynamo graph before anything is looked for in it.
+"""``NORMALIZE``: what is done to every Dynamo graph before linears are looked for, so that all stages find the same ones.
 
-In: a graph and its inputs. Out: the same graph, in which regions of gradient checkpointing are open, tensors written in place
-have the name of their last write, and fused operations are taken apart into linears.
+In: a graph and its inputs. Out: the same graph, in which regions of gradient checkpointing are inlined, tensors written in place
+have the name of their last write, and fused operations are linears and what lies between them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,40 @@ from torch import fx
 from rana_fx.graph.checkpoint_regions import open_checkpoints
 from rana_fx.graph.decompose_fused import unfuse
 from rana_fx.graph.functionalize import redirect
+from rana_fx.graph.graph_pass import Declined, Pass, PassResult
 from rana_fx.graph.linears import parameters_of
 
 
+def inline_checkpoint_regions(graph_module: fx.GraphModule, _: Sequence[object]) -> PassResult:
+    """Regions of ``torch.utils.checkpoint`` become part of the graph around them."""
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint
+
+    count = open_checkpoints(graph_module)
+    left = graph_module.graph.find_nodes(op="call_function", target=tag_activation_checkpoint)
+    return PassResult(count, tuple(Declined(node.name, "its results are read as a whole") for node in left))
+
+
+def redirect_reads(graph_module: fx.GraphModule, _: Sequence[object]) -> PassResult:
+    """What reads a tensor after a write into it reads the result of the write."""
+    return PassResult(redirect(graph_module))
+
+
+def decompose_fused(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> PassResult:
+    """Fused attention, encoder layers and einsums become linears and what lies between them."""
+    return unfuse(graph_module, parameters_of(graph_module, example_inputs))
+
+
+# context: the graph's inputs
+NORMALIZE: tuple[Pass[Sequence[object]], ...] = (
+    # first: the other two look at one flat graph
+    inline_checkpoint_regions,
+    # before operations are taken apart: their parts then read what the whole would have read
+    redirect_reads,
+    decompose_fused,
+)
+
+
 def prepare(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> None:
-    """In place. Calibration, trial and rewrite have to find the same linears."""
-    open_checkpoints(graph_module)
-    redirect(graph_module)
-    unfuse(graph_module, parameters_of(graph_module, example_inputs))
+    """All of ``NORMALIZE``, in place, for stages that observe a graph. The compiler runs it by passes/runner.py."""
+    for step in NORMALIZE:
+        step(graph_module, example_inputs)

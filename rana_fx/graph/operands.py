@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rana_fx.formats import is_plain
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.ops import CASTS, MOVEMENT, is_call, op_name
 
@@ -48,7 +49,7 @@ def operand(node: object, weights: Mapping[fx.Node, nn.Parameter]) -> Operand | 
         chain.append(current)
         current = current.args[0]
     parameter = weights[current]
-    if cast and (not parameter.dtype.is_floating_point or parameter.element_size() < 2):
+    if cast and not is_plain(parameter):
         return f"quantised weight ({parameter.dtype})"
     if cast:
         return "its weight is cast in the forward pass"

@@ -1,4 +1,4 @@
-"""Baselines through the same menu and the same budget.
+"""Baselines: simple recipes at the same budget.
 
 dense    nothing is adapted
 static   SVD of the output at a fixed rank, every linear (attention inputs stacked as in the paper's recipe)
@@ -16,8 +16,12 @@ from tqdm.auto import tqdm
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout, MlpBlock
 from rana_fx.graph.linears import Skip
-from rana_fx.recipes.paper.line_search import Choice, importance_profile, neuron_threshold, output_basis, second_moment
+from rana_fx.recipes.basis import RankThreshold, output_basis, second_moment
+from rana_fx.recipes.builders import gated_adapter, neuron_adapter, rank_adapter
+from rana_fx.recipes.importance import importance_profile, neuron_threshold
+from rana_fx.recipes.mlp_rows import hidden_rows
 from rana_fx.recipes.problem import Problem
+from rana_fx.recipes.registry import split_budget
 
 
 def _groups(layout: Layout, names: list[str]) -> set[tuple[str, ...]]:
@@ -43,6 +47,7 @@ class Static:
 
     name = "static"
     needs_holdout = False
+    adapts_every_layer = True
 
     def wants(self, layout: Layout) -> set[tuple[str, ...]]:
         return _groups(layout, [site.name for site in layout.sites.values() if site.counted])
@@ -59,7 +64,7 @@ class Static:
             out, width = weight.shape
             rank = int(problem.budget * out * width / (out + width))
             if rank < 1:
-                # one rank already costs more than the layer may: too narrow to matter in the budget
+                # one rank already exceeds the layer's share: too narrow to matter in the budget
                 problem.skips += [Skip(name, f"{out}x{width} is too narrow for a rank at this budget") for name in names]
                 continue
             if not problem.calibrated(names, min(out, width)):
@@ -69,8 +74,8 @@ class Static:
             basis = output_basis(weight, moment)
             total = torch.einsum("oi,ij,oj->", weight.double(), moment, weight.double())
             kept = torch.einsum("oi,ij,oj->", basis.b_DI[:rank].double(), moment, basis.b_DI[:rank].double())
-            choice = Choice(rank, float(rank), 0.0, float(kept / total) if total > 0 else 1.0)
-            adapters.append(problem.rank_adapter(names, basis, choice, static=True))
+            chosen = RankThreshold(rank, float(rank), 0.0, float(kept / total) if total > 0 else 1.0)
+            adapters.append(rank_adapter(problem, names, basis, chosen, static=True))
         return adapters
 
 
@@ -78,6 +83,7 @@ class Thresholds:
     """Input thresholds on every linear, at one density: ``teal`` by |x|, ``wina`` by |x| times the column's norm."""
 
     needs_holdout = False
+    adapts_every_layer = True
 
     def __init__(self, name: str, *, weighted: bool) -> None:
         self.name = name
@@ -96,7 +102,7 @@ class Thresholds:
             rows = problem.rows(name)
             norms = self._norms(problem, name)
             profile = importance_profile(rows, norms)
-            adapters.append(problem.neuron_adapter(name, neuron_threshold(profile, problem.budget), norms, problem.budget))
+            adapters.append(neuron_adapter(problem, name, neuron_threshold(profile, problem.budget), norms, problem.budget))
         return adapters
 
     def _norms(self, problem: Problem, name: str) -> Tensor:
@@ -121,7 +127,7 @@ class Cats:
             return []
         blocks = [block for block in problem.layout.blocks if problem.calibrated(block.sites, 1)]
         adaptable = tuple(name for block in blocks for name in _masked_sites(block))
-        fraction = problem.fraction(adaptable, why="CATS leaves attention and the gate of every MLP dense")
+        fraction = split_budget(problem, adaptable, why="CATS leaves attention and the gate of every MLP dense").fraction
         problem.skips += [Skip(name, "dense in CATS") for name in problem.counted() if name not in adaptable]
         return [_threshold_block(problem, block, min(1.0, fraction)) for block in blocks]
 
@@ -138,10 +144,11 @@ def _threshold_block(problem: Problem, block: MlpBlock, fraction: float) -> Adap
     down = problem.layout.sites[block.down]
     ones = torch.ones(down.in_features, device=down.weight.device)
     if block.activation is None:
-        hidden = torch.cat([problem.dense_rows(block, chunk) for chunk in rows.split(2048)])
-        return problem.neuron_adapter(block.down, neuron_threshold(importance_profile(hidden, ones), fraction), ones, fraction)
+        hidden = torch.cat([hidden_rows(problem, block, chunk) for chunk in rows.split(2048)])
+        threshold = neuron_threshold(importance_profile(hidden, ones), fraction)
+        return neuron_adapter(problem, block.down, threshold, ones, fraction)
     gate = block.ups[block.gate]
     weight, bias = problem.matrix((gate,)), problem.bias((gate,))
     chunks = [block.activation(torch.nn.functional.linear(chunk.float(), weight, bias)).float() for chunk in rows.split(2048)]
     threshold = neuron_threshold(importance_profile(torch.cat(chunks), ones), fraction)
-    return problem.gated_adapter(block, torch.tensor([threshold], dtype=torch.float32), fraction * down.in_features)
+    return gated_adapter(problem, block, torch.tensor([threshold], dtype=torch.float32), fraction * down.in_features)

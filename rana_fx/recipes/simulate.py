@@ -1,24 +1,28 @@
-"""Try adapters on a model before there is a plan: what they really keep, and how far the model's output moves.
+"""Simulate adapters inside a dense model before there is a plan: what they really keep, and how far the model's output moves.
 
-In: an instrumented model, batches and adapters. Out: an ``Outcome``. Adapters act in place of linears as their definition says,
-in plain PyTorch; each reads what the adapted linears before it produce, so kept ranks are those of the adapted model. A gated
-one has its mask from its gate's output, which comes first.
+In: an instrumented model, batches and adapters. Out: an ``Outcome``. The output of each linear is replaced by what its adapter
+computes (rana_fx/apply.py, which the compiled model is recorded from). Adapted linears read what the adapted linears before
+them produce, so kept ranks are those of the adapted model. A gated adapter has its mask from the output of its gate, which runs
+before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
+from rana_fx.apply import NONZERO, Observer, Target, apply, nonzero_tau, spans
 from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.sensitivity import divergence
-from rana_fx.formats import unpack
+from rana_fx.kernels.reference import kept
+
+_CAST = ("router", "weight", "bias", "shift")  # floating ones have the model's dtype
 
 
 @dataclass(frozen=True)
@@ -33,62 +37,46 @@ class Outcome:
     exact_kept: dict[str, float]
 
 
-class Troupe:
-    """Adapters ready to act in place of the linears they are for."""
+@dataclass
+class _Computed:
+    """What an adapter computed from x so far, by site."""
+
+    x: Tensor
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def is_from(self, x: Tensor) -> bool:
+        return self.x.data_ptr() == x.data_ptr() and self.x.shape == x.shape
+
+
+class AdapterSimulator:
+    """Simulates a set of adapters inside the dense model.
+
+    ``sums``: by adapter and part (as rana_fx.apply names them), how many elements of masks were set, over real tokens;
+    ``tokens``: how many of these each adapter computed.
+    """
 
     def __init__(self, model: InstrumentedModel, layout: Layout, adapters: Sequence[Adapter]) -> None:
         self._model = model
         self._of = {name: adapter for adapter in adapters for name in adapter.sites}
         self._activations = {block.down: block.activation for block in layout.blocks}
         self._gated = {adapter.gate: adapter for adapter in adapters if adapter.gate is not None}
-        self._parts: dict[str, dict[str, Tensor | None]] = {}
-        self._matrices: dict[str, dict[str, tuple[Tensor, Tensor | None]]] = {}  # as stored
-        self._columns: dict[str, tuple[int, int]] = {}
-        self._dtype: dict[str, torch.dtype] = {}
+        self._tensors = {adapter.name: _tensors_of(adapter, layout) for adapter in adapters}
+        self._targets: dict[str, Callable[[torch.dtype], Target]] = {}
         for adapter in adapters:
-            self._prepare(layout, adapter)
-        self._last: dict[str, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[str, list[Tensor]] = {}  # that down has not met yet, first come first
+            columns = spans(adapter, {name: layout.sites[name].out_features for name in adapter.sites})
+            self._targets |= {name: _target_of(layout, name, columns[name]) for name in adapter.sites}
+        self._last: dict[str, _Computed] = {}
+        self._masks: dict[str, list[Tensor]] = {}  # of gates whose down did not run yet, first come first
         self.sums: dict[tuple[str, str], float] = {}
         self.tokens: dict[str, int] = {}
-
-    def _prepare(self, layout: Layout, adapter: Adapter) -> None:
-        sites = [layout.sites[name] for name in adapter.sites]
-        first, start = sites[0].weight, 0
-        self._dtype[adapter.name] = first.dtype
-        for site in sites:
-            self._columns[site.name] = (start, start + site.out_features)
-            start += site.out_features
-        matrices: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for key in ("weight", "router"):
-            matrix = getattr(adapter, key)
-            if matrix is not None:
-                matrices[key] = (matrix.to(first.device), _on(getattr(adapter, f"{key}_scale"), first))
-        if adapter.weight is None:
-            views = [site.view for site in sites]
-            matrices["weight"] = ((views[0] if len(views) == 1 else torch.cat(views)).detach().t(), None)
-        self._matrices[adapter.name] = matrices
-        bias = adapter.bias
-        if bias is None and adapter.weight is None and any(site.bias is not None for site in sites):
-            bias = torch.cat([first.new_zeros(s.out_features) if s.bias is None else s.bias.detach() for s in sites])
-        vectors = {"tau": adapter.tau, "router_tau": adapter.router_tau, "bias": bias, "shift": adapter.shift}
-        if adapter.exact_tau is not None:  # it has one site
-            matrices["exact"] = (sites[0].view.detach(), None)
-            own = sites[0].bias
-            vectors |= {"exact_tau": adapter.exact_tau, "exact_bias": None if own is None else own.detach()}
-        self._parts[adapter.name] = {key: _on(value, first) for key, value in vectors.items()}
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """For ``InstrumentedModel.run``."""
         adapter = self._of.get(name)
         if adapter is not None:
-            held = self._last.get(adapter.name)
-            if held is None or held[0].data_ptr() != x.data_ptr() or held[0].shape != x.shape:
-                held = self._last[adapter.name] = (x, self._act(adapter, x))
-            start, stop = self._columns[name]
-            y = held[1][..., start:stop].reshape(y.shape).to(y.dtype)
+            y = self._output(adapter, name, x, y.dtype).reshape(y.shape).to(y.dtype)
         if name in self._gated:
-            self._gate(self._gated[name], y)
+            self._mask(self._gated[name], y)
         return y
 
     def forget(self) -> None:
@@ -96,73 +84,77 @@ class Troupe:
         self._last.clear()
         self._masks.clear()
 
-    def _gate(self, adapter: Adapter, y: Tensor) -> None:
-        activation, tau = self._activations[adapter.name], self._parts[adapter.name]["tau"]
-        assert activation is not None and tau is not None
-        kept = activation(y.reshape(-1, y.shape[-1])).float().square() >= tau
-        self._masks.setdefault(adapter.name, []).append(kept)
-
-    def _act(self, adapter: Adapter, x: Tensor) -> Tensor:
-        parts, matrices = self._parts[adapter.name], self._matrices[adapter.name]
-        tau, dtype = parts["tau"], self._dtype[adapter.name]
-        assert tau is not None
-        given = v = x.to(dtype)
-        self.tokens[adapter.name] = self.tokens.get(adapter.name, 0) + len(self._model.real(v))
-        if "router" in matrices:
-            # what is stored in few bits is unpacked here and dropped: all of a model at once would be a second model
-            router = unpack(*matrices["router"], dtype)
-            if parts["router_tau"] is not None:
-                v = self._masked(adapter.name, "router_kept", v, parts["router_tau"])
-                router = router.t()
-            v = v @ router.t()
-        if parts["shift"] is not None:
-            v = v - parts["shift"]
-        if adapter.kind == "gated":
-            v = self._only(adapter.name, "kept", v, self._masks[adapter.name].pop(0).view(v.shape))
-        else:
-            v = self._masked(adapter.name, "kept", v, tau)
-        out = v @ unpack(*matrices["weight"], dtype)
-        out = out if parts["bias"] is None else out + parts["bias"].to(out.dtype)
-        return out if "exact" not in matrices else self._exact(adapter.name, given, out)
-
-    def _exact(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """y with the model's own outputs in the place of those that reach their thresholds, counted."""
-        parts, (matrix, _) = self._parts[name], self._matrices[name]["exact"]
-        tau, bias = parts["exact_tau"], parts["exact_bias"]
-        assert tau is not None
-        mask = y >= tau
-        self._count(name, "exact_kept", mask)
-        return torch.where(mask, torch.nn.functional.linear(x, matrix, bias), y)
-
-    def _masked(self, name: str, part: str, v: Tensor, tau: Tensor) -> Tensor:
-        return self._only(name, part, v, v.float().square() >= tau)
-
-    def _only(self, name: str, part: str, v: Tensor, mask: Tensor) -> Tensor:
-        """v where the mask is set, counted."""
-        self._count(name, part, mask)
-        return torch.where(mask, v, v.new_zeros(()))
-
-    def _count(self, name: str, part: str, mask: Tensor) -> None:
-        self.sums[name, part] = self.sums.get((name, part), 0.0) + float(self._model.real(mask).sum())
-
     def means(self, part: str) -> dict[str, float]:
+        """Set elements of a part's mask per token, by adapter."""
         return {name: total / max(1, self.tokens[name]) for (name, which), total in self.sums.items() if which == part}
 
+    def _output(self, adapter: Adapter, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        last = self._last.get(adapter.name)
+        if last is None or not last.is_from(x):
+            last = self._last[adapter.name] = _Computed(x)
+        if name not in last.outputs:
+            # as in a graph: with a weight of its own an adapter computes all of its linears at once
+            sites = (name,) if adapter.reads_model else adapter.sites
+            first = not last.outputs  # linears that read one tensor share its mask
+            outs = apply(
+                adapter,
+                self._tensors[adapter.name],
+                x,
+                [self._targets[site](dtype) for site in sites],
+                gate=self._masks[adapter.name].pop(0).view(x.shape) if adapter.kind == "gated" else None,
+                every_row=True,
+                observe=self._counter(adapter.name, x) if first else None,
+            )
+            last.outputs |= zip(sites, outs, strict=True)
+        return last.outputs[name]
 
-def attempt(
+    def _mask(self, adapter: Adapter, y: Tensor) -> None:
+        activation, tau = self._activations[adapter.name], self._tensors[adapter.name]["tau"]
+        assert activation is not None
+        self._masks.setdefault(adapter.name, []).append(kept(activation(y.reshape(-1, y.shape[-1])), tau))
+
+    def _counter(self, name: str, x: Tensor) -> Observer:
+        self.tokens[name] = self.tokens.get(name, 0) + len(self._model.real(x))
+
+        def count(part: str, output: Tensor, mask: Callable[[], Tensor] | None) -> None:  # noqa: ARG001
+            if mask is not None:
+                self.sums[name, part] = self.sums.get((name, part), 0.0) + float(self._model.real(mask()).sum())
+
+        return count
+
+
+def simulate(
     model: InstrumentedModel, layout: Layout, adapters: Sequence[Adapter], batches: Iterable[Any], dense: Sequence[Any]
 ) -> Outcome:
     """Run adapters over ``batches``; ``dense``: the dense model's outputs for the first of these, to compare with."""
-    troupe = Troupe(model, layout, adapters)
+    simulator = AdapterSimulator(model, layout, adapters)
     moved, rows = 0.0, 0
     for index, batch in enumerate(batches):
-        output = model.run(batch, troupe.step)
-        troupe.forget()
+        output = model.run(batch, simulator.step)
+        simulator.forget()
         if index < len(dense):
             found, count = divergence(output, dense[index], model)
             moved, rows = moved + found, rows + count
-    return Outcome(troupe.means("kept"), troupe.means("router_kept"), moved / max(1, rows), troupe.means("exact_kept"))
+    inputs, exact = simulator.means("router_tau"), simulator.means("exact_tau")
+    return Outcome(simulator.means("tau"), inputs, moved / max(1, rows), exact)
 
 
-def _on(value: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if value is None else value.to(like.device)
+def _tensors_of(adapter: Adapter, layout: Layout) -> dict[str, Tensor]:
+    """Its tensors on the model's device, as attaching it would put them there.
+
+    What is stored in few bits stays so: unpacked, all of a model at once would be a second model.
+    """
+    weight = layout.sites[adapter.sites[0]].weight
+    found = {}
+    for key, value in adapter.tensors().items():
+        moved = value.to(weight.device)
+        found[key] = moved.to(weight.dtype) if key in _CAST and value.is_floating_point() else moved
+    if adapter.kind == "gated":
+        found[NONZERO] = nonzero_tau(adapter, weight.device)
+    return found
+
+
+def _target_of(layout: Layout, name: str, span: tuple[int, int]) -> Callable[[torch.dtype], Target]:
+    site = layout.sites[name]
+    weight, bias = site.view.detach(), None if site.bias is None else site.bias.detach()
+    return lambda dtype: Target(name, span, weight, bias, dtype)

@@ -25,14 +25,13 @@ from rana_fx.runtime.column_major import by_columns_, by_rows_
 from rana_fx.runtime.lora_state import LowRank
 
 MODULE = "rana_fx"
-FIXED = ("tau", "router_tau", "router_scale", "weight_scale", "exact_tau")  # floating, and yet neither trained nor cast
 
 
 class Factors(nn.Module):
     """Factors of all adapters.
 
-    Floating factors are Parameters ``a<index>_router`` ...; thresholds (fp32 whatever the model's dtype), quantised matrices
-    and their scales are buffers, which are not trained and follow the model's device alone.
+    What ``Adapter.trained`` names are Parameters ``a<index>_router`` ...; thresholds (fp32 whatever the model's dtype), quantised
+    matrices and their scales are buffers, which are not trained and follow the model's device alone.
     """
 
     def __init__(
@@ -50,10 +49,10 @@ class Factors(nn.Module):
             trained = any(owner.requires_grad for owner in owners) or not owners
             for key, value in adapter.tensors().items():
                 moved = value.data.to(place, copy=copy)
-                if key in FIXED or not value.is_floating_point():
-                    self.register_buffer(f"a{index}_{key}", moved)
-                else:
+                if key in adapter.trained:
                     self.register_parameter(f"a{index}_{key}", nn.Parameter(moved, requires_grad=trained))
+                else:
+                    self.register_buffer(f"a{index}_{key}", moved)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
         """A deep copy of the whole model stays adapted: its weights, copied just before, get marks of their own."""

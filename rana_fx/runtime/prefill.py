@@ -1,4 +1,4 @@
-"""What happens to calls with many tokens, such as a prompt: the modes, and what each costs in time and memory.
+"""How calls with many tokens, such as a prompt, are computed: the modes, and the time and memory of each.
 
     mode         more than 16 tokens at once                        memory of a linear (out, in) at rank r
     "masked"     adapted like any other, as matrix products         in * out + r * (in + out) numbers
@@ -10,7 +10,7 @@
 
 A product of many tokens reads every row, so that a mask saves nothing there and only the rank does. Adapters that multiply by the
 model's own weight (neuron, gated) cost what the dense linear costs, take no memory, and keep their weight in every mode. So does
-the weight that exact outputs are computed from, which make an adapter dearer than dense in a prompt whatever its rank.
+the weight that exact outputs are computed from, which make an adapter take more FLOPs than dense whatever its rank.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from rana_fx.adapter import Adapter
-from rana_fx.formats import bits_of
-from rana_fx.kernels.cost import tokens_that_pay
+from rana_fx.kernels.registry import tokens_skipped
 from rana_fx.plan import Plan
 
 MODES = ("masked", "dense", "cheapest", "factors")
@@ -63,7 +62,7 @@ def costs_more(plan: Plan, adapter: Adapter) -> bool:
 
 
 def tokens_masked(plan: Plan, adapter: Adapter, weight: nn.Parameter) -> int:
-    """Up to how many tokens at once masks of an adapter pay; ``weight``: of one of its linears."""
+    """Up to how many tokens at once masks of an adapter are expected to save time; ``weight``: of one of its linears."""
     outputs = sum(record.out_features for record in plan.sites if record.name in adapter.sites)
     stored = weight if adapter.weight is None else adapter.weight
-    return tokens_that_pay(adapter.ranks, outputs, adapter.density, weight.device, bits=bits_of(stored))
+    return tokens_skipped(adapter.ranks, outputs, adapter.density, stored.dtype, weight.device)

@@ -25,7 +25,7 @@ from rana_fx.errors import LossNotFinite, NoBatches, NothingToTrain
 from rana_fx.evaluation.perplexity import evaluate
 from rana_fx.modules import device_of, unwrap
 from rana_fx.plan import tensor_bytes
-from rana_fx.runtime.attachment import MODULE, detach
+from rana_fx.runtime.attachment import MODULE, Attachment, detach
 from rana_fx.training import checkpoint
 from rana_fx.training.parameters import attachment_to_train
 from rana_fx.training.settings import Settings
@@ -69,62 +69,105 @@ def train(
     Raises:
         NoPlan, NoBatches, NothingToTrain, LossNotFinite, CheckpointError.
     """
-    inner = unwrap(model)
-    found = attachment_to_train(inner)
-    chosen = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
-    steps = len(batches) // settings.accumulate
-    if not steps:
-        raise NoBatches(hint=f"{settings.accumulate} of token_batches, for one step")
-    if not chosen:
-        reason, todo = "all Parameters are frozen", "call rana_fx.training.trainable or add_lora"
-        raise NothingToTrain(model=type(inner).__name__, what=None, reason=reason, todo=todo)
-    plain = model is inner and model._compiled_call_impl is None
-    forward: Any = torch.compile(model, backend=backend) if plain else model
-    optimizer = torch.optim.AdamW(chosen.values(), lr=settings.rate, weight_decay=settings.weight_decay)
-    fingerprint = {"plan": found.plan.digest(), "text": _digest(batches), "trained Parameters": _names(chosen)}
-    if found.factors.lowrank is not None:
-        fingerprint["LoRA"] = found.factors.lowrank.extra_repr()
-    fingerprint |= {f"setting {key}": str(value) for key, value in asdict(settings).items()}
-    device, done = device_of(inner), Training()
-    teacher = _teacher(inner, chosen) if settings.distill else None
-    torch.manual_seed(settings.seed)
-    first = 0
+    loop = _Loop(model, batches, settings, held_out, folder)
     if resume:
-        assert folder is not None, "resume needs the folder"
-        state = checkpoint.read(folder, fingerprint)
-        first = _restore(state, chosen, optimizer, done)
-    started, before = time.perf_counter(), done.seconds
-    bar = tqdm(total=sum(batch["input_ids"].numel() for batch in batches[: steps * settings.accumulate]), initial=done.tokens,
-               desc="finetune", unit="tok", unit_scale=True, disable=not progress)  # fmt: skip
-    with bar, _training(inner):
-        if held_out and not first:
-            done.evaluations.append((0, _held_out(forward, held_out)))
-        for step in range(first, steps):
-            begun, rate = time.perf_counter(), settings.rate_at(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            part = batches[step * settings.accumulate : (step + 1) * settings.accumulate]
-            loss = _accumulate(forward, teacher, [to_device(batch, device) for batch in part], settings)
-            norm = float(nn.utils.clip_grad_norm_(chosen.values(), settings.clip))
-            for what, value in (("loss", loss), ("norm of the gradients", norm)):
-                if not abs(value) < float("inf"):
-                    optimizer.zero_grad()
-                    written = _kept(folder, done, settings)
-                    raise LossNotFinite(step=step + 1, what=what, got=value, last=step, kept=written, rate=rate)
-            optimizer.step()
-            optimizer.zero_grad()
+        loop.resume()
+    total = sum(batch["input_ids"].numel() for batch in batches[: loop.steps * settings.accumulate])
+    bar = tqdm(total=total, initial=loop.done.tokens, desc="finetune", unit="tok", unit_scale=True, disable=not progress)
+    with bar, _training(loop.model):
+        loop.run(bar)
+    return loop.done
+
+
+class _Loop:
+    """One training: the model, what of it is trained, the optimizer, and the history so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[dict[str, Tensor]],
+        settings: Settings,
+        held_out: Sequence[dict[str, Tensor]],
+        folder: Path | None,
+    ) -> None:
+        """Raises NoPlan, NoBatches, NothingToTrain."""
+        self.model = unwrap(model)
+        self.settings, self.batches, self.held_out, self.folder = settings, batches, held_out, folder
+        attachment = attachment_to_train(self.model)
+        self.trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.steps = len(batches) // settings.accumulate
+        if not self.steps:
+            raise NoBatches(hint=f"{settings.accumulate} of token_batches, for one step")
+        if not self.trained:
+            reason, todo = "all Parameters are frozen", "call rana_fx.training.trainable or add_lora"
+            raise NothingToTrain(model=type(self.model).__name__, what=None, reason=reason, todo=todo)
+        plain = model is self.model and model._compiled_call_impl is None
+        self.forward: Any = torch.compile(model, backend=backend) if plain else model
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.rate, weight_decay=settings.weight_decay)
+        self.fingerprint = _fingerprint(attachment, batches, self.trained, settings)
+        self.teacher = _teacher(self.model, self.trained) if settings.distill else None
+        self.done = Training()
+        torch.manual_seed(settings.seed)
+
+    def resume(self) -> None:
+        """Continue from the checkpoint in the folder. Raises CheckpointError."""
+        assert self.folder is not None, "resume needs the folder"
+        _restore(checkpoint.read(self.folder, self.fingerprint), self.trained, self.optimizer, self.done)
+
+    def run(self, bar: tqdm) -> None:
+        """All steps that are left, with their evaluations and checkpoints. Raises LossNotFinite, CheckpointError."""
+        settings, done, started, before = self.settings, self.done, time.perf_counter(), self.done.seconds
+        first = len(done.losses)
+        if self.held_out and not first:
+            done.evaluations.append((0, self._evaluate()))
+        for step in range(first, self.steps):
+            begun, rate = time.perf_counter(), settings.rate_at(step, self.steps)
+            part = self.batches[step * settings.accumulate : (step + 1) * settings.accumulate]
+            loss = self._step(step, part, rate)
+            tokens = sum(batch["input_ids"].numel() for batch in part)
             done.losses.append(loss)
-            done.tokens += (seen := sum(batch["input_ids"].numel() for batch in part))
+            done.tokens += tokens
             done.step_seconds.append(time.perf_counter() - begun)
             done.seconds = before + time.perf_counter() - started
-            bar.update(seen)
+            bar.update(tokens)
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}")
-            last = step + 1 == steps
-            if held_out and (last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0)):
-                done.evaluations.append((step + 1, _held_out(forward, held_out)))
-            if folder is not None and settings.checkpoint_every and (last or (step + 1) % settings.checkpoint_every == 0):
-                checkpoint.write(folder, _state(fingerprint, chosen, optimizer, done))
-    return done
+            if self.held_out and self._due(step, settings.evaluate_every):
+                done.evaluations.append((step + 1, self._evaluate()))
+            if self.folder is not None and settings.checkpoint_every and self._due(step, settings.checkpoint_every):
+                checkpoint.write(self.folder, _state(self.fingerprint, self.trained, self.optimizer, done))
+
+    def _step(self, step: int, part: Sequence[dict[str, Tensor]], rate: float) -> float:
+        """One optimizer step; returns its loss. Raises LossNotFinite, the Parameters as they were before the step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        device = device_of(self.model)
+        loss = _accumulate(self.forward, self.teacher, [to_device(batch, device) for batch in part], self.settings)
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip))
+        for what, value in (("loss", loss), ("norm of the gradients", norm)):
+            if not abs(value) < float("inf"):
+                self.optimizer.zero_grad()
+                written = _last_checkpoint(self.folder, self.done, self.settings)
+                raise LossNotFinite(step=step + 1, what=what, got=value, last=step, kept=written, rate=rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def _due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps, and after the last one, follows this step. 0: after the last one only."""
+        return step + 1 == self.steps or (every > 0 and (step + 1) % every == 0)
+
+    def _evaluate(self) -> float:
+        return evaluate(self.forward, self.held_out, progress=False).mean_loss
+
+
+def _fingerprint(
+    attachment: Attachment, batches: Sequence[dict[str, Tensor]], trained: dict[str, nn.Parameter], settings: Settings
+) -> dict[str, str]:
+    """What a checkpoint has to agree with for a training to be continued from it."""
+    found = {"plan": attachment.plan.digest(), "text": _digest(batches), "trained Parameters": _names(trained)}
+    if attachment.factors.lowrank is not None:
+        found["LoRA"] = attachment.factors.lowrank.extra_repr()
+    return found | {f"setting {key}": str(value) for key, value in asdict(settings).items()}
 
 
 def _accumulate(
@@ -191,10 +234,6 @@ def _training(model: nn.Module) -> Iterator[None]:
             config.use_cache = cached
 
 
-def _held_out(forward: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
-    return evaluate(forward, batches, progress=False).mean_loss
-
-
 def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
     state = hashlib.sha256()
     for batch in batches:
@@ -207,7 +246,7 @@ def _names(chosen: dict[str, nn.Parameter]) -> str:
     return f"{len(shapes)}, {hashlib.sha256(str(shapes).encode()).hexdigest()[:16]}"
 
 
-def _kept(folder: Path | None, done: Training, settings: Settings) -> str:
+def _last_checkpoint(folder: Path | None, done: Training, settings: Settings) -> str:
     every = settings.checkpoint_every
     if folder is None or not every or len(done.losses) < every:
         return "no checkpoint was written yet"
@@ -227,8 +266,8 @@ def _state(
     }
 
 
-def _restore(state: dict[str, Any], chosen: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, done: Training) -> int:
-    """Everything as it was; returns the step to go on with."""
+def _restore(state: dict[str, Any], chosen: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, done: Training) -> None:
+    """Parameters, optimizer, random state and history as they were."""
     with torch.no_grad():
         for name, parameter in chosen.items():
             parameter.copy_(state["parameters"][name])
@@ -239,4 +278,3 @@ def _restore(state: dict[str, Any], chosen: dict[str, nn.Parameter], optimizer: 
     done.tokens, done.losses, done.seconds = state["done"]["tokens"], state["done"]["losses"], state["done"]["seconds"]
     done.evaluations = [(step, loss) for step, loss in state["done"]["evaluations"]]
     done.step_seconds = state["done"]["step_seconds"]
-    return len(done.losses)

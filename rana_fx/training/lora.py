@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from rana_fx.errors import CheckpointError, InvalidOption, MissingPackage, NothingToTrain, UnknownTarget
+from rana_fx.formats import is_plain
 from rana_fx.graph.operands import base_name
 from rana_fx.modules import device_of, unwrap
 from rana_fx.runtime.attachment import MODULE, Attachment, attached, renew
 from rana_fx.runtime.lora_state import ADAPTER, LowRank, Matrix
-from rana_fx.training.parameters import attachment_to_train, only, replaced, weights_to_train
+from rana_fx.runtime.replaced_weights import replaced_weights
+from rana_fx.training.parameters import attachment_to_train, only, weights_to_train
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -220,11 +222,11 @@ def _possible(model: nn.Module, found: Attachment) -> dict[str, tuple[nn.Paramet
             factor = found.tensor(index, key)
             if isinstance(factor, nn.Parameter):
                 named[f"{MODULE}.a{index}_{key}"] = factor, transposed
-    weights, gone = weights_to_train(model, found), replaced(found.plan)
+    weights, gone = weights_to_train(model, found), replaced_weights(found.plan)
     names = {id(weight): name for name, weight in weights.items()}  # of tied ones the last: the head rather than the embedding
     for record in found.plan.sites:
         weight = weights[base_name(record.name)]
-        live = base_name(record.name) not in gone and weight.dim() == 2 and weight.is_floating_point()
+        live = base_name(record.name) not in gone and weight.dim() == 2 and is_plain(weight)
         if live:
             named.setdefault(names[id(weight)], (weight, record.transposed))
     return named

@@ -9,10 +9,11 @@ from __future__ import annotations
 from torch import nn
 
 from rana_fx.errors import InvalidOption, NoPlan, NothingToTrain, UnknownChoice
+from rana_fx.formats import is_plain
 from rana_fx.graph.operands import base_name
 from rana_fx.modules import unwrap, weights_of
-from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import MODULE, Attachment, attached, renew
+from rana_fx.runtime.replaced_weights import replaced_weights
 
 WHAT = ("factors", "all")
 
@@ -35,11 +36,11 @@ def trainable(model: nn.Module, *, what: str = "factors") -> dict[str, nn.Parame
     found = attachment_to_train(model)
     factors = {f"{MODULE}.{name}": factor for name, factor in found.factors.named_parameters()}
     weights = weights_to_train(model, found)
-    dead = {id(weights[name]) for name in replaced(found.plan)}
+    dead = {id(weights[name]) for name in replaced_weights(found.plan)}
     own = {id(weights[base_name(site)]) for adapter in found.plan.adapters if adapter.reads_model for site in adapter.sites}
     chosen = dict(factors)
     for name, parameter in model.named_parameters():
-        live = parameter.is_floating_point() and id(parameter) not in dead
+        live = is_plain(parameter) and id(parameter) not in dead
         if live and (what == "all" or id(parameter) in own):
             chosen[name] = parameter
     if not chosen:
@@ -73,13 +74,3 @@ def weights_to_train(model: nn.Module, found: Attachment) -> dict[str, nn.Parame
         expected = "the model that the plan was attached to; of a peft model, what merge_and_unload() returns"
         raise InvalidOption(name="model", got=type(model).__name__, expected=expected)
     return weights
-
-
-def replaced(plan: Plan) -> set[str]:
-    """Weights, all of whose linears have an adapter with a weight of its own alone: the adapted model does not read them."""
-    own = {site for adapter in plan.adapters if not adapter.reads_model for site in adapter.sites}
-    sites: dict[str, set[str]] = {}
-    for record in plan.sites:
-        sites.setdefault(base_name(record.name), set()).add(record.name)
-    left = {base_name(skip.site) for skip in plan.skips}
-    return {weight for weight, parts in sites.items() if parts <= own and weight not in left}

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from bench.common.calibrated import calibrate_once
-from bench.quality.block_error import Cast, score
+from bench.quality.block_error import AdaptedBlock, score
+from rana_fx.recipes import neuron_adapter
 from tests.support.storages import STORAGES, rebuilt, stored_matrix
 
 IDS = torch.randint(64, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -33,7 +34,7 @@ def problem_of(config, metric="flops"):
 def whole(problem, names):
     """A neuron adapter of stacked sites that keeps everything: what ``rebuilt`` makes others of."""
     first = problem.layout.sites[names[0]]
-    made = problem.neuron_adapter(names[0], 0.0, torch.ones(first.in_features), 1.0)
+    made = neuron_adapter(problem, names[0], 0.0, torch.ones(first.in_features), 1.0)
     return replace(
         made, name="+".join(names), sites=names, dense_flops=problem.flops(names), dense_bytes=problem.bytes(names),
         weight=problem.matrix(names).t().contiguous(), bias=problem.bias(names),
@@ -81,10 +82,10 @@ def test_masks_of_a_hybrid_are_counted_and_act():
     problem, block = problem_of(LLAMA)
     made = rebuilt(whole(problem, block.ups), problem.layout.sites, "hybrid")
     made = replace(made, router_tau=torch.linspace(0, 2, 32), tau=torch.linspace(0, 5, 32))
-    down = problem.neuron_adapter(block.down, 0.5, torch.ones(80), 0.5)
+    down = neuron_adapter(problem, block.down, 0.5, torch.ones(80), 0.5)
     x = problem.rows(block.ups[0])
-    cast = Cast(problem, block, [made, down])
-    got = cast.output(x)
+    adapted = AdaptedBlock(problem, block, [made, down])
+    got = adapted.output(x)
     inputs = x.square() >= made.router_tau
     z = (x * inputs).double() @ made.router.double()
     ranks = z.square() >= made.tau
@@ -93,8 +94,8 @@ def test_masks_of_a_hybrid_are_counted_and_act():
     neurons = hidden.square() >= down.tau
     expected = (hidden * neurons) @ problem.matrix((block.down,)).t().double() + problem.bias((block.down,))
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert cast.router_kept == {made.name: float(inputs.sum())} and 0 < float(inputs.float().mean()) < 1
-    assert cast.kept == {made.name: float(ranks.sum()), down.name: float(neurons.sum())}
+    assert adapted.sums["router_tau"] == {made.name: float(inputs.sum())} and 0 < float(inputs.float().mean()) < 1
+    assert adapted.sums["tau"] == {made.name: float(ranks.sum()), down.name: float(neurons.sum())}
     mean = [float(mask.sum()) / len(x) for mask in (inputs, ranks, neurons)]
     spent = mean[0] * 32 + mean[1] * 160 + mean[2] * 32
     assert score(problem, block, [made, down])[1] == pytest.approx(spent / (3 * 32 * 80))
@@ -104,5 +105,5 @@ def test_linears_without_adapters_stay_dense():
     problem, block = problem_of(LLAMA)
     with torch.no_grad():
         assert score(problem, block, []) == (pytest.approx(0.0, abs=1e-12), 1.0)
-        down = problem.neuron_adapter(block.down, float("inf"), torch.ones(80), 0.0)
+        down = neuron_adapter(problem, block.down, float("inf"), torch.ones(80), 0.0)
         assert score(problem, block, [down]) == (pytest.approx(1.0, rel=1e-5), pytest.approx(2 / 3))

@@ -116,11 +116,11 @@ class OldRecipe:
     rehearses = True
 
     def wants(self, layout):
-        return {layout.groups[site.group].sites for site in layout.sites.values() if site.counted}
+        return {layout.sites_of_group(site.name) for site in layout.sites.values() if site.counted}
 
     def solve(self, problem):
-        with problem.rehearsal.opened(problem.layout) as stage:
-            assert stage.run(problem.rehearsal.held[0]).shape == (4, 8)
+        with problem.holdout.instrumented(problem.layout) as stage:
+            assert stage.run(problem.holdout.held[0]).shape == (4, 8)
         return []
 
 

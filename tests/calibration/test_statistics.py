@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.calibration.score_histogram import Histogram
-from rana_fx.recipes.paper.line_search import candidate_ranks, energies, line_search, output_basis, second_moment
+from rana_fx.recipes.basis import output_basis, second_moment
+from rana_fx.recipes.paper.line_search import candidate_ranks, energies, line_search
 from rana_fx.recipes.paper.recipe import splits
 
 

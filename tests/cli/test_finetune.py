@@ -16,7 +16,7 @@ import rana_fx
 from rana_fx._backend import rewrite
 from rana_fx.cli import app
 from rana_fx.commands.finetune import _shuffled
-from rana_fx.commands.memory import explained
+from rana_fx.commands.memory import memory_hints
 from rana_fx.errors import OutOfMemory
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.training import loop
@@ -196,5 +196,5 @@ def test_too_little_memory_says_what_to_lower(
 )
 def test_too_little_memory_says_no_more_than_helps(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"batch_size": 4, "context": 64, "method": "lora", "distill": 0.0, "checkpointing": False}
-    with pytest.raises(OutOfMemory, match=message), explained(device="cuda:0", out=tmp_path, **settings | given):
+    with pytest.raises(OutOfMemory, match=message), memory_hints(device="cuda:0", out=tmp_path, **settings | given):
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -32,6 +32,7 @@ REPLAYED = ["llama", "gpt2", "falcon", "t5", "nn_encoder", "plain", "apertus", "
 @pytest.mark.parametrize("name", REPLAYED)
 def test_dense_rows_replay_the_block(name):
     """The extracted pointwise part gives the down projection's input, seen by a hook, on the same tokens."""
+    from rana_fx.recipes.mlp_rows import hidden_rows
     from rana_fx.recipes.problem import Problem
 
     model, batch = make(EVERY[name])
@@ -39,7 +40,7 @@ def test_dense_rows_replay_the_block(name):
     layout = found.layout
     problem = Problem(layout, found.samples, 0.5, "flops", "paper", False)
     for block in layout.blocks:
-        replayed = problem.dense_rows(block, problem.rows(block.ups[0]))
+        replayed = hidden_rows(problem, block, problem.rows(block.ups[0]))
         torch.testing.assert_close(replayed, problem.rows(block.down), rtol=1e-4, atol=1e-5)
 
 

@@ -122,7 +122,7 @@ def test_rewrite_counts_and_operations():
         with torch.no_grad():
             torch.compile(model, backend=look)(**batch)
         # routers of qkv, gate and up; linears left: the output projection per layer, and the head
-        expected = {"rewrite_gated": 0, "rewrite_rank": 5 * depth, "rewrite_neuron": depth}
+        expected = {"rewrite_gated": 0, "rewrite_adapter": 6 * depth}
         assert seen == [(expected, 4 * depth, 3 * depth, depth + 1)]
 
 

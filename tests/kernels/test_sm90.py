@@ -43,7 +43,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory):
-    lines = run(str(Path(__file__).with_name("compiled.py")), str(tmp_path_factory.mktemp("pasted"))).splitlines()
+    lines = run(str(ROOT / "tests" / "support" / "compiled.py"), str(tmp_path_factory.mktemp("pasted"))).splitlines()
     return {row["name"]: row for row in map(json.loads, lines)}
 
 

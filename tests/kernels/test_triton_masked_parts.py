@@ -26,7 +26,6 @@ CONFIGS = st.builds(
     block_n=st.sampled_from([64, 128]),
     block_m=st.sampled_from([1, 8]),
     warps=st.sampled_from([1, 2]),
-    group=st.sampled_from([1, 16]),
     early=st.sampled_from([0, 8]),
 )
 

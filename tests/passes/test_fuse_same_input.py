@@ -40,7 +40,7 @@ def operands(dtype, bias, tokens=1):
 def test_three_masks_of_one_tensor(dtype, bias, tokens):
     inputs = operands(dtype, bias, tokens)
     module, counts = fused(attention, *inputs)
-    assert counts == NONE | {"parts": 1}
+    assert counts == NONE | {"same_input": 1}
     assert ops_of(module) == ["masked_gemv_parts"]
     node = next(node for node in module.graph.nodes if node.target is masked_gemv_parts)
     assert [len(part) for part in node.args[1:4]] == [3, 3, 3 if bias else 0]
@@ -75,7 +75,7 @@ APART = {
 def test_others_are_left_apart(name):
     inputs = torch.randn(1, K), mask(K), torch.randn(K, 32), torch.randn(K, 16)
     module, counts = fused(APART[name], *inputs)
-    assert counts["parts"] == 0
+    assert counts["same_input"] == 0
     assert "masked_gemv_parts" not in ops_of(module)
 
 
@@ -88,7 +88,7 @@ def test_few_bits_are_left_apart():
 def test_five_of_one_tensor_are_two_launches():
     x, many = torch.randn(1, K), [torch.randn(K, 16) for _ in range(5)]
     module, counts = fused(lambda x, tau, many: [masked_gemv(x, tau, w) for w in many], x, mask(K), many)
-    assert counts == NONE | {"parts": 2}
+    assert counts == NONE | {"same_input": 2}
     sizes = [len(node.args[1]) for node in module.graph.nodes if node.target is masked_gemv_parts]
     assert sizes == [3, 2]
 
@@ -121,7 +121,7 @@ def model(layers):
 def test_counts_follow_the_depth(layers):
     run, inputs = model(layers)
     module, counts = fused(run, *inputs)
-    assert counts == NONE | {"parts": 2 * layers, "residual": 2 * layers}
+    assert counts == NONE | {"same_input": 2 * layers, "residual": 2 * layers}
     assert ops_of(module) == ["masked_gemv_parts", "masked_gemv_add"] * 2 * layers
     torch.testing.assert_close(module(*inputs), run(*inputs), rtol=1e-4, atol=1e-4)
 
@@ -132,5 +132,5 @@ def test_inductor_lowers_it():
     run, inputs = model(2)
     with torch.no_grad(), torch._inductor.config.patch(post_grad_custom_pre_pass=fusing):
         got = torch.compile(run)(*inputs)
-    assert [counts["parts"] for counts in fusing.counted] == [4]
+    assert [counts["same_input"] for counts in fusing.counted] == [4]
     torch.testing.assert_close(got, run(*inputs), rtol=1e-4, atol=1e-4)

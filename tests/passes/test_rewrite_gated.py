@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import rana_fx
+from rana_fx.apply import gate_mask
 from rana_fx.evaluation.measure import measuring
 from rana_fx.kernels.ops import masked_gemv, masked_rows
-from rana_fx.passes.rewrite_gated import gate_mask
 from rana_fx.passes.runner import run
 from rana_fx.runtime.attachment import attached
 from rana_fx.training import add_lora, lora_config

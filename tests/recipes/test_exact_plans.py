@@ -12,8 +12,8 @@ import rana_fx
 from rana_fx import plan_io as planfile
 from rana_fx.errors import PlanFileError, PlanVersion
 from rana_fx.evaluation.measure import measuring
-from rana_fx.recipes.rana.refine import _as_found
-from rana_fx.recipes.simulate import attempt
+from rana_fx.recipes.rana.refine import as_simulated
+from rana_fx.recipes.simulate import simulate
 from rana_fx.runtime.prefill import costs_more, memory_of
 from rana_fx.training import rethreshold, trainable, trained_plan
 from tests.recipes.test_rana import Classifier, calibrated_with_holdout
@@ -77,10 +77,10 @@ def test_people_are_told(made):
     model, plan = made
     rows = {row.site: row for row in rana_fx.explain(model, batch_of()).rows}
     assert f", {FFN / 4:.1f} of {FFN} outputs exact" in rows["up"].detail
-    assert "dearer than dense in a prompt" in rows["up"].detail
+    assert "more FLOPs than dense during prefill" in rows["up"].detail
     assert rows["up"].flops == pytest.approx((6 * WIDTH + 3 * FFN + WIDTH * FFN / 4) / (WIDTH * FFN))
-    assert f", {FFN / 4:.1f} of {FFN} outputs exact" in plan.summary()
-    assert "exact" not in without(plan).summary()
+    assert f", {FFN / 4:.1f} of {FFN} outputs exact" in plan.summary(all=True)
+    assert "exact" not in without(plan).summary(all=True)
 
 
 def test_memory_counts_the_weight_as_kept(made):
@@ -107,8 +107,8 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
     plan = plan_for(model, batches[0], ("ups.0", "ups.1"))
     with holdout.instrumented(layout) as instrumented, torch.no_grad():
         dense = [instrumented.run(batch) for batch in holdout.held]
-        outcome = attempt(instrumented, layout, plan.adapters, holdout.held, dense)
-        plain = attempt(instrumented, layout, without(plan).adapters, holdout.held, dense)
+        outcome = simulate(instrumented, layout, plan.adapters, holdout.held, dense)
+        plain = simulate(instrumented, layout, without(plan).adapters, holdout.held, dense)
     assert plain.exact_kept == {} and outcome.divergence < plain.divergence
     rana_fx.attach(model, plan)
     with measuring(model) as meter:
@@ -119,8 +119,8 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
     assert {a.name: outcome.kept[a.name] / a.ranks for a in plan.adapters} == pytest.approx(measured.density, rel=1e-6)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), got.log_softmax(-1)
     assert outcome.divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
-    # what search stores of an adapter is what the model then costs
-    found = replace(plan, adapters=tuple(_as_found(adapter, outcome) for adapter in plan.adapters))
+    # the cost that refine stores with an adapter is that of the model
+    found = replace(plan, adapters=tuple(as_simulated(adapter, outcome) for adapter in plan.adapters))
     assert [adapter.exact_kept for adapter in found.adapters] == list(outcome.exact_kept.values())
     assert found.expected_budget("flops") == pytest.approx(measured.budget_flops, rel=1e-6)
     assert found.expected_budget("bytes") == pytest.approx(measured.budget_bytes, rel=1e-6)

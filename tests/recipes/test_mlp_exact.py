@@ -1,4 +1,4 @@
-"""The cut of an MLP without a gate: rows of up computed exactly beside its approximation; its price, and what it becomes."""
+"""The joint candidate of an MLP without a gate: rows of up computed exactly beside its approximation, and the plans with it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import rana_fx
 from bench.speed.random_plan import Watch
 from rana_fx.evaluation.measure import measuring
 from rana_fx.recipes import RECIPES
-from rana_fx.recipes.rana.candidates import Menu
-from rana_fx.recipes.rana.eligible_mlps import cuttables
-from rana_fx.recipes.rana.loss_metric import geometry, loss_basis
-from rana_fx.recipes.rana.mlp_candidate import Rows
-from rana_fx.recipes.rana.mlp_exact import ExactCut
-from rana_fx.recipes.rana.quantization import own
-from rana_fx.recipes.rana.recipe import Rana, units_of
-from rana_fx.recipes.simulate import attempt
+from rana_fx.recipes.rana.candidates import UnitCandidates
+from rana_fx.recipes.rana.eligible_mlps import eligible_mlps
+from rana_fx.recipes.rana.loss_metric import loss_basis, loss_metric
+from rana_fx.recipes.rana.mlp_candidate import MlpRows
+from rana_fx.recipes.rana.mlp_exact import ExactMlp
+from rana_fx.recipes.rana.quantization import unquantized
+from rana_fx.recipes.rana.recipe import Rana
+from rana_fx.recipes.rana.units import units_of
+from rana_fx.recipes.simulate import simulate
 from tests.recipes.test_mlp_gated import WIDTH, batches, problem_of
 from tests.recipes.test_rana import Classifier
 
@@ -45,29 +46,31 @@ def seeded(**options):
     return Plain(**options)
 
 
-def cut_of(problem, model):
-    """(a cut of the first block, rows it is priced on, the geometry of down)."""
-    (first, _) = cuttables(problem.layout, units_of(problem.layout))
+def joint_of(problem):
+    """(the joint candidate of the first block, rows it is measured on, the loss metric of down)."""
+    (first, _) = eligible_mlps(problem.layout, units_of(problem.layout))
     rows = problem.rows(first.up)[:1024]  # as many as it is measured on
     weight = problem.matrix((first.up,))
-    menu = Menu(geometry(weight, None), loss_basis(geometry(weight, None), rows.t() @ rows / len(rows)), rows, [own(1.0)])
+    metric = loss_metric(weight, None)
+    candidates = UnitCandidates(metric, loss_basis(metric, rows.t() @ rows / len(rows)), rows, [unquantized(1.0)])
     gradients = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 1, WIDTH)
-    shape = geometry(problem.matrix((first.down,)), gradients.t() @ gradients / 400)
-    return ExactCut(problem, first, menu, rows, shape), rows, shape
+    of_down = loss_metric(problem.matrix((first.down,)), gradients.t() @ gradients / 400)
+    return ExactMlp(problem, first, candidates, rows, of_down), rows, of_down
 
 
 @pytest.mark.parametrize("activation", [gelu, silu, relu])
-def test_points_cost_and_lose_what_they_say(activation):
+def test_operating_points_cost_and_lose_what_they_predict(activation):
     model = seeded(activation=activation)
-    cut, rows, shape = cut_of(problem_of(model), model)
+    joint, rows, of_down = joint_of(problem_of(model))
     with torch.no_grad():
         up = model.ups[0](rows)
         hidden = activation(up.double())
-    assert len(cut._levels) >= 8 and {level.gate[0] for level in cut._levels} <= {"rank", "hybrid", "static"}
-    for level in cut._levels:
-        price = math.exp(level.place)
-        lead, source = cut.point(cut.of.lead, price), cut.point(cut.of.source, price)
-        (made,), (down,) = cut.adapters(cut.of.source, source), cut.adapters(cut.of.lead, lead)
+    assert len(joint._measured) >= 8 and {measured.gate[0] for measured in joint._measured} <= {"rank", "hybrid", "static"}
+    down_unit, gate_unit = joint.mlp.down_unit, joint.mlp.gate_unit
+    for measured in joint._measured:
+        multiplier = math.exp(measured.log_multiplier)
+        lead, source = joint.point(down_unit, multiplier), joint.point(gate_unit, multiplier)
+        (made,), (down,) = joint.adapters(gate_unit, source), joint.adapters(down_unit, lead)
         z = rows * (rows.square() >= made.router_tau) @ made.router if made.router_tau is not None else rows @ made.router.t()
         with torch.no_grad():
             rough = (z * (z.square() >= made.tau)) @ made.weight + model.ups[0].bias
@@ -75,13 +78,13 @@ def test_points_cost_and_lose_what_they_say(activation):
         mixed = activation(torch.where(exact, up, rough).double())
         mask = mixed.square() >= down.tau
         changed = hidden - mixed * mask
-        lost = changed @ shape.read_DI.double().t()
+        lost = changed @ of_down.right_DI.double().t()
         # in fp32 some scores lie on the other side of a threshold
         near = 2 * FFN / len(rows)
         assert made.exact_kept == pytest.approx(float(exact.sum(1).double().mean()), abs=near)
         assert lead.kept == pytest.approx(float(mask.sum(1).double().mean()), abs=near)
         assert (lead.cost, down.cost("flops", lead.kept)) == pytest.approx((WIDTH * lead.kept,) * 2)
-        assert source.cost == pytest.approx(source.gate.cost + WIDTH * level.exact) == pytest.approx(made.flops, rel=1e-3)
+        assert source.cost == pytest.approx(source.gate.cost + WIDTH * measured.exact) == pytest.approx(made.flops, rel=1e-3)
         together = float((lost - lost.mean(0)).square().sum(1).mean()) / 2
         assert lead.loss == pytest.approx(together, rel=2e-2, abs=1e-9)
         mean = (model.downs[0].weight.double() @ changed.mean(0) + model.downs[0].bias).detach()
@@ -89,42 +92,42 @@ def test_points_cost_and_lose_what_they_say(activation):
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_a_threshold_is_the_one_that_pays_best(share):
+def test_a_threshold_minimises_the_lagrangian(share):
     model = seeded()
-    cut, rows, _ = cut_of(problem_of(model), model)
-    price = math.exp(cut._levels[int(share * len(cut._levels))].place)
-    dense = cut._dense()
+    joint, rows, _ = joint_of(problem_of(model))
+    multiplier = math.exp(joint._measured[int(share * len(joint._measured))].log_multiplier)
+    dense = joint._dense()
     rough = dense.ups[0] + 0.5 * torch.randn(dense.ups[0].shape, generator=torch.Generator().manual_seed(3))
-    theta = cut._thresholds(dense, rough, price)
+    theta = joint._thresholds(dense, rough, multiplier)
 
     def total(thresholds):
         mixed = gelu(torch.where(rough >= thresholds, dense.ups[0], rough))
-        return cut._paid(dense, mixed, price).sum(0) + price * WIDTH * (rough >= thresholds).sum(0)
+        return joint._lagrangian(dense, mixed, multiplier).sum(0) + multiplier * WIDTH * (rough >= thresholds).sum(0)
 
     found = total(theta)
     for other in [*rough[:: len(rough) // 50], torch.full_like(theta, torch.inf), torch.full_like(theta, -torch.inf)]:
         assert bool((found <= total(other) * (1 + 1e-5) + 1e-12).all())
 
 
-def test_a_threshold_lies_between_values_that_roundings_tell_apart():
+def test_a_threshold_lies_between_values_that_differ_by_more_than_rounding():
     model = seeded()
-    cut, _, _ = cut_of(problem_of(model), model)
-    price = math.exp(cut._levels[len(cut._levels) // 2].place)
-    dense = cut._dense()
+    joint, _, _ = joint_of(problem_of(model))
+    multiplier = math.exp(joint._measured[len(joint._measured) // 2].log_multiplier)
+    dense = joint._dense()
     # few different tokens, as in a first layer, each many times and differently rounded
     some = torch.randint(0, 20, (len(dense.x_TI),), generator=torch.Generator().manual_seed(0))
     noise = torch.Generator().manual_seed(1)
-    repeated = Rows(dense.x_TI[some], [dense.ups[0][some]], dense.hidden_TF[some])
+    repeated = MlpRows(dense.x_TI[some], [dense.ups[0][some]], dense.hidden_TF[some])
     rough = 0.7 * repeated.ups[0] * (1 + 1e-7 * torch.randn(repeated.ups[0].shape, generator=noise))
-    theta = cut._thresholds(repeated, rough, price)
+    theta = joint._thresholds(repeated, rough, multiplier)
     assert float(theta.isfinite().float().mean()) > 0.1
     for scale in (1 - 1e-6, 1 + 1e-6):
         assert torch.equal(rough * scale >= theta, rough >= theta)
 
 
 @pytest.mark.parametrize("budget", [0.6, 0.4])
-def test_the_plan_costs_what_was_asked_and_does_what_was_tried(budget, monkeypatch, tmp_path):
-    recipe = Rana(kinds=("dense", "rank", "exact"), allocations=("price",))
+def test_the_plan_meets_the_budget_and_does_what_was_simulated(budget, monkeypatch, tmp_path):
+    recipe = Rana(kinds=("dense", "rank", "exact"), allocations=("multiplier",))
     monkeypatch.setitem(RECIPES, "rana", recipe)
     model = seeded()
     torch.manual_seed(0)
@@ -134,7 +137,7 @@ def test_the_plan_costs_what_was_asked_and_does_what_was_tried(budget, monkeypat
     problem = problem_of(seeded(), budget=budget)
     with torch.no_grad(), problem.holdout.instrumented(problem.layout) as instrumented:
         dense = [instrumented.run(batch) for batch in problem.holdout.held]
-        outcome = attempt(instrumented, problem.layout, plan.adapters, problem.holdout.held, dense)
+        outcome = simulate(instrumented, problem.layout, plan.adapters, problem.holdout.held, dense)
     with measuring(model) as meter:
         got = meter.run(problem.holdout.held[0])["logits"]
         measured = meter.result()

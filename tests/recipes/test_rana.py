@@ -14,12 +14,15 @@ from rana_fx.calibration.holdout import Tee
 from rana_fx.calibration.sensitivity import sensitivities
 from rana_fx.evaluation.measure import measuring
 from rana_fx.recipes import RECIPES, Problem
-from rana_fx.recipes.rana.allocate import Choice, allocate, points_at, price_for
-from rana_fx.recipes.rana.candidates import _STEP, Menu, Part
-from rana_fx.recipes.rana.loss_metric import geometry, loss_basis
-from rana_fx.recipes.rana.quantization import in_fewer_bits, own
-from rana_fx.recipes.rana.recipe import Rana, units_of
-from rana_fx.recipes.simulate import attempt
+from rana_fx.recipes.rana.allocate import Allocation, allocate, cost_of, loss_of
+from rana_fx.recipes.rana.candidates import UnitCandidates, UnitSite
+from rana_fx.recipes.rana.components import GRID_STEP
+from rana_fx.recipes.rana.decision import Choice, Decision
+from rana_fx.recipes.rana.loss_metric import loss_basis, loss_metric
+from rana_fx.recipes.rana.quantization import quantized_formats, unquantized
+from rana_fx.recipes.rana.recipe import Rana
+from rana_fx.recipes.rana.units import units_of
+from rana_fx.recipes.simulate import simulate
 
 SHAPES = [(24, 10), (10, 24), (12, 12)]
 
@@ -39,10 +42,10 @@ def moment_of(weight, gradients):
 
 
 @pytest.mark.parametrize(("out", "width"), SHAPES)
-def test_geometry_measures_errors_by_their_gradients(out, width):
+def test_the_loss_metric_weights_errors_by_their_gradients(out, width):
     weight, x, gradients = draw(out, width)
-    found = geometry(weight, moment_of(weight, gradients))
-    torch.testing.assert_close(found.lift_OD @ found.read_DI, weight, rtol=0, atol=1e-4)
+    found = loss_metric(weight, moment_of(weight, gradients))
+    torch.testing.assert_close(found.left_OD @ found.right_DI, weight, rtol=0, atol=1e-4)
     output_moment = (gradients.t() @ gradients / len(gradients)).double()
     error = (x[:50] @ weight.t()).double()
     given = torch.einsum("to,op,tp->t", error, output_moment, error)
@@ -52,131 +55,134 @@ def test_geometry_measures_errors_by_their_gradients(out, width):
         wide = weight.double()
         trace = (wide.t() @ output_moment @ wide).diagonal().sum() / wide.square().sum()
     expected = 0.9 * given + 0.1 * trace * error.square().sum(1)
-    torch.testing.assert_close((x[:50] @ found.read_DI.t()).square().sum(1).double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close((x[:50] @ found.right_DI.t()).square().sum(1).double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("out", "width"), SHAPES)
 def test_basis_is_complete_and_ordered_by_energy(out, width):
     weight, x, gradients = draw(out, width)
-    found = geometry(weight, moment_of(weight, gradients))
+    found = loss_metric(weight, moment_of(weight, gradients))
     basis = loss_basis(found, x.double().t() @ x.double() / len(x))
     torch.testing.assert_close(basis.a_OD @ basis.b_DI, weight, rtol=0, atol=1e-4)
     # components are orthonormal in the loss's coordinates: their squares add up to the whole
     z = x @ basis.b_DI.t()
-    torch.testing.assert_close(z.square().sum(1), (x @ found.read_DI.t()).square().sum(1), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(z.square().sum(1), (x @ found.right_DI.t()).square().sum(1), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "neuron", "rank", "hybrid", "static"])
-@pytest.mark.parametrize("place", [0.0, 0.4])  # on the grid of prices, and between two of them
-def test_points_cost_and_lose_what_they_say(kind, place):
+@pytest.mark.parametrize("place", [0.0, 0.4])  # on the grid of multipliers, and between two of them
+def test_operating_points_cost_and_lose_what_they_predict(kind, place):
     out, width = 24, 10
     weight, x, gradients = draw(out, width)
-    found = geometry(weight, moment_of(weight, gradients))
+    found = loss_metric(weight, moment_of(weight, gradients))
     basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-    menu = Menu(found, basis, x, [own(1.0)])
-    rough = 0.02 * float((x @ found.read_DI.t()).square().sum(1).mean()) / (out * width)
-    price = math.exp(_STEP * (math.floor(math.log(rough) / _STEP) + place))
-    point = menu.point(kind, price)
-    exact = x @ found.read_DI.t()
+    candidates = UnitCandidates(found, basis, x, [unquantized(1.0)])
+    rough = 0.02 * float((x @ found.right_DI.t()).square().sum(1).mean()) / (out * width)
+    multiplier = math.exp(GRID_STEP * (math.floor(math.log(rough) / GRID_STEP) + place))
+    point = candidates.point(kind, multiplier)
+    exact = x @ found.right_DI.t()
     if kind == "dense":
         cost, made = out * width, exact
     elif kind == "neuron":
-        mask = x.square() >= menu.bars(point)[0]
-        cost, made = out * float(mask.sum(1).float().mean()), (x * mask) @ found.read_DI.t()
+        mask = x.square() >= candidates.input_thresholds(point)[0]
+        cost, made = out * float(mask.sum(1).float().mean()), (x * mask) @ found.right_DI.t()
     else:
         rows = x
         router = width * point.ranks
         if kind == "hybrid":
-            inputs = x.square() >= menu.bars(point)[0]
+            inputs = x.square() >= candidates.input_thresholds(point)[0]
             rows, router = x * inputs, point.ranks * float(inputs.sum(1).float().mean())
         z = rows @ basis.b_DI[: point.ranks].t()
-        mask = z.square() >= menu.bar(point)
+        mask = z.square() >= candidates.components.threshold(point)
         cost = router + out * float(mask.sum(1).float().mean())
-        made = (z * mask) @ (torch.linalg.pinv(found.lift_OD) @ basis.a_OD[:, : point.ranks]).t()
+        made = (z * mask) @ (torch.linalg.pinv(found.left_OD) @ basis.a_OD[:, : point.ranks]).t()
     lost = float((exact - made).square().sum(1).mean()) / 2
-    # counts are exact on the grid; a bin of the thresholds' table is 0.8 % wide, and prices of the grid are 10 % apart
+    # counts are exact on the grid; a bin of the histogram is 0.8 % wide, and multipliers of the grid are 10 % apart
     near = {"dense": 1e-5, "neuron": 5e-3}.get(kind, 1e-5 if place == 0 else 0.03)
     assert point.cost == pytest.approx(cost, rel=near)
     if kind in ("rank", "hybrid", "static") and place > 0:
-        sides = [menu.point(kind, price * math.exp(_STEP * step)).loss for step in (-place, 1 - place)]
+        sides = [candidates.point(kind, multiplier * math.exp(GRID_STEP * step)).loss for step in (-place, 1 - place)]
         assert min(sides) <= point.loss <= max(sides)
     else:
         # how inputs dropped together add up is measured at a few thresholds only
         assert point.loss == pytest.approx(lost, rel=0.05 if kind == "neuron" else 1e-3, abs=1e-6)
 
 
-def test_what_a_menu_holds_is_in_the_models_dtype():
+def test_components_are_in_the_models_dtype():
     weight, x, gradients = draw(24, 10)
-    found = geometry(weight, moment_of(weight, gradients))
+    found = loss_metric(weight, moment_of(weight, gradients))
     basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-    menu = Menu(found, basis, x.bfloat16(), [own(1.0)], dtype=torch.bfloat16)
-    wide = [value for value in vars(menu).values() if isinstance(value, torch.Tensor) and value.dim() == 2]
-    assert wide and all(value.dtype == torch.bfloat16 for value in wide)
-    torch.testing.assert_close(menu.factor_DO.t().float() @ menu.router_DI.float(), weight, rtol=0, atol=0.05)
+    candidates = UnitCandidates(found, basis, x.bfloat16(), [unquantized(1.0)], dtype=torch.bfloat16)
+    matrices = [value for value in vars(candidates.components).values() if isinstance(value, torch.Tensor) and value.dim() == 2]
+    assert matrices and all(value.dtype == torch.bfloat16 for value in matrices)
+    components = candidates.components
+    torch.testing.assert_close(components.factor_DO.t().float() @ components.router_DI.float(), weight, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
 def test_components_survive_16_bits_however_small_an_error_is_in_units_of_loss(size):
     weight, x, gradients = draw(24, 10)
-    found = geometry(weight, moment_of(weight, gradients * size))
+    found = loss_metric(weight, moment_of(weight, gradients * size))
     basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-    menu = Menu(found, basis, x.half(), [own(1.0)], dtype=torch.float16)
-    lengths = torch.linalg.vector_norm(menu.factor_DO.float(), dim=1)
+    candidates = UnitCandidates(found, basis, x.half(), [unquantized(1.0)], dtype=torch.float16)
+    components = candidates.components
+    lengths = torch.linalg.vector_norm(components.factor_DO.float(), dim=1)
     assert lengths.min() > 0.7 and lengths.max() < 1.42
     # fp16 rounds each of the two by at most 2^-11, and 10 products are added
-    bound = 2 * 2**-11 * menu.factor_DO.t().float().abs() @ menu.router_DI.float().abs()
-    assert ((menu.factor_DO.t().float() @ menu.router_DI.float() - weight).abs() <= bound + 1e-5).all()
+    bound = 2 * 2**-11 * components.factor_DO.t().float().abs() @ components.router_DI.float().abs()
+    assert ((components.factor_DO.t().float() @ components.router_DI.float() - weight).abs() <= bound + 1e-5).all()
     # rows, components and their energies are those of the loss
-    assert float(menu._z2_D.sum()) == pytest.approx(float((x @ found.read_DI.t()).square().sum(1).mean()), rel=1e-2)
+    assert float(components._z2_D.sum()) == pytest.approx(float((x @ found.right_DI.t()).square().sum(1).mean()), rel=1e-2)
 
 
-def test_no_entry_is_better_than_its_bound():
+def test_no_candidate_is_better_than_its_lower_bound():
     weight, x, gradients = draw(64, 32)
-    found = geometry(weight, moment_of(weight, gradients))
+    found = loss_metric(weight, moment_of(weight, gradients))
     moment = x.double().t() @ x.double() / len(x)
     basis = loss_basis(found, moment)
-    menu = Menu(found, basis, x, [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, moment, one=4.0, uses=1)])
-    for kind, index in menu.entries:
+    candidates = UnitCandidates(
+        found, basis, x, [unquantized(4.0), *quantized_formats(found, basis, {"site": weight}, moment, rate=4.0, uses=1)]
+    )
+    for kind, index in candidates.entries:
         for exponent in range(-14, -4):
-            price = math.exp(exponent)
-            point = menu.point(kind, price, storage=index)
-            # between two prices of the grid a point is a mean, which may be a little off
-            assert menu.least(kind, price, storage=index) <= 1.01 * (point.loss + price * point.cost)
+            multiplier = math.exp(exponent)
+            point = candidates.point(kind, multiplier, format_index=index)
+            # between two multipliers of the grid a point is a mean, which may be a little off
+            bound = candidates.lower_bound(kind, multiplier, format_index=index)
+            assert bound <= 1.01 * (point.loss + multiplier * point.cost)
 
 
-def menus_of_three():
-    menus = {}
+def three_decisions():
+    decisions = []
     for seed, (out, width) in enumerate(SHAPES):
         weight, x, gradients = draw(out, width, seed=seed)
-        found = geometry(weight, moment_of(weight, gradients))
+        found = loss_metric(weight, moment_of(weight, gradients))
         basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-        menus[(f"unit{seed}",)] = Menu(found, basis, x, [own(1.0)])
-    return menus
+        decisions.append(Decision({(f"unit{seed}",): UnitCandidates(found, basis, x, [unquantized(1.0)])}))
+    return decisions
 
 
 @pytest.mark.parametrize("fraction", [0.8, 0.5, 0.25])
-def test_one_price_spends_the_budget_and_no_unit_would_rather_be_another(fraction):
-    menus = menus_of_three()
-    asked = fraction * sum(menu.dense_cost for menu in menus.values())
-    price, chosen = allocate(menus, asked)
-    points = points_at(menus, chosen, price)
+def test_one_multiplier_meets_the_target_and_loses_less_than_one_fraction(fraction):
+    decisions = three_decisions()
+    target = fraction * sum(decision.dense_cost for decision in decisions)
+    points = allocate(decisions, target).points(decisions)
     # components are whole rows of a router
-    assert sum(point.cost for point in points.values()) == pytest.approx(asked, rel=0.05)
-    uniform = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in menus.items()}
-    even = sum(points_at({u: menus[u]}, choice, price)[u].loss for u, (price, choice) in uniform.items())
-    assert sum(point.loss for point in points.values()) <= even * 1.05
+    assert cost_of(points) == pytest.approx(target, rel=0.05)
+    uniform = sum(loss_of(allocate([one], fraction * one.dense_cost).points([one])) for one in decisions)
+    assert loss_of(points) <= uniform * 1.05
 
 
 def test_each_linear_of_a_unit_has_thresholds_of_its_own():
     weight, x, gradients = draw(24, 10)
     gradients[:, :12] *= 0.01  # nothing depends on the first linear
-    found = geometry(weight, moment_of(weight, gradients))
-    parts = [Part(12, (gradients[:, part] @ weight[part]).square().mean(0)) for part in (slice(0, 12), slice(12, 24))]
-    menu = Menu(found, None, x, [own(1.0)], parts)
-    assert menu.entries == [("dense", 0), ("neuron", 0)]
-    first, second = menu.point("neuron", 1e-3).parts
+    found = loss_metric(weight, moment_of(weight, gradients))
+    sites = [UnitSite(12, (gradients[:, part] @ weight[part]).square().mean(0)) for part in (slice(0, 12), slice(12, 24))]
+    candidates = UnitCandidates(found, None, x, [unquantized(1.0)], sites)
+    assert candidates.entries == [("dense", 0), ("neuron", 0)]
+    first, second = candidates.point("neuron", 1e-3).kept_by_site
     assert first < second
-    assert len(menu.bars(menu.point("neuron", 1e-3))) == 2
+    assert len(candidates.input_thresholds(candidates.point("neuron", 1e-3))) == 2
 
 
 class Classifier(nn.Module):
@@ -222,7 +228,7 @@ def test_gradients_are_those_of_the_divergence():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_trial_keeps_and_loses_what_the_attached_plan_does():
+def test_the_simulation_keeps_and_loses_what_the_attached_plan_does():
     torch.manual_seed(0)
     model = Classifier()
     batches = [(torch.randn(4, 128, 4),) for _ in range(9)]
@@ -232,7 +238,7 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
         adapters = RECIPES["rana"].solve(problem)
         with holdout.instrumented(layout) as instrumented:
             dense = [instrumented.run(batch) for batch in holdout.held]
-            outcome = attempt(instrumented, layout, adapters, holdout.held, dense)
+            outcome = simulate(instrumented, layout, adapters, holdout.held, dense)
     plan = rana_fx.adapt(model, batches, budget=0.5, recipe="rana", progress=False)
     with measuring(model) as meter:
         output = meter.run(holdout.held[0])["logits"]
@@ -256,48 +262,45 @@ def test_gradients_are_taken_inside_inference_mode():
     assert inside.digest() == outside.digest()
 
 
-def test_storages_say_what_rounding_costs_and_loses():
+def test_formats_predict_what_rounding_costs_and_loses():
     weight, x, gradients = draw(64, 32)
-    found = geometry(weight, moment_of(weight, gradients))
+    found = loss_metric(weight, moment_of(weight, gradients))
     basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-    storages = [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, x.t() @ x / len(x), one=4.0, uses=1)]
-    menu = Menu(found, basis, x, storages)
-    assert [kind for kind, storage in menu.entries if storage == 0] == ["dense", "neuron", "rank", "hybrid", "static"]
-    stored = [menu.point("stored", 1e-6, storage=index) for index in (1, 2)]
+    formats = [unquantized(4.0), *quantized_formats(found, basis, {"site": weight}, x.t() @ x / len(x), rate=4.0, uses=1)]
+    candidates = UnitCandidates(found, basis, x, formats)
+    assert [kind for kind, index in candidates.entries if index == 0] == ["dense", "neuron", "rank", "hybrid", "static"]
+    stored = [candidates.point("stored", 1e-6, format_index=index) for index in (1, 2)]
     # a byte or half of one for each number, and two bytes of scale for each row or group
     assert [point.cost for point in stored] == pytest.approx([32 * (64 + 2), 32 * (32 + 2)])
     assert 0 < stored[0].loss < stored[1].loss / 50
     mean = float((gradients.t() @ gradients / len(gradients)).diagonal().mean())
-    wide = storages[2].packed["site"].wide()
-    expected = float((x @ (wide - weight.t())).square().sum(1).mean()) / 2
-    assert stored[1].loss == pytest.approx(expected * found.even, rel=1e-4)
-    assert found.even == pytest.approx(mean, rel=0.3)
-    hybrids = [menu.point("hybrid", 1e-4, storage=index) for kind, index in menu.entries if kind == "hybrid"]
-    assert all(point.ranks % 2 == 0 for point in hybrids if storages[point.storage].even)
-    assert min(hybrids, key=lambda point: point.cost).storage > 0
+    dequantized = formats[2].packed["site"].dequantize()
+    expected = float((x @ (dequantized - weight.t())).square().sum(1).mean()) / 2
+    assert stored[1].loss == pytest.approx(expected * found.isotropic_scale, rel=1e-4)
+    assert found.isotropic_scale == pytest.approx(mean, rel=0.3)
+    hybrids = [candidates.point("hybrid", 1e-4, format_index=index) for kind, index in candidates.entries if kind == "hybrid"]
+    assert all(point.ranks % formats[point.format_index].rank_multiple == 0 for point in hybrids)
+    assert {stored.rank_multiple for stored in formats} == {1, 2}
+    assert min(hybrids, key=lambda point: point.cost).format_index > 0
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.3, 0.2, 0.1])
-def test_storages_fill_the_budget_and_lose_less_than_one_storage_for_all(fraction):
-    menus = {}
+def test_formats_meet_the_target_and_lose_less_than_one_format_for_all(fraction):
+    decisions = []
     for seed, (out, width) in enumerate([(64, 32), (32, 64), (96, 32)]):
         weight, x, gradients = draw(out, width, seed=seed)
-        found = geometry(weight, moment_of(weight, gradients))
+        found = loss_metric(weight, moment_of(weight, gradients))
         basis = loss_basis(found, x.double().t() @ x.double() / len(x))
-        storages = [own(4.0), *in_fewer_bits(found, basis, {"site": weight}, x.t() @ x / len(x), one=4.0, uses=1)]
-        menus[(f"unit{seed}",)] = Menu(found, basis, x, storages)
-    asked = fraction * sum(menu.dense_cost for menu in menus.values())
-    price, chosen = allocate(menus, asked)
-    points = points_at(menus, chosen, price)
-    spent, lost = (sum(getattr(point, what) for point in points.values()) for what in ("cost", "loss"))
-    assert spent <= asked * 1.03
+        formats = [unquantized(4.0), *quantized_formats(found, basis, {"site": weight}, x.t() @ x / len(x), rate=4.0, uses=1)]
+        decisions.append(Decision({(f"unit{seed}",): UnitCandidates(found, basis, x, formats)}))
+    target = fraction * sum(decision.dense_cost for decision in decisions)
+    points = allocate(decisions, target).points(decisions)
+    assert cost_of(points) <= target * 1.03
     for index in (0, 1, 2):
-        alone = dict.fromkeys(menus, Choice("neuron", index))
-        if sum(menu.point("neuron", 1e-20, storage=index).cost for menu in menus.values()) < asked:
-            bar = 1e-20
-        else:
-            bar = price_for(menus, alone, asked)
-        assert lost <= 1.02 * sum(point.loss for point in points_at(menus, alone, bar).values())
+        alone = Allocation(1e-20, {decision.units[0]: Choice("neuron", index) for decision in decisions})
+        if cost_of(alone.points(decisions)) >= target:
+            alone = alone.at_cost(decisions, target)
+        assert loss_of(points) <= 1.02 * loss_of(alone.points(decisions))
 
 
 def test_a_linear_that_reads_another_one_directly_reads_what_the_step_made_of_it():
@@ -339,11 +342,11 @@ def test_ingredients_that_are_left_out_are_not_in_the_plan():
     for bits, allowed in (((), set()), ((8,), {torch.int8}), ((4,), {torch.uint8})):
         made = solved("bytes", 0.4, bits=bits)
         assert {a.weight.dtype for a in made if a.weight_scale is not None} <= allowed
-    # a price set once spends what the dense model's inputs would
-    (aside, settled) = (sum(a.flops for a in solved(settles=value)) for value in (False, True))
-    assert aside != settled
+    # a multiplier fitted once costs what was predicted on the dense model's inputs
+    (predicted, refined) = (sum(a.flops for a in solved(refine_lambda=value)) for value in (False, True))
+    assert predicted != refined
     # one fraction for all: no unit costs more than it
-    even = solved(kinds=("dense", "neuron"), allocations=("fraction",), settles=False)
+    even = solved(kinds=("dense", "neuron"), allocations=("fraction",), refine_lambda=False)
     assert all(adapter.flops == pytest.approx(0.5 * adapter.dense_flops, rel=0.1) for adapter in even)
 
 

@@ -11,8 +11,8 @@ from rana_fx.calibration.batches import halves
 from rana_fx.calibration.holdout import Tee
 from rana_fx.calibration.sensitivity import sensitivities
 from rana_fx.errors import BudgetUnreachable
-from rana_fx.recipes.rana import refine as search
-from rana_fx.recipes.rana.recipe import units_of
+from rana_fx.recipes.rana import refine
+from rana_fx.recipes.rana.units import units_of
 from tests.recipes.test_rana import Classifier, calibrated_with_holdout
 
 
@@ -96,9 +96,9 @@ def test_a_backward_pass_that_works_needs_no_note():
     assert rana_fx.explain(model, batches()[0]).notes == ()
 
 
-def short_of_memory(model, most):
-    """The model, on a device that holds so many texts."""
-    sizes, run = [], model.run
+def short_of_memory(stage, most):
+    """The stage, on a device that holds so many texts."""
+    sizes, run = [], stage.run
 
     def limited(batch, step=None):
         sizes.append(len(batch[0]))
@@ -106,20 +106,20 @@ def short_of_memory(model, most):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(batch, step)
 
-    model.run = limited
+    stage.run = limited
     return sizes
 
 
 def test_a_backward_pass_short_of_memory_takes_smaller_batches():
     torch.manual_seed(0)
     layout, _, holdout = calibrated_with_holdout(Classifier(), batches(tokens=512))
-    with holdout.instrumented(layout) as instrumented:
-        whole = sensitivities(instrumented, layout, units_of(layout), holdout.batches)
-        sizes = short_of_memory(instrumented, 2)
-        found = sensitivities(instrumented, layout, units_of(layout), holdout.batches)
+    with holdout.instrumented(layout) as stage:
+        whole = sensitivities(stage, layout, units_of(layout), holdout.batches)
+        sizes = short_of_memory(stage, 2)
+        found = sensitivities(stage, layout, units_of(layout), holdout.batches)
         assert sizes == [4, 2, 2] * 4
-        short_of_memory(instrumented, 0)
-        none = sensitivities(instrumented, layout, units_of(layout), holdout.batches)
+        short_of_memory(stage, 0)
+        none = sensitivities(stage, layout, units_of(layout), holdout.batches)
     assert found.missing == "" and found.moments.keys() == whole.moments.keys()
     for unit, moment in whole.moments.items():
         # labels are drawn anew, 8192 of them
@@ -137,7 +137,7 @@ def test_halves_are_of_all_tensors_alike():
     assert halves((torch.zeros(1, 4),)) == [] and halves((torch.zeros(4, 4), torch.zeros(3, 4))) == []
 
 
-def test_large_batches_of_texts_are_held_in_pieces():
+def test_large_batches_of_texts_are_run_in_pieces():
     tee = Tee([{"input_ids": torch.full((8, 512), index)} for index in range(9)])
     assert len(list(tee)) == 8
     holdout = tee.holdout(nn.Linear(1, 1))
@@ -157,8 +157,8 @@ def test_low_budgets_are_kept(budget):
 
 
 def test_a_budget_that_the_adapted_model_does_not_keep_is_unreachable(monkeypatch):
-    """Masks that keep more in the adapted model than was asked, at any price."""
-    monkeypatch.setattr(search._Search, "_spent", lambda self, points, adapters, outcome: 0.4 * self._total)  # noqa: ARG005
+    """Masks that keep more in the adapted model than the target, at any multiplier."""
+    monkeypatch.setattr(refine._Refinement, "_measured_cost", lambda self, *_: 0.4 * self._split.total)
     torch.manual_seed(0)
     with pytest.raises(BudgetUnreachable, match=r"budget=0\.200 .* lowest reachable budget is 0\.410 .*adapted model"):
         rana_fx.adapt(Classifier(), batches(), budget=0.2, progress=False)

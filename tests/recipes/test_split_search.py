@@ -1,4 +1,4 @@
-"""The race of splits finds what scoring every split on every token finds, also where a few tokens decide."""
+"""Successive elimination of splits finds what scoring every split on every token finds, also where a few tokens decide."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from rana_fx.calibration.calibrate import calibrate
+from rana_fx.recipes.basis import output_basis, second_moment
+from rana_fx.recipes.importance import importance_profile
+from rana_fx.recipes.mlp_rows import hidden_rows
 from rana_fx.recipes.paper import recipe as paper
-from rana_fx.recipes.paper.line_search import energies, importance_profile, output_basis, second_moment
-from rana_fx.recipes.paper.split_search import race
+from rana_fx.recipes.paper.line_search import energies
+from rana_fx.recipes.paper.split_search import successive_elimination
 from rana_fx.recipes.problem import Problem
 
 WIDTH, FFN, TOKENS = 24, 40, 6000
@@ -46,21 +49,21 @@ def test_the_winner_is_that_of_scoring_all_on_all(gated, tail, fraction):
     rows = problem.rows(block.ups[0])
     bases = [output_basis(problem.matrix((up,)), second_moment(rows)) for up in block.ups]
     norms = torch.linalg.vector_norm(problem.matrix((block.down,)), dim=0)
-    hidden = problem.dense_rows(block, rows)
+    hidden = hidden_rows(problem, block, rows)
     measured = [energies(basis.b_DI, rows, step=1) for basis in bases]
     candidates = paper._candidates(problem, block, measured, importance_profile(hidden, norms), fraction)
     assert len(candidates) > 3
 
     scored = []
     watched = replace(block, pointwise=lambda *outs: scored.append(len(outs[0])) or block.pointwise(*outs))
-    best, error = race(problem, watched, bases, norms, candidates, rows, hidden)
-    assert sum(scored) < 0.6 * len(candidates) * TOKENS, "nobody dropped out, so nothing is tested"
+    best, error = successive_elimination(problem, watched, bases, norms, candidates, rows, hidden)
+    assert sum(scored) < 0.6 * len(candidates) * TOKENS, "no candidate was eliminated, so nothing is tested"
 
     down = problem.matrix((block.down,))
     errors = []
     for candidate in candidates:
         outs = []
-        for up, basis, choice in zip(block.ups, bases, candidate.choices, strict=True):
+        for up, basis, choice in zip(block.ups, bases, candidate.ups, strict=True):
             z = rows @ basis.b_DI[: choice.rank].t()
             masked = z * (z.square() >= choice.threshold)
             out = masked @ basis.a_OD[:, : choice.rank].t()

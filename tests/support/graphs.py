@@ -1,4 +1,4 @@
-"""Aten graphs as Inductor's post-grad passes get them, made of plain PyTorch functions, before and after passes/fuse.py."""
+"""Aten graphs as Inductor's post-grad passes get them, made of plain PyTorch functions, before and after ``POST_GRAD``."""
 
 from __future__ import annotations
 
@@ -9,19 +9,43 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rana_fx.passes.fuse import fuse
+from rana_fx.passes import POST_GRAD
+from rana_fx.passes.base import PostGrad
+from rana_fx.passes.runner import Runner
 
-NONE = {"norm": 0, "residual": 0, "gated": 0, "parts": 0}
+NONE = {"norm": 0, "residual": 0, "gated": 0, "same_input": 0}
+
+
+def fuse(graph_module: fx.GraphModule, devices: tuple[str, ...] = ("cpu",)) -> dict[str, int]:
+    """How many places each fusing pass changed, in place."""
+    return {name: record.result.count for name, record in records(graph_module, devices).items()}
+
+
+def reasons(graph_module: fx.GraphModule, devices: tuple[str, ...] = ("cpu",)) -> dict[str, list[str]]:
+    """Why each fusing pass left what it left, in the order of nodes."""
+    return {
+        name: [declined.reason for declined in record.result.declined] for name, record in records(graph_module, devices).items()
+    }
+
+
+def records(graph_module, devices):
+    runner = Runner()
+    runner.run(POST_GRAD, graph_module, PostGrad(devices), past_autograd=True)
+    return {record.name.removeprefix("fuse_"): record for record in runner.records}
+
+
+def traced(function, *inputs) -> fx.GraphModule:
+    """The aten graph of ``function`` with fake values."""
+    module = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*inputs)
+    # a decomposition may write in place
+    return make_fx(functionalize(module), tracing_mode="fake")(*inputs)
 
 
 def fused(function, *inputs) -> tuple[fx.GraphModule, dict[str, int]]:
     """The rewritten graph of ``function`` and how many of each were fused; a second run finds nothing more."""
-    module = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*inputs)
-    # a decomposition may write in place
-    module = make_fx(functionalize(module), tracing_mode="fake")(*inputs)
-    counts = fuse(module.graph, devices=("cpu",))
-    module.recompile()
-    assert fuse(module.graph, devices=("cpu",)) == NONE
+    module = traced(function, *inputs)
+    counts = fuse(module)
+    assert fuse(module) == NONE
     return module, counts
 
 
@@ -32,7 +56,7 @@ class Fusing(CustomGraphPass):
         self.counted = []
 
     def __call__(self, graph):
-        self.counted.append(fuse(graph, devices=("cpu",)))
+        self.counted.append(fuse(graph.owning_module))
 
     def uuid(self):
         return None

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.passes import lower
-from rana_fx.passes.fuse import fuse
+from tests.support.graphs import fuse
 
 RANKS, WIDTH, FFN = 2800, 4096, 11008
 
@@ -142,8 +142,7 @@ def main(tokens, count, kind):
             return (r,)
 
         graph = make_fx(layers, decomposition_table=select_decomp_table())(*inputs)
-        fuse(graph.graph)
-        graph.recompile()
+        fuse(graph, devices=("cuda",))
         try:
             with V.set_fake_mode(mode):
                 compile_fx_inner(graph, inputs, is_inference=True, static_input_idxs=range(1, len(inputs)))

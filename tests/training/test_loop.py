@@ -76,17 +76,17 @@ def test_resuming_is_exact(tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(*_):
+    def stop(*args, **kwargs):
         evaluations.append(0)
         if len(evaluations) == 6:  # before the first step, and after each: step 5, a step after a checkpoint
             raise Stop
-        return held_out_loss(*_)
+        return held_out_loss(*args, **kwargs)
 
     model = fresh()
     whole = train(compiled(model), batches, settings=settings, held_out=texts(1), folder=tmp_path / "a", progress=False)
-    evaluations, held_out_loss = [], loop._held_out
+    evaluations, held_out_loss = [], loop.evaluate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_held_out", stop)
+        patch.setattr(loop, "evaluate", stop)
         with pytest.raises(Stop):
             train(compiled(fresh()), batches, settings=settings, held_out=texts(1), folder=tmp_path / "b", progress=False)
     second = fresh()
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path):
 
     poisoned = Poisoned()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "bare", lambda _: model)
+        patch.setattr(loop, "unwrap", lambda _: model)
         with pytest.raises(
             LossNotFinite, match=r"step 4: the loss is nan.* as step 3 left.* the checkpoint of step 2 is in .* rate"
         ):

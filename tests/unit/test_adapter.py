@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rana_fx.adapter import Adapter
-from rana_fx.errors import BadOperand
-from rana_fx.formats import pack
+from rana_fx.cost import Cost, Kept
+from rana_fx.errors import BadOperand, UnknownMetric
+from rana_fx.formats import Matrix, pack
 
 WIDTH, OUT, RANKS = 70, 130, 6
 
@@ -58,8 +59,8 @@ def test_costs_are_what_is_read(router_bits, bits, hybrid, kept, inputs, rows):
         flops, read = inputs * RANKS, inputs * row_bytes(RANKS, router_bits)
     else:
         flops, read = RANKS * WIDTH, RANKS * row_bytes(WIDTH, router_bits)
-    assert adapter.fixed("flops", inputs) == pytest.approx(uses * flops)
-    assert adapter.fixed("bytes", inputs) == pytest.approx(uses * read)
+    assert adapter.fixed_cost(inputs).flops == pytest.approx(uses * flops)
+    assert adapter.fixed_cost(inputs).bytes == pytest.approx(uses * read)
     own = 0 if rows is None else rows * WIDTH  # of the model's weight, in 16 bits
     assert adapter.cost("flops", kept, inputs, rows) == pytest.approx(uses * (flops + kept * OUT + own))
     assert adapter.cost("bytes", kept, inputs, rows) == pytest.approx(uses * (read + kept * row_bytes(OUT, bits) + 2 * own))
@@ -74,8 +75,43 @@ def test_costed_and_cost_agree(hybrid, more):
             adapter.cost(metric) == said == adapter.cost(metric, adapter.kept) == adapter.cost(metric, None, adapter.router_kept)
         )
         assert adapter.cost(metric, None, None, adapter.exact_kept) == said
-    # what the maker says stays what it says
-    assert replace(adapter, bytes=7.0).cost("bytes") == 7.0
+    # what the maker counted stays what it counted
+    changed = replace(adapter, bytes=7.0)
+    assert changed.cost("bytes") == 7.0
+    assert changed.cost() == changed.cost(Kept()) == changed.expected_cost == Cost(adapter.flops, 7.0)
+
+
+@given(st.floats(0, RANKS), st.floats(0, WIDTH), st.floats(0, OUT))
+def test_both_ways_to_ask_for_a_cost_agree(kept, inputs, outputs):
+    adapter = rank(8, 4, hybrid=True, **exact())
+    found = adapter.cost(Kept(kept, inputs, outputs))
+    assert found == adapter.cost(kept=Kept(kept, inputs, outputs))
+    assert found == Cost(*(adapter.cost(metric, kept, inputs, outputs) for metric in ("flops", "bytes")))
+    assert adapter.cost(Kept(kept)) == adapter.cost(Kept(kept).otherwise(adapter.expected))
+    changed = adapter.with_kept(Kept(kept, inputs, outputs))
+    assert changed.expected == Kept(kept, inputs, outputs) and changed.expected_cost == found
+    assert adapter.with_kept(Kept()).expected == adapter.expected
+    with pytest.raises(UnknownMetric):
+        adapter.cost("us", kept)
+
+
+def test_expectations_stay_away_where_nothing_masks():
+    changed = rank().with_kept(Kept(1.0, 2.0, 3.0))
+    assert changed.expected == Kept(1.0)
+    assert (changed.router_mask, changed.exact_mask) == (None, None)
+    assert changed.cost(Kept(1.0, 2.0, 3.0)) == changed.expected_cost
+
+
+def test_masks_and_matrices_are_the_fields():
+    made = rank(4, 8, hybrid=True, **exact())
+    masks = (made.mask, made.router_mask, made.exact_mask)
+    assert all(mask.threshold is value for mask, value in zip(masks, (made.tau, made.router_tau, made.exact_tau), strict=True))
+    assert [mask.expected for mask in masks] == [2.5, 20.5, 31.5]
+    assert {key: (matrix.shape, matrix.format.name) for key, matrix in made.matrices.items()} == {
+        "router": ((WIDTH, RANKS), "int4"), "weight": ((RANKS, OUT), "int8"),
+    }  # fmt: skip
+    assert isinstance(made.matrix("router"), Matrix) and rank(kind="neuron", router=None).matrix("router") is None
+    assert repr(made) == "Adapter('a', rank, 2.5 of 6 kept)"
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -85,7 +121,7 @@ def test_costs_without_a_router(bits):
         kind="neuron", router=None, router_scale=None, ranks=WIDTH, tau=torch.zeros(WIDTH), weight=weight, weight_scale=scale
     )
     assert made.cost("bytes", 30) == pytest.approx(2 * 30 * row_bytes(OUT, bits))
-    assert made.fixed("bytes") == 0
+    assert made.fixed_cost() == Cost()
     own = replace(made, weight=None, weight_scale=None)
     assert own.cost("bytes", 35) == own.dense_bytes / 2
     kept = replace(made, kind="stored", kept=float(WIDTH)).costed()
@@ -93,7 +129,7 @@ def test_costs_without_a_router(bits):
     assert kept.flops == kept.dense_flops
 
 
-def test_storage_says_itself():
+def test_what_follows_from_tensors():
     made = rank(4, 8, hybrid=True)
     assert made.bits() == {"router": 4, "weight": 8}
     assert (made.width, made.out) == (WIDTH, OUT)
@@ -108,6 +144,7 @@ def test_storage_says_itself():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"weight": torch.zeros(RANKS, OUT, dtype=torch.float8_e5m2)}, r"a: weight is torch.float8_e5m2: expected floating"),
         ({"weight_scale": torch.ones(5)}, r"a: weight_scale is \(5,\): expected \(6,\) for an int8 weight"),
         ({"router_scale": None}, r"a: router_scale is None: expected \(6,\)"),
         ({"weight": torch.zeros(5, OUT), "weight_scale": None}, r"a: weight is \(5, 130\): expected 6 rows"),

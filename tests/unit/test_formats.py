@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rana_fx.errors import BadOperand, InvalidOption, NonFinite
-from rana_fx.formats import bits_of, group_of, pack, shape_of, unpack
+from rana_fx.formats import FLOATING, INT4, INT8, bits_of, format_of, gated_unit, group_of, pack, shape_of, unpack
 
 SCALES = [torch.float32, torch.bfloat16]
 
@@ -94,3 +94,63 @@ def test_wrong_requests_are_refused():
 def test_weight_and_scale_that_do_not_belong_together_are_refused(weight, scale, message):
     with pytest.raises(BadOperand, match=message):
         shape_of(weight, scale)
+
+
+STORED = st.sampled_from([(FLOATING, {}), (INT8, {}), (INT4, {"group": 64}), (INT4, {"group": 128})])
+
+
+@given(weights(), STORED)
+def test_packed_numbers_are_within_the_bound_of_the_format(case, stored):
+    weight, _, _, scale_dtype = case
+    kind, options = stored
+    matrix = kind.pack(weight, scale_dtype=scale_dtype, **options)
+    assert matrix.shape == tuple(weight.shape) and format_of(matrix.values) is kind
+    got = matrix.dequantize()
+    assert ((got - weight).abs() <= kind.error_bound(matrix)).all()
+    assert torch.equal(got, unpack(matrix.values, matrix.scale))
+    # bounds are of use: no more than a step of the row's largest number, which the format's limit is
+    limit = {"floating": torch.inf, "int8": 127, "int4": 7}[kind.name]
+    assert (kind.error_bound(matrix) <= weight.abs().amax(1, keepdim=True) / limit + torch.finfo(torch.float32).tiny).all()
+
+
+@given(weights(), STORED, st.data())
+def test_a_part_holds_the_numbers_of_the_part(case, stored, data):
+    weight, (kind, options) = case[0], stored
+    matrix = kind.pack(weight, **options)
+    whole, columns = matrix.dequantize(), weight.shape[1]
+    unit = matrix.format.unit(matrix) if kind is INT4 else 1
+    start = unit * data.draw(st.integers(0, (columns - 1) // unit))
+    stop = data.draw(st.sampled_from(sorted({*range(start + unit, columns + 1, unit), columns})))
+    part = matrix.narrow(1, start, stop - start)
+    assert kind.divisible(matrix, start, stop) and part.shape == (len(weight), stop - start)
+    assert torch.equal(part.dequantize(), whole[:, start:stop])
+    first = data.draw(st.integers(0, len(weight) - 1))
+    rows = matrix.narrow(0, first, len(weight) - first)
+    assert torch.equal(rows.dequantize(), whole[first:])
+    assert rows.bytes_per_row == matrix.bytes_per_row and rows.flops_per_row == columns
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 2), (32, 64), (2, 128), (64, 130)])
+def test_columns_inside_a_group_are_no_matrix(start, stop):
+    matrix = INT4.pack(torch.randn(2, 200))
+    assert not INT4.divisible(matrix, start, stop)
+    with pytest.raises(BadOperand, match=f"columns is {start} to {stop}: expected whole units of 64 columns"):
+        matrix.narrow(1, start, stop - start)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_per_row", "unit", "gated"), [(FLOATING, 400, 1, 2), (INT8, 104, 4, 8), (INT4, 58, 64, 128)]
+)
+def test_sizes_by_hand(kind, bytes_per_row, unit, gated):
+    matrix = kind.pack(torch.randn(3, 100))
+    assert (matrix.bytes_per_row, matrix.flops_per_row) == (bytes_per_row, 100)
+    assert kind.unit(matrix) == unit and gated_unit(matrix.values, matrix.scale) == gated
+    assert kind.columns(matrix.values.shape[1]) == 100
+
+
+def test_only_plain_numbers_are_cast():
+    for kind in (FLOATING, INT8, INT4):
+        matrix = kind.pack(torch.randn(3, 64))
+        cast = matrix.to(torch.bfloat16, "cpu")
+        assert cast.dtype == (torch.bfloat16 if kind is FLOATING else matrix.dtype)
+        assert kind is FLOATING or (torch.equal(cast.values, matrix.values) and cast.scale.dtype == torch.float32)

@@ -1,9 +1,7 @@
-"""The basis in which a linear layer's output has the most energy in the fewest components, and its line search.
+"""The line search of RaNA's Algorithm 1: the rank and the threshold with the most energy at a given cost.
 
-In: a weight W (out, in) and a sample of its inputs. Out: A = U (out, d) with orthonormal columns, B = U^T W (d, in),
-d = min(out, in), so that A (B x) = W x, and components ordered by energy (RaNA Algorithm 1: U are the left singular
-vectors of Y^T = W X^T). U is found inside the range of W, so full rank reproduces W on every input, also on inputs
-the sample does not span. All of it in fp64; the factors are returned in fp32.
+In: B of a basis, a sample of the layer's inputs and fractions of its dense cost. Out: for each fraction the number of rows of B
+and the threshold on (B x)_k^2 that keep most of the output's energy, or None where no rank is feasible.
 """
 
 from __future__ import annotations
@@ -14,53 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rana_fx.calibration.score_histogram import Histogram, Profile
+from rana_fx.calibration.score_histogram import Histogram
+from rana_fx.recipes.basis import RankThreshold
 
 STEP = 10  # the paper's line search tries every tenth rank
 _CHUNK = 2048  # tokens at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Basis:
-    """a_OD: orthonormal columns. b_DI: the router's rows. Error: |W - A B| <= 1e-6 |W| in fp32."""
-
-    a_OD: Tensor
-    b_DI: Tensor
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One point of the line search: ``rank`` rows of B, ``kept`` of them per token on average, threshold on z^2."""
-
-    rank: int
-    kept: float
-    threshold: float
-    coverage: float
-
-
-def second_moment(rows_TI: Tensor) -> Tensor:
-    """Sum of x x^T over the sample, (in, in), fp64."""
-    width = rows_TI.shape[1]
-    total = torch.zeros(width, width, dtype=torch.float64, device=rows_TI.device)
-    # it is symmetric: of each panel of rows only what lies right of the diagonal is multiplied
-    panel = max(128, -(-width // 8))
-    for chunk in rows_TI.split(4 * _CHUNK):
-        wide = chunk.double()
-        for start in range(0, width, panel):
-            total[start : start + panel, start:].addmm_(wide[:, start : start + panel].t(), wide[:, start:])
-    return total.triu_().add_(total.triu(1).t())
-
-
-def output_basis(weight_OI: Tensor, moment_II: Tensor) -> Basis:
-    """Principal directions of the layer's output over the sample (uncentred)."""
-    weight = weight_OI.double()
-    if weight.shape[0] > weight.shape[1]:
-        q_OI, r_II = torch.linalg.qr(weight)
-    else:
-        q_OI, r_II = None, weight
-    vectors = torch.linalg.eigh(r_II @ moment_II.to(r_II.device) @ r_II.t()).eigenvectors.flip(1)
-    a_OD = vectors if q_OI is None else q_OI @ vectors
-    return Basis(a_OD.float().contiguous(), (vectors.t() @ r_II).float().contiguous())
 
 
 def candidate_ranks(width: int, *, step: int = STEP) -> list[int]:
@@ -82,7 +38,7 @@ def energies(b_DI: Tensor, rows_TI: Tensor, *, step: int = STEP) -> Energies:
     width = len(b_DI)
     ranks = sorted(candidate_ranks(width, step=step))
     blocks_D = torch.searchsorted(torch.tensor(ranks), torch.arange(width), right=True).to(rows_TI.device)
-    # Cauchy-Schwarz: an upper bound of z^2 that costs no product
+    # Cauchy-Schwarz: an upper bound of z^2 without a matmul
     longest = max(float(torch.linalg.vector_norm(chunk.float(), dim=1).max()) for chunk in rows_TI.split(_CHUNK))
     histogram = Histogram(blocks_D, (longest * float(torch.linalg.vector_norm(b_DI, dim=1).max())) ** 2)
     for chunk in rows_TI.split(_CHUNK):
@@ -100,10 +56,12 @@ def feasible_kept(rank: int, out_features: int, in_features: int, fraction: floa
     return kept if 0 < kept < rank and int(rows * kept) > 0 else None
 
 
-def line_search(measured: Energies, out_features: int, in_features: int, fractions: Sequence[float]) -> list[Choice | None]:
+def line_search(
+    measured: Energies, out_features: int, in_features: int, fractions: Sequence[float]
+) -> list[RankThreshold | None]:
     """For each fraction of the dense layer's cost, the rank with the best coverage (Algorithm 1), or None."""
     total = measured.histogram.merged().energy
-    best: list[Choice | None] = [None] * len(fractions)
+    best: list[RankThreshold | None] = [None] * len(fractions)
     points = [
         [feasible_kept(rank, out_features, in_features, fraction, measured.rows) for fraction in fractions]
         for rank in measured.ranks
@@ -117,20 +75,5 @@ def line_search(measured: Energies, out_features: int, in_features: int, fractio
             coverage = energy / total if total > 0 else 1.0
             held = best[which]
             if held is None or coverage >= held.coverage:
-                best[which] = Choice(measured.ranks[index], kept, threshold, coverage)
+                best[which] = RankThreshold(measured.ranks[index], kept, threshold, coverage)
     return best
-
-
-def importance_profile(rows_TI: Tensor, norms_I: Tensor) -> Profile:
-    """Squared importances (x_j |W_:,j|)^2 of every input over the sample (neuron adapter)."""
-    norms = norms_I.float()
-    top = max((float((chunk.float() * norms).abs().max()) ** 2 for chunk in rows_TI.split(_CHUNK)), default=0.0)
-    histogram = Histogram(torch.zeros(rows_TI.shape[1], dtype=torch.long, device=rows_TI.device), top)
-    for chunk in rows_TI.split(_CHUNK):
-        histogram.add((chunk.float() * norms).square_())
-    return histogram.merged()
-
-
-def neuron_threshold(profile: Profile, fraction: float) -> float:
-    """Threshold on squared importance that keeps ``fraction`` of all inputs."""
-    return profile.keep(round(profile.total * fraction))[0]

@@ -3,7 +3,7 @@
     qkv (stacked, or one fused linear)   rank adapter, (rank, threshold) by the line search on coverage
     up, gate                             rank adapters likewise; down: neuron adapter
     the MLP's budget                     split over its linears by a grid search on the MLP's output error
-    everything else                      dense; the adapted layers share what the budget leaves, by one fraction
+    everything else                      dense; the adapted layers have what the budget leaves, by one fraction
 
 The paper's grid gives a linear 3/18 ... 9/18 of its MLP's budget, half to one and a half times an equal share; here
 the shares are multiples 3/6 ... 9/6 of the share by size, which is the same grid for three equal linears and also
@@ -23,20 +23,14 @@ from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout, MlpBlock
 from rana_fx.calibration.score_histogram import Profile
 from rana_fx.graph.linears import Skip
-from rana_fx.recipes.paper.line_search import (
-    Choice,
-    Energies,
-    candidate_ranks,
-    energies,
-    feasible_kept,
-    importance_profile,
-    line_search,
-    neuron_threshold,
-    output_basis,
-    second_moment,
-)
-from rana_fx.recipes.paper.split_search import Candidate, race
+from rana_fx.recipes.basis import RankThreshold, output_basis, second_moment
+from rana_fx.recipes.builders import neuron_adapter, rank_adapter
+from rana_fx.recipes.importance import importance_profile, neuron_threshold
+from rana_fx.recipes.mlp_rows import hidden_rows
+from rana_fx.recipes.paper.line_search import Energies, candidate_ranks, energies, feasible_kept, line_search
+from rana_fx.recipes.paper.split_search import SplitCandidate, successive_elimination
 from rana_fx.recipes.problem import Problem
+from rana_fx.recipes.registry import split_budget
 
 _MULTIPLES = tuple(step / 6 for step in range(3, 10))
 _UNADAPTED = {
@@ -85,25 +79,25 @@ def _calibrated(problem: Problem, unit: tuple[str, ...] | MlpBlock) -> bool:
 
 
 def _feasible(problem: Problem, units: list[tuple[str, ...] | MlpBlock]) -> tuple[float, list[tuple[str, ...] | MlpBlock]]:
-    """The common fraction, and the units that have a feasible point at it; the others become dense and are paid for."""
+    """The common fraction, and the units that have a feasible rank at it; the others stay dense, at their dense cost."""
     while True:
         names = tuple(name for unit in units for name in (unit.sites if isinstance(unit, MlpBlock) else unit))
-        fraction = problem.fraction(names)
+        fraction = split_budget(problem, names).fraction
         if fraction >= 1:
             problem.skips += [Skip(name, "the budget leaves it dense") for name in names]
             return fraction, []
-        sound = [unit for unit in units if _has_point(problem, unit, fraction)]
-        if len(sound) == len(units):
+        feasible = [unit for unit in units if _is_feasible(problem, unit, fraction)]
+        if len(feasible) == len(units):
             return fraction, units
         for unit in units:
-            if unit not in sound:
+            if unit not in feasible:
                 members = unit.sites if isinstance(unit, MlpBlock) else unit
                 reason = f"no feasible rank at {fraction:.3f} of its dense cost: it stays dense"
                 problem.skips += [Skip(name, reason) for name in members]
-        units = sound
+        units = feasible
 
 
-def _has_point(problem: Problem, unit: tuple[str, ...] | MlpBlock, fraction: float) -> bool:
+def _is_feasible(problem: Problem, unit: tuple[str, ...] | MlpBlock, fraction: float) -> bool:
     if isinstance(unit, MlpBlock):
         return any(
             all(_rank_exists(problem, (up,), fraction * share) for up, share in zip(unit.ups, split, strict=False))
@@ -127,8 +121,8 @@ def splits(sizes: list[float]) -> list[tuple[float, ...]]:
     for chosen in itertools.product(_MULTIPLES, repeat=len(sizes) - 1):
         others = iter(chosen)
         split = [0.0 if index == largest else next(others) for index in range(len(sizes))]
-        spent = sum(size * share for size, share in zip(sizes, split, strict=True))
-        split[largest] = (sum(sizes) - spent) / sizes[largest]
+        others_cost = sum(size * share for size, share in zip(sizes, split, strict=True))
+        split[largest] = (sum(sizes) - others_cost) / sizes[largest]
         if _MULTIPLES[0] - 1e-9 <= split[largest] <= _MULTIPLES[-1] + 1e-9:
             found.append(tuple(round(share, 12) for share in split))
     return found
@@ -137,22 +131,20 @@ def splits(sizes: list[float]) -> list[tuple[float, ...]]:
 def _adapt_stack(problem: Problem, names: tuple[str, ...], rows_TI: Tensor, moment_II: Tensor, fraction: float) -> Adapter:
     weight = problem.matrix(names)
     basis = output_basis(weight, moment_II)
-    (choice,) = line_search(energies(basis.b_DI, rows_TI), weight.shape[0], weight.shape[1], [fraction])
-    assert choice is not None
-    return problem.rank_adapter(names, basis, choice)
+    (found,) = line_search(energies(basis.b_DI, rows_TI), weight.shape[0], weight.shape[1], [fraction])
+    assert found is not None
+    return rank_adapter(problem, names, basis, found)
 
 
 def _adapt_mlp(problem: Problem, block: MlpBlock, rows_TI: Tensor, moment_II: Tensor, fraction: float) -> list[Adapter]:
     bases = [output_basis(problem.matrix((up,)), moment_II) for up in block.ups]
     measured: list[Energies] = [energies(basis.b_DI, rows_TI) for basis in bases]
     norms = torch.linalg.vector_norm(problem.matrix((block.down,)), dim=0)
-    hidden = torch.cat([problem.dense_rows(block, chunk) for chunk in rows_TI.split(2048)])
+    hidden = torch.cat([hidden_rows(problem, block, chunk) for chunk in rows_TI.split(2048)])
     candidates = _candidates(problem, block, measured, importance_profile(hidden, norms), fraction)
-    best, error = race(problem, block, bases, norms, candidates, rows_TI, hidden)
-    adapters = [
-        problem.rank_adapter((up,), basis, choice) for up, basis, choice in zip(block.ups, bases, best.choices, strict=True)
-    ]
-    down = problem.neuron_adapter(block.down, best.threshold, norms, best.split[-1] * fraction)
+    best, error = successive_elimination(problem, block, bases, norms, candidates, rows_TI, hidden)
+    adapters = [rank_adapter(problem, (up,), basis, chosen) for up, basis, chosen in zip(block.ups, bases, best.ups, strict=True)]
+    down = neuron_adapter(problem, block.down, best.threshold, norms, best.split[-1] * fraction)
     return [*adapters, _with_error(down, error)]
 
 
@@ -163,11 +155,11 @@ def _with_error(adapter: Adapter, error: float) -> Adapter:
 
 def _candidates(
     problem: Problem, block: MlpBlock, measured: list[Energies], profile: Profile, fraction: float
-) -> list[Candidate]:
+) -> list[SplitCandidate]:
     sites = [problem.layout.sites[name] for name in block.sites]
-    # more than all neurons: the split would waste what the ups could use
+    # beyond all neurons down has no use for its share
     tried = [split for split in splits([problem.size((name,)) for name in block.sites]) if split[-1] * fraction <= 1]
-    found: list[dict[float, Choice | None]] = []
+    found: list[dict[float, RankThreshold | None]] = []
     for index, energy in enumerate(measured):
         shares = list(dict.fromkeys(split[index] for split in tried))
         shape = sites[index].out_features, sites[index].in_features
@@ -176,7 +168,7 @@ def _candidates(
     candidates = []
     for split in tried:
         chosen = [by_share[share] for by_share, share in zip(found, split, strict=False)]
-        feasible = tuple(choice for choice in chosen if choice is not None)
+        feasible = tuple(ranks for ranks in chosen if ranks is not None)
         if len(feasible) == len(chosen):
-            candidates.append(Candidate(split, feasible, neuron_threshold(profile, split[-1] * fraction)))
+            candidates.append(SplitCandidate(split, feasible, neuron_threshold(profile, split[-1] * fraction)))
     return candidates

@@ -1,9 +1,9 @@
 """Choose among splits of an MLP's budget by the error of the MLP's output (RaNA Algorithm 2).
 
 In: candidate splits with their ranks and thresholds, and sampled rows of the MLP's input. Out: the candidate with the
-least squared error, and that error relative to the output's energy. Rows of the most energy, which may decide the sum
-alone, are scored first and in full; the rest in random order, where candidates that can no longer win drop out, judged
-by the paired difference to the leader: the answer of scoring all on all rows at a fraction of the time.
+least squared error, and that error relative to the output's energy, by successive elimination: rows of the most energy, which
+may decide the sum alone, are scored first and by every candidate; the rest in random order, where candidates are eliminated by
+the paired difference to the leader. The result is that of scoring all candidates on all rows, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -14,35 +14,38 @@ import torch
 from torch import Tensor
 
 from rana_fx.calibration.layout import MlpBlock
-from rana_fx.recipes.paper.line_search import Basis, Choice
+from rana_fx.recipes.basis import Basis, RankThreshold
 from rana_fx.recipes.problem import Problem
 
-_HEAVY = 256  # rows of the largest energy, a stratum of its own: a sample would tell little about them
+_HEAVY = 256  # rows of the largest energy, a stratum of its own, which no sample represents
 _CHUNK = 512
-_FIRST = 1024  # random rows scored before anyone drops out
-_SIGMAS = 6.0  # a candidate is dropped when its error is this many standard errors above the leader's
+_FIRST = 1024  # random rows scored before the first elimination
+_SIGMAS = 6.0  # a candidate is eliminated when its error is this many standard errors above the leader's
 _MARGIN = 0.01  # and at least this much, relatively
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """``split``: multiples of the common fraction, in the order of the block's sites; ``threshold``: squared, of down."""
+class SplitCandidate:
+    """``split``: multiples of the common fraction, in the order of the block's sites. ``ups``: rank and threshold of each up.
+
+    ``threshold``: of down, on squared importance.
+    """
 
     split: tuple[float, ...]
-    choices: tuple[Choice, ...]
+    ups: tuple[RankThreshold, ...]
     threshold: float
 
 
-def race(
+def successive_elimination(
     problem: Problem,
     block: MlpBlock,
     bases: list[Basis],
     norms_F: Tensor,
-    candidates: list[Candidate],
+    candidates: list[SplitCandidate],
     rows_TI: Tensor,
     hidden_TF: Tensor,
-) -> tuple[Candidate, float]:
-    """The winner and its relative error ||y^ - y||^2 / ||y||^2 (biases of down left out).
+) -> tuple[SplitCandidate, float]:
+    """The best candidate and its relative error ||y^ - y||^2 / ||y||^2 (biases of down left out).
 
     ``hidden_TF``: the dense model's input of down for ``rows_TI``, fp32.
     """
@@ -61,7 +64,7 @@ def race(
         outs = _outputs(bases, biases, [candidates[i] for i in alive], x_TI)
         for index in alive:
             candidate = candidates[index]
-            hidden = block.pointwise(*(outs[j, c] for j, c in enumerate(candidate.choices))).float()
+            hidden = block.pointwise(*(outs[j, c] for j, c in enumerate(candidate.ups))).float()
             kept = (hidden * norms_F).square_() >= candidate.threshold
             delta = (hidden * kept).sub_(dense) @ down_FO
             errors[index].append(delta.square_().sum(1).double())
@@ -73,7 +76,7 @@ def race(
 
 
 def _order(hidden_TF: Tensor, norms_F: Tensor) -> tuple[Tensor, int]:
-    """Rows in the order of scoring, and how many of them, in front, are there for their energy."""
+    """Rows in the order of scoring, and how many of them come first for their energy."""
     weights_T = torch.cat([(chunk * norms_F).square_().sum(1) for chunk in hidden_TF.split(_CHUNK)])
     heavy = min(_HEAVY, len(weights_T))
     first = weights_T.topk(heavy).indices
@@ -84,12 +87,12 @@ def _order(hidden_TF: Tensor, norms_F: Tensor) -> tuple[Tensor, int]:
 
 
 def _outputs(
-    bases: list[Basis], biases: list[Tensor | None], candidates: list[Candidate], x_TI: Tensor
-) -> dict[tuple[int, Choice], Tensor]:
-    """Every up's adapted output for every choice that occurs; z is shared by the choices of one up."""
-    outs: dict[tuple[int, Choice], Tensor] = {}
+    bases: list[Basis], biases: list[Tensor | None], candidates: list[SplitCandidate], x_TI: Tensor
+) -> dict[tuple[int, RankThreshold], Tensor]:
+    """Every up's adapted output for every rank and threshold that occurs; z = B x is shared by those of one up."""
+    outs: dict[tuple[int, RankThreshold], Tensor] = {}
     for j, (basis, bias) in enumerate(zip(bases, biases, strict=True)):
-        choices = {candidate.choices[j] for candidate in candidates}
+        choices = {candidate.ups[j] for candidate in candidates}
         widest = max(choice.rank for choice in choices)
         z_TD = x_TI @ basis.b_DI[:widest].t()
         for choice in choices:

@@ -1,10 +1,10 @@
 """Rounding to 8 and 4 bits with the least error on given inputs.
 
 In: a matrix whose rows are multiplied by the components of an input, and the second moment of that input. Out: the matrix as
-``rana_fx/formats.py`` stores it. In 4 bits, rows are rounded one after the other, those of most energy first, and what rounding
-one does to the output is made up for by the rows not rounded yet (optimal brain quantisation in a fixed order: GPTQ, arXiv
-2210.17323). Each group's step is the best of a few, of either sign: the numbers reach from -8 to 7, and a step whose sign is that
-of the opposite of the group's largest number puts it at -8. In 8 bits rounding to nearest is as good.
+``rana_fx/formats.py`` stores it. In 4 bits, rows are rounded one after the other, those of most energy first, and the error of
+each is compensated in the rows not rounded yet (optimal brain quantisation in a fixed order: GPTQ, arXiv 2210.17323). Each
+group's step is the best of a few, of either sign: integers range from -8 to 7, and a step of the sign opposite to the group's
+largest number represents that number by -8. In 8 bits rounding to nearest is as good.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from rana_fx.formats import pack, unpack
 
 GROUP = 64
-# the largest number of a group over its step, in eighths: below 1 it is clipped, above 7/8 numbers of the other sign are not
+# the largest number of a group over eight steps: below 1 it is clipped, above 7/8 numbers of the other sign are not
 _CLIPS = (1.12, 1.06, 1.0, 0.94, 0.88, 0.82, 0.76)
 _LOWEST, _HIGHEST = -8, 7
 _DAMP = 0.01  # of the mean energy of an input
@@ -26,12 +26,13 @@ _BLOCK = 128
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """``matrix`` and ``scale`` as stored, rows by components of the input."""
+    """A matrix in 8 or 4 bits: ``matrix`` and ``scale`` as stored, rows by components of the input."""
 
     matrix: Tensor
     scale: Tensor
 
-    def wide(self) -> Tensor:
+    def dequantize(self) -> Tensor:
+        """fp32."""
         return unpack(self.matrix, self.scale)
 
     def rows(self, count: int) -> Packed:
@@ -39,14 +40,14 @@ class Packed:
         return Packed(self.matrix[:count].contiguous(), self.scale[:count].contiguous())
 
     def columns(self, count: int) -> Packed:
-        """The first columns; an even number in 4 bits, and more than a group, so that the group's length can be told."""
+        """The first columns; in 4 bits an even number, and more than a group: the group's length is inferred from them."""
         if self.matrix.dtype == torch.int8:
             return Packed(self.matrix[:, :count].contiguous(), self.scale)
         return Packed(self.matrix[:, : count // 2].contiguous(), self.scale[:, : -(-count // GROUP)].contiguous())
 
 
-def rounded(matrix_KN: Tensor, bits: int, moment_KK: Tensor | None = None) -> Packed:
-    """``moment_KK``: of the input; None: components do not depend on each other. N is even for 4 bits."""
+def quantize(matrix_KN: Tensor, bits: int, moment_KK: Tensor | None = None) -> Packed:
+    """The matrix in 8 or 4 bits; N is even for 4. ``moment_KK``: of the input, for error feedback; None: round to nearest."""
     if bits == 8:
         return Packed(*pack(matrix_KN, 8, scale_dtype=torch.bfloat16))
     if moment_KK is None:
@@ -54,25 +55,25 @@ def rounded(matrix_KN: Tensor, bits: int, moment_KK: Tensor | None = None) -> Pa
     order_K = moment_KK.diagonal().argsort(descending=True, stable=True)
     work_KN = matrix_KN.float()[order_K]
     inverse_KK = _inverse_factor(moment_KK[order_K][:, order_K]).float()
-    numbers, scales = [], []
+    integers, scales = [], []
     rows, columns = work_KN.shape
     for start in range(0, rows, _BLOCK):
         stop = min(start + _BLOCK, rows)
-        # what rows of a block do to each other changes their steps little: one search serves them all
+        # error feedback inside a block changes its steps little: one search serves all of its rows
         steps = _to_grid(work_KN[start:stop])[1]
-        wide_BN = steps.float().repeat_interleave(GROUP, 1)[:, :columns]
-        safe_BN = torch.where(wide_BN != 0, wide_BN, 1)
-        chosen_BN, errors_BN = torch.zeros_like(wide_BN), torch.zeros_like(wide_BN)
+        steps_BN = steps.float().repeat_interleave(GROUP, 1)[:, :columns]
+        safe_BN = torch.where(steps_BN != 0, steps_BN, 1)
+        chosen_BN, errors_BN = torch.zeros_like(steps_BN), torch.zeros_like(steps_BN)
         for place, row in enumerate(range(start, stop)):
-            number = (work_KN[row] / safe_BN[place]).round_().clamp_(_LOWEST, _HIGHEST)
-            error = (work_KN[row] - number * wide_BN[place]) / inverse_KK[row, row]
+            integer = (work_KN[row] / safe_BN[place]).round_().clamp_(_LOWEST, _HIGHEST)
+            error = (work_KN[row] - integer * steps_BN[place]) / inverse_KK[row, row]
             work_KN[row + 1 : stop].addr_(inverse_KK[row, row + 1 : stop], error, alpha=-1)
-            chosen_BN[place], errors_BN[place] = number, error
+            chosen_BN[place], errors_BN[place] = integer, error
         work_KN[stop:] -= inverse_KK[start:stop, stop:].t() @ errors_BN
-        numbers.append(torch.nn.functional.pad(chosen_BN, (0, -columns % GROUP)))
+        integers.append(torch.nn.functional.pad(chosen_BN, (0, -columns % GROUP)))
         scales.append(steps)
     back_K = order_K.argsort()
-    return _packed(torch.cat(numbers)[back_K], torch.cat(scales)[back_K], columns)
+    return _packed(torch.cat(integers)[back_K], torch.cat(scales)[back_K], columns)
 
 
 def _inverse_factor(moment_KK: Tensor) -> Tensor:
@@ -92,15 +93,15 @@ def _to_grid(rows_RN: Tensor) -> tuple[Tensor, Tensor]:
     chosen, least, steps = torch.zeros_like(padded), torch.full_like(extreme, torch.inf), torch.zeros_like(extreme).bfloat16()
     for clip in _CLIPS:
         tried = (extreme * (clip / _LOWEST)).to(torch.bfloat16)
-        wide = torch.where(tried != 0, tried, 1).float().unsqueeze(-1)
-        numbers = (padded / wide).round_().clamp_(_LOWEST, _HIGHEST)
-        error = (numbers * wide - padded).square_().sum(-1)
+        step = torch.where(tried != 0, tried, 1).float().unsqueeze(-1)
+        integers = (padded / step).round_().clamp_(_LOWEST, _HIGHEST)
+        error = (integers * step - padded).square_().sum(-1)
         better = error < least
         least, steps = torch.where(better, error, least), torch.where(better, tried, steps)
-        chosen = torch.where(better.unsqueeze(-1), numbers, chosen)
+        chosen = torch.where(better.unsqueeze(-1), integers, chosen)
     return chosen, steps
 
 
-def _packed(numbers: Tensor, steps: Tensor, columns: int) -> Packed:
-    nibbles = (numbers.reshape(len(numbers), -1)[:, :columns] + 8).to(torch.uint8)
+def _packed(integers: Tensor, steps: Tensor, columns: int) -> Packed:
+    nibbles = (integers.reshape(len(integers), -1)[:, :columns] + 8).to(torch.uint8)
     return Packed(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), steps.contiguous())

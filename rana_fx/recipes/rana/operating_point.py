@@ -1,34 +1,41 @@
-"""What a unit may be at a price: an entry of its menu, or its share of a block's cut."""
+"""Operating point of a unit: what one of its candidates costs and loses at a Lagrange multiplier."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-CUTS = ("gated", "exact")  # kinds that all units of a block are of, or none (cut.py)
-
-Unit = tuple[str, ...]  # sites that read one tensor, stacked
+BASIS_KINDS = ("rank", "hybrid", "static")  # candidates that multiply by components of a basis
+JOINT_KINDS = ("gated", "exact")  # candidates of a whole MLP: all of its units are of the kind, or none
+KINDS = ("dense", "neuron", "rank", "hybrid", "static", "stored", *JOINT_KINDS)
 
 
 @dataclass(frozen=True)
-class Point:
-    """``cost`` per token, ``loss``: expected increase, ``ranks``: rows of the router, ``parts``: inputs that each site keeps.
+class OperatingPoint:
+    """One candidate of a unit at a multiplier.
 
-    ``charged``: of a cut, the price that its masks are made at. ``gate``: what its gate is.
+    Attributes:
+        kind: one of ``KINDS``.
+        multiplier: lambda, the loss that a unit of cost has to save.
+        cost: expected, per token, in the budget's metric.
+        loss: expected increase of the loss, per token.
+        kept: ranks or inputs per token. ranks: rows of the router. kept_by_site: inputs, of a neuron candidate.
+        format_index: of the unit's formats. router_kept: inputs that a masked router reads.
+        joint_multiplier: of a joint candidate, the multiplier that its masks are made at. gate: operating point of its gate.
     """
 
     kind: str
-    price: float
+    multiplier: float
     cost: float
     loss: float
     kept: float = 0.0
     ranks: int = 0
-    parts: tuple[float, ...] = ()
-    storage: int = 0
+    kept_by_site: tuple[float, ...] = ()
+    format_index: int = 0
     router_kept: float | None = None
-    charged: float = 0.0
-    gate: Point | None = None
+    joint_multiplier: float = 0.0
+    gate: OperatingPoint | None = None
 
     @property
-    def total(self) -> float:
-        """Loss, and cost at its price."""
-        return self.loss + self.price * self.cost
+    def lagrangian(self) -> float:
+        """loss + multiplier x cost: what the allocation minimises."""
+        return self.loss + self.multiplier * self.cost

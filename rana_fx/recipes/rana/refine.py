@@ -1,14 +1,14 @@
-"""Choices that cost the budget in the adapted model and move its output least.
+"""Lambda fitted on the adapted model: the allocation that meets the budget there and moves the model's output least.
 
-In: a menu per unit, and an instrumented model. Out: adapters. Adapted layers see other activations than dense ones, so the
-price is set again until the adapted model itself, on held-out batches, spends what was asked. Two allocations are tried so: one
-price for the whole model, and one fraction for every unit.
+In: decisions and an instrumented model. Out: adapters. Adapted layers read other activations than dense ones, so lambda is fitted
+again until the adapted model itself, simulated on held-out batches, meets the target. Two allocations are tried so: one lambda
+for the whole model, and one fraction of its dense cost for every unit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rana_fx.adapter import Adapter
@@ -17,173 +17,171 @@ from rana_fx.calibration.sensitivity import compared
 from rana_fx.errors import BudgetUnreachable
 from rana_fx.graph.linears import Skip
 from rana_fx.recipes.problem import Problem
-from rana_fx.recipes.rana.allocate import Choice, allocate, points_at, price_for
-from rana_fx.recipes.rana.builders import build, settled
-from rana_fx.recipes.rana.candidates import Menu
-from rana_fx.recipes.rana.mlp_candidate import cuts_of
-from rana_fx.recipes.rana.operating_point import CUTS, Point, Unit
-from rana_fx.recipes.simulate import Outcome, attempt
-
-ALLOCATIONS = ("price", "fraction")  # one for the whole model, one for every unit
+from rana_fx.recipes.rana.allocate import Allocation, allocate, cost_of, loss_of
+from rana_fx.recipes.rana.builders import for_plan
+from rana_fx.recipes.rana.decision import Choice, Decision, Points
+from rana_fx.recipes.rana.operating_point import JOINT_KINDS, OperatingPoint
+from rana_fx.recipes.rana.options import Options
+from rana_fx.recipes.rana.units import Unit
+from rana_fx.recipes.registry import unreachable
+from rana_fx.recipes.simulate import Outcome, simulate
+from rana_fx.recipes.stages import Stages
 
 _ROUNDS = 4
-_MOST_ROUNDS = 10  # where the model still spends more than asked
-_CLOSE = 0.002  # of the dense cost: near enough to what was asked
-_MOST_SURCHARGE = 4.0
-_TOLERATED = 0.01  # of it, and a tenth of what was asked: more than asked by so much is not taken
+_MOST_ROUNDS = 10  # where the model still costs more than the target
+_CLOSE = 0.002  # of the dense cost: the target is met
+_LARGEST_CORRECTION = 4.0
+_TOLERATED = 0.01  # of the dense cost, and a tenth of the target: the most that the target may be exceeded by
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
-    """Points at the price at which the adapted model spends what was asked, what they do, and what they spend."""
+class Simulated:
+    """Operating points, the adapted model's outcome on held-out batches, and its measured cost per token."""
 
-    points: dict[Unit, Point]
+    points: Points
     outcome: Outcome
-    spent: float
+    cost: float
 
 
-def search(
-    problem: Problem,
-    model: InstrumentedModel,
-    menus: dict[Unit, Menu],
-    *,
-    allocations: Sequence[str] = ALLOCATIONS,
-    settles: bool = True,
-) -> list[Adapter]:
-    """The adapters. Menus are dropped one by one as these are made.
-
-    Args:
-        allocations: those that are tried.
-        settles: the price is set again until the adapted model costs what was asked; False: it costs what it costs.
+def refine(problem: Problem, model: InstrumentedModel, decisions: list[Decision], options: Options) -> Stages:
+    """The adapters, in stages "allocate" and "build"; candidates are released one by one as their adapters are made.
 
     Raises:
-        BudgetUnreachable.
+        BudgetUnreachable: the adapted model costs more than the target at any lambda.
     """
-    return _Search(problem, model, menus, allocations, settles=settles).run()
+    return _Refinement(problem, model, decisions, options).run()
 
 
-class _Search:
-    def __init__(
-        self, problem: Problem, model: InstrumentedModel, menus: dict[Unit, Menu], allocations: Sequence[str], *, settles: bool
-    ) -> None:
-        self._problem, self._model, self._menus = problem, model, menus
-        self._allocations = allocations
+class _Refinement:
+    def __init__(self, problem: Problem, model: InstrumentedModel, decisions: list[Decision], options: Options) -> None:
+        self._problem, self._model, self._decisions = problem, model, decisions
+        self._allocations = options.allocations
         assert problem.holdout is not None
-        self._held = problem.holdout.held
-        self._dense = [compared(model.run(batch)) for batch in self._held]
-        self._total = problem.size(problem.counted())
-        self._left = self._total - sum(menu.dense_cost for menu in menus.values())
-        self._asked = problem.budget * self._total - self._left
-        self._most = self._asked + min(_TOLERATED * self._total, 0.1 * self._asked) if settles else math.inf
-        self._rounds = _ROUNDS if settles else 1
+        self._held_out = problem.holdout.held
+        self._dense = [compared(model.run(batch)) for batch in self._held_out]
+        adaptable = sum(decision.dense_cost for decision in decisions)
+        self._split = problem.limit.split(problem.size(problem.counted()), adaptable)
+        self._target = self._split.target
+        tolerated = min(_TOLERATED * self._split.total, 0.1 * self._target)
+        self._cost_cap = self._target + tolerated if options.refine_lambda else math.inf
+        self._rounds = _ROUNDS if options.refine_lambda else 1
 
-    def run(self) -> list[Adapter]:
-        if self._asked <= 0:
-            counted = self._problem.counted()
-            reasons = [f": {skip.site}: {skip.reason}" for skip in self._problem.skips if skip.site in counted][:1]
-            share = self._left / self._total
-            raise self._unreachable(share, "".join([f"{share:.1%} of the cost is in layers that stay dense", *reasons]))
-        with self._problem.within("allocate"):
-            best = self._best()
+    def run(self) -> Stages:
+        if self._target <= 0:
+            raise self._nothing_left()
+        yield "allocate"
+        best = self._best()
+        yield "build"
         adapters = []
-        with self._problem.within("build"):
-            for unit, point in best.points.items():
-                menu = self._menus.pop(unit)
-                made = build(self._problem, unit, menu, point)
-                adapters += [settled(self._problem, _as_found(adapter, best.outcome)) for adapter in made]
-                if not made:
-                    self._problem.skips += _left_dense(unit, menu, point)
+        decision_of = {unit: decision for decision in self._decisions for unit in decision.units}
+        self._decisions.clear()
+        order = {name: index for index, name in enumerate(self._problem.layout.sites)}
+        for unit, point in sorted(best.points.items(), key=lambda item: order[item[0][0]]):
+            decision = decision_of.pop(unit)
+            made = decision.adapters(self._problem, unit, point)
+            adapters += [for_plan(self._problem, as_simulated(adapter, best.outcome)) for adapter in made]
+            if not made:
+                self._problem.skips += _left_dense(unit, decision, point)
+            decision.candidates.pop(unit)
         return adapters
 
-    def _best(self) -> _Found:
-        """Raises BudgetUnreachable."""
-        settle = {"price": self._by_price, "fraction": self._by_fraction}
-        tried = [settle[name]() for name in self._allocations]
-        # what costs more than asked is no answer
+    def _best(self) -> Simulated:
+        """Of the allocations tried. Raises BudgetUnreachable."""
+        tried, correction = [], 1.0
+        for name in self._allocations:
+            if name == "multiplier":
+                found, correction = self._one_multiplier()
+                tried.append(found)
+            else:
+                tried.append(self._one_fraction(correction))
         best = min(tried, key=self._rank)
-        if best.spent > self._most:
-            least = min(found.spent for found in tried)
-            raise self._unreachable((least + self._left) / self._total, "masks keep no less than that in the adapted model")
+        if best.cost > self._cost_cap:
+            lowest = self._split.budget_of(min(found.cost for found in tried))
+            raise unreachable(self._problem, lowest, "masks keep no less than that in the adapted model")
         return best
 
-    def _rank(self, found: _Found) -> tuple[bool, float]:
-        return found.spent > self._most, found.outcome.divergence
+    def _rank(self, found: Simulated) -> tuple[bool, float]:
+        """Infeasible allocations rank last."""
+        return found.cost > self._cost_cap, found.outcome.divergence
 
-    def _by_price(self) -> _Found:
-        """With cuts, without, and where these lose more than expected, with as many as that leaves worthwhile."""
-        tried = [self._settle(*allocate(self._menus, self._asked), None)]
-        if any(point.kind in CUTS for point in tried[0].points.values()):
-            tried.append(self._settle(*allocate(self._menus, self._asked, cut=False), None))
-            surcharge = _surcharge(*tried)
-            if surcharge > 1:
-                for cut in cuts_of({unit: menu.cut for unit, menu in self._menus.items()}):
-                    cut.surcharge = surcharge
-                tried.append(self._settle(*allocate(self._menus, self._asked), None))
-        return min(tried, key=self._rank)
+    def _one_multiplier(self) -> tuple[Simulated, float]:
+        """(the best of: joint candidates as predicted, none, joint candidates with their loss corrected; that correction)."""
+        tried, correction = [self._fit(allocate(self._decisions, self._target))], 1.0
+        if any(point.kind in JOINT_KINDS for point in tried[0].points.values()):
+            tried.append(self._fit(allocate(self._decisions, self._target, joint=False)))
+            correction = max(1.0, joint_correction(*tried))
+            if correction > 1:
+                tried.append(self._fit(allocate(self._decisions, self._target, correction=correction)))
+        return min(tried, key=self._rank), correction
 
-    def _by_fraction(self) -> _Found:
-        fraction = self._asked / (self._total - self._left)
-        alone = {unit: allocate({unit: menu}, fraction * menu.dense_cost) for unit, menu in self._menus.items()}
-        prices = {unit: price for unit, (price, _) in alone.items()}
-        chosen = {unit: found[unit] for unit, (_, found) in alone.items()}
-        for cut in cuts_of({unit: menu.cut for unit, menu in self._menus.items()}):
-            menus = {unit: self._menus[unit] for unit in cut.of.units}
-            given = fraction * sum(menu.dense_cost for menu in menus.values())
-            gated = dict.fromkeys(menus, Choice(cut.of.kind))
-            price = price_for(menus, gated, given)
-            whole, apart = points_at(menus, gated, price), points_at(menus, chosen, 1.0, scale=prices)
-            # what its gate costs may be more than the fraction
-            reached = sum(point.cost for point in whole.values()) <= 1.01 * given
-            if reached and sum(point.loss for point in whole.values()) < sum(point.loss for point in apart.values()):
-                chosen, prices = chosen | gated, prices | dict.fromkeys(menus, price)
-        return self._settle(1.0, chosen, prices)
+    def _one_fraction(self, correction: float) -> Simulated:
+        """Every unit at the same fraction of its dense cost, by a multiplier of its own; an MLP jointly where that loses less."""
+        fraction = self._split.fraction
+        scale: dict[Unit, float] = {}
+        chosen: dict[Unit, Choice] = {}
+        for unit, candidates in ((u, c) for decision in self._decisions for u, c in decision.candidates.items()):
+            alone = allocate([Decision({unit: candidates})], fraction * candidates.dense_cost)
+            scale[unit], chosen[unit] = alone.multiplier, alone.chosen[unit]
+        for decision in self._decisions:
+            if decision.joint is None:
+                continue
+            target = fraction * decision.dense_cost
+            joint = Allocation(1.0, decision.joint_choices(), correction=correction).at_cost([decision], target)
+            together = joint.points([decision])
+            apart = Allocation(1.0, chosen, scale).points([decision])
+            # the gate alone may cost more than the target
+            if cost_of(together) <= 1.01 * target and loss_of(together) < loss_of(apart):
+                chosen |= joint.chosen
+                scale |= dict.fromkeys(decision.units, joint.multiplier)
+        return self._fit(Allocation(1.0, chosen, scale, correction))
 
-    def _settle(self, price: float, chosen: Mapping[Unit, Choice], scale: Mapping[Unit, float] | None) -> _Found:
-        best, aim = None, self._asked
+    def _fit(self, allocation: Allocation) -> Simulated:
+        """The same candidates at the lambda at which the adapted model meets the target, as near as a few simulations find it."""
+        best, aim = None, self._target
         for attempts in range(_MOST_ROUNDS):
             if attempts:
-                price = price_for(self._menus, chosen, aim, scale=scale, near=price)
-            points = points_at(self._menus, chosen, price, scale=scale)
-            adapters = {unit: build(self._problem, unit, self._menus[unit], point) for unit, point in points.items()}
-            flat = [adapter for made in adapters.values() for adapter in made]
-            outcome = attempt(self._model, self._problem.layout, flat, self._held, self._dense)
-            found = _Found(points, outcome, self._spent(points, adapters, outcome))
-            # with few rounds left what is nearest counts: one that spends too much is none
+                allocation = allocation.at_cost(self._decisions, aim, near=allocation.multiplier)
+            found = self._simulate(allocation.points(self._decisions))
+            # with few rounds left the nearest counts: infeasible ones rank last
             if best is None or self._distance(found) < self._distance(best):
                 best = found
-            near = abs(found.spent - self._asked) < min(_CLOSE * self._total, 0.02 * self._asked)
-            if near or (attempts + 1 >= self._rounds and best.spent <= self._most):
+            near = abs(found.cost - self._target) < min(_CLOSE * self._split.total, 0.02 * self._target)
+            if near or (attempts + 1 >= self._rounds and best.cost <= self._cost_cap):
                 break
-            # what the menus have to be asked for, so that the model spends what is asked
-            planned = sum(point.cost for point in points.values())
-            aim = planned * self._asked / max(found.spent, 1e-3 * self._asked)
+            # the predicted cost at which the measured cost would be the target
+            aim = cost_of(found.points) * self._target / max(found.cost, 1e-3 * self._target)
         assert best is not None
         return best
 
-    def _distance(self, found: _Found) -> tuple[bool, float]:
-        return found.spent > self._most, abs(found.spent - self._asked)
+    def _distance(self, found: Simulated) -> tuple[bool, float]:
+        return found.cost > self._cost_cap, abs(found.cost - self._target)
 
-    def _spent(self, points: Mapping[Unit, Point], adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
-        spent = 0.0
+    def _simulate(self, points: Points) -> Simulated:
+        adapters = {
+            unit: decision.adapters(self._problem, unit, points[unit]) for decision in self._decisions for unit in decision.units
+        }
+        flat = [adapter for made in adapters.values() for adapter in made]
+        outcome = simulate(self._model, self._problem.layout, flat, self._held_out, self._dense)
+        return Simulated(points, outcome, self._measured_cost(points, adapters, outcome))
+
+    def _measured_cost(self, points: Points, adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
+        cost = 0.0
         for unit, made in adapters.items():
             if not made:
-                spent += points[unit].cost  # what is left of it is dense
+                cost += points[unit].cost  # without an adapter its cost is as predicted
             for adapter in made:
                 means = (outcome.kept, outcome.router_kept, outcome.exact_kept)
-                spent += adapter.cost(self._problem.metric, *(found.get(adapter.name) for found in means))
-        return spent
+                cost += adapter.cost(self._problem.metric, *(found.get(adapter.name) for found in means))
+        return cost
 
-    def _unreachable(self, lowest: float, why: str) -> BudgetUnreachable:
-        return BudgetUnreachable(
-            budget=self._problem.budget,
-            recipe=self._problem.recipe,
-            lowest=min(1.0, lowest + 0.01),
-            why=why,
-            recipes="teal and wina adapt every layer",
-        )
+    def _nothing_left(self) -> BudgetUnreachable:
+        counted, share = self._problem.counted(), self._split.fixed_cost / self._split.total
+        skips = [skip for skip in self._problem.skips if isinstance(skip, Skip) and skip.site in counted]
+        reasons = [f": {skip.site}: {skip.reason}" for skip in skips[:1]]
+        return unreachable(self._problem, share, "".join([f"{share:.1%} of the cost is in layers that stay dense", *reasons]))
 
 
-def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
+def as_simulated(adapter: Adapter, outcome: Outcome) -> Adapter:
     """With the ranks, inputs and exact outputs that it kept in the adapted model."""
     if adapter.name not in outcome.kept:
         return adapter  # a layer that no held-out batch reached
@@ -193,23 +191,26 @@ def _as_found(adapter: Adapter, outcome: Outcome) -> Adapter:
     return replace(adapter, kept=kept, router_kept=router, exact_kept=exact, flops=flops, bytes=weight_bytes)
 
 
-def _surcharge(whole: _Found, apart: _Found) -> float:
-    """What cuts lose over what their menus tell, other entries being as much dearer as they are without cuts.
+def joint_correction(together: Simulated, apart: Simulated) -> float:
+    """Measured over predicted loss of the joint candidates in ``together``, at most 4.
 
-    What a cut drops is more alike from token to token than what a mask of inputs drops, and adds up (docs/recipes.md).
+    All other candidates are taken to lose as many times their predictions as they do in ``apart``, which has no joint ones.
+    What a joint candidate drops is more alike from token to token than what a mask of inputs drops, and adds up
+    (docs/recipes.md).
     """
-    cuts = sum(point.loss for point in whole.points.values() if point.kind in CUTS)
-    rest = sum(point.loss for point in whole.points.values()) - cuts
-    told = sum(point.loss for point in apart.points.values())
-    if cuts <= 0 or apart.outcome.divergence <= 0:
+    joint = loss_of({unit: point for unit, point in together.points.items() if point.kind in JOINT_KINDS})
+    others = loss_of(together.points) - joint
+    predicted = loss_of(apart.points)
+    if joint <= 0 or apart.outcome.divergence <= 0:
         return 1.0
-    return min(_MOST_SURCHARGE, (whole.outcome.divergence * told / apart.outcome.divergence - rest) / cuts)
+    return min(_LARGEST_CORRECTION, (together.outcome.divergence * predicted / apart.outcome.divergence - others) / joint)
 
 
-def _left_dense(unit: Unit, menu: Menu, point: Point) -> list[Skip]:
-    """Why: of a cut's units the gate alone is dense."""
-    if point.kind not in CUTS:
+def _left_dense(unit: Unit, decision: Decision, point: OperatingPoint) -> list[Skip]:
+    """With the reason: of a joint candidate's units only the gate may be dense."""
+    # reasons are part of a plan's digest: another wording would be another plan
+    if point.kind not in JOINT_KINDS:
         return [Skip(name, "the budget is better spent elsewhere: it stays dense") for name in unit]
-    assert menu.cut is not None
-    cut = menu.cut.cut.of
-    return [Skip(name, f"it tells which neurons {cut.down} needs: it stays dense") for name in unit if name == cut.gate]
+    assert decision.joint is not None
+    mlp = decision.joint.mlp
+    return [Skip(name, f"it tells which neurons {mlp.down} needs: it stays dense") for name in unit if name == mlp.gate]

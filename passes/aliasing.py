@@ -1,0 +1,61 @@
+"""Which outputs of a graph share memory with its inputs and with each other. A pass may not make more of them do so.
+
+In: the fake values of a graph's nodes; views of a fake tensor share its storage as real ones do. Out: pairs that share memory.
+A node that reads another tensor than it did when it was traced has a value that still lies in the memory of the old one.
+``join`` records that both are one now.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from rana_fx.graph.dataflow import value_of
+
+
+def storages(value: object) -> set[StorageWeakRef]:
+    """The memory that the tensors of a value lie in. Layouts that lie in several pieces are left out."""
+    leaves: list[Any] = optree.tree_leaves(value)  # type: ignore[arg-type]
+    found = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    return {StorageWeakRef(leaf.untyped_storage()) for leaf in found}
+
+
+class Aliases:
+    """Pieces of memory of one graph, some of them known to be the same."""
+
+    def __init__(self) -> None:
+        # a weak reference keeps the address from being used again, so that it names one storage for good
+        self._parent: dict[StorageWeakRef, StorageWeakRef] = {}
+
+    def root(self, storage: StorageWeakRef) -> StorageWeakRef:
+        """One of all that are the same."""
+        while storage in self._parent:
+            storage = self._parent[storage]
+        return storage
+
+    def join(self, one: object, other: object) -> None:
+        """The memory of two values is the same."""
+        for first in storages(one):
+            for second in storages(other):
+                a, b = self.root(first), self.root(second)
+                if a != b:
+                    self._parent[a] = b
+
+    def pairs(self, graph: fx.Graph) -> frozenset[tuple[str, str]]:
+        """(output, input) and (output, output) that share memory; outputs by position."""
+        inputs = {node.name: self._roots(value_of(node)) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+        leaves: list[object] = []
+        fx.node.map_aggregate(graph.output_node().args, lambda leaf: leaves.append(leaf))
+        outputs = [
+            (f"output {place}", self._roots(value_of(leaf))) for place, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)
+        ]
+        found = {(output, name) for output, roots in outputs for name, others in inputs.items() if roots & others}
+        found |= {(a, b) for place, (a, roots) in enumerate(outputs) for b, others in outputs[:place] if roots & others}
+        return frozenset(found)
+
+    def _roots(self, value: object) -> set[StorageWeakRef]:
+        return {self.root(storage) for storage in storages(value)}

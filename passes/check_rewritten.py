@@ -1,0 +1,24 @@
+"""No linear that the plan names is left, and every operation that took its place says whose it is.
+
+In: a Dynamo graph after all rewrites of linears, and what was matched in it before. Out: an AssertionError, since what fails here
+is a rewrite of ours, not something a user did: a match that every rewrite took for another one's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from rana_fx.passes.base import PassResult, PreGrad
+
+
+def check_rewritten(graph_module: fx.GraphModule, context: PreGrad) -> PassResult:
+    """Raises AssertionError with the linear or node."""
+    present = set(graph_module.graph.nodes)
+    for match in context.matches.found:
+        for linear in match.linears:
+            assert linear.node not in present, f"{linear.name} is still in the graph"
+    for node in present:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "rana":
+            assert "rana_adapter" in node.meta, f"{node}: no adapter recorded"
+    return PassResult()

@@ -1,0 +1,151 @@
+"""Take the root-mean-square norm in front of a router into the router's launch.
+
+    x = g * (h * rsqrt(mean(h^2, -1) + eps)); z = rana.router(x, B)
+  becomes
+    z = rana.normed_router(h, g, B, None, eps, 0.0)
+
+In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GPU. Out: the same graph, rewritten in place.
+
+A launch less per layer where launches cost as much as megabytes, and the router can then read its weight while the matmul before
+it is still running. The norm is recognised by dataflow, whatever the model calls it: a product of one tensor, the reciprocal
+root of the mean of its own square, and vectors. The factors of a product commute, so how the model groups them does not matter;
+what is computed is rounded once instead of at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from rana_fx.graph.dataflow import shape_of
+from rana_fx.kernels.ops import normed_router, router
+from rana_fx.passes.base import Declined, PassResult, PostGrad
+from rana_fx.passes.fuse_gated import ROUNDINGS
+from rana_fx.passes.fusible import fusible, put, replace
+
+_aten = torch.ops.aten
+_VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
+_SUMS = {_aten.add.Tensor, _aten.add.Scalar}
+_CAST = torch.ops.prims.convert_element_type.default
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x = h / sqrt(mean h^2 + eps) * (gain + offset)."""
+
+    h: fx.Node
+    gain: fx.Node | None
+    eps: float
+    offset: float
+
+
+def fuse_norm(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
+    """Every router that reads a norm which nothing but routers reads."""
+    routers, declined = fusible(graph_module.graph, router, "normed_router", context.devices)
+    count = 0
+    for node in routers:
+        reason = _fuse(node)
+        count += reason is None
+        if reason is not None:
+            declined.append(Declined(node.name, reason))
+    return PassResult(count, tuple(declined))
+
+
+def _fuse(node: fx.Node) -> str | None:
+    """Takes the norm in, or returns why not."""
+    x, weight, scale = (*node.args, None)[:3]
+    assert isinstance(x, fx.Node)
+    norm = norm_of(x)
+    if norm is None:
+        return "what it reads is no root-mean-square norm of a tensor with one gain"
+    if any(user.target is not router for user in x.users):
+        return "its norm has other readers, for which it is computed anyway"
+    if norm.h.meta["val"].dtype != x.meta["val"].dtype:
+        return "its norm changes the dtype, and the fused router yields the dtype it reads"
+    fused = put(node, normed_router, (norm.h, norm.gain, weight, scale, norm.eps, norm.offset))
+    if not replace(node, fused):
+        return "the fused router has another memory layout"
+    # x keeps its other routers as users, which come one by one
+    node.graph.erase_node(node)
+    return None
+
+
+def norm_of(x: fx.Node) -> Norm | None:
+    """x as the norm of a tensor of its own shape, or None."""
+    root = next((factor for factor in _factors(x) if _under_root(factor) is not None), None)
+    found = None if root is None else _squared(_under_root(root))
+    if root is None or found is None or shape_of(found[0]) != shape_of(x):
+        return None
+    h, eps = found
+    # h may be a product itself
+    gains = list(_factors(x, h))
+    if gains.count(h) != 1 or gains.count(root) != 1:
+        return None
+    gains = [factor for factor in gains if factor is not h and factor is not root]
+    if len(gains) > 1 or not all(shape_of(gain) == (_last(x),) for gain in gains):
+        return None
+    gain, offset = _offset_of(gains[0]) if gains else (None, 0.0)
+    return Norm(h, gain, eps, offset)
+
+
+def _bare(node: fx.Node) -> fx.Node:
+    """What a chain of casts, and of views that keep the last dimension, starts from."""
+    while (node.target is _CAST and node.args[1] in ROUNDINGS) or (node.target in _VIEWS and _last(node) == _last(node.args[0])):
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    return node
+
+
+def _last(node: object) -> int | None:
+    shape = shape_of(node) if isinstance(node, fx.Node) else None
+    return shape[-1] if shape else None
+
+
+def _factors(node: fx.Node, whole: fx.Node | None = None) -> Iterator[fx.Node]:
+    """The factors of a product, casts and views seen through; ``whole`` is not taken apart."""
+    node = _bare(node)
+    if node is not whole and node.target is _aten.mul.Tensor and all(isinstance(arg, fx.Node) for arg in node.args):
+        for arg in node.args:
+            assert isinstance(arg, fx.Node)
+            yield from _factors(arg, whole)
+    else:
+        yield node
+
+
+def _under_root(node: fx.Node) -> object:
+    """t, if node = 1 / sqrt(t)."""
+    if node.target is _aten.rsqrt.default or (node.target is _aten.pow.Tensor_Scalar and node.args[1] == -0.5):
+        return node.args[0]
+    if node.target is _aten.reciprocal.default:
+        root = node.args[0]
+        return root.args[0] if isinstance(root, fx.Node) and root.target is _aten.sqrt.default else None
+    return None
+
+
+def _squared(total: object) -> tuple[fx.Node, float] | None:
+    """(h, eps), if total = mean(h^2, -1, keepdim) + eps."""
+    if not isinstance(total, fx.Node) or total.target not in _SUMS or total.kwargs:
+        return None
+    mean, eps = total.args
+    if not isinstance(mean, fx.Node) or mean.target is not _aten.mean.dim or not isinstance(eps, (int, float)):
+        return None
+    square, dims, keep = (*mean.args, None, False)[:3]
+    shape = shape_of(square) if isinstance(square, fx.Node) else None
+    if not isinstance(square, fx.Node) or shape is None or dims not in ([-1], [len(shape) - 1]) or keep is not True:
+        return None
+    square = _bare(square)
+    parts = list(square.args) if square.target is _aten.mul.Tensor else [square.args[0]] * 2
+    if square.target is not _aten.mul.Tensor and (square.target is not _aten.pow.Tensor_Scalar or square.args[1] != 2):
+        return None
+    bare = [_bare(part) for part in parts if isinstance(part, fx.Node)]
+    return (bare[0], float(eps)) if len(bare) == 2 and bare[0] is bare[1] else None
+
+
+def _offset_of(gain: fx.Node) -> tuple[fx.Node, float]:
+    """(g, c) of a gain that is g + c with a number c (Gemma's 1 + g), or (gain, 0)."""
+    if gain.target in _SUMS and isinstance(gain.args[0], fx.Node) and isinstance(gain.args[1], (int, float)) and not gain.kwargs:
+        return _bare(gain.args[0]), float(gain.args[1])
+    return gain, 0.0

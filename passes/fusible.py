@@ -1,0 +1,85 @@
+"""Masked matmuls and routers that fusing passes may start from, their operands, and new nodes in their place.
+
+In: an aten graph past autograd. Out: the nodes of an operation that read few enough tokens on a device with kernels, and for the
+others why they are left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+from rana_fx.graph.fake_values import fake_run
+from rana_fx.graph.graph_pass import Declined
+from rana_fx.kernels.registry import tokens_fused
+from rana_fx.kernels.triton.config import TOKENS_AT_ONCE
+
+_NAMES = ("v", "tau", "weight", "bias", "scale", "density")
+_DEFAULTS = {"bias": None, "scale": None, "density": 0.5}
+
+
+def fusible(
+    graph: fx.Graph, target: Callable[..., Any], into: str, devices: tuple[str, ...] | None
+) -> tuple[list[fx.Node], list[Declined]]:
+    """Calls of ``target``, in order, that read few tokens on a device which computes the operation ``into``; and the others.
+
+    Args:
+        devices: types of device to take for such; None: those for which the registry has a lowering.
+    """
+    taken, declined = [], []
+    for node in graph.find_nodes(op="call_function", target=target):
+        reason = _why_left(node.args[0], into, devices)
+        if reason is None:
+            taken.append(node)
+        else:
+            declined.append(Declined(node.name, reason))
+    return taken, declined
+
+
+def _why_left(node: object, into: str, devices: tuple[str, ...] | None) -> str | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor):
+        return "it reads no tensor that is known"
+    device, tokens = value.device.type, math.prod(value.shape[:-1])
+    most = tokens_fused(into, device) if devices is None else TOKENS_AT_ONCE if device in devices else 0
+    if not most:
+        return f"it is on {device}, where nothing computes {into} in one launch"
+    if not isinstance(tokens, int):
+        return "the number of tokens varies"
+    return None if 1 <= tokens <= most else f"{tokens} tokens, where kernels take 1 to {most} at once"
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """Of a masked matmul, by name, in the order it takes them."""
+    given = _DEFAULTS | dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+    return {name: given[name] for name in _NAMES}
+
+
+def put(like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], *, at: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+    """``target(*args, **kwargs)`` before ``at``, or before ``like``, with the metadata of ``like`` and a value of its own."""
+    with like.graph.inserting_before(like if at is None else at):
+        node = like.graph.call_function(target, args, kwargs)
+    # Inductor takes the arguments that AOTAutograd recorded for this node's own
+    node.meta = {key: value for key, value in like.meta.items() if key != "eager_input_vals"}
+    node.meta["val"] = fake_run(node)
+    return node
+
+
+def replace(old: fx.Node, new: fx.Node) -> bool:
+    """Let ``new`` be read instead of ``old``, where it lies in memory as ``old`` does; elsewhere erase ``new``."""
+    if _same_layout(old.meta["val"], new.meta["val"]):
+        old.replace_all_uses_with(new)
+        return True
+    new.graph.erase_node(new)
+    return False
+
+
+def _same_layout(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of known sizes have the same shape, dtype and strides. A dimension of size 1 has any stride."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(size == 1 or first == second for size, first, second in strides)

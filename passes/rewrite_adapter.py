@@ -1,0 +1,54 @@
+"""Replace linears that have an adapter by what it computes: ``rana_fx.apply.apply``, recorded.
+
+    q = linear(x, w_q); k = linear(x, w_k); v = linear(x, w_v)
+  becomes, with a rank adapter of all three,
+    z = rana.router(x, B); y = rana.masked_gemv(z, tau, At, c); q, k, v = y[..., :a], y[..., a:b], y[..., b:]
+
+An adapter that reads the model's own weight is recorded at each of its linears, behind what the model makes of that weight; any
+other one at the first of its linears. Products of gated adapters are recorded here, too, their masks in rewrite_gated.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from rana_fx.apply import Target, apply, spans
+from rana_fx.graph.linears import Linear
+from rana_fx.passes.emit import Annotation, Emitter, Factors, annotate, dtype_of
+from rana_fx.passes.match import Match, gradients_flow
+
+
+def rewrite_adapter(graph_module: fx.GraphModule, match: Match) -> int:
+    """Rewrite one match; returns how many linears it replaced."""
+    if match.adapter.kind == "gated":
+        return 0
+    together = [(linear,) for linear in match.linears] if match.adapter.reads_model else [match.linears]
+    return sum(replace(graph_module, match, linears) for linears in together)
+
+
+def replace(graph_module: fx.GraphModule, match: Match, linears: Sequence[Linear]) -> int:
+    """Put the adapter's outputs in the place of linears that read one tensor, in front of the first; returns their number."""
+    first = linears[0]
+    emit = Emitter(graph_module, first.node)
+
+    columns = spans(match.adapter, {record.name: record.out_features for record in match.attachment.plan.sites})
+    every_row = gradients_flow(match, first.node)
+
+    def observe(part: str, output: Any, _: Any) -> None:
+        annotate(output.node, Annotation(match.adapter.name, part))
+
+    def outputs(x: Any, operands: Any) -> Any:
+        targets = [
+            Target(linear.name, columns[linear.name], weight, bias, dtype_of(linear.node), linear.factor[1])
+            for linear, (weight, bias) in zip(linears, operands, strict=True)
+        ]
+        return apply(match.adapter, Factors(emit, match), x, targets, every_row=every_row, observe=observe)
+
+    outs = emit.record(outputs, first.x, [(linear.factor[0], linear.bias_node) for linear in linears])
+    for linear, out in zip(linears, outs, strict=True):
+        linear.node.replace_all_uses_with(out)
+        graph_module.graph.erase_node(linear.node)
+    return len(linears)

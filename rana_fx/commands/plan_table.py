@@ -1,0 +1,95 @@
+"""A plan in a few lines: cost of the linears by layer and role, and adapters by kind; or a line for every adapter.
+
+In: a plan. Out: tables for ``commands.record.show``. A layer is the first number in a linear's name, as ``nn.ModuleList`` gives;
+neighbouring layers share a line where there are many, so that the table of any model fits on a screen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rana_fx.commands.record import show
+from rana_fx.plan import Plan, SiteRecord
+
+LINES = 16  # of layers
+_LAYER = re.compile(r"(?<![^.])(\d+)(?![^.])")
+
+Table = tuple[tuple[str, ...], list[tuple[object, ...]]]  # columns, rows
+
+
+def show_plan(title: str, plan: Plan, *, every_adapter: bool) -> None:
+    """Print the plan: by layer and role and by kind, or with ``every_adapter`` a line per adapter."""
+    if every_adapter:
+        show(title, *by_adapter(plan))
+        return
+    show(f"{title}: {plan.metric} over dense, by layer and role", *by_layer(plan))
+    show("adapters", *by_kind(plan))
+
+
+def by_layer(plan: Plan, *, lines: int = LINES) -> Table:
+    """Expected cost over dense in the plan's metric: rows are layers, columns roles; linears outside the budget left out."""
+    ratios = _ratios(plan)
+    counted = [site for site in plan.sites if site.counted]
+    roles = list(dict.fromkeys(site.role for site in counted))
+    layers = sorted({_layer_of(site) for site in counted}, key=lambda layer: (layer is None, layer or 0))
+    size = -(-len(layers) // lines) or 1
+    rows: list[tuple[object, ...]] = []
+    for first in range(0, len(layers), size):
+        some = layers[first : first + size]
+        held = [site for site in counted if _layer_of(site) in some]
+        rows.append((_span(some), *(_cost(plan, ratios, held, role) for role in [*roles, None])))
+    rows.append(("all", *(_cost(plan, ratios, counted, role) for role in [*roles, None])))
+    return ("layer", *(role.replace("_", " ") for role in roles), "all"), rows
+
+
+def by_kind(plan: Plan) -> Table:
+    """One row per kind of adapter: how many, the linears they replace, what they keep, their cost over dense."""
+    rows: list[tuple[object, ...]] = []
+    for kind in dict.fromkeys(adapter.kind for adapter in plan.adapters):
+        some = [adapter for adapter in plan.adapters if adapter.kind == kind]
+        linears, ranks = sum(len(adapter.sites) for adapter in some), sum(adapter.ranks for adapter in some)
+        kept = sum(adapter.kept for adapter in some) / ranks
+        flops = sum(adapter.flops for adapter in some) / sum(adapter.dense_flops for adapter in some)
+        read = sum(adapter.bytes for adapter in some) / sum(adapter.dense_bytes for adapter in some)
+        rows.append((kind, len(some), linears, kept, flops, read))
+    return ("kind", "adapters", "linears", "kept", "flops", "bytes"), rows
+
+
+def by_adapter(plan: Plan) -> Table:
+    """One row per adapter."""
+    columns = ("adapter", "kind", "linears", "ranks", "kept", "density", "flops", "bytes", "error")
+    return columns, [
+        (a.name, a.kind, len(a.sites), a.ranks, a.kept, a.density, a.flops / a.dense_flops, a.bytes / a.dense_bytes, a.error)
+        for a in plan.adapters
+    ]
+
+
+def _ratios(plan: Plan) -> dict[str, float]:
+    """Expected cost over dense of every adapted linear; the linears of one adapter share its ratio."""
+    found: dict[str, float] = {}
+    for adapter in plan.adapters:
+        flops = plan.metric == "flops"
+        ratio = adapter.flops / adapter.dense_flops if flops else adapter.bytes / adapter.dense_bytes
+        for site in (*adapter.sites, *adapter.also):
+            found.setdefault(site, ratio)
+    return found
+
+
+def _cost(plan: Plan, ratios: dict[str, float], sites: Sequence[SiteRecord], role: str | None) -> float | None:
+    """Of the sites with that role (None: all) the cost over dense; None where there are none."""
+    some = [site for site in sites if role in (None, site.role)]
+    dense = sum(site.cost(plan.metric) for site in some)
+    return sum(site.cost(plan.metric) * ratios.get(site.name, 1.0) for site in some) / dense if dense else None
+
+
+def _layer_of(site: SiteRecord) -> int | None:
+    found = _LAYER.search(site.name)
+    return None if found is None else int(found.group(1))
+
+
+def _span(layers: Sequence[int | None]) -> str:
+    if layers == [None]:
+        return "no layer"
+    first, last = layers[0], layers[-1]
+    return str(first) if first == last else f"{first} to {'no layer' if last is None else last}"

@@ -1,0 +1,19 @@
+"""Which of a model's weights its adapted form no longer reads: the one rule for what may be freed and what cannot be trained."""
+
+from __future__ import annotations
+
+from rana_fx.graph.operands import base_name
+from rana_fx.plan import Plan
+
+
+def replaced_weights(plan: Plan) -> frozenset[str]:
+    """Weights, by the plan's names, all of whose linears have an adapter that brings its own matrix and reads no other.
+
+    A weight stays where one of its linears was skipped, or where an adapter multiplies by it, masked or exactly.
+    """
+    own = {site for adapter in plan.adapters if not adapter.reads_model for site in adapter.sites}
+    sites: dict[str, set[str]] = {}
+    for record in plan.sites:
+        sites.setdefault(base_name(record.name), set()).add(record.name)
+    left = {base_name(skip.site) for skip in plan.skips}
+    return frozenset(weight for weight, parts in sites.items() if parts <= own and weight not in left)

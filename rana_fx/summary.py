@@ -1,0 +1,77 @@
+"""A plan in lines for people: its adapters by kind and role, or one by one.
+
+In: adapters, the roles of the sites they replace, and the dense cost of the whole plan. Out: lines of text; a header and at
+most ``MOST_GROUPS`` + 1 of them for a model of any depth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from rana_fx.adapter import Adapter
+from rana_fx.cost import Cost
+
+MOST_GROUPS = 18  # kinds and roles of all recipes of today make fewer
+
+
+def by_role(adapters: Sequence[Adapter], roles: Mapping[str, str], metric: str, dense: Cost) -> list[str]:
+    """A line for each kind of adapter and role: how many, in which layers, what they keep and what they cost in ``metric``.
+
+    Args:
+        roles: by site. dense: of all linears in the budget, of which the last column is a share.
+    """
+    groups: dict[tuple[str, str], list[Adapter]] = {}
+    for adapter in adapters:
+        role = "+".join(dict.fromkeys(roles.get(site, "?") for site in adapter.sites))
+        groups.setdefault((adapter.kind, role), []).append(adapter)
+    ordered = sorted(groups.items(), key=lambda item: -sum(adapter.dense_cost[metric] for adapter in item[1]))
+    rows = [_row(kind, role, found, metric, dense) for (kind, role), found in ordered[:MOST_GROUPS]]
+    rest = [adapter for _, found in ordered[MOST_GROUPS:] for adapter in found]
+    if rest:
+        rows.append(_row("other", f"{len(ordered) - MOST_GROUPS} groups", rest, metric, dense))
+    if not rows:
+        return []
+    header = ("kind", "role", "adapters", "layers", "kept (least to most)", f"{metric} over dense", "share of all")
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)
+    ]
+
+
+def one_by_one(adapters: Sequence[Adapter]) -> list[str]:
+    """A line for each adapter."""
+    lines = []
+    for adapter in adapters:
+        error = "" if adapter.error is None else f", error {adapter.error:.4f}"
+        lines.append(f"  {adapter.name}: {adapter.kind}, {adapter.kept:.1f} of {adapter.ranks} kept{details(adapter)}{error}")
+    return lines
+
+
+def details(adapter: Adapter) -> str:
+    """How its matrices are stored, what masks its router and which outputs are exact, for people: ", router 8 bit, ..."."""
+    names = {"router": "router", "weight": "factors" if adapter.router is not None else "weights"}
+    parts = [f"{names[key]} {bits} bit" for key, bits in adapter.bits().items()]
+    if adapter.router_kept is not None:
+        parts.insert(1, f"which reads {adapter.router_kept:.1f} of {adapter.width} inputs")
+    if adapter.exact_kept is not None:
+        parts.append(f"{adapter.exact_kept:.1f} of {adapter.out} outputs exact")
+    return "".join(f", {part}" for part in parts)
+
+
+def _row(kind: str, role: str, found: Sequence[Adapter], metric: str, dense: Cost) -> tuple[str, ...]:
+    kept = [adapter.density for adapter in found]
+    cost, whole = (sum(getattr(adapter, part)[metric] for adapter in found) for part in ("expected_cost", "dense_cost"))
+    spread = f"{sum(kept) / len(kept):.3f}" + (f" ({min(kept):.3f} to {max(kept):.3f})" if len(found) > 1 else "")
+    over = f"{cost / whole:.3f}" if whole else "-"
+    share = f"{cost / dense[metric]:.3f}" if dense[metric] else "-"
+    return kind, role, str(len(found)), _layers(found), spread, over, share
+
+
+def _layers(found: Sequence[Adapter]) -> str:
+    """The numbers of their layers: "0 to 31"; "-" where a name has none."""
+    numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", adapter.sites[0]) for adapter in found]
+    layers = sorted({int(number.group(1)) for number in numbers if number is not None})
+    if not layers:
+        return "-"
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
