@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
-from rana_fx import errors
+from rana_fx import errors, formats
 from rana_fx.kernels import reference
 
 # of the package; an editable install has passes and kernels elsewhere
@@ -22,10 +22,11 @@ NO_CODE |= {"__init__", "_moved", "recipes", "report", "training"}
 
 
 def hashed_files() -> tuple[str, ...]:
-    """All Python files of the package but those of ``NO_CODE``, subfolders included."""
+    """All Python files of the package but those of ``NO_CODE``, subfolders included, and those of registered storage formats."""
     package, *others = FOLDERS
     files = {path for path in package.rglob("*.py") if path.relative_to(package).parts[0].removesuffix(".py") not in NO_CODE}
     files |= {path for folder in others for path in folder.rglob("*.py")}
+    files |= {Path(path).resolve() for path in formats.sources()}
     return tuple(sorted(map(str, files)))
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from rana_fx.adapter import Adapter
 from rana_fx.apply import NONZERO, Target, apply, nonzero_tau, spans
 from rana_fx.calibration.layout import MlpBlock
+from rana_fx.cost import Kept
 from rana_fx.kernels.reference import kept
 from rana_fx.recipes.mlp_rows import hidden_rows
 from rana_fx.recipes.problem import Problem
@@ -90,8 +91,8 @@ def score(problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> tup
         moved = adapted.output(x_TI) - (y_TO if bias is None else y_TO + bias)
         error += float(moved.square().sum(dtype=torch.float64))
     total = cost = problem.size(block.sites)
+    counted = (adapted.sums[part] for part in ("tau", "router_tau", "exact_tau"))
+    means = Kept.by_name(*({name: count / len(rows) for name, count in sums.items()} for sums in counted))
     for adapter in adapted.adapters:
-        counted = (adapted.sums[part] for part in ("tau", "router_tau", "exact_tau"))
-        means = [sums[adapter.name] / len(rows) if adapter.name in sums else None for sums in counted]
-        cost += adapter.cost(problem.metric, *means) - (adapter.dense_flops if problem.metric == "flops" else adapter.dense_bytes)
+        cost += (adapter.cost(means.get(adapter.name, Kept())) - adapter.dense_cost)[problem.metric]
     return error / max(energy, 1e-30), cost / total

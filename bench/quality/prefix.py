@@ -108,8 +108,7 @@ def measured(
         for rule, leading in rules.items():
             simulator = AdapterSimulator(model, layout, plan.adapters)
             more = _losses(model, text, simulator, leading) - dense
-            kept, router, exact = (simulator.means(part) for part in ("tau", "router_tau", "exact_tau"))
-            budget = plan.expected_budget(plan.metric, kept=kept, router_kept=router, exact_kept=exact)
+            budget = plan.expected_budget(plan.metric, kept=simulator.kept())
             row = {"rule": rule, "dense_positions": leading, "measured": budget}
             row["cost"] = budget + (1 - budget) * leading / context
             for name, window in (("delta", places >= 0), ("second_half", places >= context // 2)):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from rana_fx.errors import InvalidOption
-from rana_fx.formats import FLOATING, INT4, INT8
 
-READ = (FLOATING, INT8, INT4)  # storage formats that kernels read; others are dequantized by the reference
 MAX_TOKENS = 16
 # on a CPU: for more, masks of several tokens cover most rows and a matmul is faster
 CPU_TOKENS = 8

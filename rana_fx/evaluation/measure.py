@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from rana_fx._backend import rewrite
 from rana_fx.apply import gate_mask
 from rana_fx.calibration.probe import Probe, call_before, probing
+from rana_fx.cost import Kept
 from rana_fx.errors import NoPlan
 from rana_fx.kernels.ops import masked_gemv, masked_rows
 from rana_fx.kernels.reference import kept
@@ -104,12 +105,13 @@ class Meter:
         kept = {name: value for (name, part), value in mean.items() if part == "tau"}
         inputs = {name: value for (name, part), value in mean.items() if part == "router_tau"}
         exact = {name: value for (name, part), value in mean.items() if part == "exact_tau"}
+        means = Kept.by_name(kept, inputs, exact)
         adapters = {adapter.name: adapter for adapter in self._plan.adapters}
         return Measurement(
             tokens=max(self._rows.values(), default=0),
             density={name: value / adapters[name].ranks for name, value in kept.items()},
-            budget_flops=self._plan.expected_budget("flops", kept=kept, router_kept=inputs, exact_kept=exact),
-            budget_bytes=self._plan.expected_budget("bytes", kept=kept, router_kept=inputs, exact_kept=exact),
+            budget_flops=self._plan.expected_budget("flops", kept=means),
+            budget_bytes=self._plan.expected_budget("bytes", kept=means),
             router_density={name: value / adapters[name].width for name, value in inputs.items()},
             exact_density={name: value / (adapters[name].out or 1) for name, value in exact.items()},
         )

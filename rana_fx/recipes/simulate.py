@@ -20,6 +20,7 @@ from rana_fx.apply import NONZERO, Observer, Target, apply, nonzero_tau, spans
 from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.sensitivity import divergence
+from rana_fx.cost import Kept
 from rana_fx.kernels.reference import kept
 
 _CAST = ("router", "weight", "bias", "shift")  # floating ones have the model's dtype
@@ -27,14 +28,13 @@ _CAST = ("router", "weight", "bias", "shift")  # floating ones have the model's 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Means over tokens: kept ranks, router inputs and exact outputs by adapter, and the divergence of the model's outputs from
-    the dense model's.
+    """What adapters kept per token, by name, and the divergence of the model's outputs from the dense model's per token.
+
+    An adapter that no batch reached is not in ``kept``; what it has no mask for is None there.
     """
 
-    kept: dict[str, float]
-    router_kept: dict[str, float]
+    kept: dict[str, Kept]
     divergence: float
-    exact_kept: dict[str, float]
 
 
 @dataclass
@@ -88,6 +88,10 @@ class AdapterSimulator:
         """Set elements of a part's mask per token, by adapter."""
         return {name: total / max(1, self.tokens[name]) for (name, which), total in self.sums.items() if which == part}
 
+    def kept(self) -> dict[str, Kept]:
+        """What each adapter kept per token, by name."""
+        return Kept.by_name(self.means("tau"), self.means("router_tau"), self.means("exact_tau"))
+
     def _output(self, adapter: Adapter, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         last = self._last.get(adapter.name)
         if last is None or not last.is_from(x):
@@ -135,8 +139,7 @@ def simulate(
         if index < len(dense):
             found, count = divergence(output, dense[index], model)
             moved, rows = moved + found, rows + count
-    inputs, exact = simulator.means("router_tau"), simulator.means("exact_tau")
-    return Outcome(simulator.means("tau"), inputs, moved / max(1, rows), exact)
+    return Outcome(simulator.kept(), moved / max(1, rows))
 
 
 def _tensors_of(adapter: Adapter, layout: Layout) -> dict[str, Tensor]:

@@ -109,19 +109,19 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
         dense = [instrumented.run(batch) for batch in holdout.held]
         outcome = simulate(instrumented, layout, plan.adapters, holdout.held, dense)
         plain = simulate(instrumented, layout, without(plan).adapters, holdout.held, dense)
-    assert plain.exact_kept == {} and outcome.divergence < plain.divergence
+    assert all(kept.outputs is None for kept in plain.kept.values()) and outcome.divergence < plain.divergence
     rana_fx.attach(model, plan)
     with measuring(model) as meter:
         got = meter.run(holdout.held[0])["logits"]
         measured = meter.result()
-    shares = {adapter.name: outcome.exact_kept[adapter.name] / adapter.out for adapter in plan.adapters}
+    shares = {adapter.name: outcome.kept[adapter.name].outputs / adapter.out for adapter in plan.adapters}
     assert shares == pytest.approx(measured.exact_density, rel=1e-6) and all(0 < share < 1 for share in shares.values())
-    assert {a.name: outcome.kept[a.name] / a.ranks for a in plan.adapters} == pytest.approx(measured.density, rel=1e-6)
+    assert {a.name: outcome.kept[a.name].ranks / a.ranks for a in plan.adapters} == pytest.approx(measured.density, rel=1e-6)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), got.log_softmax(-1)
     assert outcome.divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
     # the cost that refine stores with an adapter is that of the model
     found = replace(plan, adapters=tuple(as_simulated(adapter, outcome) for adapter in plan.adapters))
-    assert [adapter.exact_kept for adapter in found.adapters] == list(outcome.exact_kept.values())
+    assert [adapter.exact_kept for adapter in found.adapters] == [kept.outputs for kept in outcome.kept.values()]
     assert found.expected_budget("flops") == pytest.approx(measured.budget_flops, rel=1e-6)
     assert found.expected_budget("bytes") == pytest.approx(measured.budget_bytes, rel=1e-6)
 

@@ -141,7 +141,7 @@ def test_the_plan_meets_the_budget_and_does_what_was_simulated(budget, monkeypat
     with measuring(model) as meter:
         got = meter.run(problem.holdout.held[0])["logits"]
         measured = meter.result()
-    assert {a.name: outcome.exact_kept[a.name] / FFN for a in exact} == pytest.approx(measured.exact_density, rel=1e-6)
+    assert {a.name: outcome.kept[a.name].outputs / FFN for a in exact} == pytest.approx(measured.exact_density, rel=1e-6)
     assert measured.budget_flops == pytest.approx(budget, abs=0.01)
     assert plan.expected_budget() == pytest.approx(measured.budget_flops, rel=1e-6)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), got.log_softmax(-1)

@@ -277,7 +277,7 @@ def test_the_correction_is_measured_over_predicted_loss(whole, apart, expected):
     masks, joint, moved = whole
     points = {("up",): OperatingPoint("neuron", 1.0, 1.0, masks), ("down",): OperatingPoint("gated", 1.0, 1.0, joint)}
     predicted = {("up",): OperatingPoint("neuron", 1.0, 1.0, apart[0])}
-    found = [Simulated(given, Outcome({}, {}, value, {}), 1.0) for given, value in ((points, moved), (predicted, apart[1]))]
+    found = [Simulated(given, Outcome({}, value), 1.0) for given, value in ((points, moved), (predicted, apart[1]))]
     assert joint_correction(*found) == pytest.approx(expected)
 
 

@@ -47,7 +47,7 @@ def test_the_simulation_keeps_and_loses_what_the_attached_plan_does(gated):
     with measuring(model) as meter:
         got = meter.run(problem.holdout.held[0])["logits"]
         measured = meter.result()
-    assert {a.name: outcome.kept[a.name] / a.ranks for a in adapters} == pytest.approx(measured.density, rel=1e-6)
+    assert {a.name: outcome.kept[a.name].ranks / a.ranks for a in adapters} == pytest.approx(measured.density, rel=1e-6)
     assert plan.expected_budget() == pytest.approx(measured.budget_flops, rel=1e-6)
     assert plan.expected_budget() == pytest.approx(0.6, abs=0.005)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), got.log_softmax(-1)

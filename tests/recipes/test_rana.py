@@ -244,7 +244,7 @@ def test_the_simulation_keeps_and_loses_what_the_attached_plan_does():
         output = meter.run(holdout.held[0])["logits"]
         measured = meter.result()
     ranks = {adapter.name: adapter.ranks for adapter in plan.adapters}
-    assert {name: kept / ranks[name] for name, kept in outcome.kept.items()} == pytest.approx(measured.density, rel=1e-3)
+    assert {name: kept.ranks / ranks[name] for name, kept in outcome.kept.items()} == pytest.approx(measured.density, rel=1e-3)
     assert measured.budget_flops == pytest.approx(0.5, abs=0.02)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), output.log_softmax(-1)
     expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())

@@ -18,6 +18,7 @@ from rana_fx.errors import BadOperand, InvalidOption
 from rana_fx.evaluation.measure import measuring
 from rana_fx.formats import INT8, Format, Matrix, base
 from rana_fx.kernels import ops, reference
+from rana_fx.passes import sources
 from rana_fx.plan import Plan, SiteRecord
 from tests.support.architectures import output
 from tests.support.storages import sites_of, stored_plan
@@ -182,3 +183,7 @@ def test_float8_is_no_plain_number():
     with pytest.raises(BadOperand, match="float8"):
         ops.masked_gemv(torch.ones(1, 2), torch.zeros(2), weight)
     assert formats.format_of(torch.int8) is INT8
+
+
+def test_its_file_is_part_of_the_key_of_compiled_code(pairs):
+    assert __file__ in sources.hashed_files()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.sensitivity import compared
+from rana_fx.cost import Kept
 from rana_fx.errors import BudgetUnreachable
 from rana_fx.graph.linears import Skip
 from rana_fx.recipes.problem import Problem
@@ -170,8 +171,7 @@ class _Refinement:
             if not made:
                 cost += points[unit].cost  # without an adapter its cost is as predicted
             for adapter in made:
-                means = (outcome.kept, outcome.router_kept, outcome.exact_kept)
-                cost += adapter.cost(self._problem.metric, *(found.get(adapter.name) for found in means))
+                cost += adapter.cost(outcome.kept.get(adapter.name, Kept()))[self._problem.metric]
         return cost
 
     def _nothing_left(self) -> BudgetUnreachable:
@@ -183,12 +183,8 @@ class _Refinement:
 
 def as_simulated(adapter: Adapter, outcome: Outcome) -> Adapter:
     """With the ranks, inputs and exact outputs that it kept in the adapted model."""
-    if adapter.name not in outcome.kept:
-        return adapter  # a layer that no held-out batch reached
-    kept, router = outcome.kept[adapter.name], outcome.router_kept.get(adapter.name)
-    exact = outcome.exact_kept.get(adapter.name)
-    flops, weight_bytes = (adapter.cost(metric, kept, router, exact) for metric in ("flops", "bytes"))
-    return replace(adapter, kept=kept, router_kept=router, exact_kept=exact, flops=flops, bytes=weight_bytes)
+    kept = outcome.kept.get(adapter.name)
+    return adapter if kept is None else adapter.with_kept(kept)  # None: a layer that no held-out batch reached
 
 
 def joint_correction(together: Simulated, apart: Simulated) -> float:
