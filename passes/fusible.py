@@ -50,9 +50,7 @@ def operands(node: fx.Node) -> dict[str, Any]:
     return {name: given[name] for name in _NAMES}
 
 
-def put(
-    like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], *, at: fx.Node | None = None, **kwargs: object
-) -> fx.Node:
+def put(like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], *, at: fx.Node | None = None, **kwargs: Any) -> fx.Node:
     """``target(*args, **kwargs)`` before ``at``, or before ``like``, with the metadata of ``like`` and a value of its own."""
     with like.graph.inserting_before(like if at is None else at):
         node = like.graph.call_function(target, args, kwargs)
