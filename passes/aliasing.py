@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from rana_fx.graph.dataflow import value_of
 
 
-def storages(value: object) -> set[StorageWeakRef]:
+def storages(value: Any) -> set[StorageWeakRef]:
     """The memory that the tensors of a value lie in. Layouts that lie in several pieces are left out."""
     leaves: list[Any] = optree.tree_leaves(value)  # type: ignore[arg-type]
     found = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided)

@@ -18,7 +18,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from rana_fx.graph.dataflow import value_of
 
 
-def fake_run(node: fx.Node, values: Callable[[fx.Node], object] = value_of, mode: FakeTensorMode | None = None) -> Any:
+def fake_run(node: fx.Node, values: Callable[[fx.Node], Any] = value_of, mode: FakeTensorMode | None = None) -> Any:
     """The value of a call, by running it on ``values`` of its inputs in their mode, or in ``mode``. None without either."""
     mode = mode_of([values(source) for source in node.all_input_nodes]) or mode
     if mode is None:
@@ -29,7 +29,7 @@ def fake_run(node: fx.Node, values: Callable[[fx.Node], object] = value_of, mode
         return run(*(args if node.op == "call_function" else args[1:]), **kwargs)
 
 
-def mode_of(values: object) -> FakeTensorMode | None:
+def mode_of(values: Any) -> FakeTensorMode | None:
     """The mode of the first fake tensor among values, which may be nested."""
     leaves: list[Any] = optree.tree_leaves(values)  # type: ignore[arg-type]
     return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)

@@ -9,7 +9,7 @@ from torch.nn.functional import silu
 from rana_fx.formats import pack
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_parts
 from rana_fx.passes import lower
-from tests.support.graphs import NONE, Fusing, fused, mask, ops_of
+from tests.support.graphs import NONE, Fusing, fused, mask, ops_of, reasons
 from tests.support.products import DTYPES, assert_close
 
 K, SIZES = 48, (32, 16, 16)
@@ -60,29 +60,43 @@ def test_values_of_the_parts():
         assert_close("y", got, kept @ w.t().double() + bias.double(), magnitude, terms=K + 1)
 
 
+ALONE = "no other masked matmul reads the same tensor under like conditions"
 APART = {
-    "two tensors": lambda x, t, a, b: (masked_gemv(x, t, a), masked_gemv(x * 2, t, b)),
-    "one alone": lambda x, t, a, b: masked_gemv(x, t, a) * 2,  # noqa: ARG005
-    "a bias here and none there": lambda x, t, a, b: (masked_gemv(x, t, a, t[:32]), masked_gemv(x, t, b)),
-    "a mask computed from the other": lambda x, t, a, b: (y := masked_gemv(x, t, a), masked_gemv(x, t + y.mean(), b)),
-    "rows that are no stretch": lambda x, t, a, b: (masked_gemv(x, t, a.t().contiguous().t()), masked_gemv(x, t, b)),
-    "two dtypes": lambda x, t, a, b: (masked_gemv(x, t, a), masked_gemv(x, t, b.bfloat16()).float()),
-    "one into a sum": lambda x, t, a, b: (masked_gemv(x, t, a), masked_gemv(x, t, b) + x[..., :16]),
+    "two tensors": (lambda x, t, a, b: (masked_gemv(x, t, a), masked_gemv(x * 2, t, b)), [ALONE] * 2),
+    "one alone": (lambda x, t, a, b: masked_gemv(x, t, a) * 2, [ALONE]),  # noqa: ARG005
+    "a bias here and none there": (lambda x, t, a, b: (masked_gemv(x, t, a, t[:32]), masked_gemv(x, t, b)), [ALONE] * 2),
+    "a mask computed from the other": (
+        lambda x, t, a, b: (y := masked_gemv(x, t, a), masked_gemv(x, t + y.mean(), b)),
+        ["one of its operands is computed after masked_gemv", ALONE],
+    ),
+    "rows that are no stretch": (
+        lambda x, t, a, b: (masked_gemv(x, t, a.t().contiguous().t()), masked_gemv(x, t, b)),
+        ["a row of its weight is no stretch of memory", ALONE],
+    ),
+    "two dtypes": (lambda x, t, a, b: (masked_gemv(x, t, a), masked_gemv(x, t, b.bfloat16()).float()), [ALONE] * 2),
+    "one into a sum": (lambda x, t, a, b: (masked_gemv(x, t, a), masked_gemv(x, t, b) + x[..., :16]), [ALONE]),
+    "thresholds that are no stretch": (
+        lambda x, t, a, b: (masked_gemv(x, t, a), masked_gemv(x, t.repeat(2)[::2], b)),
+        ["its thresholds or its bias are no stretch of memory", ALONE],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", APART)
 def test_others_are_left_apart(name):
     inputs = torch.randn(1, K), mask(K), torch.randn(K, 32), torch.randn(K, 16)
-    module, counts = fused(APART[name], *inputs)
+    function, expected = APART[name]
+    module, counts = fused(function, *inputs)
     assert counts["same_input"] == 0
     assert "masked_gemv_parts" not in ops_of(module)
+    assert reasons(module)["same_input"] == expected
 
 
 def test_few_bits_are_left_apart():
     x, tau, (weight, scale) = torch.randn(1, K), mask(K), pack(torch.randn(K, 32), 8)
-    _, counts = fused(lambda *given: (masked_gemv(*given), masked_gemv(*given)), x, tau, weight, None, scale)
+    module, counts = fused(lambda *given: (masked_gemv(*given), masked_gemv(*given)), x, tau, weight, None, scale)
     assert counts == NONE
+    assert reasons(module)["same_input"] == ["its weight is in 8 or 4 bits"] * 2
 
 
 def test_five_of_one_tensor_are_two_launches():
