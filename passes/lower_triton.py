@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rana_fx.kernels import autotune, cost
 from rana_fx.kernels.problem import Problem
-from rana_fx.kernels.triton.config import Config, configs, default_config
+from rana_fx.kernels.triton.config import Config, Launch, configs, default_config
 from rana_fx.passes.launch import counters, fake, realized, starts_early, traced
 
 
@@ -64,7 +64,9 @@ def masked_gemv_parts(problem: Problem, v_TK: Any, taus: Sequence[Any], weights:
 
     def launch(v: Any, *rest: Any) -> Any:
         parts = rest[:count], rest[count : 2 * count], rest[2 * count : -1]
-        return masked_gemv_concat.masked_gemv_parts(v, *parts, config=config, counters=rest[-1], traced=True, pdl=early)
+        return masked_gemv_concat.masked_gemv_parts(
+            v, *parts, config=config, counters=rest[-1], how=Launch(traced=True, pdl=early)
+        )
 
     return traced(launch, operands, key=("masked_gemv_parts", config, count, len(biases), early))
 
@@ -90,7 +92,7 @@ def normed_router(
     early = starts_early(operands[0], operands[1:])
 
     def launch(x: Any, weight: Any, scale: Any, gain: Any) -> Any:
-        return kernel.router(x, weight, scale, gain=gain, eps=eps, offset=offset, traced=True, pdl=early)
+        return kernel.router(x, weight, scale, gain=gain, eps=eps, offset=offset, how=Launch(traced=True, pdl=early))
 
     return traced(launch, operands, key=("router", eps, offset, early))
 
@@ -104,7 +106,7 @@ def masked_rows(problem: Problem, x_TK: Any, a_TN: Any, weight: Any, bias: Any) 
     early = starts_early(operands[1], ())
 
     def launch(x: Any, a: Any, weight: Any, bias: Any) -> Any:
-        return kernel.masked_rows(x, a, weight, bias, traced=True, pdl=early)
+        return kernel.masked_rows(x, a, weight, bias, how=Launch(traced=True, pdl=early))
 
     return traced(launch, operands, key=("masked_rows", early))
 
@@ -129,7 +131,7 @@ def _masked_gemv(
 
     def launch(v: Any, tau: Any, weight: Any, scale: Any, bias: Any, residual: Any, zeros: Any) -> Any:
         epilogue: dict[str, Any] = dict(residual=residual, activation=activation, counters=zeros)
-        return kernel.masked_gemv(v, tau, weight, bias, scale, config=config, traced=True, pdl=early, **epilogue)
+        return kernel.masked_gemv(v, tau, weight, bias, scale, config=config, how=Launch(traced=True, pdl=early), **epilogue)
 
     return traced(launch, operands, key=("masked_gemv", config, activation, early))
 
@@ -149,7 +151,7 @@ def _fastest(wanted: _Launch, choices: list[Config]) -> Config:
 
     def measure(config: Config) -> float:
         launch = functools.partial(
-            masked_gemv, v, tau, scale=scales, activation=wanted.activation, config=config, pdl=wanted.early
+            masked_gemv, v, tau, scale=scales, activation=wanted.activation, config=config, how=Launch(pdl=wanted.early)
         )
         return autotune.microseconds([functools.partial(launch, weight) for weight in weights])
 

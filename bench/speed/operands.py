@@ -21,7 +21,7 @@ from rana_fx.kernels import reference
 from rana_fx.kernels.cost import weight_bytes
 from rana_fx.kernels.triton import masked_gemv as product
 from rana_fx.kernels.triton import router
-from rana_fx.kernels.triton.config import configs, default_config
+from rana_fx.kernels.triton.config import Launch, configs, default_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +114,16 @@ class Case:
 
     def _masked(self, config: Any, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor) -> Trial:
         def call(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-            return product.masked_gemv(x, tau, weight, None, scale, activation=activation, config=config, pdl=_early(x))
+            return product.masked_gemv(
+                x, tau, weight, None, scale, activation=activation, config=config, how=Launch(pdl=_early(x))
+            )
 
         calls = [functools.partial(call, x, *stored) for x, stored in zip(self.xs, self.stored, strict=True)]
         return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
 
     def _router(self, config: Any, exact: Tensor, magnitude: Tensor) -> Trial:
         calls = [
-            functools.partial(router.router, x, *stored, config=config, pdl=_early(x))
+            functools.partial(router.router, x, *stored, config=config, how=Launch(pdl=_early(x)))
             for x, stored in zip(self.xs, self.stored, strict=True)
         ]
         return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))

@@ -58,11 +58,6 @@ def sm_count_of(x: Tensor) -> int:
     return count
 
 
-def launch_options(pdl: bool, traced: bool) -> dict[str, bool]:
-    """Options of a launch with ``PDL``. To a traced launch Inductor's code adds them (passes/launch.py)."""
-    return {"launch_pdl": True} if pdl and not traced else {}
-
-
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     """Wait until the kernel before this one is done, then let the next one start, up to where it waits for this one.

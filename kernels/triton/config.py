@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from typing import Any
+
+import torch
 
 from rana_fx.errors import InvalidOption
 
@@ -50,6 +54,34 @@ class Config:
     def slice_ranks(self, ranks: int) -> int:
         """Ranks of one slice, at most: whole groups of GROUP, taken in turn."""
         return cdiv(cdiv(ranks, GROUP), self.splits) * GROUP
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton). pdl: start
+    before the previous kernel of the stream is done (programmatic dependent launch, compute capability 9.0): what a kernel reads
+    before it waits, no kernel just before may have written.
+    """
+
+    traced: bool = False
+    pdl: bool = False
+
+    def kernel(self, kernel: Any) -> Any:
+        return torch.library.wrap_triton(kernel) if self.traced else kernel
+
+    def on(self, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+        """The device to launch on."""
+        return contextlib.nullcontext() if self.traced else torch.cuda.device_of(x)
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """``PDL`` of the kernel, and the compiler's option; to a traced launch Inductor's code adds that (passes/launch.py)."""
+        return {"PDL": self.pdl} | ({"launch_pdl": True} if self.pdl and not self.traced else {})
+
+
+EAGER = Launch()
 
 
 def cdiv(a: int, b: int) -> int:

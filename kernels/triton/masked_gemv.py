@@ -15,8 +15,6 @@ Error: products and sums in fp32, relative RMSE <= 4 * eps(fp32) * sqrt(log2 K +
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,6 @@ from rana_fx.kernels.triton.compaction import (
     column_offsets,
     constants_of,
     kept_values,
-    launch_options,
     list_ranks,
     listed_values,
     load_rows,
@@ -39,7 +36,7 @@ from rana_fx.kernels.triton.compaction import (
     sm_count_of,
     zero_accumulators,
 )
-from rana_fx.kernels.triton.config import GROUP, TOKENS_AT_ONCE, Config, cdiv, default_config, row_warps_of
+from rana_fx.kernels.triton.config import EAGER, GROUP, TOKENS_AT_ONCE, Config, Launch, cdiv, default_config, row_warps_of
 from rana_fx.kernels.triton.masked_gemv_packed import masked_gemv_packed_kernel, words
 from rana_fx.kernels.triton.splitk import ACTIVATION_CODES, counters_for, partials_at_once, reduce_partials, store_sums
 
@@ -110,7 +107,7 @@ def masked_gemv_kernel(
 def masked_gemv(
     v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *,
     residual: Tensor | None = None, activation: str | None = None, config: Config | None = None,
-    counters: Tensor | None = None, traced: bool = False, pdl: bool = False,
+    counters: Tensor | None = None, how: Launch = EAGER,
 ) -> Tensor:  # fmt: skip
     """The masked GEMV in v's dtype, in one launch.
 
@@ -123,9 +120,7 @@ def masked_gemv(
         config: the default one if None.
         counters: zeros, int32, one for each block of outputs and each 4 tokens, that no other launch uses at the same time; the
             device's next ones if None (splitk.py). A traced launch needs its own.
-        traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
-        pdl: start before the previous kernel of the stream is done (programmatic dependent launch, compute capability 9.0):
-            thresholds, scales and early rows are then read before it ends, so no kernel just before may have written them.
+        how: with ``pdl`` thresholds, scales and early rows are read before the previous kernel ends.
 
     Returns:
         (..., N), or (..., N / 2) with an activation.
@@ -142,7 +137,7 @@ def masked_gemv(
         raise BadOperand(name="residual", got=str(tuple(residual.shape)), expected=f"{wanted}", todo=todo)
     if activation is not None and activation not in ACTIVATION_CODES:
         raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATION_CODES))
-    if traced and counters is None:
+    if how.traced and counters is None:
         # a tensor that is made while a graph is traced does not outlive the tracing
         raise BadOperand(name="counters", got="None", expected="int32 zeros", todo="Make them before tracing.")
     act = ACTIVATION_CODES[activation] if activation else 0
@@ -154,10 +149,8 @@ def masked_gemv(
     if config is None:
         sm_count = sm_count_of(v)
         config = default_config(v.shape[-1], columns, rows, sm_count=sm_count, bits=bits_of(weight))
-    part = torch.empty((config.splits, rows, columns), dtype=torch.float32, device=v.device)
-    y = torch.empty((rows, columns // 2 if act else columns), dtype=v.dtype, device=v.device)
     added = None if residual is None else residual.reshape(rows, -1)
-    _launch(v.reshape(rows, -1), tau, weight, scale, bias, added, part, y, counters, config, act, traced, pdl)
+    y = _launch(v.reshape(rows, -1), tau, weight, scale, bias, added, counters, config, act, how)
     return y.reshape(*v.shape[:-1], y.shape[1])
 
 
@@ -175,9 +168,12 @@ def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tupl
 
 def _launch(
     v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    part: Tensor, y: Tensor, counters: Tensor | None, config: Config, act: int, traced: bool, pdl: bool,
-) -> None:  # fmt: skip
-    (tokens, ranks), columns = v.shape, part.shape[-1]
+    counters: Tensor | None, config: Config, act: int, how: Launch,
+) -> Tensor:  # fmt: skip
+    """(T, N) or, with an activation, (T, N / 2). Operands as ``masked_gemv``, with one leading dimension."""
+    (tokens, ranks), columns = v.shape, shape_of(weight, scale)[1]
+    part = torch.empty((config.splits, tokens, columns), dtype=torch.float32, device=v.device)
+    y = torch.empty((tokens, columns // 2 if act else columns), dtype=v.dtype, device=v.device)
     groups = cdiv(tokens, TOKENS_AT_ONCE)
     half = columns // 2 if act else 0
     bits, group, per_word = bits_of(weight), 0, 1
@@ -194,14 +190,14 @@ def _launch(
     if counters is None:
         counters = counters_for(v.device, blocks * groups)
     meta |= meta_of(config, tokens, ranks, block_n, bits) | dict(
-        WHOLE=(half or columns) % apart == 0, ACT=act, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, PDL=pdl,
-        **launch_options(pdl, traced),
+        WHOLE=(half or columns) % apart == 0, ACT=act, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        **how.options,
     )  # fmt: skip
     grid = (blocks * groups, config.splits)
     lists = lists_for(v, grid, meta)
     strides = (0, 0) if scale is None else (scale.stride(0), scale.stride(1) if group else 0)
-    kernel = torch.library.wrap_triton(kernel) if traced else kernel
-    with contextlib.nullcontext() if traced else torch.cuda.device_of(v):
+    kernel = how.kernel(kernel)
+    with how.on(v):
         # arguments that a variant never reads still need a pointer
         kernel[grid](
             v, tau, weight, v if scale is None else scale, v if bias is None else bias,
@@ -210,6 +206,7 @@ def _launch(
             *tau.stride(), *weight.stride(), *strides[: 1 if bits >= 16 else 2], 0 if bias is None else bias.stride(0),
             *((0, 0) if residual is None else residual.stride()), *part.stride()[:2], y.stride(0), **meta,
         )  # fmt: skip
+    return y
 
 
 def meta_of(config: Config, tokens: int, ranks: int, block_n: int, bits: int) -> dict[str, int]:

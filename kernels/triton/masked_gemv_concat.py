@@ -8,7 +8,6 @@ Weights are floating, rank-major with unit stride, of one dtype; up to three.   
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.triton.compaction import check_token_count, launch_options, sm_count_of
-from rana_fx.kernels.triton.config import MOST_PARTS, TOKENS_AT_ONCE, Config, cdiv, default_config
+from rana_fx.kernels.triton.compaction import check_token_count, sm_count_of
+from rana_fx.kernels.triton.config import EAGER, MOST_PARTS, TOKENS_AT_ONCE, Config, Launch, cdiv, default_config
 from rana_fx.kernels.triton.masked_gemv import lists_for, masked_sums, meta_of
 from rana_fx.kernels.triton.splitk import counters_for
 
@@ -51,14 +50,14 @@ def masked_parts_kernel(
 
 def masked_gemv_parts(
     v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (), *,
-    config: Config | None = None, counters: Tensor | None = None, traced: bool = False, pdl: bool = False,
+    config: Config | None = None, counters: Tensor | None = None, how: Launch = EAGER,
 ) -> Tensor:  # fmt: skip
     """(..., N_0 + N_1 + ...) in v's dtype, in one launch.
 
     Args:
         v: (..., K) floating, T <= 16 rows in all. taus: (K,) each, contiguous. weights: (K, N_p) with unit stride along N_p, two
             or three of one floating dtype. biases: (N_p,) each, contiguous, or none at all.
-        config, counters, traced, pdl: as ``masked_gemv``; counters for each part's blocks.
+        config, counters, how: as ``masked_gemv``; counters for each part's blocks.
 
     Raises:
         BadOperand.
@@ -77,7 +76,7 @@ def masked_gemv_parts(
     part = torch.empty((config.splits, tokens, sum(sizes)), dtype=torch.float32, device=v.device)
     y = torch.empty((tokens, sum(sizes)), dtype=v.dtype, device=v.device)
     meta = meta_of(config, tokens, ranks, block_n, 8 * weights[0].element_size()) | dict(
-        WHOLE=all(size % block_n == 0 for size in sizes), HAS_BIAS=bool(biases), PDL=pdl, **launch_options(pdl, traced)
+        WHOLE=all(size % block_n == 0 for size in sizes), HAS_BIAS=bool(biases), **how.options
     )
     grid = (blocks * groups, config.splits)
     lists = lists_for(v, grid, meta)
@@ -86,9 +85,8 @@ def masked_gemv_parts(
         # a part beyond the last has no block
         return [*values, *[values[-1]] * (MOST_PARTS - len(values))]
 
-    kernel = torch.library.wrap_triton(masked_parts_kernel) if traced else masked_parts_kernel
-    with contextlib.nullcontext() if traced else torch.cuda.device_of(v):
-        kernel[grid](
+    with how.on(v):
+        how.kernel(masked_parts_kernel)[grid](
             rows, *three(taus), *three(weights), *three(biases or [v]), part, y, lists, counters,
             tokens, ranks, *three(sizes), *three(ends)[:2], *rows.stride(), *three([weight.stride(0) for weight in weights]),
             *part.stride()[:2], y.stride(0), **meta,

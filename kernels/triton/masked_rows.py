@@ -10,8 +10,6 @@ their sums are.   Error: as masked_gemv.py, over K.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -21,13 +19,12 @@ from rana_fx.errors import BadOperand
 from rana_fx.formats import is_plain
 from rana_fx.kernels.triton.compaction import (
     check_token_count,
-    launch_options,
     loop_bound,
     sm_count_of,
     wait_for_previous,
     zero_accumulators,
 )
-from rana_fx.kernels.triton.config import H200_SM_COUNT, TOKENS_AT_ONCE, cdiv
+from rana_fx.kernels.triton.config import EAGER, H200_SM_COUNT, TOKENS_AT_ONCE, Launch, cdiv
 from rana_fx.kernels.triton.router import RouterConfig, add_products
 from rana_fx.kernels.triton.router import default_config as router_config
 
@@ -81,7 +78,7 @@ def masked_rows_kernel(
 
 def masked_rows(
     x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None, *,
-    config: RouterConfig | None = None, traced: bool = False, pdl: bool = False,
+    config: RouterConfig | None = None, how: Launch = EAGER,
 ) -> Tensor:  # fmt: skip
     """The kept rows' products in a's shape and x's dtype, in one launch.
 
@@ -89,9 +86,7 @@ def masked_rows(
         x: (..., K) floating, T <= 16 rows in all. a: (..., N), as many rows. weight: (N, K) floating, any strides; rows that are
             not kept are not read where K has unit stride. bias: (N,).
         config: a router's, of N rows and K columns; nothing is read ahead. The default one if None.
-        traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
-        pdl: start before the previous kernel of the stream is done (programmatic dependent launch, compute capability 9.0).
-            Nothing is read before it ends.
+        how: with ``pdl`` nothing is read before the previous kernel ends.
 
     Raises:
         BadOperand.
@@ -113,13 +108,13 @@ def masked_rows(
     rows, gate = x.reshape(tokens, -1), a.reshape(tokens, -1)
     h = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
     groups = cdiv(tokens, TOKENS_AT_ONCE)
-    kernel = torch.library.wrap_triton(masked_rows_kernel) if traced else masked_rows_kernel
-    with contextlib.nullcontext() if traced else torch.cuda.device_of(x):
+    kernel = how.kernel(masked_rows_kernel)
+    with how.on(x):
         # an argument that a variant never reads still needs a pointer
         kernel[(cdiv(columns, config.block_r), groups)](
             rows, gate, weight, x if bias is None else bias, h, tokens, columns, width,
             *rows.stride(), *gate.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), h.stride(0),
             BT=cdiv(tokens, groups), BR=config.block_r, BK=config.block_d, STAGES=config.stages, HAS_BIAS=bias is not None,
-            PDL=pdl, num_warps=config.warps, **launch_options(pdl, traced),
+            num_warps=config.warps, **how.options,
         )  # fmt: skip
     return h.reshape(a.shape)

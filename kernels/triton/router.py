@@ -10,7 +10,6 @@ Error: as masked_gemv.py, over D.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import torch
@@ -22,13 +21,12 @@ from rana_fx.errors import BadOperand
 from rana_fx.formats import bits_of, group_of, shape_of
 from rana_fx.kernels.triton.compaction import (
     check_token_count,
-    launch_options,
     loop_bound,
     sm_count_of,
     wait_for_previous,
     zero_accumulators,
 )
-from rana_fx.kernels.triton.config import H200_SM_COUNT, TOKENS_AT_ONCE, WARP_BYTES, cdiv
+from rana_fx.kernels.triton.config import EAGER, H200_SM_COUNT, TOKENS_AT_ONCE, WARP_BYTES, Launch, cdiv
 from rana_fx.kernels.triton.masked_gemv_packed import dequantize, scales_of, units, words
 
 
@@ -173,7 +171,7 @@ def router_kernel(
 
 def router(
     x: Tensor, weight: Tensor, scale: Tensor | None = None, *, gain: Tensor | None = None, eps: float | None = None,
-    offset: float = 0.0, config: RouterConfig | None = None, traced: bool = False, pdl: bool = False,
+    offset: float = 0.0, config: RouterConfig | None = None, how: Launch = EAGER,
 ) -> Tensor:  # fmt: skip
     """z, (..., R) in x's dtype.
 
@@ -181,9 +179,7 @@ def router(
         x: (..., D) floating with T <= 16 rows. weight, scale: (R, D) as rana_fx.formats stores it. config: the default if None.
         eps: where given, x is normalised first, x / sqrt(mean x^2 + EPS) * (gain + offset), in fp32 and without being rounded.
         gain: (D,), with ``eps``; None for ones.
-        traced: leave the launch in the graph that is being traced, for Inductor to generate (torch.library.wrap_triton).
-        pdl: start before the previous kernel of the stream is done (programmatic dependent launch, compute capability 9.0): the
-            first rows are then read before it ends, so no kernel just before may have written the weight.
+        how: with ``pdl`` the first rows are read before the previous kernel ends.
 
     Raises:
         BadOperand.
@@ -198,7 +194,7 @@ def router(
     bits = bits_of(weight)
     if config is None:
         sm_count = sm_count_of(x)
-        config = default_config(ranks, columns, tokens, sm_count, bits=bits, pdl=pdl)
+        config = default_config(ranks, columns, tokens, sm_count, bits=bits, pdl=how.pdl)
     group, per_word = 0, 1
     if scale is not None:
         group = group_of(weight, scale) if bits == 4 else 0
@@ -208,15 +204,15 @@ def router(
     rows, z = x.reshape(tokens, -1), torch.empty((tokens, ranks), dtype=x.dtype, device=x.device)
     strides = (0, 0) if scale is None else (scale.stride(0), scale.stride(1) if group else 0)
     ahead = min(config.ahead, cdiv(columns, block_d))
-    kernel = torch.library.wrap_triton(router_kernel) if traced else router_kernel
-    with contextlib.nullcontext() if traced else torch.cuda.device_of(x):
+    kernel = how.kernel(router_kernel)
+    with how.on(x):
         # arguments that a variant never reads still need a pointer
         kernel[(cdiv(ranks, config.block_r), groups)](
             rows, weight, x if scale is None else scale, x if gain is None else gain, z, tokens, ranks, weight.shape[1],
             *rows.stride(), *weight.stride(), *strides, 0 if gain is None else gain.stride(0), ranks,
             BT=cdiv(tokens, groups), BR=config.block_r, BD=block_d // per_word, AHEAD=ahead, MORE=ahead * block_d < columns,
-            STAGES=config.stages, PDL=pdl, BITS=bits, QG=group or block_d, PER=per_word, NORM=eps is not None,
+            STAGES=config.stages, BITS=bits, QG=group or block_d, PER=per_word, NORM=eps is not None,
             HAS_GAIN=gain is not None, EPS=eps or 0.0, OFFSET=float(offset), num_warps=config.warps,
-            **launch_options(pdl, traced),
+            **how.options,
         )  # fmt: skip
     return z.reshape(*x.shape[:-1], ranks)

@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TRACE = """
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from rana_fx.kernels.triton.config import Config
+from rana_fx.kernels.triton.config import Config, Launch
 from rana_fx.kernels.triton.masked_gemv import masked_gemv
 from rana_fx.kernels.triton.router import router
 
 def f(x, b, tau, w, counters):
-    z, config = router(x, b, traced=True), Config(4, 64)
-    return masked_gemv(z, tau, w, config=config, counters=counters, traced=True)
+    z, config = router(x, b, how=Launch(traced=True)), Config(4, 64)
+    return masked_gemv(z, tau, w, config=config, counters=counters, how=Launch(traced=True))
 
 shapes = ((1, 64), (32, 64), (32,), (32, 130))
 graph = make_fx(f, tracing_mode="fake")(*map(torch.ones, shapes), torch.zeros(3, dtype=torch.int32)).graph

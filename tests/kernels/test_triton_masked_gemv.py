@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels.reference import ACTIVATIONS
-from rana_fx.kernels.triton.config import GROUP, Config
+from rana_fx.kernels.triton.config import GROUP, Config, Launch
 from rana_fx.kernels.triton.masked_gemv import masked_gemv
 from rana_fx.kernels.triton.splitk import ACTIVATION_CODES as KERNELS
 from rana_fx.kernels.triton.splitk import RING, counters_for
@@ -193,4 +193,4 @@ def test_wrong_bias_and_activation_are_refused(device):
     with pytest.raises(BadOperand, match="no activation"):
         masked_gemv(v, tau, weight, residual=torch.ones(1, 5, device=device), activation="silu")
     with pytest.raises(BadOperand, match="counters"):
-        masked_gemv(v, tau, weight, traced=True)
+        masked_gemv(v, tau, weight, how=Launch(traced=True))
