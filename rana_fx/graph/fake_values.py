@@ -23,7 +23,7 @@ def fake_run(node: fx.Node, values: Callable[[fx.Node], Any] = value_of, mode: F
     mode = mode_of([values(source) for source in node.all_input_nodes]) or mode
     if mode is None:
         return None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values)  # type: ignore[arg-type]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values)
     run: Any = node.target if node.op == "call_function" else getattr(args[0], str(node.target))
     with mode, autocast_at(node):
         return run(*(args if node.op == "call_function" else args[1:]), **kwargs)
@@ -31,7 +31,7 @@ def fake_run(node: fx.Node, values: Callable[[fx.Node], Any] = value_of, mode: F
 
 def mode_of(values: Any) -> FakeTensorMode | None:
     """The mode of the first fake tensor among values, which may be nested."""
-    leaves: list[Any] = optree.tree_leaves(values)  # type: ignore[arg-type]
+    leaves: list[Any] = optree.tree_leaves(values)
     return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
 
 
