@@ -11,9 +11,9 @@ from __future__ import annotations
 from torch import fx
 
 from rana_fx.errors import LoraBeside
-from rana_fx.graph.dataflow import is_row_view, tensor_inputs
+from rana_fx.graph.dataflow import is_row_view, tensor_inputs, walk
 from rana_fx.graph.linears import Linear, source_name
-from rana_fx.graph.ops import is_pointwise, op_name
+from rana_fx.graph.ops import is_call, is_pointwise, op_name
 from rana_fx.passes.base import PassResult, PreGrad
 from rana_fx.runtime.attachment import attachment_of
 
@@ -36,15 +36,12 @@ def _added(linear: Linear, foreign: dict[fx.Node, Linear]) -> Linear | None:
     for total in linear.node.users:
         if op_name(total) != "add":
             continue
-        todo = [node for node in tensor_inputs(total) if node is not linear.node]
-        while todo:
-            node = todo.pop()
+        added = (node for node in tensor_inputs(total) if node is not linear.node)
+        for node in walk(added, lambda node: tensor_inputs(node) if _passes_on(node) else ()):
             if node in foreign:
                 return foreign[node]
-            if (
-                node.op in ("call_function", "call_method")
-                and (is_pointwise(node) or is_row_view(node))
-                and op_name(node) != "add"
-            ):
-                todo.extend(tensor_inputs(node))
     return None
+
+
+def _passes_on(node: fx.Node) -> bool:
+    return is_call(node) and (is_pointwise(node) or is_row_view(node)) and op_name(node) != "add"

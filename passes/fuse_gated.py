@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,33 +24,14 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rana_fx.formats import gated_unit
-from rana_fx.graph.dataflow import shape_of, value_of
+from rana_fx.graph.dataflow import shape_of, value_of, walk
+from rana_fx.graph.ops import ATEN_CASTS, ATEN_MOVES
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_gated
 from rana_fx.kernels.reference import ACTIVATIONS
 from rana_fx.passes.base import Declined, PassResult, PostGrad
 from rana_fx.passes.fusible import fusible, operands, put, replace
 
 _aten = torch.ops.aten
-_MOVES = {
-    _aten.alias.default,
-    _aten.clone.default,
-    _aten.expand.default,
-    _aten.permute.default,
-    _aten.reshape.default,
-    _aten.select.int,
-    _aten.slice.Tensor,
-    _aten.split.Tensor,
-    _aten.split_with_sizes.default,
-    _aten.squeeze.dim,
-    _aten.squeeze.dims,
-    _aten.transpose.int,
-    _aten.unbind.int,
-    _aten.unsqueeze.default,
-    _aten._unsafe_view.default,
-    _aten.view.default,
-    operator.getitem,
-}
-_CASTS = {torch.ops.prims.convert_element_type.default, _aten._to_copy.default}
 # casts to these round as the computation itself does; rounding to fewer bits (fp8) is part of what a model computes
 ROUNDINGS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # what the kernel's own fp32 arithmetic may differ by, relative to the activation's argument
@@ -135,7 +115,7 @@ def _is_elementwise(node: fx.Node, inputs: set[fx.Node]) -> bool:
     """A view or a pointwise operation of these nodes and of numbers."""
     if node.op != "call_function" or not node.all_input_nodes or not inputs.issuperset(node.all_input_nodes):
         return False
-    if node.target in _MOVES or node.target in _CASTS:
+    if node.target in ATEN_MOVES or node.target in ATEN_CASTS:
         return True
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
@@ -145,13 +125,7 @@ def _is_elementwise(node: fx.Node, inputs: set[fx.Node]) -> bool:
 
 def _behind(node: fx.Node, y: fx.Node) -> set[fx.Node]:
     """What node is computed from, node included, y excluded."""
-    found, todo = {node}, [node]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source is not y and source not in found:
-                found.add(source)
-                todo.append(source)
-    return found
+    return set(walk([node], lambda step: [source for source in step.all_input_nodes if source is not y]))
 
 
 def _activation(y: fx.Node, steps: list[fx.Node]) -> str | None:
@@ -207,7 +181,7 @@ def _run(y: fx.Node, value: Tensor, steps: list[fx.Node]) -> Tensor | None:
     known: dict[fx.Node, Any] = {y: value}
     try:
         for node in steps:
-            target: Any = _cast if node.target in _CASTS else node.target
+            target: Any = _cast if node.target in ATEN_CASTS else node.target
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = target(*args, **kwargs)
     except (RuntimeError, TypeError, NotImplementedError):

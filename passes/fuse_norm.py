@@ -21,14 +21,13 @@ import torch
 from torch import fx
 
 from rana_fx.graph.dataflow import shape_of
+from rana_fx.graph.ops import ATEN_SUMS, ATEN_VIEWS
 from rana_fx.kernels.ops import normed_router, router
 from rana_fx.passes.base import Declined, PassResult, PostGrad
 from rana_fx.passes.fuse_gated import ROUNDINGS
 from rana_fx.passes.fusible import fusible, put, replace
 
 _aten = torch.ops.aten
-_VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default, _aten.clone.default}
-_SUMS = {_aten.add.Tensor, _aten.add.Scalar}
 _CAST = torch.ops.prims.convert_element_type.default
 
 
@@ -93,7 +92,9 @@ def norm_of(x: fx.Node) -> Norm | None:
 
 def _bare(node: fx.Node) -> fx.Node:
     """What a chain of casts, and of views that keep the last dimension, starts from."""
-    while (node.target is _CAST and node.args[1] in ROUNDINGS) or (node.target in _VIEWS and _last(node) == _last(node.args[0])):
+    while (node.target is _CAST and node.args[1] in ROUNDINGS) or (
+        node.target in ATEN_VIEWS and _last(node) == _last(node.args[0])
+    ):
         assert isinstance(node.args[0], fx.Node)
         node = node.args[0]
     return node
@@ -127,7 +128,7 @@ def _under_root(node: fx.Node) -> object:
 
 def _squared(total: object) -> tuple[fx.Node, float] | None:
     """(h, eps), if total = mean(h^2, -1, keepdim) + eps."""
-    if not isinstance(total, fx.Node) or total.target not in _SUMS or total.kwargs:
+    if not isinstance(total, fx.Node) or total.target not in ATEN_SUMS or total.kwargs:
         return None
     mean, eps = total.args
     if not isinstance(mean, fx.Node) or mean.target is not _aten.mean.dim or not isinstance(eps, (int, float)):
@@ -146,6 +147,11 @@ def _squared(total: object) -> tuple[fx.Node, float] | None:
 
 def _offset_of(gain: fx.Node) -> tuple[fx.Node, float]:
     """(g, c) of a gain that is g + c with a number c (Gemma's 1 + g), or (gain, 0)."""
-    if gain.target in _SUMS and isinstance(gain.args[0], fx.Node) and isinstance(gain.args[1], (int, float)) and not gain.kwargs:
+    if (
+        gain.target in ATEN_SUMS
+        and isinstance(gain.args[0], fx.Node)
+        and isinstance(gain.args[1], (int, float))
+        and not gain.kwargs
+    ):
         return _bare(gain.args[0]), float(gain.args[1])
     return gain, 0.0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from rana_fx.formats import is_plain
+from rana_fx.graph.ops import ATEN_PERMUTES
 from rana_fx.kernels import cost
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_parts
 from rana_fx.kernels.triton.config import MOST_PARTS
@@ -25,7 +26,7 @@ from rana_fx.passes.base import Declined, PassResult, PostGrad
 from rana_fx.passes.fusible import fusible, operands, put, replace
 
 _aten = torch.ops.aten
-_MOVES = {_aten.permute.default, _aten.t.default, _aten.transpose.int, _aten.view.default}
+_MOVES = ATEN_PERMUTES | {_aten.view.default}
 
 
 def fuse_same_input(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:

@@ -13,7 +13,7 @@ are many, and what a backward pass needs of up would have to be made again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ from rana_fx.graph.dataflow import (
     statically_equal,
     tensor_inputs,
     value_of,
+    walk,
 )
 from rana_fx.graph.functionalize import Writes, written
 from rana_fx.graph.linears import Linear
 from rana_fx.graph.matmuls import operands_of
-from rana_fx.graph.ops import is_pointwise, op_name
+from rana_fx.graph.ops import is_call, is_pointwise, op_name
 from rana_fx.kernels.ops import masked_rows
 from rana_fx.passes.emit import Annotation, Emitter, Factors, annotate, dtype_of
 from rana_fx.passes.match import Match, gradients_flow
@@ -132,16 +133,9 @@ def _activated_gate(down: Linear, match: Match) -> tuple[fx.Node, fx.Node] | Non
 
 def _sites_behind(node: fx.Node, named: Mapping[fx.Node, str]) -> set[str]:
     """Names of the linears a pointwise chain starts from."""
-    found: set[str] = set()
-    seen: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current in named:
-            found.add(named[current])
-        elif current.op in ("call_function", "call_method") and (is_pointwise(current) or is_row_view(current)):
-            todo.extend(tensor_inputs(current))
-    return found
+
+    def sources(current: fx.Node) -> Iterable[fx.Node]:
+        links = current not in named and is_call(current) and (is_pointwise(current) or is_row_view(current))
+        return tensor_inputs(current) if links else ()
+
+    return {named[found] for found in walk([node], sources) if found in named}

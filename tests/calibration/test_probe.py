@@ -110,17 +110,17 @@ def test_every_eighth_batch_is_held_out():
 
 
 class OldRecipe:
-    """As a third party wrote it against the release before."""
+    """As a third party wrote it against the release before: old names on purpose."""
 
     name = "old"
     rehearses = True
 
     def wants(self, layout):
-        return {layout.sites_of_group(site.name) for site in layout.sites.values() if site.counted}
+        return {layout.groups[site.group].sites for site in layout.sites.values() if site.counted}
 
     def solve(self, problem):
-        with problem.holdout.instrumented(problem.layout) as stage:
-            assert stage.run(problem.holdout.held[0]).shape == (4, 8)
+        with problem.rehearsal.opened(problem.layout) as stage:
+            assert stage.run(problem.rehearsal.held[0]).shape == (4, 8)
         return []
 
 
