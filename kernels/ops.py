@@ -34,7 +34,7 @@ _LIBRARY.define(
 _LIBRARY.define("router(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor")
 # rows of x and of a are the same tokens, in the same order; the result has a's shape
 _LIBRARY.define("masked_rows(Tensor x, Tensor a, Tensor weight, Tensor? bias=None, float density=0.5) -> Tensor")
-# what passes/fuse.py makes of the two in a graph that is past autograd: they have no backward
+# what passes/fuse_*.py make of the two in a graph that is past autograd: they have no backward
 _LIBRARY.define(
     "masked_gemv_add(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, float density, Tensor residual) -> Tensor"
 )

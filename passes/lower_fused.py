@@ -1,4 +1,4 @@
-"""Lowers what passes/fuse.py made: ``rana::masked_gemv_add``, ``_gated`` and ``_parts``, and ``rana::normed_router``.
+"""Lowers what passes/fuse_*.py made: ``rana::masked_gemv_add``, ``_gated`` and ``_parts``, and ``rana::normed_router``.
 
 In: the fused operations. Out: one launch each; where no kernel applies or it is not expected to win, the parts they were
 made of, for Inductor to fuse as it can.
