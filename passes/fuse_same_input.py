@@ -55,8 +55,10 @@ def _why_unfit(node: fx.Node) -> str | None:
     given = operands(node)
     nodes = [given["tau"], given["weight"], *([] if given["bias"] is None else [given["bias"]])]
     values = [part.meta.get("val") if isinstance(part, fx.Node) else None for part in nodes]
-    if given["scale"] is not None or not all(isinstance(value, Tensor) for value in values):
+    if given["scale"] is not None:
         return "its weight is in 8 or 4 bits"
+    if not all(isinstance(value, Tensor) for value in values):
+        return "it reads no tensor that is known"
     tau, weight, *bias = values
     assert isinstance(weight, Tensor) and isinstance(tau, Tensor)
     if not all(isinstance(size, int) for size in (*weight.shape, *weight.stride())):

@@ -53,6 +53,7 @@ MOVED = {
     "passes.add_lowrank": "passes.rewrite_lora",
     "passes.beside": "passes.check_foreign_lora",
     "passes.freed": "passes.check_freed",
+    "passes.fuse": "passes.fuse_norm",
     "passes.fuse_parts": "passes.fuse_same_input",
     "planfile": "plan_io",
     "prefill": "runtime.prefill",

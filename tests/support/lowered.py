@@ -26,8 +26,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
-from rana_fx.passes import lower
-from tests.support.graphs import fuse
+from rana_fx.passes import POST_GRAD, lower
+from rana_fx.passes.base import PostGrad
+from rana_fx.passes.runner import Runner
 
 RANKS, WIDTH, FFN = 2800, 4096, 11008
 
@@ -142,7 +143,7 @@ def main(tokens, count, kind):
             return (r,)
 
         graph = make_fx(layers, decomposition_table=select_decomp_table())(*inputs)
-        fuse(graph, devices=("cuda",))
+        Runner().run(POST_GRAD, graph, PostGrad(), past_autograd=True)
         try:
             with V.set_fake_mode(mode):
                 compile_fx_inner(graph, inputs, is_inference=True, static_input_idxs=range(1, len(inputs)))
