@@ -123,11 +123,9 @@ def choose(problem: Problem, *, name: str | None = None) -> Implementation:
         name: of the one to take where it accepts the problem, on any device and however slow; elsewhere it is the reference.
     """
     *rows, last = _rows_of(problem.op)
-    for row in rows:
-        reason = _refusal(row, last, problem) if name is None else _unable(row, problem)
-        if reason is None and name in (None, row.name):
-            return row
-    return last
+    if name is None:
+        return next((row for row in rows if _refusal(row, last, problem) is None), last)
+    return next((row for row in rows if row.name == name and _unable(row, problem) is None), last)
 
 
 def why(problem: Problem) -> list[tuple[Implementation, str]]:

@@ -29,7 +29,7 @@ PACKED = (torch.int8, torch.uint8)
 def accepts(problem: Problem) -> str | None:
     """What all kernels need."""
     if not _installed():
-        return "Triton is not installed: it has no wheels for this machine"
+        return "Triton is not installed"
     if problem.dtype not in DTYPES or (problem.quantized and problem.stored not in PACKED):
         return f"does not multiply {problem.dtype} by {problem.stored}"
     if problem.tokens is None or problem.rows is None or problem.columns is None:
