@@ -53,7 +53,7 @@ class Implementation:
         name: by which ``ops.implementation`` chooses it.
         device: the type of device it is for; None for any.
         accepts: why it cannot compute a problem, or None.
-        slower: why the reference is expected to be faster although it could, or None. Not asked where it was chosen by name.
+        slower: why the reference is expected to be faster although it could, or None. Not called where it was chosen by name.
         cost: microseconds that are expected, or None without an estimate. A row that takes no less than the reference is slower.
         launch: computes in eager mode. Takes the operation's arguments in their order, ``density`` left out.
         lower: computes in Inductor's IR. Takes the problem and the same arguments, of activations all leading dimensions in one;
@@ -123,11 +123,9 @@ def choose(problem: Problem, *, name: str | None = None) -> Implementation:
         name: of the one to take where it accepts the problem, on any device and however slow; elsewhere it is the reference.
     """
     *rows, last = _rows_of(problem.op)
-    for row in rows:
-        reason = _refusal(row, last, problem) if name is None else _unable(row, problem)
-        if reason is None and name in (None, row.name):
-            return row
-    return last
+    if name is None:
+        return next((row for row in rows if _refusal(row, last, problem) is None), last)
+    return next((row for row in rows if row.name == name and _unable(row, problem) is None), last)
 
 
 def why(problem: Problem) -> list[tuple[Implementation, str]]:
@@ -155,9 +153,9 @@ def tokens_skipped(rows: int, columns: int, density: float, stored: torch.dtype,
     # a dtype that no kernel computes in is estimated as float32
     stored = torch.float32 if stored.is_floating_point and stored not in DTYPES else stored
     dtype = stored if stored.is_floating_point else torch.float32
-    asked = Problem("masked_gemv", device, dtype, 1, 1, rows, columns, stored, bits_of(stored), density=density)
+    problem = Problem("masked_gemv", device, dtype, 1, 1, rows, columns, stored, bits_of(stored), density=density)
     for tokens in range(1, MAX_TOKENS + 1):
-        if choose(dataclasses.replace(asked, tokens=tokens, most_tokens=tokens)).name == REFERENCE:
+        if choose(dataclasses.replace(problem, tokens=tokens, most_tokens=tokens)).name == REFERENCE:
             return tokens - 1
     return MAX_TOKENS
 

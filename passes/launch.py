@@ -5,7 +5,7 @@ tensors with the operands' sizes and strides, which leaves its launch and the bu
 that graph, writes the kernel into its own module and tunes nothing else around it.
 
 Programmatic dependent launch is an option of Triton's compiler that Inductor passes on from ``triton_meta``, which it writes
-itself for a user's kernel without asking (torch 2.11, 2.13): it is added to what is written, for kernels whose PDL is set.
+itself for a user's kernel (torch 2.11, 2.13): the option is added to that text, for kernels whose PDL is set.
 """
 
 from __future__ import annotations

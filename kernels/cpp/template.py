@@ -1,4 +1,4 @@
-"""What every C++ template here shares: reading weights as fp32 whatever they are stored in, and an end that users are fused into.
+"""What the C++ templates share: loads of weights as fp32 from any storage, and an epilogue that users are fused into.
 
 In: inputs by name, and C++ text that writes ``result``, a contiguous (T, N) array of floats. Out: an Inductor template whose
 text sees each input as a typed pointer to its first element, ``load`` (a vector of floats from a row of weights, at most as many
@@ -24,7 +24,7 @@ from rana_fx.kernels.triton.config import CPU_TOKENS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TOKENS = CPU_TOKENS
-SERIAL = 1 << 16  # products: below, starting threads costs more than they save
+SERIAL = 1 << 16  # multiply-adds: below, starting threads takes longer than they save
 
 _SOURCE = r"""
 {{template.header().getvalue()}}
@@ -78,7 +78,7 @@ extern "C" {{export_declaration}}
 
 
 class RowsTemplate(CppTemplate):
-    """A product of few tokens with the rows of a matrix. Output: (T, N) fp32, contiguous."""
+    """A matmul of few tokens with the rows of a matrix. Output: (T, N) fp32, contiguous."""
 
     body: ClassVar[str]  # its text; {{...}} are the facts given at construction
 

@@ -1,7 +1,7 @@
 """When the Triton kernels apply and when a dense matmul is expected to be faster: rows of the registry for NVIDIA GPUs.
 
-    masked_gemv, _add, _gated, _parts   up to 16 tokens; compiled, where the cost model says so (cost.py)
-    masked_rows                         up to 4 tokens, where the cost model says so
+    masked_gemv, _add, _gated, _parts   up to 16 tokens; compiled, where the cost model expects them to be faster (cost.py)
+    masked_rows                         up to 4 tokens, where the cost model expects it to be faster
     router, normed_router               up to 4 tokens of a floating weight, whose matmul reads it as fast beyond and multiplies
                                         faster; up to 16 of one in 8 or 4 bits
 
@@ -29,7 +29,7 @@ PACKED = (torch.int8, torch.uint8)
 def accepts(problem: Problem) -> str | None:
     """What all kernels need."""
     if not _installed():
-        return "Triton is not installed: it has no wheels for this machine"
+        return "Triton is not installed"
     if problem.dtype not in DTYPES or (problem.quantized and problem.stored not in PACKED):
         return f"does not multiply {problem.dtype} by {problem.stored}"
     if problem.tokens is None or problem.rows is None or problem.columns is None:
@@ -74,7 +74,7 @@ def skips(problem: Problem) -> str | None:
 
 
 def skips_of_few(problem: Problem) -> str | None:
-    """The same, for ``masked_rows``."""
+    """Of ``masked_rows`` both."""
     return few(problem) or skips(problem)
 
 

@@ -63,7 +63,7 @@ def default_config(
 
 
 def configs(R: int, D: int, T: int = 1, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> list[RouterConfig]:
-    """At most 16 worth trying."""
+    """At most 16 to measure."""
     base = default_config(R, D, T, sm_count, bits=bits)
     found = [
         RouterConfig(r, max(base.block_d * w // 2, 16), w, s)
