@@ -1,6 +1,5 @@
 """Compiles the kernels for sm_90, which needs no GPU, and prints one line of JSON per variant, and one for a graph of traced
-launches. A program, not a test: it must
-import Triton without its interpreter, so test_sm90.py runs it in a process of its own.
+launches. A program, not a test: it must import Triton without its interpreter, so test_sm90.py runs it in a process of its own.
 
 Each kernel is compiled from the source that Inductor would copy, and as the launchers would specialise it for aligned operands.
 """

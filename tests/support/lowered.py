@@ -1,6 +1,6 @@
-"""Prints the code Inductor writes for a GPU that is not there, a line of JSON for each argument "tokens,layers,kind". A program, not
-a test: it pretends there is an H200 and must import Triton without its interpreter, so test_lower_triton.py runs it in a process of
-its own, one for all requests.
+"""Prints the code Inductor writes for a GPU that is not there, a line of JSON for each argument "tokens,layers,kind". A program,
+not a test: it pretends there is an H200 and must import Triton without its interpreter, so test_lower_triton.py runs it in one
+process of its own for all requests.
 
     out = r + (silu(g) * u) W2   with   [g, u] = mask(router(norm(r))) W
     or, as "masks",              with   g, u = mask(norm(r)) Wg, mask(norm(r)) Wu
