@@ -1,4 +1,4 @@
-# make demo: the embedded model adapted, compiled, measured.   make test: lint, types, layers, tests.
+# make demo: the embedded model adapted, compiled, measured.   make check: lint, types, layers, unit tests.   make test: all tests, too.
 # Both build .venv from constraints.txt; a machine needs Python 3.11 or 3.12 and a C++ compiler, nothing else.
 
 SHELL := bash
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint format typecheck layers pytest clean
+.PHONY: help demo check test lint format typecheck layers pytest unit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,10 +20,18 @@ help:
 demo: $(VENV)/.demo ## adapt, compile, measure and let generate the embedded model
 	$(BIN)/rana-fx demo
 
+check: lint unit ## what takes under two minutes: lint, types, layers, unit tests
+
 test: lint pytest ## everything that CI runs
 
+# a file stays with one worker, which keeps what its tests share; the longest files start first (tests/conftest.py)
+RUN_PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 pytest: $(VENV)/.test ## the tests alone; PYTEST_ARGS="tests/unit -x" narrows them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(RUN_PYTEST) $(PYTEST_ARGS)
+
+unit: $(VENV)/.test ## the unit tests alone
+	$(RUN_PYTEST) tests/unit $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

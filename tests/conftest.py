@@ -2,11 +2,14 @@
 
 Uninitialised tensors are filled with NaN, so that an output element nobody wrote fails the comparison instead of passing
 by luck. Compiler caches live in a fresh folder per run, shared by the workers of that run: a stale kernel of an earlier run is
-never served, and no graph is compiled twice. Without a GPU, Triton kernels run under Triton's interpreter.
+never served, and no graph is compiled twice. Without a GPU, Triton kernels run under Triton's interpreter. Files that take
+longest are started first, so that the workers end together.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import shutil
 import tempfile
@@ -32,6 +35,8 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
+TESTS = Path(__file__).parent
+
 # derandomised: what passed here passes in CI; more examples with --hypothesis-profile=search
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500, derandomize=False, print_blob=True)
@@ -47,12 +52,55 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+# the files that take longest on two cores, longest first (docs/testing.md has the times); all others follow as they are found
+LONGEST = (
+    "integration/test_architectures.py",
+    "kernels/test_masked_gemv_cpp.py",
+    "integration/test_storage.py",
+    "integration/test_backend.py",
+    "bench/test_decode.py",
+    "cli/test_cli.py",
+    "kernels/test_triton_masked_gemv.py",
+    "integration/test_exact_compiled.py",
+    "bench/test_reproduce.py",
+    "cli/test_finetune.py",
+    "runtime/test_prefill.py",
+    "integrations/test_lm_eval_harness.py",
+    "graph/test_linears.py",
+    "training/test_gradients.py",
+    "recipes/test_rana.py",
+    "integration/test_cats_compiled.py",
+    "kernels/test_lower_triton.py",
+    "integration/test_gated_compiled.py",
+    "training/test_lora.py",
+    "unit/test_golden.py",
+    "packaging/test_packaging.py",
+)
+
+
+def _rank(item: pytest.Item) -> int:
+    name = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_rank)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay: Python's collector need not walk them again each time Dynamo has made some thousands of objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -69,6 +117,21 @@ def _fresh() -> Iterator[None]:
     np.random.seed(0)
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def graphs_as_rewritten(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The whole backend except for Inductor: options, plans, rewrites, guards and freed weights are real, and each graph runs as
+    it was rewritten, which starts at once. The graphs, in order. What Inductor makes of our operations is tested where a lowering
+    is the subject (docs/testing.md lists where)."""
+    seen: list[torch.fx.GraphModule] = []
+
+    def compile_fx(gm: torch.fx.GraphModule, example_inputs: object, **_: object) -> Callable[..., object]:
+        seen.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(importlib.import_module("torch._inductor.compile_fx"), "compile_fx", compile_fx)
+    return seen
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Linears, groups, blocks and stacks are found by dataflow: counts per architecture as functions of the depth."""
+"""Linears, groups, blocks and stacks are found by dataflow. Counts per architecture: tests/integration/test_architectures.py."""
 
 from __future__ import annotations
 
@@ -9,21 +9,10 @@ from torch import nn
 import rana_fx
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.errors import NoLinears
-from tests.support.architectures import ARCHITECTURES, Counts, build, make
+from tests.support.architectures import ARCHITECTURES, build, make
 from tests.support.further_architectures import FURTHER
 
 EVERY = ARCHITECTURES | FURTHER
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("name", EVERY)
-def test_counts(name, depth):
-    model, batch = make(EVERY[name], depth)
-    calibrated = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
-    layout = calibrated.layout
-    found = Counts(len(layout.sites), len(layout.groups), len(layout.blocks), len(layout.stacks()), len(layout.skips))
-    assert found == EVERY[name].expected(depth)
-    assert calibrated.samples == {}
 
 
 REPLAYED = ["llama", "gpt2", "falcon", "t5", "nn_encoder", "plain", "apertus", "moshi", "in_place", "packed"]

@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 import rana_fx
 from rana_fx._backend import rewritten
 from rana_fx.evaluation.measure import measuring
-from tests.integration.test_backend import adapted, relative
+from tests.support.adapted import adapted, relative
 from tests.support.architectures import ids, output
 from tests.support.inductor import GEMV, ROWS, calls
 
@@ -58,7 +58,8 @@ def test_prompts_are_dense_products(mode):
     assert relative(got, measured(model, token)) < 1e-5
 
 
-@pytest.mark.slow
+# through Inductor: test_gated_compiled.py
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_a_varying_number_of_tokens():
     model, _, _ = adapted(budget=0.75, recipe="cats")
     batches = [ids(tokens) for tokens in (12, 5, 1)]

@@ -29,6 +29,8 @@ def test_any_number_of_tokens_is_what_every_mlp_gives_by_hand():
         assert density == pytest.approx({name: count / FFN for name, count in kept.items()}, rel=1e-6)
 
 
+# modes choose what is rewritten; through Inductor: above, and test_cats_compiled.py
+@pytest.mark.usefixtures("graphs_as_rewritten")
 @pytest.mark.parametrize("prefill", MODES)
 def test_prompts_and_single_tokens_in_every_mode(prefill):
     """Two texts of 12 tokens are a prompt, of 1 are not: a cut of many tokens is dense where that is asked."""
@@ -44,6 +46,7 @@ def test_prompts_and_single_tokens_in_every_mode(prefill):
         assert relative(got, asked) < FP32 and relative(got, other) > 1e-3
 
 
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_a_graph_without_the_plan_attached_takes_it_as_an_option():
     model, batch, plan = per_neuron(depth=1)
     expected, _ = by_hand(model, plan, batch)

@@ -289,7 +289,7 @@ def test_some_of_the_linears_are_in_the_graph(storage, sizes):
         torch.compiler.reset()
         with torch.no_grad():
             found = [torch.compile(some, backend=look)(x)]
-            if asked == ("q", "v"):
+            if asked == ("q", "v") and sizes == SIZES[0]:
                 found.append(torch.compile(some, backend=rana_fx.backend)(x))
         ((replaced, products),) = seen
         assert replaced == len(asked)

@@ -10,9 +10,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import lm_eval.tasks
 import pytest
 import torch
+
+pytest.importorskip("lm_eval")
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM

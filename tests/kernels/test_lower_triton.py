@@ -37,8 +37,18 @@ def options(code):
     return [dict(re.findall(r"'(\w+)': (True|False|\d+)\b", metas[name])) for name in order]
 
 
-def test_a_decoded_token_launches_one_kernel_per_product_and_nothing_else():
-    code = run("tests/support/lowered.py", "1")
+REQUESTS = ("1,1,ranks", "1,3,ranks", "64,1,ranks", "1,2,masks", "1,2,gate", "4,1,gate")
+
+
+@pytest.fixture(scope="module")
+def written():
+    """What Inductor writes, by tokens, layers and kind."""
+    rows = map(json.loads, run("tests/support/lowered.py", *REQUESTS).splitlines())
+    return {row["request"]: row["code"] for row in rows}
+
+
+def test_a_decoded_token_launches_one_kernel_per_product_and_nothing_else(written):
+    code = written["1,1,ranks"]
     names = [first or second for first, second in launches(code)]
     assert [name for name in names if not name.startswith("triton")] == ["router_kernel", *["masked_gemv_kernel"] * 2]
     # the one other kernel zeroes the counters
@@ -53,8 +63,8 @@ def test_a_decoded_token_launches_one_kernel_per_product_and_nothing_else():
     assert [launch.get("launch_pdl", "False") for launch in (router, first, second)] == ["False", "True", "True"]
 
 
-def test_layers_that_are_alike_share_what_is_traced_and_not_what_is_launched():
-    code = run("tests/support/lowered.py", "1", "3")
+def test_layers_that_are_alike_share_what_is_traced_and_not_what_is_launched(written):
+    code = written["1,3,ranks"]
     ours = [first for first, _ in launches(code) if first.startswith(("router", "masked_gemv"))]
     assert ours == ["router_kernel", "masked_gemv_kernel", "masked_gemv_kernel"] * 3
     # one fill of counters for all, and two kernels of each kind at most: the first launch of the graph does not start early
@@ -62,8 +72,8 @@ def test_layers_that_are_alike_share_what_is_traced_and_not_what_is_launched():
     assert len(re.findall(r"^router_kernel\w* = async_compile", code, re.M)) <= 2
 
 
-def test_masks_of_one_tensor_are_one_launch():
-    code = run("tests/support/lowered.py", "1", "2", "masks")
+def test_masks_of_one_tensor_are_one_launch(written):
+    code = written["1,2,masks"]
     ours = [first for first, _ in launches(code) if first.startswith("masked")]
     assert ours == ["masked_parts_kernel", "masked_gemv_kernel"] * 2
     first, second, *_ = options(code)
@@ -74,8 +84,8 @@ def test_masks_of_one_tensor_are_one_launch():
     )
 
 
-def test_a_masked_gate_reads_kept_rows_of_up_and_down():
-    code = run("tests/support/lowered.py", "1", "2", "gate")
+def test_a_masked_gate_reads_kept_rows_of_up_and_down(written):
+    code = written["1,2,gate"]
     names = [first or second for first, second in launches(code)]
     ours = [name for name in names if not name.startswith("triton")]
     # the gate's product is dense and decides what the others read
@@ -86,14 +96,14 @@ def test_a_masked_gate_reads_kept_rows_of_up_and_down():
     assert not re.search(r"empty_strided\w*\(\((4096, 11008|11008, 4096)\)", code)
 
 
-def test_masks_that_cover_too_much_are_dense_products_of_up():
-    names = [first or second for first, second in launches(run("tests/support/lowered.py", "4", "1", "gate"))]
+def test_masks_that_cover_too_much_are_dense_products_of_up(written):
+    names = [first or second for first, second in launches(written["4,1,gate"])]
     assert not any(name.startswith("masked_rows") for name in names)
     assert sum("extern" in name or "tem" in name for name in names) >= 2
 
 
-def test_many_tokens_are_dense_products():
-    names = [first or second for first, second in launches(run("tests/support/lowered.py", "64"))]
+def test_many_tokens_are_dense_products(written):
+    names = [first or second for first, second in launches(written["64,1,ranks"])]
     assert not any(name.startswith(("router", "masked_gemv")) for name in names)
     assert sum("extern" in name or "tem" in name for name in names) == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ from rana_fx.kernels import reference
 from rana_fx.kernels.cpp.template import MAX_TOKENS
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.passes import lower
-from tests.support.inductor import GEMV, compiled, poisoned
+from tests.support.inductor import GEMV, calls, compiled, each, poisoned
 from tests.support.products import Product, assert_close, every_number, products
 
 FALLBACK = "torch.ops.rana"
@@ -34,35 +35,36 @@ def operands(tokens, ranks, outputs, dtype, *, bits=16, density=0.5, seed=0):
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@settings(max_examples=12)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_matches_fp64(bits, data):
     """Any strides, in the storage's own numbers; a floating weight whose rows lie apart is left to a matrix product."""
-    case = data.draw(products(bits=bits, tokens=(1, 2, 3, MAX_TOKENS)))
+    # four in a graph: three graphs are compiled instead of twelve
+    cases = [data.draw(products(bits=bits, tokens=(1, 2, 3, MAX_TOKENS))) for _ in range(4)]
     with poisoned():
-        got, code = compiled(masked_gemv, case.v, case.tau, case.weight, case.bias, case.scale)
+        results, code = each(masked_gemv, [(case.v, case.tau, case.weight, case.bias, case.scale) for case in cases])
     assert FALLBACK not in code
     # of one element or one row, either stride is that of contiguous rows
-    assert (GEMV in code) == (bits < 16 or case.weight.stride(1) == 1)
-    case.check(got)
+    assert calls(code, GEMV) == sum(bits < 16 or case.weight.stride(1) == 1 for case in cases)
+    for case, got in zip(cases, results, strict=True):
+        case.check(got)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@settings(max_examples=5)
-@given(
-    st.sampled_from([1, 5, MAX_TOKENS]),
-    st.sampled_from([7, 97, 251]),
-    st.sampled_from([514, 1030, 4500]),
-    st.sampled_from([torch.float32, torch.bfloat16]),
-    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    st.integers(0, 99),
-)
-def test_matches_fp64_in_several_blocks(bits, tokens, ranks, outputs, dtype, density, seed):
-    v, tau, weight, bias, scale = operands(tokens, ranks, outputs, dtype, bits=bits, density=density, seed=seed)
+@settings(max_examples=2)
+@given(data=st.data())
+def test_matches_fp64_in_several_blocks(bits, data):
+    def case():
+        choices = ([1, 5, MAX_TOKENS], [7, 97, 251], [514, 1030, 4500], [torch.float32, torch.bfloat16])
+        density, seed = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), data.draw(st.integers(0, 99))
+        return operands(*(data.draw(st.sampled_from(choice)) for choice in choices), bits=bits, density=density, seed=seed)
+
+    cases = [case() for _ in range(3)]
     with poisoned():
-        got, code = compiled(masked_gemv, v, tau, weight, bias, scale)
-    assert GEMV in code
-    Product(v, tau, weight, scale, bias).check(got)
+        results, code = each(masked_gemv, cases)
+    assert calls(code, GEMV) == len(cases)
+    for (v, tau, weight, bias, scale), got in zip(cases, results, strict=True):
+        Product(v, tau, weight, scale, bias).check(got)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -132,20 +134,29 @@ def _heads(v, tau, weight, bias, scale):
     return silu(masked_gemv(v, tau, weight, bias, scale).unflatten(-1, (4, -1)).transpose(0, 1)) + 1
 
 
+USERS = (_gated, _gelu, _two_users, _residual, _heads)
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("function", [_gated, _gelu, _two_users, _residual, _heads])
-def test_fused_users(function, dtype, bits):
+def test_fused_users(dtype, bits):
     """The scheduler fuses pointwise users into any template, also into one that ignores them and leaves garbage behind."""
-    v, tau, weight, bias, scale = operands(3, 61, 128, dtype, bits=bits)
+    # in one graph, of operands of their own: equal products would be computed once
+    cases = [operands(3, 61, 128, dtype, bits=bits, seed=seed) for seed in range(len(USERS))]
+    sizes = [len(case) for case in cases]
+
+    def users(*flat):
+        return [user(*flat[first : first + 5]) for user, first in zip(USERS, range(0, sum(sizes), 5), strict=True)]
+
     with poisoned():
-        got, code = compiled(function, v, tau, weight, bias, scale)
-    right = function(v.double(), tau, unpack(weight, scale, torch.float64), bias.double(), None)
-    assert GEMV in code
+        results, code = compiled(users, *itertools.chain(*cases))
+    assert calls(code, GEMV) == len(USERS)
     assert FALLBACK not in code
-    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, right)), strict=True):
-        error = (a.double() - b).norm() / b.norm()
-        assert error < 4 * torch.finfo(dtype).eps * math.sqrt(61)
+    for user, (v, tau, weight, bias, scale), got in zip(USERS, cases, results, strict=True):
+        right = user(v.double(), tau, unpack(weight, scale, torch.float64), bias.double(), None)
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, right)), strict=True):
+            error = (a.double() - b).norm() / b.norm()
+            assert error < 4 * torch.finfo(dtype).eps * math.sqrt(61), user.__name__
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels.cpp.template import MAX_TOKENS
 from rana_fx.kernels.ops import masked_gemv, router
-from tests.support.inductor import GEMV, ROUTER, compiled, poisoned
+from tests.support.inductor import GEMV, ROUTER, calls, compiled, each, poisoned
 from tests.support.products import DTYPES, SIZES, STRIDES, Product, assert_close, strided
 
 FALLBACK = "torch.ops.rana"
@@ -30,9 +30,20 @@ def check(z, x, weight, scale):
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@settings(max_examples=12)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_matches_fp64(bits, data):
+    # four in a graph: three graphs are compiled instead of twelve
+    cases = [drawn(data, bits) for _ in range(4)]
+    with poisoned():
+        results, code = each(router, cases)
+    assert FALLBACK not in code
+    assert bits == 16 or calls(code, ROUTER) == len(cases)
+    for got, case in zip(results, cases, strict=True):
+        check(got, *case)
+
+
+def drawn(data, bits):
     tokens, rows = data.draw(st.sampled_from([1, 2, 5, MAX_TOKENS])), data.draw(st.sampled_from([*SIZES, 530]))
     width = data.draw(st.sampled_from([size for size in [*SIZES, 514] if bits != 4 or size % 2 == 0]))
     group, seed = data.draw(st.sampled_from([64, 128])), data.draw(st.integers(0, 99))
@@ -40,11 +51,7 @@ def test_matches_fp64(bits, data):
     x, weight = strided(x, data.draw(STRIDES)), strided(weight, data.draw(STRIDES))
     if scale is not None and scale.dim() == 2:
         scale = strided(scale, data.draw(STRIDES))
-    with poisoned():
-        got, code = compiled(router, x, weight, scale)
-    assert FALLBACK not in code
-    assert bits == 16 or ROUTER in code
-    check(got, x, weight, scale)
+    return x, weight, scale
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -15,22 +15,6 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TRACE = """
-import torch
-from torch.fx.experimental.proxy_tensor import make_fx
-from rana_fx.kernels.triton.config import Config, Launch
-from rana_fx.kernels.triton.masked_gemv import masked_gemv
-from rana_fx.kernels.triton.router import router
-
-def f(x, b, tau, w, counters):
-    z, config = router(x, b, how=Launch(traced=True)), Config(4, 64)
-    return masked_gemv(z, tau, w, config=config, counters=counters, how=Launch(traced=True))
-
-shapes = ((1, 64), (32, 64), (32,), (32, 130))
-graph = make_fx(f, tracing_mode="fake")(*map(torch.ones, shapes), torch.zeros(3, dtype=torch.int32)).graph
-print([str(node.target) for node in graph.nodes if node.op == "call_function"])
-"""
-
 
 def run(*arguments):
     """stdout of a process that compiles where this one may interpret."""
@@ -42,16 +26,19 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def variants(tmp_path_factory):
-    lines = run(str(ROOT / "tests" / "support" / "compiled.py"), str(tmp_path_factory.mktemp("pasted"))).splitlines()
-    return {row["name"]: row for row in map(json.loads, lines)}
+def found(tmp_path_factory):
+    """(what each variant compiles to, what a traced function calls), from one process."""
+    lines = run("tests/support/compiled.py", str(tmp_path_factory.mktemp("pasted"))).splitlines()
+    *variants, traced = map(json.loads, lines)
+    return {row["name"]: row for row in variants}, traced["targets"]
 
 
-def test_every_variant_reads_weights_by_sixteen_bytes(variants):
+def test_every_variant_reads_weights_by_sixteen_bytes(found):
+    variants, _ = found
     assert len(variants) == 24
     assert [name for name, row in variants.items() if not row["wide_loads"]] == []
 
 
-def test_a_traced_launch_stays_in_the_graph():
-    targets = run("-c", TRACE)
+def test_a_traced_launch_stays_in_the_graph(found):
+    _, targets = found
     assert targets.count("triton_kernel_wrapper_mutation") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def test_another_device_is_left():
     operands = torch.randn(1, WIDTH), torch.randn(1, RANKS), mask(RANKS), torch.randn(RANKS, WIDTH)
     module = make_fx(lambda r, *operands: r + masked_gemv(*operands), tracing_mode="fake")(*operands)
     assert fuse(module, devices=("cuda",)) == NONE
-    assert set(itertools.chain(*reasons(module, devices=("cuda",)).values())) == {"it is on cpu"}
+    found = set(itertools.chain(*reasons(module, devices=("cuda",)).values()))
+    assert found and all(re.fullmatch(r"it is on cpu, where nothing computes \w+ in one launch", reason) for reason in found)
 
 
 def test_what_is_dead_shares_no_launch():

@@ -32,10 +32,10 @@ def half():
 
 
 def problem_of(model, batch, budget=0.5, recipe="half", metric="flops"):
-    layout, samples, _ = calibrate(
+    found = calibrate(
         model, [batch, *(ids() for _ in range(3))], wanted=lambda layout: {group.sites for group in layout.groups}, progress=False
     )
-    return Problem(layout, samples, budget, metric, recipe, False)
+    return Problem(found.layout, found.samples, budget, metric, recipe, False)
 
 
 def test_the_documented_recipe_adapts_every_layer(half):

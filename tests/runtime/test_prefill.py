@@ -17,8 +17,11 @@ from rana_fx.errors import InvalidOption, WeightsFreed
 from rana_fx.evaluation.measure import measuring
 from rana_fx.runtime.attachment import attached
 from rana_fx.runtime.prefill import MODES, costs_more, memory_of
-from tests.integration.test_backend import EVERY, adapted, relative
+from tests.support.adapted import EVERY, adapted, relative
 from tests.support.architectures import build, ids, make, output
+
+# the subject is which weights a graph reads, not how Inductor multiplies by them
+AS_REWRITTEN = pytest.mark.usefixtures("graphs_as_rewritten")
 
 
 def bytes_of(model):
@@ -33,8 +36,10 @@ def masked(model, batches):
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_factors_frees_what_they_replace(dynamic):
+def test_factors_frees_what_they_replace(dynamic, request):
     """Prompt and decode, in the order they come; each again; and the same numbers as before."""
+    if dynamic:
+        request.getfixturevalue("graphs_as_rewritten")
     model, _, plan = adapted(depth=2, budget=0.75)
     batches = [ids(tokens) for tokens in (12, 1, 9, 2, 1)]
     expected = masked(model, batches)
@@ -55,6 +60,7 @@ def test_factors_frees_what_they_replace(dynamic):
     assert facts["prefill=masked"] - facts["prefill=factors"] == saved + 4 * len(replaced)
 
 
+@AS_REWRITTEN
 def test_a_freed_model_runs_by_its_plan_alone():
     model, batch, plan = adapted(budget=0.75)
     (expected,) = masked(model, [batch])
@@ -85,6 +91,7 @@ def test_a_freed_model_runs_by_its_plan_alone():
     assert not any(map(is_freed, model.parameters()))
 
 
+@AS_REWRITTEN
 def test_factors_by_pieces_of_a_model():
     """Graph breaks: one code object, a graph per layer, each frees its own."""
     model, batch, plan = adapted(depth=2, budget=0.75)
@@ -98,6 +105,7 @@ def test_factors_by_pieces_of_a_model():
     assert sum(map(is_freed, model.parameters())) == len(own)
 
 
+@AS_REWRITTEN
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "albert", "t5"])
 def test_factors_in_other_architectures(name):
     """Weights stored (in, out), fused ones, one weight for all layers, biases: by the graph alone."""
@@ -111,6 +119,7 @@ def test_factors_in_other_architectures(name):
     assert any(map(is_freed, model.parameters()))
 
 
+@AS_REWRITTEN
 def test_what_is_shared_is_kept():
     """A tied Parameter, memory under two Parameters, and a copy elsewhere that is none."""
     model, batch, plan = adapted(budget=0.75)
@@ -142,6 +151,7 @@ def test_factors_needs_an_attached_plan_and_no_gradients():
     assert not any(map(is_freed, model.parameters()))
 
 
+@AS_REWRITTEN
 def test_cheapest_leaves_what_ranks_make_dearer():
     model, _, plan = adapted(budget=0.9)
     dear = {adapter.name for adapter in plan.adapters if costs_more(plan, adapter)}
@@ -182,6 +192,7 @@ def test_memory_in_the_report():
     assert rana_fx.explain(model, batch).memory == {}
 
 
+@AS_REWRITTEN
 def test_second_process_frees_too(tmp_path):
     """Weights by name from a file, a plan from a folder: nothing is left over from the process that adapted."""
     model, batch, plan = adapted(budget=0.75)

@@ -1,5 +1,5 @@
-"""Compiles the kernels for sm_90, which needs no GPU, and prints one line of JSON per variant. A program, not a test: it must
-import Triton without its interpreter, so test_compiled.py runs it in a process of its own.
+"""Compiles the kernels for sm_90, which needs no GPU, and prints one line of JSON per variant, and one for a graph of traced
+launches. A program, not a test: it must import Triton without its interpreter, so test_sm90.py runs it in a process of its own.
 
 Each kernel is compiled from the source that Inductor would copy, and as the launchers would specialise it for aligned operands.
 """
@@ -12,16 +12,19 @@ import re
 import sys
 from pathlib import Path
 
+import torch
 import triton
 from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as closure_of
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rana_fx.kernels.triton.masked_gemv import masked_gemv_kernel
+from rana_fx.kernels.triton.config import Config, Launch
+from rana_fx.kernels.triton.masked_gemv import masked_gemv, masked_gemv_kernel
 from rana_fx.kernels.triton.masked_gemv_concat import masked_parts_kernel
 from rana_fx.kernels.triton.masked_gemv_packed import masked_gemv_packed_kernel
 from rana_fx.kernels.triton.masked_rows import masked_rows_kernel
-from rana_fx.kernels.triton.router import router_kernel
+from rana_fx.kernels.triton.router import router, router_kernel
 
 POINTERS = {name: "bf16" for name in ("v", "x", "a", "z", "y", "h", "bias", "w")}
 POINTERS |= {
@@ -114,12 +117,25 @@ def compiled(kernel, weight, choices):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
+def traced():
+    """What a graph calls whose launches are left to Inductor."""
+
+    def function(x, b, tau, w, counters):
+        z = router(x, b, how=Launch(traced=True))
+        return masked_gemv(z, tau, w, config=Config(4, 64), counters=counters, how=Launch(traced=True))
+
+    shapes = ((1, 64), (32, 64), (32,), (32, 130))
+    graph = make_fx(function, tracing_mode="fake")(*map(torch.ones, shapes), torch.zeros(3, dtype=torch.int32)).graph
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
 def main(folder):
     kernels = {kernel.__name__: pasted(kernel, folder) for kernel, _, _ in VARIANTS.values()}
     for name, (kernel, weight, choices) in VARIANTS.items():
         ptx = compiled(kernels[kernel.__name__], weight, choices).asm["ptx"]
         wide = re.findall(r"evict_first[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)
         print(json.dumps({"name": name, "wide_loads": len(wide)}), flush=True)
+    print(json.dumps({"targets": traced()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,19 @@ def compiled(function, *args, **settings):
     return got, code
 
 
+def each(function, operands, **settings):
+    """(results, code) of a function for each of these tuples of operands, compiled as one graph: one compile for all kernels."""
+    spans, flat = [], []
+    for given in operands:
+        spans.append(slice(len(flat), len(flat) + len(given)))
+        flat += given
+
+    def all_of_them(*args):
+        return tuple(function(*args[span]) for span in spans)
+
+    return compiled(all_of_them, *flat, **settings)
+
+
 @contextlib.contextmanager
 def poisoned():
     """What the templates and Inductor's wrapper leave uninitialised is NaN inside, and kernels are compiled anew."""

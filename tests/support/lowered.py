@@ -1,5 +1,6 @@
-"""Prints the code Inductor writes for a GPU that is not there. A program, not a test: it pretends there is an H200 and must
-import Triton without its interpreter, so test_lower_triton.py runs it in a process of its own.
+"""Prints the code Inductor writes for a GPU that is not there, a line of JSON for each argument "tokens,layers,kind". A program,
+not a test: it pretends there is an H200 and must import Triton without its interpreter, so test_lower_triton.py runs it in one
+process of its own for all requests.
 
     out = r + (silu(g) * u) W2   with   [g, u] = mask(router(norm(r))) W
     or, as "masks",              with   g, u = mask(norm(r)) Wg, mask(norm(r)) Wu
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import sys
 import types
 from unittest.mock import patch
 
@@ -106,7 +109,8 @@ def pretend(stack):
     stack.enter_context(patch.object(hints.DeviceProperties, "create", lambda *_, **__: device))
 
 
-def main(tokens, count, kind):
+def written(tokens, count, kind):
+    """The code for so many tokens and layers."""
     lower.register()
     code = []
 
@@ -150,10 +154,10 @@ def main(tokens, count, kind):
         except Exception:  # Written, in whatever Inductor wraps it
             if not code:
                 raise
-    print(getattr(code[0], "value", code[0]))
+    return getattr(code[0], "value", code[0])
 
 
 if __name__ == "__main__":
-    import sys
-
-    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1, sys.argv[3] if len(sys.argv) > 3 else "ranks")
+    for request in sys.argv[1:]:
+        tokens, count, kind = request.split(",")
+        print(json.dumps({"request": request, "code": written(int(tokens), int(count), kind)}), flush=True)

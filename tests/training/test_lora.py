@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

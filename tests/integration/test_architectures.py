@@ -1,0 +1,73 @@
+"""Every architecture, traced as seldom as will do: linears, groups, blocks and stacks are found by dataflow, their counts are
+functions of the depth, and a plan that keeps everything is the dense model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rana_fx
+from rana_fx.calibration.calibrate import calibrate, call
+from rana_fx.evaluation.measure import measuring
+from tests.support.adapted import EVERY, layouts, relative
+from tests.support.architectures import Counts, make, output
+
+
+def counts(layout):
+    return Counts(len(layout.sites), len(layout.groups), len(layout.blocks), len(layout.stacks()), len(layout.skips))
+
+
+def full_rank(name, depth):
+    """(model, batch, layout, plan): a plan that keeps everything, rank adapters of full rank with threshold zero wherever the
+    recipe puts adapters."""
+    model, batch = make(EVERY[name], depth)
+    batches = [batch, *(EVERY[name].inputs() for _ in range(4))]
+    with layouts() as found:
+        plan = rana_fx.adapt(model, batches, budget=0.9, recipe="static", progress=False)
+    (layout,) = found
+    adapters = []
+    for adapter in plan.adapters:
+        parts = [layout.sites[name].matrix() for name in adapter.sites]
+        u, s, vh = torch.linalg.svd(torch.cat(parts).double(), full_matrices=False)
+        ranks = len(s)
+        adapters.append(
+            replace(
+                adapter,
+                ranks=ranks,
+                kept=float(ranks),
+                tau=torch.zeros(ranks),
+                router=(s[:, None] * vh).float().contiguous(),
+                weight=u.t().float().contiguous(),
+            )
+        )
+    whole = replace(plan, adapters=tuple(adapters))
+    rana_fx.attach(model, whole)
+    return model, batch, layout, whole
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_counts_of_one_layer(name):
+    model, batch = make(EVERY[name], 1)
+    calibrated = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrated.layout
+    assert counts(layout) == EVERY[name].expected(1)
+    assert calibrated.samples == {}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_counts_of_two_layers_and_full_rank_equals_dense(name):
+    """Counts are linear in the depth: those at one and at two layers are all."""
+    model, batch, layout, plan = full_rank(name, 2)
+    assert counts(layout) == EVERY[name].expected(2)
+    covered = {site for adapter in plan.adapters for site in adapter.sites}
+    # a layer with one output is narrower than a rank is cheap
+    assert covered == {site.name for site in plan.sites if site.counted and site.out_features > 1}
+    with torch.no_grad():
+        dense = output(call(model, batch))
+    with measuring(model) as meter:
+        got = output(meter.run(batch))
+    assert relative(got, dense) < 1e-5
+    assert set(meter.result().density.values()) == {1.0}
