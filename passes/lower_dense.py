@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.lowering import fallback_handler, lowerings, process_subgraph_nodes, to_dtype
+from torch._inductor.lowering import fallback_handler, lowerings, pointwise_cat, process_subgraph_nodes, to_dtype
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -69,7 +69,8 @@ def masked_gemv_parts(problem: Problem, v_TK: Any, taus: Sequence[Any], weights:
     """The masked GEMVs one by one, beside each other."""
     given = biases or [None] * len(weights)
     parts = [lowerings[ops.masked_gemv](v_TK, *part, None, problem.density) for part in zip(taus, weights, given, strict=True)]
-    return lowerings[_aten.cat.default](parts, 1)
+    # not the lowering of aten.cat, which looks for its inputs among the arguments of the node that is lowered (torch 2.11)
+    return pointwise_cat(parts, 1)
 
 
 def normed_router(problem: Problem, x_TI: Any, gain: Any, weight: Any, scale: Any, eps: float, offset: float) -> Any:  # noqa: ARG001
