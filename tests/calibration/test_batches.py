@@ -78,6 +78,7 @@ def test_wrapped_models_have_the_plan_of_the_model_itself(kind):
         assert torch.equal(wrapped(**batch).logits, before)  # still compiled by whom it was
 
 
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_a_compiled_model_is_adapted_on_its_next_call():
     model, batch = build("llama", 1)
     compiled = torch.compile(model, backend=rana_fx.backend)
@@ -189,6 +190,7 @@ def test_padding_of_time_first_layers():
     assert float(rows.max()) < 77
 
 
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_factors_made_in_inference_mode_can_be_trained():
     model, batch = build("llama", 1)
     with torch.inference_mode():

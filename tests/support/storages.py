@@ -5,6 +5,8 @@ In: a model and a batch. Out: a plan whose adapters cover all linears of the blo
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import replace
 
 import torch
@@ -13,10 +15,9 @@ import rana_fx
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.formats import pack, unpack
-from tests.support.architectures import ARCHITECTURES, make
-from tests.support.further_architectures import FURTHER
+from tests.support.adapted import EVERY, layouts
+from tests.support.architectures import make
 
-EVERY = ARCHITECTURES | FURTHER
 # what masks, bits of the router (or None), bits of the weight
 STORAGES = {
     "rank, router 8": ("rank", 8, 32),
@@ -84,13 +85,25 @@ def stored_matrix(adapter: Adapter, dtype=torch.float64):
     return weight @ (router if adapter.router_tau is None else router.t())
 
 
-def stored_plan(name, depth, storage, *, shift=0.0):
-    """(model without a plan, batch, plan)."""
-    model, batch = make(EVERY[name], depth)
-    batches = [batch, *(EVERY[name].inputs() for _ in range(4))]
-    plan = rana_fx.adapt(model, batches, budget=0.9, recipe="static", progress=False)
+@functools.cache
+def _dense(name, depth):
+    with torch.random.fork_rng(), layouts() as found:
+        model, batch = make(EVERY[name], depth)
+        batches = [batch, *(EVERY[name].inputs() for _ in range(4))]
+        plan = rana_fx.adapt(model, batches, budget=0.9, recipe="static", progress=False)
     rana_fx.detach(model)
-    sites = sites_of(model, batch)
+    (layout,) = found
+    return model, batch, plan, layout.sites
+
+
+def dense_sites(name, depth):
+    """The linears of the model that ``stored_plan`` copies."""
+    return _dense(name, depth)[3]
+
+
+def stored_plan(name, depth, storage, *, shift=0.0):
+    """(a model of its own without a plan, batch, plan)."""
+    model, batch, plan, sites = _dense(name, depth)
     with torch.no_grad():
         adapters = tuple(rebuilt(adapter, sites, storage, shift=shift) for adapter in plan.adapters)
-    return model, batch, replace(plan, adapters=adapters)
+    return copy.deepcopy(model), batch, replace(plan, adapters=adapters)

@@ -175,6 +175,7 @@ def logits(model):
         return torch.compile(model, backend=rana_fx.backend)(**batch).logits
 
 
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_a_deep_copy_is_adapted_and_its_own():
     model, plan = make()
     twin = copy.deepcopy(copy.deepcopy(model))
@@ -186,6 +187,7 @@ def test_a_deep_copy_is_adapted_and_its_own():
     assert attached(copy.deepcopy(twin.model.layers[0])) is None
 
 
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_a_pickled_model_is_to_be_attached_to_again():
     model, plan = make()
     expected = logits(model)
