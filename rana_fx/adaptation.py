@@ -115,7 +115,7 @@ class CalibratedModel:
 def calibrated(
     model: nn.Module, batches: Iterable[Any], recipe: Recipe, *, seed: int = 0, progress: bool = False
 ) -> CalibratedModel:
-    """Run the model on ``batches`` and sample what ``recipe`` wants. Raises what ``rana_fx.adapt`` says of batches and models."""
+    """Run the model on ``batches`` and sample what ``recipe`` wants. Raises what ``adapt`` raises for batches and models."""
     tee = Tee(check_batches(batches)) if needs_holdout(recipe) else None
     found = calibrate(model, tee or batches, wanted=recipe.wants, seed=seed, progress=progress)
     holdout = None if tee is None else tee.holdout(model)

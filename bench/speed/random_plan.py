@@ -38,7 +38,8 @@ from rana_fx.kernels.cost import weight_bytes
 from rana_fx.modules import device_of
 from rana_fx.plan import Plan
 from rana_fx.recipes import Problem, neuron_adapter, split_budget, stack_name
-from rana_fx.runtime.attachment import Factors, place
+from rana_fx.runtime import attachment
+from rana_fx.runtime.attachment import Factors
 
 _ALIGNED = 16  # ranks come in whole tiles where there are many
 RECIPE = "random"
@@ -150,7 +151,7 @@ def _check_affordable(fraction: float, most: float) -> None:
 
 def attach_unchecked(model: nn.Module, plan: Plan) -> Plan:
     """Attach without hashing weights. Returns the plan, whose tensors are the live factors: there is one copy."""
-    place(model, plan, copy=False)
+    attachment.attach_unchecked(model, plan, copy=False)
     return plan
 
 

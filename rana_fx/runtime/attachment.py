@@ -118,8 +118,8 @@ def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
         setattr(parameter, ATTRIBUTE, attachment)
 
 
-def renew(model: nn.Module) -> None:
-    """Put the attached plan on the model anew, with the same factors: code compiled for what was trained before recompiles."""
+def invalidate_guards(model: nn.Module) -> None:
+    """Mark the model's weights anew, with the same plan and factors, so that code compiled before compiles again."""
     old = attached(unwrap(model))
     assert old is not None
     twin = Attachment(old.plan, old.factors, old.names)
@@ -132,8 +132,8 @@ def attach(model: nn.Module, plan: Plan) -> None:
 
     Weights of the model that the plan skips columns of (neuron adapters without a weight of their own; exact outputs, where the
     weight is stored (in, out)) are stored by columns from then on: values, shapes and memory stay, strides change, and ``detach``
-    changes them back. (Libraries that save tensors as they lie, such as safetensors, want ``.contiguous()`` ones;
-    ``save_pretrained`` sees to that.)
+    changes them back. (Libraries that save tensors as they are laid out, such as safetensors, take ``.contiguous()`` ones alone;
+    ``save_pretrained`` makes them so.)
 
     A ``copy.deepcopy`` of the model is adapted, too; a pickled and loaded one (or one whose Parameters were replaced) is
     not: attach the plan again. ``state_dict`` includes the factors, as ``rana_fx.*``: ``detach`` first for one without.
@@ -146,13 +146,13 @@ def attach(model: nn.Module, plan: Plan) -> None:
     parameters = weights_of(model)
     for record in plan.sites:
         _check(model, record, parameters.get(base_name(record.name)))
-    place(model, plan)
+    attach_unchecked(model, plan)
 
 
-def place(model: nn.Module, plan: Plan, *, copy: bool = True) -> None:
-    """What ``attach`` does once it knows that the plan is for these weights.
+def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None:
+    """``attach`` without the check that the plan is for these weights.
 
-    ``copy``: False where the plan's tensors shall be the model's factors, and nobody needs them as they were.
+    ``copy``: False where the plan's tensors become the model's factors and may change with them.
     """
     model = unwrap(model)
     parameters = weights_of(model)

@@ -20,7 +20,7 @@ from rana_fx.errors import CheckpointError, InvalidOption, MissingPackage, Nothi
 from rana_fx.formats import is_plain
 from rana_fx.graph.operands import base_name
 from rana_fx.modules import device_of, unwrap
-from rana_fx.runtime.attachment import MODULE, Attachment, attached, renew
+from rana_fx.runtime.attachment import MODULE, Attachment, attached, invalidate_guards
 from rana_fx.runtime.lora_state import ADAPTER, LowRank, Matrix
 from rana_fx.runtime.replaced_weights import replaced_weights
 from rana_fx.training.parameters import attachment_to_train, only, weights_to_train
@@ -102,7 +102,7 @@ def merge_lora(model: nn.Module) -> None:
         for addition in found.factors.lowrank.additions():
             addition.matrix.copy_((addition.matrix.double() + addition.value()).to(addition.matrix.dtype))
     found.factors.lowrank = None
-    renew(model)
+    invalidate_guards(model)
 
 
 def save_lora(model: nn.Module, folder: str | Path) -> None:

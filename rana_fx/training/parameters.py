@@ -12,7 +12,7 @@ from rana_fx.errors import InvalidOption, NoPlan, NothingToTrain, UnknownChoice
 from rana_fx.formats import is_plain
 from rana_fx.graph.operands import base_name
 from rana_fx.modules import unwrap, weights_of
-from rana_fx.runtime.attachment import MODULE, Attachment, attached, renew
+from rana_fx.runtime.attachment import MODULE, Attachment, attached, invalidate_guards
 from rana_fx.runtime.replaced_weights import replaced_weights
 
 WHAT = ("factors", "all")
@@ -56,7 +56,7 @@ def only(model: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(id(parameter) in kept)
-    renew(model)
+    invalidate_guards(model)
 
 
 def attachment_to_train(model: nn.Module) -> Attachment:

@@ -16,7 +16,7 @@ from rana_fx.evaluation.measure import measuring
 from rana_fx.formats import unpack
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.passes.runner import run
-from rana_fx.runtime.attachment import place
+from rana_fx.runtime.attachment import attach_unchecked
 from tests.support.architectures import output
 from tests.support.storages import STORAGES, dense_sites, rebuilt, sites_of, stored_matrix, stored_plan
 
@@ -134,7 +134,7 @@ def test_masked_and_compiled_equals_fp64(storage, shift):
     model, batch, plan = stored_plan("llama", 1, storage, shift=shift)
     plan = with_masks(plan, 0.6) if not storage.startswith("stored") else plan
     twin = copy.deepcopy(model).double()
-    place(twin, masked_matrices(plan))
+    attach_unchecked(twin, masked_matrices(plan))
     rana_fx.attach(model, plan)
     for tokens in (batch, {"input_ids": batch["input_ids"][:1, :3]}):  # few tokens have kernels of their own
         with measuring(twin) as meter:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from rana_fx._backend import rewrite
 from rana_fx.graph.checkpoint_regions import open_checkpoints
 from rana_fx.kernels.ops import masked_gemv
-from rana_fx.runtime.attachment import renew
+from rana_fx.runtime.attachment import invalidate_guards
 from rana_fx.training import add_lora, checkpoint_gradients, lora_config
 from tests.support.trained import EPS, adapted, compiled, gradients, relative
 
@@ -43,7 +43,7 @@ def test_it_trains_the_same_and_keeps_less():
         parameter.requires_grad_(True)
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    renew(model)
+    invalidate_guards(model)
     kept, products, found = [], [], []
     model.train()
     for switch in (lambda _: None, checkpoint_gradients):

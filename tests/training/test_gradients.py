@@ -11,7 +11,7 @@ from torch import nn
 import rana_fx
 from rana_fx._backend import rewritten
 from rana_fx.errors import NoPlan, NothingToTrain, UnknownChoice
-from rana_fx.runtime.attachment import attached, renew
+from rana_fx.runtime.attachment import attached, invalidate_guards
 from rana_fx.training import add_lora, lora_config, trainable
 from tests.support.architectures import build, ids
 from tests.support.gates import per_neuron
@@ -94,7 +94,7 @@ def test_gradients_through_inductor():
         parameter.requires_grad_(True)
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.1)
-    renew(model)
+    invalidate_guards(model)
     found = []
     # numbers drawn as in eager mode, so that the same inputs are dropped
     with torch._inductor.config.patch(fallback_random=True):
