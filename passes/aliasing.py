@@ -18,9 +18,9 @@ from rana_fx.graph.dataflow import value_of
 
 
 def storages(value: Any) -> set[StorageWeakRef]:
-    """The memory that the tensors of a value lie in. Layouts that lie in several pieces are left out."""
+    """The memory that the tensors of a value lie in. Layouts that lie in several pieces, and subclasses, are left out."""
     leaves: list[Any] = optree.tree_leaves(value)
-    found = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    found = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided and torch._C._has_storage(leaf))
     return {StorageWeakRef(leaf.untyped_storage()) for leaf in found}
 
 
