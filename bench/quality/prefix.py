@@ -29,9 +29,9 @@ from bench.common.calibrated import batches_of, calibrate_once
 from bench.common.documents import Text, read_text
 from bench.common.record import append, start
 from bench.quality.divergence import interval
+from rana_fx.calibration.holdout import Holdout
 from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
-from rana_fx.calibration.probe import Holdout
 from rana_fx.commands.record import show
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.plan import METRICS, Plan

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import rana_fx
-from rana_fx.calibration.calibrate import calibrate, call
+from rana_fx.calibration.batches import call
+from rana_fx.calibration.calibrate import calibrate
 from rana_fx.evaluation.measure import measuring
 from tests.support.adapted import EVERY, layouts, relative
 from tests.support.architectures import Counts, make, output

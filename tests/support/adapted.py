@@ -28,7 +28,7 @@ def layouts() -> Iterator[list[Layout]]:
 
     def calibrated(*args, **kwargs):
         found = calibrate(*args, **kwargs)
-        seen.append(found[0])
+        seen.append(found.layout)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
