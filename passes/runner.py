@@ -16,6 +16,8 @@ from pathlib import Path
 from torch import fx
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
+from rana_fx import apply
+from rana_fx.graph import record
 from rana_fx.graph.normalize import prepare
 from rana_fx.kernels import reference
 from rana_fx.passes import PIPELINE
@@ -87,4 +89,4 @@ def sources_hash() -> bytes:
     here = Path(__file__).resolve().parent
     kernels = Path(reference.__file__).resolve().parent
     files = sorted(str(path) for folder in (here, kernels) for path in folder.rglob("*.py"))
-    return get_hash_for_files(tuple(files))
+    return get_hash_for_files((*files, apply.__file__, record.__file__))
