@@ -1,0 +1,55 @@
+"""Mutations of training: what is trained, LoRA, the loop, checkpoints; and of benches."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation as M
+
+_LOOP, _T_LOOP = "rana_fx/training/loop.py", "tests/null/test_training_loop.py"
+
+MUTATIONS = (
+    M("lora-merged-twice", "Merging adds what LoRA trained two times.",
+      "rana_fx/training/lora.py", "+ addition.value()", "+ 2 * addition.value()",
+      "tests/null/test_training_lora.py::test_merging_is_exact"),
+    M("lora-not-transposed", "What LoRA adds to a matrix that is stored by inputs is not transposed.",
+      "rana_fx/lowrank.py", "return delta.t() if self.transposed else delta", "return delta.view(self.matrix.shape)",
+      "tests/null/test_training_lora.py::test_merging_is_exact"),
+    M("resume-forgets-rng", "A resumed training draws other random numbers.",
+      _LOOP, 'torch.set_rng_state(state["rng"][0])', "pass",
+      f"{_T_LOOP}::test_resuming_is_exact"),
+    M("accumulation-off-by-one", "A step leaves the last of its batches out.",
+      _LOOP, "(step + 1) * settings.accumulate]\n", "(step + 1) * settings.accumulate - 1]\n",
+      f"{_T_LOOP}::test_accumulation_is_one_batch_of_all"),
+    M("loss-of-each-batch", "Batches of one step count alike, however many targets they have.",
+      _LOOP, "loss = loss / targets", "loss = loss / max(1, int(mask_BT.sum())) / len(batches)",
+      "tests/null/test_accumulated_targets.py"),
+    M("nan-loss-trained-on", "A loss that is not a number does not stop the training.",
+      _LOOP, 'if not abs(value) < float("inf"):', 'if abs(value) == float("inf"):',
+      f"{_T_LOOP}::test_a_loss_that_is_not_finite_stops_before_it_does_harm"),
+    M("teacher-is-adapted", "The teacher runs the compiled, adapted model.",
+      _LOOP, ', torch.compiler.set_stance("force_eager")', "",
+      f"{_T_LOOP}::test_the_teacher_is_dense_where_the_model_is_compiled_in_place"),
+    M("warm-up-from-zero", "The first step has a learning rate of zero.",
+      "rana_fx/training/settings.py", "self.rate * (step + 1) / rising", "self.rate * step / rising",
+      f"{_T_LOOP}::test_rates_rise_and_fall"),
+    M("foreign-checkpoint-accepted", "A training goes on from the checkpoint of another one.",
+      "rana_fx/training/checkpoint.py", "if found.get(key) != value:", "if False:",
+      f"{_T_LOOP}::test_a_checkpoint_of_something_else_is_refused"),
+    M("dead-weights-trained", "Weights that the adapted model does not read are trained.",
+      "rana_fx/training/parameters.py", "parameter.is_floating_point() and id(parameter) not in dead",
+      "parameter.is_floating_point()",
+      "tests/null/test_training_gradients.py::test_what_is_trained"),
+    M("trained-code-not-renewed", "Code that was compiled before does not notice what is trained now.",
+      "rana_fx/training/parameters.py", "            parameter.requires_grad_(id(parameter) in kept)\n    renew(model)",
+      "            parameter.requires_grad_(id(parameter) in kept)",
+      "tests/null/test_training_gradients.py::test_compiled_code_notices"),
+    M("thresholds-inverted", "Moved thresholds keep what the plan drops.",
+      "rana_fx/training/thresholds.py", "profile.keep(round(share * profile.total))",
+      "profile.keep(round((1 - share) * profile.total))",
+      "tests/null/test_training_plan.py::test_thresholds_go_where_they_keep_what_was_planned"),
+    M("trained-plan-of-old-weights", "A trained plan names the weights as they were before.",
+      "rana_fx/training/export.py", "digest=weight_digest(weight))", "digest=record.digest)",
+      "tests/null/test_training_plan.py::test_trained_plan_is_what_the_model_computes"),
+    M("regions-not-recomputed", "Opened regions of gradient checkpointing keep all activations.",
+      "rana_fx/checkpointed.py", 'made[inner].meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)', "pass",
+      "tests/null/test_training_checkpointed.py::test_it_trains_the_same_and_keeps_less"),
+)  # fmt: skip
