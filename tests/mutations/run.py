@@ -8,6 +8,7 @@ process of their own. ``--unchanged`` runs the same tests without any mutation: 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -15,8 +16,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +30,8 @@ from tests.mutations.mutations import MUTATIONS
 ROOT = Path(__file__).resolve().parents[2]
 KILLED, SURVIVED, UNTRIED = "killed", "survived", "not applicable"
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+_PRELOADED = ("pytest", "torch._dynamo", "torch._inductor.compile_fx", "transformers", "peft", "safetensors.torch")
+_REWRITTEN = "ignore::pytest.PytestAssertRewriteWarning"  # that a plugin nobody tests was imported before
 _FAILED, _NOTHING_FAILED = 1, 0  # exit codes of pytest; others mean that no test ran
 
 
@@ -105,12 +110,62 @@ def pytest(arguments: Sequence[str], timeout: float) -> tuple[int | None, str]:
     return process.returncode, output
 
 
-def tried(mutation: Mutation, timeout: float) -> Result:
-    """Apply, test, restore."""
+def preload() -> None:
+    """Import what all tests import of other packages, under the environment that tests/conftest.py sets."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    sys.dont_write_bytecode = True
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    assert not any(name.partition(".")[0] == "rana_fx" for name in sys.modules)
+
+
+def forked(arguments: Sequence[str], timeout: float) -> tuple[int | None, str]:
+    """As ``pytest``, in a fork of this process, which has imported everything but this repository."""
+    with tempfile.TemporaryFile() as file:
+        child = os.fork()
+        if not child:
+            os.setsid()
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            code = 3
+            try:
+                os.chdir(ROOT)
+                os.environ["COLUMNS"] = "500"
+                code = int(importlib.import_module("pytest").main([*_PYTEST[3:], "-W", _REWRITTEN, *arguments]))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code, until = None, time.monotonic() + timeout
+        try:
+            while code is None and time.monotonic() < until:
+                done, status = os.waitpid(child, os.WNOHANG)
+                code = os.waitstatus_to_exitcode(status) if done else None
+                time.sleep(0.0 if done else 0.05)
+        finally:
+            if code is None:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        file.seek(0)
+        return code, file.read().decode(errors="replace")
+
+
+def tried(mutation: Mutation, timeout: float, run: Callable[[Sequence[str], float], tuple[int | None, str]] = pytest) -> Result:
+    """Apply, test, restore. ``run``: ``pytest`` or ``forked``."""
     started = time.perf_counter()
     try:
         with applied(mutation):
-            code, output = pytest(["-x", *shlex.split(mutation.tests)], timeout)
+            code, output = run(["-x", *shlex.split(mutation.tests)], timeout)
     except NotApplicableError as error:
         return Result(mutation.name, UNTRIED, str(error), 0.0)
     seconds = round(time.perf_counter() - started, 1)
@@ -176,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--unchanged", action="store_true", help="only run their tests on the code as it is")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for the tests of one mutation (600)")
+    parser.add_argument("--fork", action="store_true", help="import other packages once, and fork for the tests of each mutation")
     given = parser.parse_args(argv)
     mutations = chosen(given.names)
     if given.list:
@@ -187,9 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.unchanged:
         return unchanged(mutations, given.timeout)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files are restored
+    if given.fork:
+        preload()
     results = []
     for mutation in mutations:
-        found = tried(mutation, given.timeout)
+        found = tried(mutation, given.timeout, forked if given.fork else pytest)
         results.append(found)
         print(f"{found.result:15} {found.seconds:7.1f} s  {found.name:36} {found.by}", flush=True)
         if given.out is not None:
