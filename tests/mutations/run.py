@@ -29,7 +29,7 @@ from tests.mutations.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED, SURVIVED, UNTRIED = "killed", "survived", "not applicable"
-_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.mutations.without_shrinking")
 _PRELOADED = ("pytest", "torch._dynamo", "torch._inductor.compile_fx", "transformers", "peft", "safetensors.torch")
 _REWRITTEN = "ignore::pytest.PytestAssertRewriteWarning"  # that a plugin nobody tests was imported before
 _FAILED, _NOTHING_FAILED = 1, 0  # exit codes of pytest; others mean that no test ran

@@ -1,0 +1,13 @@
+"""A plugin of pytest: Hypothesis ends with the first example that fails, since nobody reads a smaller one here."""
+
+from __future__ import annotations
+
+import hypothesis
+from hypothesis import Phase
+
+
+def pytest_configure() -> None:
+    """After tests/conftest.py, which chooses the profile that this one changes."""
+    phases = (Phase.explicit, Phase.generate)
+    hypothesis.settings.register_profile("mutations", parent=hypothesis.settings.default, phases=phases)
+    hypothesis.settings.load_profile("mutations")
