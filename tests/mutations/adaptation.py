@@ -70,7 +70,7 @@ MUTATIONS = (
     M("worse-allocation-kept", "Of several allocations the one whose output moves most is kept.",
       "rana_fx/recipes/search.py", "return found.spent > self._most, found.outcome.divergence",
       "return found.spent > self._most, -found.outcome.divergence",
-      f"{_CUT}::test_a_cut_is_taken_only_where_held_out_batches_lose_less_by_it"),
+      "tests/null/test_allocations.py"),
     M("exact-replay-inverted", "Trying a plan computes small outputs exactly, not large ones.",
       "rana_fx/recipes/trial.py", "mask = y >= tau", "mask = y <= tau",
       "tests/null/test_exact_plans.py::test_trial_keeps_and_loses_what_the_attached_plan_does"),

@@ -103,7 +103,7 @@ MUTATIONS = (
       f"{_T_COST}::test_masks_pay_at_half_and_not_at_nothing"),
     M("cost-of-one-token", "Masks of several tokens are taken to read as few rows as one.",
       _COST, "math.pow(1 - density, T / groups)", "math.pow(1 - density, 1 / groups)",
-      f"{_T_COST}::test_union_of_masks"),
+      "tests/kernels/test_rows_read.py"),
     M("autotune-margin", "A choice replaces the default without being faster by the margin.",
       "kernels/tune.py", "(1 - _MARGIN)", "(1 + _MARGIN)",
       "tests/kernels/test_tune.py::test_a_choice_has_to_win_by_more_than_its_surroundings_change"),

@@ -1,0 +1,12 @@
+"""The budget counts the linears of the blocks: not the output head."""
+
+from __future__ import annotations
+
+from rana_fx.calibrate import calibrate
+from tests.architectures import build
+
+
+def test_the_head_is_outside_of_the_budget():
+    model, batch = build("llama", 1)
+    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    assert {name for name, site in layout.sites.items() if not site.counted} == {"lm_head"}
