@@ -41,7 +41,7 @@ MUTATIONS = (
     M("trained-code-not-renewed", "Code that was compiled before does not notice what is trained now.",
       "rana_fx/training/parameters.py", "            parameter.requires_grad_(id(parameter) in kept)\n    renew(model)",
       "            parameter.requires_grad_(id(parameter) in kept)",
-      "tests/null/test_training_gradients.py::test_compiled_code_notices"),
+      "tests/null/test_renewed.py"),
     M("thresholds-inverted", "Moved thresholds keep what the plan drops.",
       "rana_fx/training/thresholds.py", "profile.keep(round(share * profile.total))",
       "profile.keep(round((1 - share) * profile.total))",
