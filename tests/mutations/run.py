@@ -169,7 +169,7 @@ def tried(mutation: Mutation, timeout: float, run: Callable[[Sequence[str], floa
     except NotApplicableError as error:
         return Result(mutation.name, UNTRIED, str(error), 0.0)
     seconds = round(time.perf_counter() - started, 1)
-    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+\.py.*?)(?: - .*)?$", output, re.MULTILINE)
     if code == _FAILED and failed is not None:
         return Result(mutation.name, KILLED, failed.group(1), seconds)
     if code == _NOTHING_FAILED:
