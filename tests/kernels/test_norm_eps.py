@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rana_fx.kernels.ops import implementation, normed_router
-from tests.kernels.products import kernels_run_on
+from tests.support.products import kernels_run_on
 
 
 @pytest.mark.parametrize("who", ["reference", "triton"])

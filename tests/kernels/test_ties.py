@@ -7,8 +7,8 @@ import torch
 
 from rana_fx.kernels import reference
 from rana_fx.kernels.ops import implementation, masked_gemv
-from tests.kernels.inductor import GEMV, compiled
-from tests.kernels.products import kernels_run_on
+from tests.support.inductor import GEMV, compiled
+from tests.support.products import kernels_run_on
 
 V = torch.tensor([[2.0, -3.0, 2.0, 1.0]])
 TAU = torch.tensor([4.0, 9.0, 5.0, 0.5])

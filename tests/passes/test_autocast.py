@@ -7,7 +7,7 @@ import torch
 
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.passes.runner import run
-from tests.null.trained import adapted
+from tests.support.trained import adapted
 
 
 @pytest.mark.parametrize("recipe", ["static", "teal"])

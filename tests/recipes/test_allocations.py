@@ -7,9 +7,9 @@ import torch
 
 import rana_fx
 from rana_fx.recipes import RECIPES
-from rana_fx.recipes.rana import Rana
-from rana_fx.recipes.search import ALLOCATIONS
-from tests.architectures import build, ids, output
+from rana_fx.recipes.rana.options import ALLOCATIONS
+from rana_fx.recipes.rana.recipe import Rana
+from tests.support.architectures import build, ids, output
 
 
 def test_the_best_allocation_is_taken(monkeypatch):

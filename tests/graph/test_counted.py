@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rana_fx.calibrate import calibrate
-from tests.architectures import build
+from rana_fx.calibration.calibrate import calibrate
+from tests.support.architectures import build
 
 
 def test_the_head_is_outside_of_the_budget():
     model, batch = build("llama", 1)
-    layout, _, _ = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
     assert {name for name, site in layout.sites.items() if not site.counted} == {"lm_head"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rana_fx.measure import measuring
-from tests.architectures import ids
-from tests.null.trained import adapted
+from rana_fx.evaluation.measure import measuring
+from tests.support.architectures import ids
+from tests.support.trained import adapted
 
 
 def test_padding_is_not_measured():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rana_fx.training import Settings, loop
-from tests.architectures import build, ids
+from tests.support.architectures import build, ids
 
 
 def test_targets_count_alike_in_all_batches():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rana_fx.attachment import attached
+from rana_fx.runtime.attachment import attached
 from rana_fx.training import add_lora, lora_config
-from tests.null.trained import adapted, compiled, relative
+from tests.support.trained import adapted, compiled, relative
 
 
 def test_lora_on_a_frozen_model_recompiles():

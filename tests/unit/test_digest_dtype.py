@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rana_fx.adapters import Adapter
+from rana_fx.adapter import Adapter
 from rana_fx.plan import Plan
 
 
