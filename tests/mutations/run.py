@@ -210,7 +210,7 @@ def unchanged(mutations: Sequence[Mutation], timeout: float) -> int:
         arguments = shlex.split(mutation.tests)
         # -k applies to all tests of a process
         if "-k" in arguments:
-            tests.append(arguments)
+            tests += [arguments] if arguments not in tests else []
         else:
             together |= dict.fromkeys(arguments)
     failures = 0
