@@ -18,7 +18,7 @@ import rana_fx
 from rana_fx import apply as definition
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.probe import Rehearsal
+from rana_fx.calibration.holdout import Holdout
 from rana_fx.evaluation.measure import measuring
 from rana_fx.kernels.ops import masked_gemv, router
 from rana_fx.passes.emit import Annotation
@@ -61,8 +61,8 @@ def case(name):
 
 def both(model, batch, plan, context=contextlib.nullcontext):
     """(output, kept share by adapter and part) simulated inside the dense model, and of the rewritten graph."""
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False)[0]
-    with torch.no_grad(), context(), Rehearsal(model, (), ()).opened(layout) as stage:
+    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    with torch.no_grad(), context(), Holdout(model, (), ()).instrumented(layout) as stage:
         simulator = AdapterSimulator(stage, layout, plan.adapters)
         simulated = output(stage.run(batch, simulator.step))
     rana_fx.attach(model, plan)
