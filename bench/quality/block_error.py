@@ -93,6 +93,6 @@ def score(problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> tup
     total = cost = problem.size(block.sites)
     counted = (adapted.sums[part] for part in ("tau", "router_tau", "exact_tau"))
     means = Kept.by_name(*({name: count / len(rows) for name, count in sums.items()} for sums in counted))
-    for adapter in adapted.adapters:
+    for adapter in adapters:  # as they are stored: computed with, they are fp32
         cost += (adapter.cost(means.get(adapter.name, Kept())) - adapter.dense_cost)[problem.metric]
     return error / max(energy, 1e-30), cost / total
