@@ -70,7 +70,6 @@ def _plot(points: list[Row], out: Path) -> None:
     speeds, deltas = [point["speedup"] for point in points], [point["delta"] for point in points]
     bars = [point["interval"] or (point["delta"],) * 2 for point in points]
     below, above = zip(*((delta - low, high - delta) for delta, (low, high) in zip(deltas, bars, strict=True)), strict=True)
-    axis.plot([1.0, *speeds], [0.0, *deltas], color="black", linewidth=1.3)
     axis.errorbar(speeds, deltas, yerr=(below, above), color="black", marker="o", linestyle="none", capsize=3)
     axis.plot(1.0, 0.0, color="tab:gray", marker="s")
     axis.annotate("dense, Inductor", (1.0, 0.0), textcoords="offset points", xytext=(8, 6), fontsize="small")
@@ -81,7 +80,7 @@ def _plot(points: list[Row], out: Path) -> None:
     axis.set(xlabel="decoding speed over dense", ylabel=f"increase of the loss on {first['text']}, nats")
     axis.set_title(f"{first['model']}, one token at a time, {first['device']}", fontsize="medium")
     axis.grid(True, alpha=0.25)
-    axis.margins(x=0.12, y=0.12)
+    axis.margins(x=0.2, y=0.12)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
     plt.close(figure)
