@@ -4,7 +4,7 @@ In: a graph module as Dynamo or torch.export made it, and its inputs (``run``); 
 (``Runner.run``). Out: the module rewritten in place, and a ``Result``: what each pass changed and declined, and how long it took.
 
 RANA_FX_DUMP=<folder> writes the graph around every pass that changed it, and what all passes did to it:
-    00.05.rewrite_adapter.before.py, 00.05.rewrite_adapter.after.py    graph 0 before and after its pass 7
+    00.05.rewrite_adapter.before.py, 00.05.rewrite_adapter.after.py    graph 0 before and after its pass 5
     00.report.txt                                                a line for each pass, and one for each place it declined
 """
 

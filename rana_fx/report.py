@@ -135,7 +135,11 @@ def _row(site: Site, plan: Plan | None) -> Row:
     if adapter.error is not None:
         detail += f", error {adapter.error:.4f}"
     most = tokens_masked(plan, adapter, site.weight)
-    detail += f", masked kernel up to {most} tokens" if most else ", masks do not pay on this device: dense product"
+    detail += (
+        f", masked kernel up to {most} tokens"
+        if most
+        else ", masked kernel not expected to be faster on this device: dense matmul"
+    )
     if costs_more(plan, adapter):
         detail += ", more FLOPs than dense during prefill"
     detail += "".join(f"; {text}" for text in plan.notes(site.name))

@@ -32,6 +32,6 @@ def by_columns_(weights: Iterable[nn.Parameter], among: Iterable[nn.Parameter]) 
 
 
 def by_rows_(weights: Iterable[nn.Parameter]) -> None:
-    """Undo it."""
+    """Store those weights by rows again."""
     for weight in weights:
         weight.data = weight.data.contiguous()
