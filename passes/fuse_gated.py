@@ -28,8 +28,8 @@ from rana_fx.graph.dataflow import shape_of, value_of, walk
 from rana_fx.graph.ops import ATEN_CASTS, ATEN_MOVES
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_gated
 from rana_fx.kernels.reference import ACTIVATIONS
-from rana_fx.passes.base import Declined, PassResult, PostGrad
-from rana_fx.passes.fusible import fusible, operands, put, replace
+from rana_fx.passes.base import PassResult, PostGrad
+from rana_fx.passes.fusible import fuse_each, operands, put, replace
 
 _aten = torch.ops.aten
 # casts to these round as the computation itself does; rounding to fewer bits (fp8) is part of what a model computes
@@ -40,14 +40,7 @@ _BOUND = 8 * torch.finfo(torch.float32).eps
 
 def fuse_gated(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
     """Every masked matmul behind which one half of the columns gates the other."""
-    matmuls, declined = fusible(graph_module.graph, masked_gemv, "masked_gemv_gated", context.devices)
-    count = 0
-    for node in matmuls:
-        reason = _fuse(node)
-        count += reason is None
-        if reason is not None:
-            declined.append(Declined(node.name, reason))
-    return PassResult(count, tuple(declined))
+    return fuse_each(graph_module, masked_gemv, "masked_gemv_gated", context, _fuse)
 
 
 def _fuse(node: fx.Node) -> str | None:
@@ -92,9 +85,8 @@ def gated_of(y: fx.Node) -> tuple[fx.Node, str] | None:
 
 def _weight_of(y: fx.Node) -> tuple[Tensor | None, Tensor | None]:
     """Fake values of the weight and its scale."""
-    given = dict(zip(("v", "tau", "weight", "bias", "scale"), y.args, strict=False)) | y.kwargs
-    nodes = (given.get("weight"), given.get("scale"))
-    values = [value_of(node) if isinstance(node, fx.Node) else None for node in nodes]
+    given = operands(y)
+    values = [value_of(node) if isinstance(node, fx.Node) else None for node in (given["weight"], given["scale"])]
     weight, scale = (value if isinstance(value, Tensor) else None for value in values)
     return weight, scale
 

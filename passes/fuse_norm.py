@@ -23,9 +23,9 @@ from torch import fx
 from rana_fx.graph.dataflow import shape_of
 from rana_fx.graph.ops import ATEN_SUMS, ATEN_VIEWS
 from rana_fx.kernels.ops import normed_router, router
-from rana_fx.passes.base import Declined, PassResult, PostGrad
+from rana_fx.passes.base import PassResult, PostGrad
 from rana_fx.passes.fuse_gated import ROUNDINGS
-from rana_fx.passes.fusible import fusible, put, replace
+from rana_fx.passes.fusible import fuse_each, put, replace
 
 _aten = torch.ops.aten
 _CAST = torch.ops.prims.convert_element_type.default
@@ -43,14 +43,7 @@ class Norm:
 
 def fuse_norm(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
     """Every router that reads a norm which nothing but routers reads."""
-    routers, declined = fusible(graph_module.graph, router, "normed_router", context.devices)
-    count = 0
-    for node in routers:
-        reason = _fuse(node)
-        count += reason is None
-        if reason is not None:
-            declined.append(Declined(node.name, reason))
-    return PassResult(count, tuple(declined))
+    return fuse_each(graph_module, router, "normed_router", context, _fuse)
 
 
 def _fuse(node: fx.Node) -> str | None:

@@ -14,22 +14,15 @@ import torch
 from torch import Tensor, fx
 
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_add
-from rana_fx.passes.base import Declined, PassResult, PostGrad
-from rana_fx.passes.fusible import fusible, operands, put, replace
+from rana_fx.passes.base import PassResult, PostGrad
+from rana_fx.passes.fusible import fuse_each, operands, put, replace
 
 _aten = torch.ops.aten
 
 
 def fuse_residual(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
     """Every masked matmul whose output is only added to a tensor of its own shape and dtype."""
-    matmuls, declined = fusible(graph_module.graph, masked_gemv, "masked_gemv_add", context.devices)
-    count = 0
-    for node in matmuls:
-        reason = _fuse(node)
-        count += reason is None
-        if reason is not None:
-            declined.append(Declined(node.name, reason))
-    return PassResult(count, tuple(declined))
+    return fuse_each(graph_module, masked_gemv, "masked_gemv_add", context, _fuse)
 
 
 def _fuse(node: fx.Node) -> str | None:

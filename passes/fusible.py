@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from rana_fx.graph.fake_values import fake_run
-from rana_fx.graph.graph_pass import Declined
 from rana_fx.kernels.registry import tokens_fused
 from rana_fx.kernels.triton.config import TOKENS_AT_ONCE
+from rana_fx.passes.base import Declined, PassResult, PostGrad
 
 _NAMES = ("v", "tau", "weight", "bias", "scale", "density")
 _DEFAULTS = {"bias": None, "scale": None, "density": 0.5}
@@ -37,6 +37,25 @@ def fusible(
         else:
             declined.append(Declined(node.name, reason))
     return taken, declined
+
+
+def fuse_each(
+    graph_module: fx.GraphModule,
+    target: Callable[..., Any],
+    into: str,
+    context: PostGrad,
+    fuse: Callable[[fx.Node], str | None],
+) -> PassResult:
+    """Offer every fusible call of ``target`` to ``fuse``, which rewrites the graph around it or returns why not."""
+    nodes, declined = fusible(graph_module.graph, target, into, context.devices)
+    count = 0
+    for node in nodes:
+        reason = fuse(node)
+        if reason is None:
+            count += 1
+        else:
+            declined.append(Declined(node.name, reason))
+    return PassResult(count, tuple(declined))
 
 
 def _why_left(node: object, into: str, devices: tuple[str, ...] | None) -> str | None:

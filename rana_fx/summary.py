@@ -68,10 +68,15 @@ def _row(kind: str, role: str, found: Sequence[Adapter], metric: str, dense: Cos
     return kind, role, str(len(found)), _layers(found), spread, over, share
 
 
+def layer_of(site: str) -> int | None:
+    """The first number in a linear's name, as ``nn.ModuleList`` gives it; None where there is none."""
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site)
+    return None if number is None else int(number.group(1))
+
+
 def _layers(found: Sequence[Adapter]) -> str:
     """The numbers of their layers: "0 to 31"; "-" where a name has none."""
-    numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", adapter.sites[0]) for adapter in found]
-    layers = sorted({int(number.group(1)) for number in numbers if number is not None})
+    layers = sorted({layer for adapter in found if (layer := layer_of(adapter.sites[0])) is not None})
     if not layers:
         return "-"
     return str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"

@@ -6,14 +6,14 @@ neighbouring layers share a line where there are many, so that the table of any 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from rana_fx.commands.record import show
+from rana_fx.cost import Cost
 from rana_fx.plan import Plan, SiteRecord
+from rana_fx.summary import layer_of
 
 LINES = 16  # of layers
-_LAYER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 
 Table = tuple[tuple[str, ...], list[tuple[object, ...]]]  # columns, rows
 
@@ -32,12 +32,12 @@ def by_layer(plan: Plan, *, lines: int = LINES) -> Table:
     ratios = _ratios(plan)
     counted = [site for site in plan.sites if site.counted]
     roles = list(dict.fromkeys(site.role for site in counted))
-    layers = sorted({_layer_of(site) for site in counted}, key=lambda layer: (layer is None, layer or 0))
+    layers = sorted({layer_of(site.name) for site in counted}, key=lambda layer: (layer is None, layer or 0))
     size = -(-len(layers) // lines) or 1
     rows: list[tuple[object, ...]] = []
     for first in range(0, len(layers), size):
         some = layers[first : first + size]
-        held = [site for site in counted if _layer_of(site) in some]
+        held = [site for site in counted if layer_of(site.name) in some]
         rows.append((_span(some), *(_cost(plan, ratios, held, role) for role in [*roles, None])))
     rows.append(("all", *(_cost(plan, ratios, counted, role) for role in [*roles, None])))
     return ("layer", *(role.replace("_", " ") for role in roles), "all"), rows
@@ -50,9 +50,9 @@ def by_kind(plan: Plan) -> Table:
         some = [adapter for adapter in plan.adapters if adapter.kind == kind]
         linears, ranks = sum(len(adapter.sites) for adapter in some), sum(adapter.ranks for adapter in some)
         kept = sum(adapter.kept for adapter in some) / ranks
-        flops = sum(adapter.flops for adapter in some) / sum(adapter.dense_flops for adapter in some)
-        read = sum(adapter.bytes for adapter in some) / sum(adapter.dense_bytes for adapter in some)
-        rows.append((kind, len(some), linears, kept, flops, read))
+        dense = sum((adapter.dense_cost for adapter in some), Cost())
+        cost = sum((adapter.expected_cost for adapter in some), Cost()).over(dense)
+        rows.append((kind, len(some), linears, kept, cost.flops, cost.bytes))
     return ("kind", "adapters", "linears", "kept", "flops", "bytes"), rows
 
 
@@ -69,8 +69,7 @@ def _ratios(plan: Plan) -> dict[str, float]:
     """Expected cost over dense of every adapted linear; the linears of one adapter share its ratio."""
     found: dict[str, float] = {}
     for adapter in plan.adapters:
-        flops = plan.metric == "flops"
-        ratio = adapter.flops / adapter.dense_flops if flops else adapter.bytes / adapter.dense_bytes
+        ratio = adapter.expected_cost.over(adapter.dense_cost)[plan.metric]
         for site in (*adapter.sites, *adapter.also):
             found.setdefault(site, ratio)
     return found
@@ -81,11 +80,6 @@ def _cost(plan: Plan, ratios: dict[str, float], sites: Sequence[SiteRecord], rol
     some = [site for site in sites if role in (None, site.role)]
     dense = sum(site.cost(plan.metric) for site in some)
     return sum(site.cost(plan.metric) * ratios.get(site.name, 1.0) for site in some) / dense if dense else None
-
-
-def _layer_of(site: SiteRecord) -> int | None:
-    found = _LAYER.search(site.name)
-    return None if found is None else int(found.group(1))
 
 
 def _span(layers: Sequence[int | None]) -> str:
