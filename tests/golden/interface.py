@@ -21,20 +21,10 @@ import rana_fx
 import rana_fx.training
 from rana_fx._backend import rewritten
 from rana_fx.cli import app
+from tests.support.tiny_model import CHOICE
 
 DATA = Path(str(resources.files("rana_fx"))) / "data"
 EMBEDDED = DATA / "tiny-llama-prose-5m"
-TASK = """
-task: local_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{rows}"}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{start}}}}"
-doc_to_choice: "{{{{ends}}}}"
-doc_to_target: label
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
 
 
 def public() -> dict[str, dict[str, str | None]]:
@@ -151,7 +141,7 @@ def prepare(folder: Path) -> None:
     tasks.mkdir()
     rows = [{"start": f"The man saw {n}", "ends": ["a dog", "the old house"], "label": n % 2} for n in range(3)]
     (tasks / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tasks / "choice.yaml").write_text(TASK.format(rows=tasks / "rows.jsonl"))
+    (tasks / "choice.yaml").write_text(CHOICE.format(data=tasks / "rows.jsonl"))
 
 
 def commands(folder: Path) -> dict[str, tuple[object, ...]]:

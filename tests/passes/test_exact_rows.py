@@ -13,11 +13,11 @@ from torch.nn import functional as F
 import rana_fx
 from rana_fx.evaluation.measure import measuring
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
-from rana_fx.passes.runner import run
 from rana_fx.runtime.attachment import attached
 from rana_fx.training import add_lora, lora_config
 from tests.support.architectures import build, output
 from tests.support.exact import FFN, FORMS, WIDTH, batch_of, by_hand, mlp, plan_for, without, written_out
+from tests.support.graphs import recording
 from tests.support.trained import compiled, gradients, relative
 
 UPS = {"gpt_neox": "dense_h_to_4h", "gpt2": "c_fc", "opt": "fc1"}
@@ -27,14 +27,8 @@ FP64 = 1e-12
 def graph_of(model, batch):
     """(output, nodes of the rewritten graph)."""
     nodes = []
-
-    def look(gm, example_inputs):
-        run(gm, example_inputs)
-        nodes.extend(gm.graph.nodes)
-        return gm.forward
-
     torch.compiler.reset()
-    return output(torch.compile(model, backend=look)(**batch)), nodes
+    return output(torch.compile(model, backend=recording(nodes))(**batch)), nodes
 
 
 def readers(nodes, name):

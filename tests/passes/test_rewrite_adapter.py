@@ -22,11 +22,11 @@ from rana_fx.calibration.holdout import Holdout
 from rana_fx.evaluation.measure import measuring
 from rana_fx.kernels.ops import masked_gemv, router
 from rana_fx.passes.emit import Annotation
-from rana_fx.passes.runner import run
 from rana_fx.recipes.simulate import AdapterSimulator
 from tests.integration.test_storage import with_masks
 from tests.support.architectures import build, output
 from tests.support.exact import plan_for
+from tests.support.graphs import recording
 from tests.support.storages import STORAGES, rebuilt, sites_of, stored_plan
 from tests.support.trained import EPS, adapted
 
@@ -159,15 +159,9 @@ def stacked(widths, storage):
 def parts_of(model, x, use):
     """(what each linear yields, nodes of the rewritten graph)."""
     nodes = []
-
-    def look(gm, example_inputs):
-        run(gm, example_inputs)
-        nodes.extend(gm.graph.nodes)
-        return gm.forward
-
     torch.compiler.reset()
     with torch.no_grad():
-        return torch.compile(model, backend=look)(x, use)[1], nodes
+        return torch.compile(model, backend=recording(nodes))(x, use)[1], nodes
 
 
 @pytest.mark.parametrize("widths", [(64, 128, 64), (64, 32, 48)], ids=["whole groups", "groups cut"])

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from rana_fx.passes import POST_GRAD
 from rana_fx.passes.base import PostGrad
-from rana_fx.passes.runner import Runner
+from rana_fx.passes.runner import Runner, run
 
 NONE = {"norm": 0, "residual": 0, "gated": 0, "same_input": 0}
 
@@ -71,3 +71,14 @@ def ops_of(module: fx.GraphModule) -> list[str]:
 def mask(ranks: int) -> torch.Tensor:
     """Thresholds that keep every other rank, whatever rounding does to its value."""
     return torch.where(torch.arange(ranks) % 2 == 0, 0.0, torch.inf)
+
+
+def recording(nodes):
+    """A backend that rewrites a graph, adds its nodes to ``nodes``, and runs it as it then is."""
+
+    def rewrite_and_run(gm, example_inputs):
+        run(gm, example_inputs)
+        nodes.extend(gm.graph.nodes)
+        return gm.forward
+
+    return rewrite_and_run
