@@ -18,11 +18,11 @@ from rana_fx._backend import backend
 from rana_fx._moved import install as _install_moved_names
 from rana_fx._version import __version__
 from rana_fx.adaptation import adapt
-from rana_fx.errors import RanaError
+from rana_fx.errors import RanaError, RanaWarning
 from rana_fx.plan import Plan, load_plan
 from rana_fx.report import explain
 from rana_fx.runtime.attachment import attach, detach
 
-__all__ = ["Plan", "RanaError", "__version__", "adapt", "attach", "backend", "detach", "explain", "load_plan"]
+__all__ = ["Plan", "RanaError", "RanaWarning", "__version__", "adapt", "attach", "backend", "detach", "explain", "load_plan"]
 
 _install_moved_names()

@@ -23,6 +23,10 @@ class RanaError(Exception):
         return (_rebuild, (type(self), self.facts))
 
 
+class RanaWarning(UserWarning):
+    """What is right, but not what the plan promises: a linear that runs dense, a plan that is not used. Once for each cause."""
+
+
 def _rebuild(cls: type[RanaError], facts: dict[str, object]) -> RanaError:
     return cls(**facts)
 
@@ -112,6 +116,10 @@ class NoPlan(RanaError, RuntimeError):
         "rana_fx.adapt(model, batches) or rana_fx.attach(model, rana_fx.load_plan(path)) before the first call, "
         'or compile with backend="inductor" for the dense model.'
     )
+
+
+class NotApplied(RanaError, RuntimeError):
+    message = "{site}: the plan is not applied here: {reason}. The output is right, without the saving. {todo}"
 
 
 class PlanMismatch(RanaError, ValueError):

@@ -111,10 +111,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    """Fixed seeds before, no compiled code left after: Dynamo falls back to eager, silently, once it has compiled a
-    function for too many models, and the next test would then prove nothing."""
+    """Fixed seeds and no warning given before, no compiled code left after: Dynamo falls back to eager, silently, once it has
+    compiled a function for too many models, and the next test would then prove nothing."""
+    from rana_fx import notices
+
     torch.manual_seed(0)
     np.random.seed(0)
+    notices.reset()
     yield
     torch.compiler.reset()
 

@@ -42,6 +42,7 @@ EXAMPLES = {
     "TraceFailed": {"model": "Tower", "batch": 2, "part": "forward", "reason": "data-dependent branch"},
     "AlreadyAdapted": {"model": "Tower", "recipe": "paper", "budget": 0.58, "digest": "0a1b2c3d"},
     "NoPlan": {"site": SITE},
+    "NotApplied": {"site": SITE, "reason": "its input is cast between the product and down", "todo": "Remove the cast."},
     "PlanMismatch": {"model": "Tower", "site": SITE, "got": "shape (4, 4)", "expected": "shape (8, 4)"},
     "WeightsFreed": {"site": SITE, "what": "detach the plan"},
     "PlanVersion": {"path": "plans/p", "got": 9, "expected": 1, "todo": "Upgrade rana_fx."},
