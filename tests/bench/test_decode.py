@@ -151,6 +151,7 @@ def test_ranks_in_few_bits_cost_the_fraction(router, factor):
 OPTIONS = {"sequences": 2, "longest": 12, "new_tokens": 5, "dtype": "float32", "device": "cpu"}
 
 
+@AS_REWRITTEN
 def test_the_protocol_leaves_its_facts(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     main("tiny", out, names="eager,rana", budgets="0.5", batches="1,2", prefill=0, **OPTIONS)
@@ -179,6 +180,7 @@ def test_the_protocol_leaves_its_facts(tmp_path, capsys):
     assert "rana 0.5" in capsys.readouterr().out
 
 
+@AS_REWRITTEN
 def test_prefill_and_kernels_have_rows_of_their_own(tmp_path):
     out = tmp_path / "rows.jsonl"
     main("tiny", out, names="reduce-overhead", batches="1", prefill=16, profile=True, **OPTIONS)

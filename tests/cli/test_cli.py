@@ -138,7 +138,11 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_generate_continues_the_prompt(shallow: tuple[Path, Path, str], tmp_path: Path, cache: str) -> None:
+def test_generate_continues_the_prompt(
+    shallow: tuple[Path, Path, str], tmp_path: Path, cache: str, request: pytest.FixtureRequest
+) -> None:
+    if cache == "dynamic":  # through Inductor: tests/integration/test_backend.py
+        request.getfixturevalue("graphs_as_rewritten")
     model, plan, digest = shallow
     args = ("generate", model, "--plan", plan, "--prompt", "It was a dark", "--max-new-tokens", 3, "--cache", cache)
     result = call(*args, "--device", "cpu", "--json", tmp_path / "g.json")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rana_fx
+from rana_fx._backend import rewritten
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.batches import call
 from rana_fx.evaluation.measure import measuring
@@ -41,6 +42,10 @@ def wide(batch):
     return torch.utils._pytree.tree_map(lambda x: x.double() if x.is_floating_point() else x, batch)
 
 
+# through Inductor on whole models; every operation in every storage is lowered by itself in test_lowerings.py
+LOWERED = ("rank, router 8", "hybrid, router 4, factors 4", "neuron, own weight")
+
+
 # every storage on gpt2 (whose weights lie transposed), and the others in turn: how a model is traced and how an adapter stores
 # meet in a few lines only
 OTHERS = [
@@ -60,7 +65,7 @@ def test_everything_kept_is_the_matrix_that_is_stored(name, storage):
     assert relative(got, expected) < 1e-5
     if name == "gpt2":  # llama follows below, with masks
         with torch.no_grad():
-            assert relative(output(call(torch.compile(model, backend=rana_fx.backend), batch)), expected) < 1e-5
+            assert relative(output(call(torch.compile(model, backend=backend_for(storage)), batch)), expected) < 1e-5
     measured = meter.result()
     assert set(measured.density.values()) == {1.0}
     assert measured.budget_bytes == pytest.approx(plan.expected_budget("bytes"))
@@ -95,6 +100,10 @@ def _and_its_error(matrix, scale):
     steps = scale.double().unsqueeze(1) if matrix.dtype == torch.int8 else scale.double()
     steps = steps.repeat_interleave(-(-wide.shape[1] // steps.shape[1]) if steps.shape[1] == 1 else 64, 1)
     return wide, steps[:, : wide.shape[1]].expand_as(wide) / 2
+
+
+def backend_for(storage):
+    return rana_fx.backend if storage in LOWERED[1:] else rewritten
 
 
 def with_masks(plan, density, seed=0):
@@ -136,11 +145,12 @@ def test_masked_and_compiled_equals_fp64(storage, shift):
     twin = copy.deepcopy(model).double()
     attach_unchecked(twin, masked_matrices(plan))
     rana_fx.attach(model, plan)
-    for tokens in (batch, {"input_ids": batch["input_ids"][:1, :3]}):  # few tokens have kernels of their own
+    few = {"input_ids": batch["input_ids"][:1, :3]}  # few tokens have kernels of their own
+    for tokens, how in ((batch, rewritten), (few, rana_fx.backend)):
         with measuring(twin) as meter:
             expected = output(meter.run(tokens))
         with torch.no_grad():
-            assert relative(output(torch.compile(model, backend=rana_fx.backend)(**tokens)), expected) < 1e-5
+            assert relative(output(torch.compile(model, backend=how)(**tokens)), expected) < 1e-5
         torch.compiler.reset()
     with measuring(model) as meter:
         assert relative(output(meter.run(tokens)), expected) < 1e-5
@@ -202,10 +212,6 @@ def test_gradients_pass_through_what_is_stored():
     rana_fx.attach(model, with_masks(plan, 0.7))
     reference = copy.deepcopy(model)
 
-    def rewritten(gm, example_inputs):
-        run(gm, example_inputs)
-        return gm.forward
-
     grads = []
     for one, how in ((model, rana_fx.backend), (reference, rewritten)):
         output(torch.compile(one, backend=how)(**batch)).square().mean().backward()
@@ -221,13 +227,15 @@ def test_autocast(storage):
     rana_fx.attach(model, plan)
     with measuring(model) as meter:
         expected = output(meter.run(batch))
+    how = rana_fx.backend if storage in LOWERED[:2] else rewritten
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        got = output(torch.compile(model, backend=rana_fx.backend)(**batch))
+        got = output(torch.compile(model, backend=how)(**batch))
     assert got.dtype == torch.bfloat16
     # a step of bf16 is 1 / 128; about ten tensors of one layer are rounded by at most half of it, and add up as a random walk
     assert relative(got, expected) < 10**0.5 / 256 * 2
 
 
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_a_plan_given_as_an_option():
     model, batch, plan = stored_plan("llama", 1, "hybrid, router 4, factors 4")
     rana_fx.attach(model, plan)
@@ -256,7 +264,8 @@ SIZES = [(48, 36, 22), (128, 64, 64), (64, 130, 2)]
 
 
 @pytest.mark.parametrize(
-    ("storage", "sizes"), [(storage, size) for i, storage in enumerate(STORAGES) for size in (SIZES[0], SIZES[1 + i % 2])]
+    ("storage", "sizes"),
+    [*((storage, SIZES[i % 3]) for i, storage in enumerate(STORAGES)), *(("rank, factors 4", size) for size in SIZES[:2])],
 )
 def test_some_of_the_linears_are_in_the_graph(storage, sizes):
     torch.manual_seed(0)

@@ -1,0 +1,91 @@
+"""What an adapted model computes, without graphs and kernels: every linear by its adapter's formula, eagerly, in fp64.
+
+In: a model, its plan, and the sites at which the compiled graph said that it does not apply the plan. Out: a copy of the model in
+fp64 that computes by the plan. It shares no code with rana_fx.apply: the formulas are those of rana_fx/adapter.py, once more.
+
+``margin``: how near a compared value came to its threshold, relative to it. Below ``NEAR`` rounding may decide either way, and
+the example says nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.fuzz.model import Lin, Transformer
+from rana_fx.adapter import Adapter
+from rana_fx.formats import unpack
+from rana_fx.plan import Plan
+
+NEAR = 1e-4  # fp32 activations of two layers are off by some 1e-6 of their size
+
+
+class Oracle:
+    """The model by its plan. ``model``: in fp64, with every linear and gate replaced that the plan names."""
+
+    def __init__(self, model: Transformer, plan: Plan, *, without: Collection[str] = ()) -> None:
+        self.margin = float("inf")
+        self.model = copy.deepcopy(model).double()
+        modules: dict[str, Any] = dict(self.model.named_modules())
+        sizes = {record.name: record.out_features for record in plan.sites}
+        for adapter in plan.adapters:
+            first = 0
+            for site in adapter.sites:
+                span = slice(first, first + sizes[site])
+                first = span.stop
+                if site in without:
+                    continue
+                if adapter.kind == "gated":
+                    assert adapter.gate is not None
+                    self._gate(modules, adapter, site)
+                else:
+                    modules[site].replacement = self._linear(adapter, span, modules[site])
+
+    def _keep(self, scores: Tensor, tau: Tensor) -> Tensor:
+        tau = tau.double()
+        finite = (tau > 0) & tau.isfinite()
+        if bool(finite.any()) and scores.numel():
+            near = ((scores - tau).abs() / tau.abs().clamp_min(1e-300))[..., finite.expand(scores.shape[-1])]
+            if near.numel():
+                self.margin = min(self.margin, float(near.nan_to_num(nan=float("inf")).min()))
+        return ~(scores < tau)
+
+    def _gate(self, modules: dict[str, Any], adapter: Adapter, site: str) -> None:
+        mlp = modules[site.rpartition(".")[0]]
+        mlp.gate_mask = lambda a: torch.where(self._keep(a.square(), adapter.tau), a, 0.0)
+        if adapter.bias is not None:
+            bias = adapter.bias.double()
+            mlp.down.replacement = lambda h: F.linear(h, mlp.down.matrix(), bias)
+
+    def _linear(self, adapter: Adapter, span: slice, module: Lin) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            v = x
+            if adapter.router is not None:
+                router = unpack(adapter.router, adapter.router_scale, torch.float64)
+                if adapter.router_tau is not None:
+                    v = torch.where(self._keep(x.square(), adapter.router_tau), x, 0.0) @ router
+                else:
+                    v = x @ router.t()
+            if adapter.shift is not None:
+                v = v - adapter.shift.double()
+            v = torch.where(self._keep(v.square(), adapter.tau), v, 0.0)
+            if adapter.weight is None:
+                bias = module.bias if adapter.bias is None else adapter.bias.double()[span]
+                return F.linear(v, module.matrix(), bias)
+            y = v @ unpack(adapter.weight, adapter.weight_scale, torch.float64)[:, span]
+            y = y if adapter.bias is None else y + adapter.bias.double()[span]
+            if adapter.exact_tau is None:
+                return y
+            tau = adapter.exact_tau.double()
+            finite = tau.isfinite()
+            if bool(finite.any()) and y.numel():
+                scale = y[..., finite].abs().clamp_min(float(y.abs().max()) * 1e-2 + 1e-300)
+                self.margin = min(self.margin, float(((y[..., finite] - tau[finite]).abs() / scale).min()))
+            return torch.where(y >= tau, module.dense(x), y)
+
+        return forward

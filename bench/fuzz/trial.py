@@ -1,0 +1,178 @@
+"""One example: build, plan, compile, call, and compare with the oracle.
+
+In: a spec. Out: an ``Outcome``: "right"; "near" where a value lies on its threshold; "refused" with one of the package's own
+errors; or a fault: "wrong", "dense" (the plan was dropped in silence), "crash", "warned" (a foreign warning of a fault).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rana_fx
+from bench.fuzz.model import VOCAB, Cache, Transformer, build, empty_cache
+from bench.fuzz.oracle import NEAR, Oracle
+from bench.fuzz.plans import plan_for
+from bench.fuzz.spec import Spec
+from rana_fx import _backend, notices
+from rana_fx.errors import RanaError
+from rana_fx.plan import Plan
+
+FAULTS = ("wrong", "dense", "crash")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``kind``: see above. ``detail``: a number, or a message. ``declined``: places where the plan was said not to be applied."""
+
+    kind: str
+    detail: str = ""
+    declined: int = 0
+
+
+def attempt(spec: Spec, device: torch.device, *, lowered: bool) -> Outcome:
+    """Run one example. lowered: through Inductor, else the graph as the passes leave it, with eager kernels."""
+    torch._dynamo.reset()
+    notices.reset()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _attempt(spec, device, lowered)
+    except Exception as error:
+        inner = getattr(error, "inner_exception", None) or error
+        own = isinstance(inner, RanaError)
+        where = "" if own else traceback.format_exc(limit=-3)
+        return Outcome("refused" if own else "crash", f"{type(inner).__name__}: {str(inner)[:300]}{where[-600:]}")
+    finally:
+        torch._dynamo.reset()
+
+
+def _attempt(spec: Spec, device: torch.device, lowered: bool) -> Outcome:
+    model = build(spec).to(device)
+    batches = [(ids,) for ids in _tokens(spec, [(4, 16)] * 6, device)]
+    plan = plan_for(model, spec, batches)
+    original = copy.deepcopy(model)
+    if not spec.as_option:
+        rana_fx.attach(model, plan)
+    options: dict[str, Any] = {"prefill": spec.prefill} | ({"plan": plan} if spec.as_option else {})
+    options |= {"strict": True} if spec.strict else {}
+    worst, declined_of = Outcome("right"), set[str]()
+    with _declined() as declined, _without_inductor(enabled=not lowered), torch.set_grad_enabled(spec.gradients):
+        compiled = torch.compile(model, backend=rana_fx.backend, options=options, dynamic=spec.dynamic or None)
+        state: list[tuple[Any, Cache | None]] = []
+        for place, ids in enumerate(_tokens(spec, list(spec.calls), device)):
+            if spec.prefill in ("dense", "cheapest"):
+                # whether a call is dense depends on its tokens: each call is compiled, so that what was declined is its own
+                torch._dynamo.reset()
+                declined.clear()
+            outcome = _call(spec, compiled, model, original, plan, ids, place, state, declined)
+            declined_of |= declined
+            if outcome.kind != "right":
+                worst = outcome if worst.kind in ("right", "near") else worst
+    return Outcome(worst.kind, worst.detail, len(declined_of))
+
+
+def _call(
+    spec: Spec, compiled: Any, model: Transformer, original: Transformer, plan: Plan, ids: Tensor, place: int,
+    state: list[tuple[Any, Cache | None]], declined: set[str],
+) -> Outcome:  # fmt: skip
+    """One call of the compiled model and the same of the oracle; caches are filled by the calls of one sequence count."""
+    start, cache = None, None
+    if spec.cache != "none" and spec.attention != "none":
+        cache, start = empty_cache(spec, len(ids), original.embed.weight), torch.tensor(0, device=ids.device)
+    wide = None if cache is None else [(k.double(), v.double()) for k, v in cache]
+    got, kept = compiled(ids, cache, start)
+    oracle = Oracle(original, plan, without=declined)
+    expected, wide_kept = oracle.model(ids, wide, start)
+    outcome = _compare(spec, got, expected, oracle, original, plan, ids)
+    if outcome.kind == "right" and spec.gradients and place == 0:
+        outcome = _gradients(model, got, oracle, expected)
+    if outcome.kind == "right" and cache is not None and start is not None and ids.shape[1] < 40:
+        # a decoded token behind what was just cached
+        again, _ = compiled(ids[:, :1], kept, start + ids.shape[1])
+        right, _ = oracle.model(ids[:, :1], wide_kept, start + ids.shape[1])
+        outcome = _compare(spec, again, right, oracle, original, plan, None)
+    return outcome
+
+
+def _compare(
+    spec: Spec, got: Tensor, expected: Tensor, oracle: Oracle, original: Transformer, plan: Plan, ids: Tensor | None
+) -> Outcome:
+    error = _relative(got.detach(), expected.detach())
+    if error <= _tolerance(spec):
+        return Outcome("right")
+    if oracle.margin < NEAR:
+        return Outcome("near", f"{oracle.margin:.1e}")
+    if ids is not None and plan.adapters:
+        with torch.no_grad():
+            dense, _ = copy.deepcopy(original).double()(ids)
+        if spec.cache == "none" and _relative(got.detach(), dense) <= _tolerance(spec):
+            return Outcome("dense", f"relative distance to the plan {error:.2e}")
+    return Outcome("wrong", f"relative distance {error:.2e}, allowed {_tolerance(spec):.1e}")
+
+
+def _gradients(model: Transformer, got: Tensor, oracle: Oracle, expected: Tensor) -> Outcome:
+    got.float().square().mean().backward()
+    expected.square().mean().backward()
+    mine, right = model.embed.weight.grad, oracle.model.embed.weight.grad
+    assert mine is not None and right is not None
+    error = _relative(mine, right)
+    allowed = 30 * _tolerance(model.spec)
+    return Outcome("right") if error <= allowed else Outcome("wrong", f"gradient off by {error:.2e}, allowed {allowed:.1e}")
+
+
+def _tolerance(spec: Spec) -> float:
+    """Each of some ten tensors a layer is rounded by half a step of its dtype; sums of up to 66 terms in fp32 add as many."""
+    eps = torch.finfo(getattr(torch, spec.dtype)).eps
+    return 64 * eps if spec.dtype == "float32" else 12 * eps * (10 * spec.layers) ** 0.5
+
+
+def _relative(got: Tensor, right: Tensor) -> float:
+    size = float(right.double().norm())
+    return float((got.double() - right.double()).norm()) / (size or 1.0) if right.numel() else 0.0
+
+
+def _tokens(spec: Spec, shapes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(spec.seed + len(shapes))
+    return [torch.randint(0, VOCAB, shape, generator=generator).to(device) for shape in shapes]
+
+
+@contextlib.contextmanager
+def _declined() -> Iterator[set[str]]:
+    """Names of linears that the rewrite said it leaves dense, as graphs are compiled."""
+    found: set[str] = set()
+    real = _backend.rewrite
+
+    def rewrite(*args: Any, **options: Any) -> Any:
+        result = real(*args, **options)
+        found.update(declined.where for _, declined in result.declined)
+        return result
+
+    _backend.rewrite = rewrite
+    try:
+        yield found
+    finally:
+        _backend.rewrite = real
+
+
+@contextlib.contextmanager
+def _without_inductor(*, enabled: bool) -> Iterator[None]:
+    """The whole backend except for Inductor: graphs run as they are rewritten."""
+    import importlib
+
+    module = importlib.import_module("torch._inductor.compile_fx")
+    real = module.compile_fx
+    if enabled:
+        module.compile_fx = lambda gm, inputs, **_: gm.forward  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.compile_fx = real  # type: ignore[attr-defined]
