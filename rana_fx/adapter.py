@@ -63,7 +63,7 @@ class Adapter:
         router: B, (ranks, in), or (in, ranks) with ``router_tau``; None when v = x.
         weight: Wt, (ranks, out), or None for the model's own W^T.
         tau: thresholds on v^2, fp32, (ranks,). For ``gated``: on act(gate)^2, (ranks,) or one for all, (1,).
-        bias: c, (out,), or None. It stands for the linears' own biases wherever the adapter has a weight or this is given.
+        bias: c, (out,), or None. Replaces the linears' own biases where the adapter has a weight or this is given.
         kept: expected number of kept ranks per token, over the calibration tokens.
         flops: expected multiply-adds per token, router included. dense_flops: of the layers replaced.
         bytes: expected weight bytes read per token, scales included. dense_bytes: of the layers replaced.

@@ -34,7 +34,13 @@ from rana_fx.skips import Note, Skip, entry, stored
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """A linear of the model the plan was made for. ``digest``: of the weight's bytes; flops: multiply-adds per token."""
+    """A linear of the model that the plan was made for.
+
+    Attributes:
+        name: of its weight. role: by dataflow, such as "up" (rana_fx/graph/roles.py). op: such as "linear" or "matmul".
+        transposed: the weight is stored (in, out). uses: how many times a forward pass applies it. counted: by the budget.
+        dtype: of the weight. digest: SHA-256 of the weight's bytes, 16 hex digits.
+    """
 
     name: str
     role: str
@@ -49,6 +55,7 @@ class SiteRecord:
 
     @property
     def flops(self) -> float:
+        """Multiply-adds per token."""
         return float(self.uses * self.out_features * self.in_features)
 
     @property
@@ -187,8 +194,15 @@ class Plan:
 def load_plan(path: str | Path) -> Plan:
     """Read a plan that ``Plan.save`` wrote; no pickle is involved.
 
+    Args:
+        path: the folder.
+
+    Returns:
+        The plan, with tensors on the CPU; its digest is that of the saved one.
+
     Raises:
-        PlanFileError, PlanVersion.
+        PlanFileError: the folder holds no plan, or one that is incomplete or was changed.
+        PlanVersion: the plan was written in a format that this version does not read.
     """
     folder = Path(path)
     found = plan_io.read(folder, _SCHEMA)

@@ -87,7 +87,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         and factors for each mode of the option "prefill". ``print(report)`` shows a table, ``report.to_dict()`` is JSON-able.
 
     Raises:
-        NoLinears: the traced graphs contain no linear.
+        NoLinears: the traced graphs contain no linear inside a block.
         NonFinite: a weight or an input of a linear has NaN or Inf values.
         TraceFailed: the model does not run, or cannot be traced, on this batch.
         WeightsFreed: the model was compiled with ``prefill="factors"``.

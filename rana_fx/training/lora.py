@@ -226,12 +226,12 @@ def _possible(model: nn.Module, found: Attachment) -> dict[str, tuple[nn.Paramet
             factor = found.tensor(index, key)
             if isinstance(factor, nn.Parameter):
                 named[f"{MODULE}.a{index}_{key}"] = factor, transposed
-    weights, gone = weights_to_train(model, found), replaced_weights(found.plan)
+    weights, replaced = weights_to_train(model, found), replaced_weights(found.plan)
     # of tied weights the last name: that of the head, not of the embedding
     names = {id(weight): name for name, weight in weights.items()}
     for record in found.plan.sites:
         weight = weights[base_name(record.name)]
-        live = base_name(record.name) not in gone and weight.dim() == 2 and is_plain(weight)
+        live = base_name(record.name) not in replaced and weight.dim() == 2 and is_plain(weight)
         if live:
             named.setdefault(names[id(weight)], (weight, record.transposed))
     return named
