@@ -169,9 +169,9 @@ def fingerprint() -> str:
     """Names what was registered from outside, with the sources of its modules, since generated code depends on it; else ""."""
     built_in = _built_in()
     found = [
-        (op, place, row.name, row.device, _sources_of(row))
+        (op, index, row.name, row.device, _sources_of(row))
         for op, rows in _table().items()
-        for place, row in enumerate(rows)
+        for index, row in enumerate(rows)
         if row not in built_in[op]
     ]
     return hashlib.sha256(repr(found).encode()).hexdigest() if found else ""

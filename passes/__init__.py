@@ -1,11 +1,11 @@
 """Graph passes: from a traced graph and the plan on its weights to a graph of ``rana::`` operations.
 
-Every step is in one of three tuples, in the order in which ``rana_fx.passes.runner`` runs them; nothing else changes a graph.
+Every pass is in one of three tuples, in the order in which ``rana_fx.passes.runner`` runs them; nothing else changes a graph.
 A pass follows ``rana_fx.passes.base``: a function over (graph module, context) that returns a ``PassResult``.
 
-    NORMALIZE     a Dynamo graph before linears are looked for in it (rana_fx/graph/normalize.py; calibration runs it, too)
-    PRE_GRAD      the same graph, once the plan's linears are found in it (match.py): linears become rana operations
-    POST_GRAD     Inductor's graph, past autograd: what surrounds rana operations goes into their launches
+    NORMALIZE     a Dynamo graph before linears are searched in it (rana_fx/graph/normalize.py; calibration runs it, too)
+    PRE_GRAD      the same graph, after the plan's linears are found in it (match.py): linears become rana operations
+    POST_GRAD     Inductor's graph, past autograd: operations around rana operations are fused into their launches
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from rana_fx.passes.rewrite_gated import rewrite_gated
 from rana_fx.passes.rewrite_lora import rewrite_lora
 
 PRE_GRAD: tuple[Pass[PreGrad], ...] = (
-    # before any rewrite: it looks at what is added to planned linears, which the rewrites replace
+    # before any rewrite: it checks what is added to planned linears, which the rewrites replace
     check_foreign_lora,
     # before the other rewrites: it recognises the gate by its linear, which they would replace
     EachMatch(rewrite_gated),
     EachMatch(rewrite_adapter),
     # after every rewrite of linears: none that the plan names may be left
     check_rewritten,
-    # after the rewrites, which find linears by their weight: it adds to whatever multiplies by a matrix then
+    # after the rewrites, which find linears by their weight: it adds LoRA's term to every use of a matrix that is left
     rewrite_lora,
-    # last: what a graph still reads is known once nothing changes it any more
+    # last: only the final graph shows which weights are still read
     check_freed,
 )
 
 POST_GRAD: tuple[Pass[PostGrad], ...] = (
-    # first: a norm is recognised by what it reads, while the masked matmuls that made it are still apart
+    # first: a norm is recognised by its inputs, before the masked matmuls that compute them are fused
     fuse_norm,
     # before the gate: a masked matmul whose output is only added to has no gate behind it
     fuse_residual,
     fuse_gated,
-    # last: matmuls that share a launch have no epilogue, so that each of them is better off with its own
+    # last: a matmul in a shared launch has no epilogue, and an epilogue of its own saves more
     fuse_same_input,
 )
 

@@ -1,8 +1,8 @@
-"""Which outputs of a graph share memory with its inputs and with each other. A pass may not make more of them do so.
+"""Aliasing of graph outputs: which share memory with inputs and with each other. A pass may not add such pairs.
 
 In: the fake values of a graph's nodes; views of a fake tensor share its storage as real ones do. Out: pairs that share memory.
-A node that reads another tensor than it did when it was traced has a value that still lies in the memory of the old one.
-``join`` records that both are one now.
+A node that reads another tensor than when it was traced has a fake value that still lies in the memory of the old one;
+``join`` records that both stand for the same memory.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from rana_fx.graph.dataflow import value_of
 
 
 def storages(value: Any) -> set[StorageWeakRef]:
-    """The memory that the tensors of a value lie in. Layouts that lie in several pieces, and subclasses, are left out."""
+    """The storages of the tensors of a value. Sparse layouts and tensor subclasses, which have several, are left out."""
     leaves: list[Any] = optree.tree_leaves(value)
     found = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided and torch._C._has_storage(leaf))
     return {StorageWeakRef(leaf.untyped_storage()) for leaf in found}
 
 
 class Aliases:
-    """Pieces of memory of one graph, some of them known to be the same."""
+    """Union-find over the storages of one graph, some of which stand for the same memory."""
 
     def __init__(self) -> None:
-        # a weak reference keeps the address from being used again, so that it names one storage for good
+        # a weak reference keeps the address from being reused, so that it identifies one storage
         self._parent: dict[StorageWeakRef, StorageWeakRef] = {}
 
     def root(self, storage: StorageWeakRef) -> StorageWeakRef:
-        """One of all that are the same."""
+        """The representative of the storages that are the same as this one."""
         while storage in self._parent:
             storage = self._parent[storage]
         return storage
 
     def join(self, one: object, other: object) -> None:
-        """The memory of two values is the same."""
+        """Record that the memory of two values is the same."""
         for first in storages(one):
             for second in storages(other):
                 a, b = self.root(first), self.root(second)
@@ -51,10 +51,10 @@ class Aliases:
         leaves: list[object] = []
         fx.node.map_aggregate(graph.output_node().args, lambda leaf: leaves.append(leaf))
         outputs = [
-            (f"output {place}", self._roots(value_of(leaf))) for place, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)
+            (f"output {index}", self._roots(value_of(leaf))) for index, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)
         ]
         found = {(output, name) for output, roots in outputs for name, others in inputs.items() if roots & others}
-        found |= {(a, b) for place, (a, roots) in enumerate(outputs) for b, others in outputs[:place] if roots & others}
+        found |= {(a, b) for index, (a, roots) in enumerate(outputs) for b, others in outputs[:index] if roots & others}
         return frozenset(found)
 
     def _roots(self, value: object) -> set[StorageWeakRef]:

@@ -1,9 +1,9 @@
-"""What passes get beside a graph, and the protocol they follow (``Pass``, rana_fx.graph.graph_pass).
+"""The contexts that passes take besides a graph, and the protocol they follow (``Pass``, rana_fx.graph.graph_pass).
 
     def my_pass(graph_module, context) -> PassResult: ...        one file, and one line in a tuple of passes/__init__.py
 
 In: a graph module, changed in place, and the context of the tuple that the pass is in: the graph's inputs (``NORMALIZE``), what
-the plan matched (``PRE_GRAD``), the devices that have kernels for what is fused (``POST_GRAD``). Out: a ``PassResult``: how
+the plan matched (``PRE_GRAD``), the devices that have kernels for fused operations (``POST_GRAD``). Out: a ``PassResult``: how
 many places were changed, and the places that were declined with the reason. A pass neither times itself nor writes dumps nor
 verifies: the runner does. New nodes carry true fake values: ``passes/emit.py`` and ``passes/fusible.py`` compute them.
 """
@@ -23,7 +23,7 @@ __all__ = ["Declined", "EachMatch", "Pass", "PassResult", "PostGrad", "PreGrad"]
 
 @dataclass(frozen=True, eq=False)
 class PreGrad:
-    """What passes over a Dynamo graph get: its inputs, and what the plan matched in it before any of them ran."""
+    """Context of passes over a Dynamo graph: its inputs, and what the plan matched in it before the first of them."""
 
     example_inputs: Sequence[object]
     matches: Matches
@@ -31,7 +31,7 @@ class PreGrad:
 
 @dataclass(frozen=True)
 class PostGrad:
-    """What passes over Inductor's graph get.
+    """Context of passes over Inductor's graph.
 
     devices: types of device to fuse on; None: those for which the registry has lowerings of fused operations.
     """
@@ -41,7 +41,7 @@ class PostGrad:
 
 @dataclass(frozen=True)
 class EachMatch:
-    """A pass that offers every match to a rewrite, which replaces all linears of it, or none where another one has to.
+    """A pass that applies a rewrite to every match. It replaces all linears of the match, or none where another rewrite does.
 
     rewrite: (graph module, match) -> number of linears it replaced.
     """

@@ -1,9 +1,9 @@
 """Refuse LoRA modules that were attached in parallel to a linear which the plan masks or replaces.
 
-    y = linear(x, w) + linear(linear(dropout(x), a), b) * s          with w in the plan, a and b put there after it was attached
+    y = linear(x, w) + linear(linear(dropout(x), a), b) * s     w in the plan, a and b added after it was attached
 
-In: what a plan matched in a graph. Out: an error that names the linear. Such an addition (``peft.get_peft_model`` makes it) would
-bypass the mask and be lost when it is merged. Beside linears that stayed dense it is as good as in any model.
+In: what a plan matched in a graph. Out: an error that names the linear. Such an addition (by ``peft.get_peft_model``) would
+bypass the mask and be lost when it is merged. In parallel to linears that stayed dense it is valid.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rana_fx.runtime.attachment import attachment_of
 
 
 def check_foreign_lora(_: fx.GraphModule, context: PreGrad) -> PassResult:
-    """Raises LoraBeside."""
+    """Raises LoraBeside for the first linear of the plan to which a LoRA module is added."""
     matches = context.matches
     # an attachment is marked on every Parameter the model had
     foreign = {linear.node: linear for linear in matches.scan.linears if attachment_of(linear.weight) is None}
@@ -32,16 +32,16 @@ def check_foreign_lora(_: fx.GraphModule, context: PreGrad) -> PassResult:
 
 
 def _added(linear: Linear, foreign: dict[fx.Node, Linear]) -> Linear | None:
-    """A linear of another owner whose result is added to this one's."""
+    """A linear of ``foreign`` whose result is added to that of ``linear``, or None."""
     for total in linear.node.users:
         if op_name(total) != "add":
             continue
         added = (node for node in tensor_inputs(total) if node is not linear.node)
-        for node in walk(added, lambda node: tensor_inputs(node) if _passes_on(node) else ()):
+        for node in walk(added, lambda node: tensor_inputs(node) if _propagates(node) else ()):
             if node in foreign:
                 return foreign[node]
     return None
 
 
-def _passes_on(node: fx.Node) -> bool:
+def _propagates(node: fx.Node) -> bool:
     return is_call(node) and (is_pointwise(node) or is_row_view(node)) and op_name(node) != "add"

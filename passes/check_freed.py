@@ -1,7 +1,7 @@
-"""Weights that a rewritten graph no longer reads, and weights that are gone.
+"""Weights that a rewritten graph no longer reads, and weights that were freed.
 
 In: a rewritten graph and what was matched in it. Out: the Parameters whose memory may be freed; or an error where the graph
-reads one that was.
+reads a freed one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rana_fx.runtime.replaced_weights import replaced_weights
 
 
 def check_freed(_: fx.GraphModule, context: PreGrad) -> PassResult:
-    """Raises WeightsFreed where the graph reads a weight that is gone."""
+    """Raises WeightsFreed where the graph reads a freed weight."""
     matches = context.matches
     names = {key: name for attachment in matches.attachments for key, name in attachment.names.items()}
     for node, weight in matches.scan.weights.items():
@@ -29,17 +29,17 @@ def check_freed(_: fx.GraphModule, context: PreGrad) -> PassResult:
 
 
 def weights_to_free(matches: Matches) -> list[nn.Parameter]:
-    """Weights that factors have replaced here and wherever else the plan knows them, and that share memory with nothing."""
-    gone = {attachment: replaced_weights(attachment.plan) for attachment in matches.attachments}
+    """Weights that factors replace in this graph and in all other linears of the plan, and that share memory with no tensor."""
+    replaced = {attachment: replaced_weights(attachment.plan) for attachment in matches.attachments}
     found: dict[int, nn.Parameter] = {}
     for match in matches.found:
         for linear in match.linears:
-            alone = id(linear.weight) in match.attachment.unshared and base_name(linear.name) in gone[match.attachment]
-            if alone and not is_freed(linear.weight) and _unread(linear.weight_node):
+            freeable = id(linear.weight) in match.attachment.unshared and base_name(linear.name) in replaced[match.attachment]
+            if freeable and not is_freed(linear.weight) and _unread(linear.weight_node):
                 found[id(linear.weight)] = linear.weight
     return list(found.values())
 
 
 def _unread(node: fx.Node) -> bool:
-    """Whether nothing but views that nobody reads is left of a node."""
+    """Whether the only users of a node are views that nobody reads."""
     return all(op_name(user) in MOVEMENT and _unread(user) for user in node.users)

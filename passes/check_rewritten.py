@@ -1,7 +1,7 @@
-"""No linear that the plan names is left, and every operation that took its place says whose it is.
+"""Check that no linear that the plan names is left, and that every operation that replaced one is annotated with its adapter.
 
-In: a Dynamo graph after all rewrites of linears, and what was matched in it before. Out: an AssertionError, since what fails here
-is a rewrite of ours, not something a user did: a match that every rewrite took for another one's.
+In: a Dynamo graph after all rewrites of linears, and what was matched in it before. Out: an AssertionError, since the cause is a
+bug of a rewrite and not a user error: for example a match that no rewrite replaced.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Put new nodes into a graph with true metadata, and the plan's factors beside them.
+"""Add nodes with true metadata to a graph, and the plan's factors as their operands.
 
-In: operations and their inputs, or plain Python to record (``Emitter.record``). Out: nodes whose fake value is computed, not
-guessed, and which carry the stack trace of what they replace. Factors become attributes that AOTAutograd lifts to graph inputs:
-values, not constants. The adapter an operation belongs to stands in its metadata (``Annotation``), for those who count masks.
+In: operations and their inputs, or plain Python to record (``Emitter.record``). Out: nodes whose fake value is computed from
+their inputs, with the stack trace of the node they replace. Factors become attributes that AOTAutograd lifts to graph inputs:
+values, not constants. The metadata of an operation names its adapter (``Annotation``), for code that counts masks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rana_fx.passes.match import Match
 
 __all__ = ["Annotation", "Emitter", "Factors", "annotate", "dtype_of"]
 
-_ATTRIBUTES = {NONZERO: "zeros"}  # of the graph module, where they are not called as the tensor is
+_ATTRIBUTES = {NONZERO: "zeros"}  # attribute names in the graph module that differ from the name of the tensor
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """Of a node: the adapter it belongs to, and what for ("router", or the thresholds of its mask; rana_fx/apply.py)."""
+    """The adapter of a node, and the node's part in it: "router", or the thresholds of its mask (rana_fx/apply.py)."""
 
     adapter: str
     part: str = "tau"
@@ -50,11 +50,11 @@ class Emitter:
         self.record = Recorder(at)  # emit.record(function, *inputs)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """``target(*args, **kwargs)`` as one node, whatever it is made of."""
+        """``target(*args, **kwargs)`` as one node, not decomposed."""
         return self.record.create_node("call_function", target, args, kwargs)
 
     def after(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """``target(*args)`` behind ``at``, which is one of its arguments, and instead of it for all who read that."""
+        """``target(*args)`` after ``at``, which is one of its arguments; all other users of ``at`` read the new node instead."""
         with self._at.graph.inserting_after(self._at):
             node = self._at.graph.call_function(target, args)
         self._at.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
@@ -70,7 +70,7 @@ class Emitter:
                 self._module.register_buffer(name, value)
             sources = getattr(self._module, "_param_name_to_source", None)
             if sources is not None:
-                # without a source of its own, AOTAutograd refuses attributes that Dynamo did not create
+                # AOTAutograd rejects attributes that Dynamo did not create, unless they have a source
                 sources[name] = LocalSource(f"__rana_fx_{name}")
         node = self.record.create_node("get_attr", name, (), {})
         like = next((v for v in map(value_of, self._at.all_input_nodes) if isinstance(v, torch._subclasses.FakeTensor)), None)
@@ -80,7 +80,7 @@ class Emitter:
 
 
 class Factors(Mapping[str, Any]):
-    """The live tensors of a match's adapter, as proxies in front of ``emit``'s place, each made when it is first asked for."""
+    """The live tensors of a match's adapter, as proxies inserted before ``emit``'s node, each created on first access."""
 
     def __init__(self, emit: Emitter, match: Match) -> None:
         self._emit, self._match = emit, match

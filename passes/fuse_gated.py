@@ -1,4 +1,4 @@
-"""Take act(first half) * second half of the columns of a masked matmul into its launch, however a graph spells it.
+"""Fuse act(first half) * second half of the columns of a masked matmul into its launch, in any decomposition.
 
     g, u = split(rana.masked_gemv(v, tau, At, c), n, -1); e = exp(neg(to_fp32(g))); p = to_bf16(to_fp32(g) / (e + 1)) * u
   becomes
@@ -6,10 +6,10 @@
 
 In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GPU. Out: the same graph, rewritten in place.
 
-What hangs on y by views, pointwise operations and numbers alone computes each element from single elements of y. So it is run,
-in fp64 and without its casts, and compared with every activation the kernel knows: silu has four spellings in use and tanh-GELU
-has six, and each release decomposes them differently. The values have y's shape, so the run also tells which columns are read
-where: halves that are swapped, shifted or interleaved do not fit. Casts are left out since the fused value is rounded once.
+Nodes that depend on y only by views, pointwise operations and numbers compute each element from single elements of y. So they
+are run, in fp64 and without their casts, and compared with every activation of the kernel: silu has four decompositions in use
+and tanh-GELU has six, and they differ between releases. The test values have y's shape, so the run also shows which columns are
+read: halves that are swapped, shifted or interleaved do not fit. Casts are left out since the fused value is rounded once.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from rana_fx.passes.base import PassResult, PostGrad
 from rana_fx.passes.fusible import fuse_each, operands, put, replace
 
 _aten = torch.ops.aten
-# casts to these round as the computation itself does; rounding to fewer bits (fp8) is part of what a model computes
+# casts to these only round intermediate values; rounding to fewer bits (fp8) is part of what a model computes
 ROUNDINGS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# what the kernel's own fp32 arithmetic may differ by, relative to the activation's argument
+# bound on the error of the kernel's fp32 arithmetic, relative to the activation's argument
 _BOUND = 8 * torch.finfo(torch.float32).eps
 
 
 def fuse_gated(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
-    """Every masked matmul behind which one half of the columns gates the other."""
+    """Fuse every masked matmul whose first half of columns gates the second."""
     return fuse_each(graph_module, masked_gemv, "masked_gemv_gated", context, _fuse)
 
 
 def _fuse(node: fx.Node) -> str | None:
-    """Takes the gate in, or returns why not."""
+    """Fuses the gate, or returns the reason why not."""
     found = gated_of(node)
     if found is None:
         return "no known activation of the first half of its columns times the second half follows"
@@ -57,7 +57,7 @@ def _fuse(node: fx.Node) -> str | None:
         if result is not fused:
             node.graph.erase_node(fused)
         return "the gated value has another memory layout"
-    # what it was computed from has no other reader: the runner removes it
+    # the nodes it was computed from have no other reader: the runner removes them as dead code
     return None
 
 
@@ -75,7 +75,7 @@ def gated_of(y: fx.Node) -> tuple[fx.Node, str] | None:
             continue
         behind = _behind(node, y)
         steps = [step for step in region if step in behind]
-        # what somebody else reads is needed all the same
+        # a node with another reader must be computed anyway
         if all(user in steps for step in (y, *steps) if step is not node for user in step.users):
             name = _activation(y, steps)
             if name is not None:
@@ -92,11 +92,11 @@ def _weight_of(y: fx.Node) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _elementwise_after(y: fx.Node) -> list[fx.Node]:
-    """What is computed from y alone, by views and pointwise operations, in the graph's order."""
+    """Nodes computed from y alone, by views and pointwise operations, in the graph's order."""
     found, todo = {y}, list(y.users)
     while todo:
         node = todo.pop()
-        # met again once its last input is found
+        # visited again after its last input is found
         if node not in found and _is_elementwise(node, found):
             found.add(node)
             todo.extend(node.users)
@@ -104,7 +104,7 @@ def _elementwise_after(y: fx.Node) -> list[fx.Node]:
 
 
 def _is_elementwise(node: fx.Node, inputs: set[fx.Node]) -> bool:
-    """A view or a pointwise operation of these nodes and of numbers."""
+    """Whether a node is a view or a pointwise operation of ``inputs`` and of numbers."""
     if node.op != "call_function" or not node.all_input_nodes or not inputs.issuperset(node.all_input_nodes):
         return False
     if node.target in ATEN_MOVES or node.target in ATEN_CASTS:
@@ -116,15 +116,15 @@ def _is_elementwise(node: fx.Node, inputs: set[fx.Node]) -> bool:
 
 
 def _behind(node: fx.Node, y: fx.Node) -> set[fx.Node]:
-    """What node is computed from, node included, y excluded."""
+    """The nodes that ``node`` is computed from, itself included, y excluded."""
     return set(walk([node], lambda step: [source for source in step.all_input_nodes if source is not y]))
 
 
 def _activation(y: fx.Node, steps: list[fx.Node]) -> str | None:
-    """The activation that makes the last of ``steps`` the gated value of y, told by its values."""
+    """The activation with which the last of ``steps`` is the gated value of y, identified by its values."""
     shape = shape_of(y)
     assert shape is not None
-    # the compiler runs passes under a mode in which new tensors hold no values
+    # the compiler runs passes in a mode in which new tensors are fake
     with unset_fake_temporarily():
         return _fitting(y, steps, shape)
 
@@ -147,13 +147,13 @@ def _fitting(y: fx.Node, steps: list[fx.Node], shape: torch.Size) -> str | None:
 
 @functools.cache
 def _arguments() -> Tensor:
-    """Where activations are compared: densely where they bend, and as far as fp16 reaches, where a model may clamp them."""
+    """Arguments to compare activations at: dense where their curvature is large, and up to the fp16 range for clamped ones."""
     far = torch.logspace(math.log10(12), math.log10(65_000), 200, dtype=torch.float64)
     return torch.cat([torch.linspace(-12, 12, 1000, dtype=torch.float64), far, -far])
 
 
 def _samples(count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All arguments, ``count`` at a time, and as many factors of all magnitudes; neighbours differ."""
+    """All arguments, ``count`` at a time, and as many factors of all magnitudes; neighbouring factors differ."""
     everything = _arguments()
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(everything), count):
@@ -170,16 +170,16 @@ def _exact(x: Tensor) -> Tensor:
 
 def _run(y: fx.Node, value: Tensor, steps: list[fx.Node]) -> Tensor | None:
     """The last of ``steps`` for a value of y, in fp64 where it is floating."""
-    known: dict[fx.Node, Any] = {y: value}
+    values: dict[fx.Node, Any] = {y: value}
     try:
         for node in steps:
             target: Any = _cast if node.target in ATEN_CASTS else node.target
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = target(*args, **kwargs)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = target(*args, **kwargs)
     except (RuntimeError, TypeError, NotImplementedError):
-        # nothing that is known to be act(first half) * second half
+        # not recognised as act(first half) * second half
         return None
-    result = known[steps[-1]]
+    result = values[steps[-1]]
     return result if isinstance(result, Tensor) and result.dtype == torch.float64 else None
 
 

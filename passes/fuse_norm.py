@@ -1,4 +1,4 @@
-"""Take the root-mean-square norm in front of a router into the router's launch.
+"""Fuse the root-mean-square norm in front of a router into the router's launch.
 
     x = g * (h * rsqrt(mean(h^2, -1) + eps)); z = rana.router(x, B)
   becomes
@@ -6,10 +6,10 @@
 
 In: an aten graph past autograd (Inductor's post-grad graph), few tokens on a GPU. Out: the same graph, rewritten in place.
 
-A launch less per layer where launches cost as much as megabytes, and the router can then read its weight while the matmul before
-it is still running. The norm is recognised by dataflow, whatever the model calls it: a product of one tensor, the reciprocal
-root of the mean of its own square, and vectors. The factors of a product commute, so how the model groups them does not matter;
-what is computed is rounded once instead of at every step.
+This saves a launch per layer, which takes as long as reading megabytes, and the router can then read its weight while the matmul
+before it is still running. The norm is recognised by dataflow: a product of one tensor, the reciprocal root of the mean of its
+own square, and vectors. The factors of a product commute, so their grouping in the model does not matter; the result is rounded
+once instead of at every step.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Norm:
 
 
 def fuse_norm(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
-    """Every router that reads a norm which nothing but routers reads."""
+    """Fuse every router that reads a norm which only routers read."""
     return fuse_each(graph_module, router, "normed_router", context, _fuse)
 
 
 def _fuse(node: fx.Node) -> str | None:
-    """Takes the norm in, or returns why not."""
+    """Fuses the norm, or returns the reason why not."""
     x, weight, scale = (*node.args, None)[:3]
     assert isinstance(x, fx.Node)
     norm = norm_of(x)
@@ -60,7 +60,7 @@ def _fuse(node: fx.Node) -> str | None:
     fused = put(node, normed_router, (norm.h, norm.gain, weight, scale, norm.eps, norm.offset))
     if not replace(node, fused):
         return "the fused router has another memory layout"
-    # x keeps its other routers as users, which come one by one
+    # other routers that read x are visited in later calls
     node.graph.erase_node(node)
     return None
 
@@ -72,7 +72,7 @@ def norm_of(x: fx.Node) -> Norm | None:
     if root is None or found is None or shape_of(found[0]) != shape_of(x):
         return None
     h, eps = found
-    # h may be a product itself
+    # h itself may be a product, which is not to be split
     gains = list(_factors(x, h))
     if gains.count(h) != 1 or gains.count(root) != 1:
         return None
@@ -84,7 +84,7 @@ def norm_of(x: fx.Node) -> Norm | None:
 
 
 def _bare(node: fx.Node) -> fx.Node:
-    """What a chain of casts, and of views that keep the last dimension, starts from."""
+    """The node that a chain of casts, and of views that keep the last dimension, starts from."""
     while (node.target is _CAST and node.args[1] in ROUNDINGS) or (
         node.target in ATEN_VIEWS and _last(node) == _last(node.args[0])
     ):
@@ -99,7 +99,7 @@ def _last(node: object) -> int | None:
 
 
 def _factors(node: fx.Node, whole: fx.Node | None = None) -> Iterator[fx.Node]:
-    """The factors of a product, casts and views seen through; ``whole`` is not taken apart."""
+    """The factors of a product, through casts and views; ``whole`` is not split into factors."""
     node = _bare(node)
     if node is not whole and node.target is _aten.mul.Tensor and all(isinstance(arg, fx.Node) for arg in node.args):
         for arg in node.args:

@@ -1,4 +1,4 @@
-"""Take the sum behind a masked matmul, with a residual, into the matmul's launch.
+"""Fuse the addition of a residual to a masked matmul into the matmul's launch.
 
     h2 = h + rana.masked_gemv(v, tau, At, c)
   becomes
@@ -21,12 +21,12 @@ _aten = torch.ops.aten
 
 
 def fuse_residual(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
-    """Every masked matmul whose output is only added to a tensor of its own shape and dtype."""
+    """Fuse every masked matmul whose only use is an addition to a tensor of its own shape and dtype."""
     return fuse_each(graph_module, masked_gemv, "masked_gemv_add", context, _fuse)
 
 
 def _fuse(node: fx.Node) -> str | None:
-    """Takes the residual in, or returns why not."""
+    """Fuses the residual, or returns the reason why not."""
     users = list(node.users)
     if len(users) != 1:
         return f"its output has {len(users)} readers"

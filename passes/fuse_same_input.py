@@ -4,9 +4,9 @@
   becomes
     y = rana.masked_gemv_parts(x, [tau_q, tau_k, tau_v], [Wq, Wk, Wv], [], density); q, k, v = y[..., :a], y[..., a:b], y[..., b:]
 
-In: an aten graph past autograd, few tokens on a GPU. Out: the same graph, rewritten in place. Matmuls are left apart where
-skipping rows is not expected to win for them together (kernels/cost.py), where weights are in 8 or 4 bits or a skipped row is no
-stretch of memory, and where operands of one are computed after another.
+In: an aten graph past autograd, few tokens on a GPU. Out: the same graph, rewritten in place. Matmuls stay separate
+where skipping rows is not expected to be faster in one launch (kernels/cost.py), where weights are in 8 or 4 bits or their rows
+are not contiguous, and where operands of one are computed after another.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from rana_fx.passes.base import Declined, PassResult, PostGrad
 from rana_fx.passes.fusible import fusible, operands, put, replace
 
 _aten = torch.ops.aten
-_MOVES = ATEN_PERMUTES | {_aten.view.default}
+_VIEWS = ATEN_PERMUTES | {_aten.view.default}
 
 
 def fuse_same_input(graph_module: fx.GraphModule, context: PostGrad) -> PassResult:
-    """All masked matmuls of one tensor, up to ``MOST_PARTS`` in a launch. The count is that of launches made."""
+    """Fuse all masked matmuls of one tensor, up to ``MOST_PARTS`` in a launch. Counts launches."""
     matmuls, declined = fusible(graph_module.graph, masked_gemv, "masked_gemv_parts", context.devices)
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in matmuls:
@@ -44,7 +44,7 @@ def fuse_same_input(graph_module: fx.GraphModule, context: PostGrad) -> PassResu
     made = 0
     for nodes in groups.values():
         for start in range(0, len(nodes), MOST_PARTS):
-            left = _together(nodes[start : start + MOST_PARTS])
+            left = _fuse_parts(nodes[start : start + MOST_PARTS])
             made += len(left) < len(nodes[start : start + MOST_PARTS])
             declined += left
     return PassResult(made, tuple(declined))
@@ -58,29 +58,27 @@ def _why_unfit(node: fx.Node) -> str | None:
     if given["scale"] is not None:
         return "its weight is in 8 or 4 bits"
     if not all(isinstance(value, Tensor) for value in values):
-        return "it reads no tensor that is known"
+        return "one of its operands has no fake value"
     tau, weight, *bias = values
     assert isinstance(weight, Tensor) and isinstance(tau, Tensor)
     if not all(isinstance(size, int) for size in (*weight.shape, *weight.stride())):
         return "the size of its weight varies"
     if not is_plain(weight) or weight.stride(1) != 1:
-        return "a row of its weight is no stretch of memory"
+        return "the rows of its weight are not contiguous"
     flat = all(isinstance(value, Tensor) and value.is_contiguous() for value in (tau, *bias))
-    return None if flat else "its thresholds or its bias are no stretch of memory"
+    return None if flat else "its thresholds or its bias are not contiguous"
 
 
-def _together(nodes: list[fx.Node]) -> list[Declined]:
-    """Makes one launch of these, or of those whose operands are there in time; returns which are left."""
+def _fuse_parts(nodes: list[fx.Node]) -> list[Declined]:
+    """Puts these into one launch, except those with operands that are computed too late; returns those not fused."""
     first, order = nodes[0], {node: index for index, node in enumerate(nodes[0].graph.nodes)}
     late = [node for node in nodes if not all(_is_before(operand, first, order) for operand in node.all_input_nodes)]
     left = [Declined(node.name, f"one of its operands is computed after {first.name}") for node in late]
     nodes = [node for node in nodes if node not in late]
     if len(nodes) < 2:
-        return [*left, Declined(first.name, "no other masked matmul reads the same tensor under like conditions")]
-    if not _pays(nodes):
-        return left + [
-            Declined(node.name, "skipping rows is not expected to be faster for all of them together") for node in nodes
-        ]
+        return [*left, Declined(first.name, "no other masked matmul of the same tensor has the same dtype and a bias likewise")]
+    if not _expected_faster(nodes):
+        return left + [Declined(node.name, "skipping rows is not expected to be faster in one launch of all") for node in nodes]
     for node in nodes:
         for operand in node.all_input_nodes:
             if order[operand] > order[first]:
@@ -94,7 +92,7 @@ def _together(nodes: list[fx.Node]) -> list[Declined]:
     for node, size in zip(nodes, sizes, strict=True):
         start, stop = stop, stop + size
         cut = put(node, _aten.slice.Tensor, (fused, fused.meta["val"].dim() - 1, start, stop), at=first)
-        # what follows may view it; at one token this costs nothing, at a few it fuses with the consumer
+        # consumers may view the part; for one token the copy costs nothing, for a few it fuses with the consumer
         part = put(node, _aten.clone.default, (cut,), at=first, memory_format=torch.contiguous_format)
         assert replace(node, part)
     for node in nodes:
@@ -102,14 +100,15 @@ def _together(nodes: list[fx.Node]) -> list[Declined]:
     return left
 
 
-def _is_before(operand: fx.Node, place: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether it stands before ``place``, or is a view that can."""
-    if order[operand] < order[place]:
+def _is_before(operand: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether an operand is computed before ``node``, or is a view that can be moved there."""
+    if order[operand] < order[node]:
         return True
-    return operand.target in _MOVES and all(order[source] < order[place] for source in operand.all_input_nodes)
+    return operand.target in _VIEWS and all(order[source] < order[node] for source in operand.all_input_nodes)
 
 
-def _pays(nodes: list[fx.Node]) -> bool:
+def _expected_faster(nodes: list[fx.Node]) -> bool:
+    """Whether one launch that skips rows is expected to be faster than a dense matmul. True on devices other than GPUs."""
     parts = [operands(node) for node in nodes]
     weights, value = [part["weight"].meta["val"] for part in parts], parts[0]["v"].meta["val"]
     if value.device.type != "cuda":
@@ -121,5 +120,6 @@ def _pays(nodes: list[fx.Node]) -> bool:
 
 
 def _density(parts: list[dict[str, Any]], sizes: list[int]) -> float:
+    """The mean density, weighted by the number of columns."""
     kept: float = sum(part["density"] * size for part, size in zip(parts, sizes, strict=True))
     return kept / sum(sizes)

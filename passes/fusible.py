@@ -1,7 +1,7 @@
-"""Masked matmuls and routers that fusing passes may start from, their operands, and new nodes in their place.
+"""Masked matmuls and routers that fusing passes may start from, their operands, and nodes that replace them.
 
 In: an aten graph past autograd. Out: the nodes of an operation that read few enough tokens on a device with kernels, and for the
-others why they are left.
+others the reason why they are not fused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def fusible(
     """Calls of ``target``, in order, that read few tokens on a device which computes the operation ``into``; and the others.
 
     Args:
-        devices: types of device to take for such; None: those for which the registry has a lowering.
+        devices: types of device to fuse on; None: those for which the registry has a lowering of ``into``.
     """
     taken, declined = [], []
     for node in graph.find_nodes(op="call_function", target=target):
@@ -46,7 +46,7 @@ def fuse_each(
     context: PostGrad,
     fuse: Callable[[fx.Node], str | None],
 ) -> PassResult:
-    """Offer every fusible call of ``target`` to ``fuse``, which rewrites the graph around it or returns why not."""
+    """Apply ``fuse`` to every fusible call of ``target``; it rewrites the graph around it, or returns the reason why not."""
     nodes, declined = fusible(graph_module.graph, target, into, context.devices)
     count = 0
     for node in nodes:
@@ -61,7 +61,7 @@ def fuse_each(
 def _why_left(node: object, into: str, devices: tuple[str, ...] | None) -> str | None:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, Tensor):
-        return "it reads no tensor that is known"
+        return "what it reads has no fake value"
     device, tokens = value.device.type, math.prod(value.shape[:-1])
     most = tokens_fused(into, device) if devices is None else TOKENS_AT_ONCE if device in devices else 0
     if not most:
@@ -72,7 +72,7 @@ def _why_left(node: object, into: str, devices: tuple[str, ...] | None) -> str |
 
 
 def operands(node: fx.Node) -> dict[str, Any]:
-    """Of a masked matmul, by name, in the order it takes them."""
+    """Operands of a masked matmul by name, in the order of its schema."""
     given = _DEFAULTS | dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
     return {name: given[name] for name in _NAMES}
 
@@ -81,14 +81,14 @@ def put(like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], *, at:
     """``target(*args, **kwargs)`` before ``at``, or before ``like``, with the metadata of ``like`` and a value of its own."""
     with like.graph.inserting_before(like if at is None else at):
         node = like.graph.call_function(target, args, kwargs)
-    # Inductor takes the arguments that AOTAutograd recorded for this node's own
+    # Inductor would use the arguments that AOTAutograd recorded for ``like`` as those of this node
     node.meta = {key: value for key, value in like.meta.items() if key != "eager_input_vals"}
     node.meta["val"] = fake_run(node)
     return node
 
 
 def replace(old: fx.Node, new: fx.Node) -> bool:
-    """Let ``new`` be read instead of ``old``, where it lies in memory as ``old`` does; elsewhere erase ``new``."""
+    """Replace all uses of ``old`` by ``new`` and return True if both have the same memory layout, else erase ``new``."""
     if _same_layout(old.meta["val"], new.meta["val"]):
         old.replace_all_uses_with(new)
         return True

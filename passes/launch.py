@@ -1,11 +1,11 @@
 """A kernel launch as nodes that Inductor lowers, and launches that start before the previous kernel is done.
 
 In: a launcher of ``rana_fx.kernels`` and Inductor IR of its operands. Out: IR of its result. The launcher is traced on fake
-tensors with the operands' sizes and strides, which leaves its launch and the buffers around it in a small graph; Inductor lowers
-that graph, writes the kernel into its own module and tunes nothing else around it.
+tensors with the operands' sizes and strides, which records its launch and its buffers in a small graph; Inductor lowers that
+graph, writes the kernel into its own module and autotunes nothing around it.
 
-Programmatic dependent launch is an option of Triton's compiler that Inductor passes on from ``triton_meta``, which it writes
-itself for a user's kernel (torch 2.11, 2.13): the option is added to that text, for kernels whose PDL is set.
+Programmatic dependent launch (PDL) is an option of Triton's compiler that Inductor passes on from ``triton_meta``, which Inductor
+generates for a user's kernel (torch 2.11, 2.13): the option is added to the generated text, for kernels with PDL=True.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from rana_fx.kernels.triton.config import COUNTERS
 def traced(launch: Callable[..., Any], operands: Sequence[Any], *, key: Hashable) -> Any:
     """Lower what ``launch`` does to the operands (an operand may be None).
 
-    key: with the operands' sizes, strides and dtypes, all that the launch depends on. Layers that are alike are traced once.
+    key: all that the launch depends on besides the operands' sizes, strides and dtypes. Layers with equal keys are traced once.
     """
     fakes = [fake(node) for node in operands]
     given = [i for i, node in enumerate(operands) if node is not None]
-    known = _of_this_graph("traced")
+    graphs = _of_this_graph("traced")
     full_key = (key, *(None if one is None else _layout_of(one) for one in fakes))
-    if full_key not in known:
-        known[full_key] = _graph_of(launch, given, fakes)
+    if full_key not in graphs:
+        graphs[full_key] = _graph_of(launch, given, fakes)
     before = len(V.graph.operations)
-    with _writes_known():
-        result = process_subgraph_nodes(known[full_key], [operands[i] for i in given])
-    for node in known[full_key].graph.nodes:
-        V.graph.env.pop(node, None)  # the next layer is lowered by the same nodes
+    with _mutations_without_pdl():
+        result = process_subgraph_nodes(graphs[full_key], [operands[i] for i in given])
+    for node in graphs[full_key].graph.nodes:
+        V.graph.env.pop(node, None)  # the same nodes are lowered again for the next layer
     for operation in V.graph.operations[before:]:
         if isinstance(operation, ir.UserDefinedTritonKernel) and operation.kwargs.get("PDL"):
-            vars(operation)["codegen"] = functools.partial(_write_dependent, operation)
+            vars(operation)["codegen"] = functools.partial(_codegen_with_pdl, operation)
     return result
 
 
 def _graph_of(launch: Callable[..., Any], given: list[int], fakes: list[torch.Tensor | None]) -> torch.fx.GraphModule:
-    """The small graph that a launch leaves when it is traced."""
+    """The graph of a launch, traced on fake tensors."""
 
     def run(*tensors: Any) -> Any:
         values: list[Any] = [None] * len(fakes)
@@ -63,7 +63,7 @@ def _graph_of(launch: Callable[..., Any], given: list[int], fakes: list[torch.Te
 
 
 def realized(*nodes: Any) -> list[Any]:
-    """Operands with memory and fixed strides (a weight may be any view; what is computed here is made contiguous)."""
+    """Operands realized with fixed strides: views of weights as they are, computed values contiguous."""
     made = []
     for node in nodes:
         if node is not None:
@@ -77,7 +77,7 @@ def realized(*nodes: Any) -> list[Any]:
 
 
 def fake(node: Any) -> torch.Tensor | None:
-    """A fake tensor of a node's sizes and strides, whose memory begins as far from an aligned address."""
+    """A fake tensor with a node's sizes and strides, and the same storage offset modulo 16 elements."""
     if node is None:
         return None
     size, stride = ([int(n) for n in many] for many in (node.get_size(), node.get_stride()))
@@ -89,24 +89,25 @@ def fake(node: Any) -> torch.Tensor | None:
 
 
 def counters(device: torch.device) -> Any:
-    """(COUNTERS,) int32 zeros, the same for all launches of a graph, which follow each other: one small fill per call."""
-    known = _of_this_graph("counters")
-    if device not in known:
+    """(COUNTERS,) int32 zeros, shared by the launches of a graph, which run one after another: one fill per call."""
+    cached = _of_this_graph("counters")
+    if device not in cached:
         made = lowerings[torch.ops.aten.full.default]([COUNTERS], 0, dtype=torch.int32, device=device, pin_memory=False)
         made.realize()
-        known[device] = made
-    return known[device]
+        cached[device] = made
+    return cached[device]
 
 
 def starts_early(x: Any, constants: Sequence[Any]) -> bool:
-    """Whether a launch may begin while the kernel before it runs: it reads ``constants`` before it waits for that one.
+    """Whether a launch may begin while the kernel before it runs: it reads ``constants`` before it waits for that kernel.
 
-    So they must be inputs of the graph that nothing writes or copies. x, which it reads afterwards, must not be one: a kernel of
-    this graph then ran before, and what ran before the graph is done. Not while training, where an optimizer writes weights.
+    So ``constants`` must be inputs of the graph that no kernel of the graph writes or copies. x, which is read after the wait,
+    must not be an input: then a kernel of this graph ran before this one, and all kernels before the graph are done. False in
+    training, where an optimizer writes weights.
     """
     if not V.graph.is_inference or torch.cuda.get_device_capability(x.get_device())[0] < 9 or _input(x) is not None:
         return False
-    # Inductor copies inputs that are not static when they turn out misaligned, just before they are read
+    # Inductor copies inputs that are not static and turn out misaligned, just before they are read
     names = V.graph.graph_input_names
     moved = V.graph.mutated_inputs | {names[index] for index in V.graph.inputs_to_check or ()}
     found = [_input(node) for node in constants if node is not None]
@@ -114,9 +115,9 @@ def starts_early(x: Any, constants: Sequence[Any]) -> bool:
 
 
 def _of_this_graph(name: str) -> dict[Any, Any]:
-    """What was made for the graph that is being lowered."""
-    kept: dict[str, dict[Any, Any]] = vars(V.graph).setdefault("rana_fx", {})
-    return kept.setdefault(name, {})
+    """A cache that lives as long as the graph that is being lowered."""
+    caches: dict[str, dict[Any, Any]] = vars(V.graph).setdefault("rana_fx", {})
+    return caches.setdefault(name, {})
 
 
 def _input(node: Any) -> str | None:
@@ -131,9 +132,9 @@ def _layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _writes_known() -> Iterator[None]:
-    """Inductor reads from a kernel's code what it writes. It does not know the instructions of dependent launches and would take
-    every operand for written, weights too: it is shown the code without them.
+def _mutations_without_pdl() -> Iterator[None]:
+    """Inductor infers from a kernel's code which operands it writes. The analysis does not support the instructions of dependent
+    launch and would mark every operand as written, weights too: inside, it runs on the kernel compiled with PDL=False.
     """
     with contextlib.ExitStack() as stack:
         for name in ("identify_mutated_tensors", "identify_accessed_tensors"):  # torch 2.11, 2.13
@@ -144,15 +145,16 @@ def _writes_known() -> Iterator[None]:
 
 
 def _without_pdl(analyse: Callable[..., Any], kernel: Any, given: dict[str, Any], *rest: Any) -> Any:
-    # it compiles the kernel: once for launches that differ by their buffers
-    known = _of_this_graph("writes")
+    # the analysis compiles the kernel: once for launches that differ only by their buffers
+    cached = _of_this_graph("writes")
     key = (id(kernel), *((name, value.get_dtype() if isinstance(value, ir.IRNode) else value) for name, value in given.items()))
-    if key not in known:
-        known[key] = analyse(kernel, given | {"PDL": False} if "PDL" in given else given, *rest)
-    return known[key]
+    if key not in cached:
+        cached[key] = analyse(kernel, given | {"PDL": False} if "PDL" in given else given, *rest)
+    return cached[key]
 
 
-def _write_dependent(node: ir.UserDefinedTritonKernel, wrapper: Any) -> None:
+def _codegen_with_pdl(node: ir.UserDefinedTritonKernel, wrapper: Any) -> None:
+    """The kernel's codegen, with the option for dependent launch in its ``triton_meta``."""
     define = wrapper.define_kernel
 
     def with_option(name: str, body: str, *args: Any, **kwargs: Any) -> Any:

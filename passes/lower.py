@@ -1,17 +1,17 @@
 """Lowers the ``rana::`` operations in Inductor by the implementation that the registry chooses (kernels/registry.py).
 
-In: an operation as AOTAutograd left it in the graph. Out: Inductor IR of its result, one of
+In: an operation in the graph that AOTAutograd returned. Out: Inductor IR of its result, one of
 
     a Triton kernel (GPU, few tokens, where the cost model expects it to be faster): lower_triton.py
     a C++ template (CPU, few tokens): reads only the rows that are kept; lower_cpp.py
-    a matmul (everything else): a mask of its input fuses into what precedes it, one of its output into what follows; of fused
+    a matmul (everything else): a mask of its input fuses into the producer, one of its output into the consumer; of fused
     forms, the operations they were made of: lower_dense.py
 
 All leading dimensions of activations are one dimension for an implementation. Logging at level DEBUG ("rana_fx.passes.lower")
-names the implementation of each operation, and why those before it were passed over.
+names the implementation of each operation, and the reasons why those before it were not used.
 
-A lowering and not a decomposition: decompositions handed to ``compile_fx`` become part of the FX cache's key, operators
-among them cannot be pickled (torch 2.13), and the whole compile is then never cached.
+A lowering and not a decomposition: decompositions passed to ``compile_fx`` become part of the FX cache's key, operators
+among them cannot be pickled (torch 2.13), and the compilation is then never cached.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ACTIVATIONS = ("v", "x", "a", "residual")
 
 
 def register() -> None:
-    """Make Inductor use these lowerings. Importing Inductor takes a second, so this waits for the first compile."""
+    """Register these lowerings with Inductor. Called at the first compilation, since importing Inductor takes a second."""
     for op in registry.OPERATIONS:
         target = getattr(torch.ops.rana, op).default
         if target not in lowerings:
@@ -68,7 +68,7 @@ def _lowering_of(op: str) -> Callable[..., Any]:
 
 
 def problem_of_ir(op: str, arguments: dict[str, Any]) -> Problem:
-    """The problem of a call whose activations have one leading dimension. It gives weights memory if tokens are few."""
+    """The problem of a call whose activations have one leading dimension. Realizes weights where tokens are few."""
     activations = next(iter(arguments.values()))
     most_tokens = _at_most(activations.get_size()[0])
 
@@ -83,5 +83,5 @@ def problem_of_ir(op: str, arguments: dict[str, Any]) -> Problem:
 
 
 def _at_most(tokens: Any) -> int | None:
-    """A limit of kernels that a number of tokens is known to keep to."""
+    """The lowest limit of kernels that statically bounds a number of tokens, or None."""
     return next((limit for limit in (CPU_TOKENS, MAX_TOKENS) if V.graph.sizevars.statically_known_leq(tokens, limit)), None)

@@ -1,7 +1,7 @@
 """``rana::masked_gemv``, ``router`` and ``masked_rows`` on a CPU: the C++ templates of rana_fx.kernels.
 
 In: the problem, which the templates accept (kernels/cpp/implementations.py), and Inductor IR of an operation's arguments without
-``density``, (tokens, ...). Out: IR of the result in fp32, (tokens, columns), that what follows is fused into.
+``density``, (tokens, ...). Out: IR of the result in fp32, (tokens, columns), into which pointwise consumers are fused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rana_fx.kernels.problem import Problem
 
 
 def masked_gemv(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any) -> Any:
-    """The template; the bias is pointwise behind it."""
+    """The template, then a pointwise addition of the bias, (tokens, columns)."""
     layout = _layout(v_TK, problem.columns)
     rows = _rows(weight)
     template: Any = MaskedGemvTemplate(_realized(v_TK), _realized(tau), rows, _realized(scale), layout)
@@ -29,21 +29,21 @@ def masked_gemv(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, s
 
 
 def router(problem: Problem, x_TD: Any, weight: Any, scale: Any) -> Any:
-    """The template."""
+    """The template, (tokens, ranks)."""
     rows = _rows(weight)
     template: Any = RouterTemplate(_realized(x_TD), rows, _realized(scale), _layout(x_TD, problem.rows))
     return template.generate().output_node()
 
 
 def masked_rows(problem: Problem, x_TK: Any, a_TN: Any, weight: Any, bias: Any) -> Any:
-    """The template, bias and all."""
+    """The template, which includes the bias, (tokens, columns)."""
     rows = _rows(weight)
     template: Any = MaskedRowsTemplate(_realized(x_TK), _realized(a_TN), rows, _realized(bias), _layout(x_TK, problem.rows))
     return template.generate().output_node()
 
 
 def _rows(weight: Any) -> Any:
-    """The weight in memory, rows contiguous: a quantized one that lies otherwise is copied."""
+    """The weight, realized, with contiguous rows: a quantized one with other strides is copied."""
     node = ir.ExternKernel.realize_input(weight)
     return _unboxed(node if node.get_stride()[1] == 1 else ir.ExternKernel.require_contiguous(node))
 

@@ -1,7 +1,7 @@
 """Lowers the ``rana::`` operations without a kernel of our own: matmuls, and of fused forms the operations they were made of.
 
 In: the problem, and Inductor IR of an operation's arguments without ``density``, (tokens, ...). Out: IR of the result, (tokens,
-columns). What is pointwise around the matmul, Inductor fuses as it can. A quantized weight is left to the operation's eager
+columns). Inductor fuses pointwise operations around the matmul where it can. A quantized weight is left to the operation's eager
 implementation, which unpacks it.
 """
 
@@ -43,7 +43,7 @@ def router(problem: Problem, x_TI: Any, weight: Any, scale: Any) -> Any:
 
 
 def masked_rows(problem: Problem, x_TK: Any, a_TN: Any, weight: Any, bias: Any) -> Any:  # noqa: ARG001
-    """A matmul, its result selected and multiplied."""
+    """A matmul, its result multiplied by a and selected where a is not zero."""
     up_TN = lowerings[_aten.mm.default](x_TK, lowerings[_aten.permute.default](to_dtype(weight, x_TK.get_dtype()), [1, 0]))
     if bias is not None:
         up_TN = lowerings[_aten.add.Tensor](up_TN, to_dtype(bias, x_TK.get_dtype()))
@@ -66,7 +66,7 @@ def masked_gemv_gated(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: 
 
 
 def masked_gemv_parts(problem: Problem, v_TK: Any, taus: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any]) -> Any:
-    """The masked GEMVs one by one, beside each other."""
+    """The masked GEMVs one by one, concatenated."""
     given = biases or [None] * len(weights)
     parts = [lowerings[ops.masked_gemv](v_TK, *part, None, problem.density) for part in zip(taus, weights, given, strict=True)]
     # not the lowering of aten.cat, which looks for its inputs among the arguments of the node that is lowered (torch 2.11)
@@ -85,7 +85,7 @@ def normed_router(problem: Problem, x_TI: Any, gain: Any, weight: Any, scale: An
 
 
 def _activated(x: Any, activation: str) -> Any:
-    """What the reference does, as Inductor decomposes it. Raises UnknownChoice."""
+    """The activation of kernels/reference.py, as Inductor decomposes it. Raises UnknownChoice."""
     if activation not in ACTIVATIONS:
         raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATIONS))
     with V.fake_mode:

@@ -3,9 +3,9 @@
 In: a problem that the kernels accept and are expected to be fast at (kernels/triton/implementations.py), and Inductor IR of the
 operation's arguments without ``density``, (tokens, ...). Out: IR of the result in the dtype of the activations.
 
-The launch adds its partial sums up itself. Left to Inductor as a pointwise sum they were a kernel of their own as soon as two
-slices of the result were read (q, k and v; gate and up: 1.8 us), and read by one multiprocessor where a norm followed (9.6 us;
-Llama-2-7B shapes, H200, torch 2.11).
+The launch reduces the partial sums of split-K itself. As a pointwise sum in Inductor's graph the reduction was a separate kernel
+wherever two slices of the result were read (q, k and v; gate and up: 1.8 us), and ran on one multiprocessor where a norm followed
+(9.6 us; Llama-2-7B shapes, H200, torch 2.11).
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ from rana_fx.passes.launch import counters, fake, realized, starts_early, traced
 
 @dataclass(frozen=True, eq=False)
 class _Launch:
-    """What a config is chosen by. stored, scale: the weight as it lies in memory, without its numbers. early: may start early."""
+    """The facts that a config is chosen by.
+
+    stored, scale: fake tensors with the layout of the weight. early: whether the launch may start before the kernel before it
+    ends.
+    """
 
     problem: Problem
     stored: torch.Tensor | None
@@ -102,7 +106,7 @@ def masked_rows(problem: Problem, x_TK: Any, a_TN: Any, weight: Any, bias: Any) 
     from rana_fx.kernels.triton import masked_rows as kernel
 
     operands = realized(x_TK, a_TN, weight, bias)
-    # it reads nothing before the kernel that made a is done
+    # the kernel reads nothing before the kernel that computes a is done
     early = starts_early(operands[1], ())
 
     def launch(x: Any, a: Any, weight: Any, bias: Any) -> Any:
@@ -137,7 +141,7 @@ def _masked_gemv(
 
 
 def _config(wanted: _Launch) -> Config:
-    """The default, or with max_autotune the fastest of a few."""
+    """The default config, or with max_autotune the fastest of a few."""
     problem = wanted.problem
     given = *problem.sizes, problem.density, cost.nearest(problem.device).sm_count
     if torch._inductor.config.max_autotune:
@@ -146,7 +150,7 @@ def _config(wanted: _Launch) -> Config:
 
 
 def _fastest(wanted: _Launch, choices: list[Config]) -> Config:
-    """Measured once for all shapes nearly alike (kernels/autotune.py)."""
+    """The fastest config, measured once for similar shapes (kernels/autotune.py)."""
     from rana_fx.kernels.triton.masked_gemv import masked_gemv
 
     def measure(config: Config) -> float:

@@ -1,8 +1,8 @@
 """Match a traced graph with the plan: which linears of the graph have an adapter, and which.
 
 In: a graph, its inputs and the attachments found on its weights. Out: ``Match`` objects, one per adapter and input
-tensor, holding the linears they replace. A weight is known by identity, so the same plan serves every graph it shows
-up in: prefill, decode, a piece between two graph breaks.
+tensor, holding the linears they replace. A weight is matched by identity, so that one plan serves every graph that reads
+it: prefill, decode, a piece between two graph breaks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Match:
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """What the plan says about one graph."""
+    """The parts of the plan that apply to one graph."""
 
     scan: Scan
     attachments: tuple[Attachment, ...]
@@ -64,9 +64,9 @@ def match_plan(
 
     Args:
         plan: to use instead of what is attached to the weights.
-        prefill: "dense": linears that read more tokens than skipping pays for stay as they are, too; "cheapest": those that read
-            more than MAX_TOKENS, where their factors cost more. A graph for a varying number of tokens is then guarded on which
-            side of that its number lies.
+        prefill: "dense": linears that read more tokens than masks are expected to save time for stay as they are, too;
+            "cheapest": those that read more than MAX_TOKENS, where their factors take more multiply-adds. A graph with a symbolic
+            number of tokens is then guarded on the comparison with that limit.
     """
     parameters = parameters_of(graph_module, example_inputs)
     given = None if plan is None else attachment_for(plan, parameters)
@@ -86,7 +86,7 @@ def match_plan(
         index, adapter = planned
         reason = None
         if row_source(linear.x) in scan.constant:
-            # positions, say, computed by a weight that also reads tokens
+            # for example positions, multiplied by a weight that is also multiplied by tokens
             reason = "it reads no tokens: nothing was calibrated on its input"
         elif prefill == "dense" and not _at_most(linear.x, tokens_masked(attachment.plan, adapter, linear.weight)):
             reason = "prefill=dense, and more tokens than masks are faster for"
@@ -106,13 +106,13 @@ def match_plan(
 
 
 def gradients_flow(match: Match, node: fx.Node) -> bool:
-    """Whether a node of the traced graph, or what a rewrite puts in its place, has a backward pass."""
+    """Whether a node of the traced graph, or the node that replaces it, has a backward pass."""
     value = value_of(node)
     flows = isinstance(value, torch.Tensor) and value.requires_grad
     return torch.is_grad_enabled() and (flows or any(factor.requires_grad for factor in match.attachment.factors.parameters()))
 
 
 def _at_most(x: fx.Node, tokens: int) -> bool:
-    """Whether x has at most so many rows. Deciding it for a symbolic number installs a guard."""
+    """Whether x has at most ``tokens`` rows. Comparing a symbolic number installs a guard."""
     shape = shape_of(x)
     return shape is not None and bool(math.prod(shape[:-1]) <= tokens)

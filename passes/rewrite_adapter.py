@@ -4,8 +4,9 @@
   becomes, with a rank adapter of all three,
     z = rana.router(x, B); y = rana.masked_gemv(z, tau, At, c); q, k, v = y[..., :a], y[..., a:b], y[..., b:]
 
-An adapter that reads the model's own weight is recorded at each of its linears, behind what the model makes of that weight; any
-other one at the first of its linears. Products of gated adapters are recorded here, too, their masks in rewrite_gated.py.
+An adapter that reads the model's own weight is recorded at each of its linears, since the model may compute the operand from the
+weight just before; any other one at the first of its linears. Products of gated adapters are recorded here, too, their masks in
+rewrite_gated.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def rewrite_adapter(graph_module: fx.GraphModule, match: Match) -> int:
 
 
 def replace(graph_module: fx.GraphModule, match: Match, linears: Sequence[Linear]) -> int:
-    """Put the adapter's outputs in the place of linears that read one tensor, in front of the first; returns their number."""
+    """Replace linears that read one tensor by the adapter's outputs, computed before the first; returns their number."""
     first = linears[0]
     emit = Emitter(graph_module, first.node)
 

@@ -1,14 +1,14 @@
-"""Zero the activated gate where it is small, as CATS does, and multiply by no row of up or down that the zeros make useless.
+"""Zero the activated gate where it is small, as CATS does, and skip the rows of up and down that these zeros multiply.
 
     y = linear(act(linear(x, w_gate)) * linear(x, w_up), w_down)
   becomes
     a = act(linear(x, w_gate)); a = where(a^2 >= tau, a, 0)
     h = rana.masked_rows(x, a, w_up); y = rana.masked_gemv(h, 0+, w_down.t())
 
-tau is one number, or one for each neuron. So a decoded token costs what the plan counts. Both multiply by the model's own
-weights. Up is left as it was, and only down skips, where up's linear has an adapter of its own, serves others too (gate and up in
-one), or is not all that a is multiplied by; where something is written between the two; and where gradients flow: there tokens
-are many, and what a backward pass needs of up would have to be made again.
+tau is one number, or one for each neuron. So a decoded token costs what the plan counts. Both operations multiply by the model's
+own weights. Up is not changed, and only down skips rows, where up's linear has an adapter of its own or other users (gate and up
+in one), or is not the only other factor of the product; where a tensor is written in between; and where gradients flow: there
+tokens are many, and up would have to be recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
 
 
 def _chain_to_up(product: fx.Node, masked: fx.Node, match: Match) -> list[fx.Node]:
-    """The other factor of the product and what it is a reshape of, down to up's linear; empty where that must stay."""
+    """The other factor of the product and the chain of reshapes to up's linear; empty where up must stay dense."""
     others = [node for node in product.args if node is not masked]
     value = value_of(product)
     if len(others) != 1 or product.kwargs or written(product) is not None or not isinstance(value, torch.Tensor):
@@ -80,7 +80,7 @@ def _chain_to_up(product: fx.Node, masked: fx.Node, match: Match) -> list[fx.Nod
 
 
 def _alike(product: fx.Node, masked: fx.Node, up: fx.Node) -> bool:
-    """Whether nothing is broadcast or cast."""
+    """Whether the product neither broadcasts nor casts."""
     shapes = [shape_of(product), shape_of(masked)]
     if len({dtype_of(node) for node in (product, masked, up)}) != 1 or any(shape is None for shape in shapes):
         return False
@@ -89,7 +89,7 @@ def _alike(product: fx.Node, masked: fx.Node, up: fx.Node) -> bool:
 
 
 def _rewritten_between(up: fx.Node, product: fx.Node) -> bool:
-    """Whether what up's linear reads is written between it and the product, where it shall be read instead."""
+    """Whether an input of up's linear is written between up and the product, where the rewrite would read it."""
     writes = Writes()
     before: list[fx.Node | None] = []
     for node in product.graph.nodes:
@@ -102,7 +102,7 @@ def _rewritten_between(up: fx.Node, product: fx.Node) -> bool:
 
 
 def _skip_rows(emit: Emitter, product: fx.Node, masked: fx.Node, chain: list[fx.Node], match: Match) -> None:
-    """Put ``rana.masked_rows`` in the place of the product, of which up is the end of the chain."""
+    """Replace the product by ``rana.masked_rows``; the last node of ``chain`` is up's linear."""
     found = operands_of(chain[-1])
     assert found is not None and isinstance(found.x, fx.Node)
     wanted, density, out_first = dtype_of(product), match.adapter.density, found.out_first
@@ -119,7 +119,7 @@ def _skip_rows(emit: Emitter, product: fx.Node, masked: fx.Node, chain: list[fx.
 
 
 def _activated_gate(down: Linear, match: Match) -> tuple[fx.Node, fx.Node] | None:
-    """(the product, its factor that comes from the gate) above the down projection."""
+    """(the product that the down projection reads, its factor that comes from the gate), or None."""
     node = down.x
     while is_row_view(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -132,7 +132,7 @@ def _activated_gate(down: Linear, match: Match) -> tuple[fx.Node, fx.Node] | Non
 
 
 def _sites_behind(node: fx.Node, named: Mapping[fx.Node, str]) -> set[str]:
-    """Names of the linears a pointwise chain starts from."""
+    """Names of the linears that a chain of pointwise operations starts from."""
 
     def sources(current: fx.Node) -> Iterable[fx.Node]:
         links = current not in named and is_call(current) and (is_pointwise(current) or is_row_view(current))

@@ -1,15 +1,16 @@
-"""Multiply by what LoRA trains wherever a graph multiplies by the matrix it is added to.
+"""Add LoRA's low-rank term wherever a graph multiplies by the matrix that LoRA is added to.
 
     y = rana.masked_gemv(v, tau, weight, ...)
   becomes
     m = where(v^2 >= tau, v, 0); z = linear(dropout(m), a) * scaling; y = rana.masked_gemv(v, tau, weight, ...) + linear(z, b)
-  and, without the mask, so do y = rana.router(x, weight), y = linear(x, weight, bias) and other ways to write it;
+  and without the mask for y = rana.router(x, weight), y = linear(x, weight, bias) and other forms of a matmul;
     h = rana.masked_rows(x, a, weight)     becomes     z = ...; h = rana.masked_rows(x, a, weight) + a * linear(z, b)
     y = embedding(i, weight)     becomes     y = embedding(i, weight) + embedding(i, b) * scaling @ a
 
-Behind the same mask, so that merging changes nothing but rounding, and without the sum of the matrices, which would take as much
-memory as they do. A matrix that is read otherwise (a part of it, or against its grain) becomes that sum where it is read,
-without dropout, made anew in the backward pass. After the rewrites, which find linears by their weight.
+The term is behind the same mask, so that merging changes nothing but rounding, and the sum of the matrices, which would take as
+much memory as they do, is not computed. A matrix that is read otherwise (a part of it, or its transpose) is replaced by that sum
+where it is read, without dropout, and recomputed in the backward pass. Runs after the rewrites, which find linears by their
+weight.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from rana_fx.runtime.lora_state import Addition
 
 
 @dataclass(frozen=True)
-class _Product:
-    """``x``, at the places that ``tau`` keeps, times ``weight``, which is (in, out) if ``transposed``, times ``gate``."""
+class _Matmul:
+    """``x``, masked by ``tau``, times ``weight``, which is (in, out) if ``transposed``, times ``gate`` elementwise."""
 
     x: fx.Node
     weight: fx.Node
@@ -47,83 +48,85 @@ class _Product:
 
 
 def rewrite_lora(graph_module: fx.GraphModule, context: PreGrad) -> PassResult:
-    """Every read of a matrix that LoRA is added to. The count is that of reads."""
+    """Rewrite every read of a matrix that LoRA is added to. Counts reads."""
     tables = [found.factors.lowrank for found in context.matches.attachments if found.factors.lowrank is not None]
     if not tables:
         return PassResult()
     added = {id(addition.matrix): (addition, number) for number, table in enumerate(tables) for addition in table.additions()}
     weights = parameters_of(graph_module, context.example_inputs)
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
-    products = {node: found for node in position if (found := _product(node)) is not None}
+    matmuls = {node: found for node in position if (found := _matmul(node)) is not None}
     changed = 0
     for source, parameter in weights.items():
         if id(parameter) not in added:
             continue
         addition, number = added[id(parameter)]
         table, prefix = tables[number], f"rana_lowrank{number}"
-        # no dropout where nothing can be trained: its random numbers would be drawn in vain
+        # no dropout where gradients are disabled: nothing is trained there
         dropout = table.dropout if table.rate and torch.is_grad_enabled() else None
-        otherwise = []
+        others = []
         for user in sorted(source.users, key=position.__getitem__):
-            if _looks_up(user, source) and not addition.transposed:
-                _look_up(graph_module, user, addition, prefix)
+            if _is_embedding(user, source) and not addition.transposed:
+                _add_to_embedding(graph_module, user, addition, prefix)
                 changed += 1
                 continue
-            reads = _reads(source, user, products, weights, addition)
+            reads = _reads(source, user, matmuls, weights, addition)
             for read in reads or ():
-                _multiply(graph_module, read, addition, dropout, prefix)
+                _add_to_matmul(graph_module, read, addition, dropout, prefix)
             changed += len(reads or ())
             if reads is None:
-                otherwise.append(user)
-        if otherwise:
-            _sum(graph_module, source, otherwise, addition, prefix)
-            changed += len(otherwise)
+                others.append(user)
+        if others:
+            _add_to_matrix(graph_module, source, others, addition, prefix)
+            changed += len(others)
     return PassResult(changed)
 
 
-def _product(node: fx.Node) -> _Product | None:
+def _matmul(node: fx.Node) -> _Matmul | None:
+    """A node as a matmul of an activation and a matrix, or None."""
     if node.target is masked_gemv:
         x, tau, weight = node.args[:3]
-        return _Product(x, weight, True, tau)  # type: ignore[arg-type]
+        return _Matmul(x, weight, True, tau)  # type: ignore[arg-type]
     if node.target is masked_rows:
         x, gate, weight = node.args[:3]
-        return _Product(x, weight, False, gate=gate)  # type: ignore[arg-type]
+        return _Matmul(x, weight, False, gate=gate)  # type: ignore[arg-type]
     if node.target is router:
-        return _Product(node.args[0], node.args[1], False)  # type: ignore[arg-type]
+        return _Matmul(node.args[0], node.args[1], False)  # type: ignore[arg-type]
     found = operands_of(node) if node.op in ("call_function", "call_method") else None
     if found is None or not isinstance(found.x, fx.Node) or not isinstance(found.matrix, fx.Node):
         return None
-    return _Product(found.x, found.matrix, not found.out_first)
+    return _Matmul(found.x, found.matrix, not found.out_first)
 
 
 def _reads(
     source: fx.Node,
     user: fx.Node,
-    products: Mapping[fx.Node, _Product],
+    matmuls: Mapping[fx.Node, _Matmul],
     weights: Mapping[fx.Node, nn.Parameter],
     addition: Addition,
 ) -> list[fx.Node] | None:
-    """The products in which all ends that a user makes of a matrix; None where some of it ends elsewhere."""
-    product = products.get(user)
-    if product is not None and product.weight is source and product.x is not source:
+    """The matmuls in which every use of a matrix through ``user`` ends; None where one of these uses is not such a matmul."""
+    matmul = matmuls.get(user)
+    if matmul is not None and matmul.weight is source and matmul.x is not source:
         found = operand(source, weights)
         whole = isinstance(found, Operand) and not found.part and found.value.dim() == 2
-        return [user] if whole and (product.transposed ^ found.flipped) == addition.transposed else None  # type: ignore[union-attr]
+        return [user] if whole and (matmul.transposed ^ found.flipped) == addition.transposed else None  # type: ignore[union-attr]
     if op_name(user) not in MOVEMENT or len(user.all_input_nodes) != 1 or not user.users:
         return None
     reads: list[fx.Node] = []
     for further in user.users:
-        found_there = _reads(user, further, products, weights, addition)
+        found_there = _reads(user, further, matmuls, weights, addition)
         if found_there is None:
             return None
         reads += found_there
     return reads
 
 
-def _multiply(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, dropout: Tensor | None, prefix: str) -> None:
+def _add_to_matmul(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, dropout: Tensor | None, prefix: str) -> None:
+    """Add LoRA's term to the output of a matmul."""
     emit, wanted = Emitter(graph_module, node), dtype_of(node)
-    product = _product(node)  # as it reads now: what it multiplies may have got an addition itself
-    assert product is not None
+    matmul = _matmul(node)  # its current operands: x may have got an addition since
+    assert matmul is not None
     rate = None if dropout is None else emit.factor(f"{prefix}_dropout", dropout)
 
     def added(x: Any, tau: Any, rate: Any, a: Any, b: Any, gate: Any) -> Any:
@@ -133,25 +136,27 @@ def _multiply(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, d
         if rate is not None:
             x = torch.where(torch.rand_like(x, dtype=torch.float32) >= rate, x, 0.0)
             x = x / (1.0 - rate)
-        # scaled where it is smallest
+        # scaled at the rank, the smallest dimension
         y = F.linear(F.linear(x, cast(a, wanted)) * addition.scaling, cast(b, wanted))
         return y if gate is None else y.view_as(gate) * gate
 
-    emit.after(torch.add, node, emit.record(added, product.x, product.tau, rate, *_pair(emit, addition, prefix), product.gate))
+    emit.after(torch.add, node, emit.record(added, matmul.x, matmul.tau, rate, *_pair(emit, addition, prefix), matmul.gate))
 
 
 def _pair(emit: Emitter, addition: Addition, prefix: str) -> tuple[fx.Node, fx.Node]:
+    """Nodes of LoRA's matrices a and b."""
     name = f"{prefix}_" + "".join(letter if letter.isalnum() else "_" for letter in addition.name)
     return emit.factor(f"{name}_a", addition.a), emit.factor(f"{name}_b", addition.b)
 
 
-def _looks_up(user: fx.Node, source: fx.Node) -> bool:
-    """``F.embedding(i, source, ...)`` that does not change the matrix."""
+def _is_embedding(user: fx.Node, source: fx.Node) -> bool:
+    """Whether a node is ``F.embedding(i, source, ...)``, without ``max_norm``, which would write to the matrix."""
     given = dict(zip(("input", "weight", "padding_idx", "max_norm"), user.args, strict=False)) | dict(user.kwargs)
     return op_name(user) == "embedding" and given.get("weight") is source and given.get("max_norm") is None
 
 
-def _look_up(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, prefix: str) -> None:
+def _add_to_embedding(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, prefix: str) -> None:
+    """Add LoRA's term to the output of an embedding."""
     emit, wanted = Emitter(graph_module, node), dtype_of(node)
 
     def added(index: Any, a: Any, b: Any) -> Any:
@@ -161,7 +166,8 @@ def _look_up(graph_module: fx.GraphModule, node: fx.Node, addition: Addition, pr
     emit.after(torch.add, node, emit.record(added, index, *_pair(emit, addition, prefix)))
 
 
-def _sum(graph_module: fx.GraphModule, source: fx.Node, users: list[fx.Node], addition: Addition, prefix: str) -> None:
+def _add_to_matrix(graph_module: fx.GraphModule, source: fx.Node, users: list[fx.Node], addition: Addition, prefix: str) -> None:
+    """Replace the matrix by its sum with LoRA's product, for ``users`` only."""
     emit = Emitter(graph_module, users[0])
     a, b = _pair(emit, addition, prefix)
     given = len(emit.record.made)

@@ -3,9 +3,9 @@
 In: a graph module as Dynamo or torch.export made it, and its inputs (``run``); later Inductor's graph of the same code
 (``Runner.run``). Out: the module rewritten in place, and a ``Result``: what each pass changed and declined, and how long it took.
 
-RANA_FX_DUMP=<folder> writes the graph around every pass that changed it, and what all passes did to it:
+RANA_FX_DUMP=<folder> writes the graph before and after every pass that changed it, and a report of all passes:
     00.05.rewrite_adapter.before.py, 00.05.rewrite_adapter.after.py    graph 0 before and after its pass 5
-    00.report.txt                                                a line for each pass, and one for each place it declined
+    00.report.txt                                                a line for each pass, and one for each node it declined
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Record:
 
 @dataclass(eq=False)
 class Runner:
-    """Runs tuples of passes over one graph and what becomes of it, and keeps their records in order."""
+    """Runs tuples of passes over one graph and the graphs derived from it, and keeps their records in order."""
 
     graph: int = field(default_factory=lambda: next(_graphs))
     records: list[Record] = field(default_factory=list)
@@ -51,16 +51,17 @@ class Runner:
     def run(
         self, passes: Sequence[Pass[Context]], graph_module: fx.GraphModule, context: Context, *, past_autograd: bool = False
     ) -> None:
-        """In place; what the passes did is appended to ``records``.
+        """Run passes in place; appends a record of each to ``records``.
 
         Args:
             passes: for example ``(*POST_GRAD, my_pass)``.
-            context: what these passes take beside the graph.
-            past_autograd: whether it is Inductor's graph, which writes nothing in place: what nobody reads is removed after
-                each pass, and strides are verified as well.
+            context: what these passes take besides the graph.
+            past_autograd: whether it is Inductor's graph, which is functional: dead code is removed after each pass, and strides
+                are verified as well.
 
         Raises:
-            AssertionError: a pass left a graph that is not valid (``rana_fx.passes.verify``). What passes that check raise.
+            AssertionError: the graph is not valid after a pass (``rana_fx.passes.verify``).
+            What the passes raise.
         """
         start = time.perf_counter()
         verifier = Verifier(graph_module, past_autograd=past_autograd)
@@ -111,7 +112,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Result:
-    """What was matched in a graph, and what the passes did. ``runner``: runs further passes over what becomes of the graph."""
+    """What was matched in a graph, and what the passes did. ``runner``: runs further passes over the graphs derived from it."""
 
     matches: Matches
     runner: Runner
@@ -124,7 +125,7 @@ class Result:
 
     @property
     def declined(self) -> tuple[tuple[str, Declined], ...]:
-        """(name of the pass, place and reason): what was left alone that looked like something to change."""
+        """(name of the pass, place and reason): candidates for a rewrite that were not changed."""
         return tuple(("match", declined) for declined in self.matches.declined) + tuple(self.runner.declined())
 
 
@@ -135,7 +136,7 @@ def run(
     plan: Plan | None = None,
     prefill: str = "masked",
 ) -> Result:
-    """Rewrite in place. Without any adapter for the graph's weights nothing changes.
+    """Run ``NORMALIZE`` and ``PRE_GRAD`` in place. Without an adapter for any weight of the graph no linear changes.
 
     Args:
         example_inputs: values of the placeholders; exported modules keep their weights as attributes and need none.
@@ -153,7 +154,7 @@ def run(
 
 
 def run_post_grad(result: Result, graph: fx.Graph, *, devices: tuple[str, ...] | None = None) -> None:
-    """Run ``POST_GRAD`` over a graph of Inductor's, forward or backward, that came of the graph of ``result``."""
+    """Run ``POST_GRAD`` over a graph of Inductor, forward or backward, that was derived from the graph of ``result``."""
     graph_module = graph.owning_module
     assert graph_module is not None, "Inductor runs passes on the graphs of modules"
     result.runner.run(POST_GRAD, graph_module, PostGrad(devices), past_autograd=True)
@@ -168,5 +169,5 @@ def _folder() -> Path | None:
 
 
 def _text(graph_module: fx.GraphModule) -> str:
-    """The graph as Python, where it is to be written down."""
+    """The graph as Python; empty unless dumps are written."""
     return graph_module.print_readable(print_output=False) if _folder() is not None else ""

@@ -1,4 +1,4 @@
-"""What a graph is at one moment, so that the next moment shows what a pass added, changed or removed.
+"""The state of a graph at one time, to detect what a pass added, changed or removed.
 
 In: a graph, before and after a pass. Out: the nodes that are new, and those whose operation, inputs or fake value were replaced.
 Nothing is copied: FX and the passes replace arguments and values and never change them in place, so identity is enough.

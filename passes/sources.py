@@ -1,7 +1,7 @@
-"""The hash of every source file that can change generated code: part of Inductor's cache key, which hashes no code outside of it.
+"""The hash of every source file that can change generated code: part of Inductor's cache key, which covers only Inductor's code.
 
-In: this package's files. Out: one hash. A new file is hashed unless it lies in a part that is listed as unable to change code, so
-that a forgotten one costs a compilation and never serves code that another version made.
+In: this package's files. Out: one hash. A new file is hashed unless its folder is listed as unable to change generated code, so
+that a missing entry causes a needless compilation and never the reuse of code of another version.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch._inductor.custom_graph_pass import get_hash_for_files
 from rana_fx import errors, formats
 from rana_fx.kernels import reference
 
-# of the package; an editable install has passes and kernels elsewhere
+# folders of the package; in an editable install passes and kernels are outside of rana_fx
 FOLDERS = tuple(Path(str(file)).resolve().parent for file in (errors.__file__, __file__, reference.__file__))
-# what runs before a plan exists or beside the compiler: nothing that passes and kernels import is among it
+# parts that run before a plan exists or outside of the compiler; passes and kernels import none of them
 NO_CODE = {"adaptation", "calibration", "cli", "commands", "data", "demo", "evaluation", "harness", "integrations", "lm_eval"}
 NO_CODE |= {"__init__", "_moved", "recipes", "report", "training"}
 
@@ -32,5 +32,5 @@ def hashed_files() -> tuple[str, ...]:
 
 @functools.cache
 def sources_hash() -> bytes:
-    """Of the files as they are when it is first called."""
+    """The hash of the files at the first call."""
     return get_hash_for_files(hashed_files())

@@ -1,8 +1,8 @@
 """Invariants that every graph keeps after every pass. A violation is a bug of a pass, so it asserts.
 
-Checked: the graph is well formed; every ``rana::`` operation is one we declare, and has a backward pass where autograd is still
-to come; every tensor-valued node has a fake value, and it is true: the node, run on the fake values of its inputs, yields that
-shape, dtype and device, past autograd also these strides (Inductor lays out memory by them); no output shares memory with an
+Checked: the graph is well formed; every ``rana::`` operation is declared in kernels/ops.py, and has a backward pass in a graph
+before autograd; every tensor-valued node has a fake value, and it is true: the node, run on the fake values of its inputs, yields
+that shape, dtype and device, past autograd also these strides (Inductor lays out memory by them); no output shares memory with an
 input or another output that did not before. Only nodes that a pass added or changed are run, and a graph that came without fake
 values is not expected to have any.
 """
@@ -30,13 +30,13 @@ from rana_fx.passes.snapshot import Snapshot
 
 _KNOWN = frozenset(op for op in vars(ops).values() if isinstance(op, OpOverload) and op.namespace == "rana")
 _DIFFERENTIABLE = frozenset({ops.masked_gemv, ops.masked_rows, ops.router})
-# what these yield, or what they would do, is not a matter of shapes
+# their results, or side effects, do not follow from shapes
 _NOT_RUN = (_enter_autocast, _exit_autocast, torch._C._set_grad_enabled)
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 class Verifier:
-    """Watches one graph from pass to pass. ``past_autograd``: whether it is Inductor's graph, and not Dynamo's."""
+    """Checks one graph after each pass. ``past_autograd``: whether it is Inductor's graph, and not Dynamo's."""
 
     def __init__(self, graph_module: fx.GraphModule, *, past_autograd: bool = False) -> None:
         self._module, self._past_autograd = graph_module, past_autograd
@@ -46,11 +46,11 @@ class Verifier:
         self._shared = self._aliases.pairs(graph_module.graph)
 
     def changed(self) -> bool:
-        """Whether the graph is another one than at the last call of ``verify``, or than at first."""
+        """Whether the graph changed since the last call of ``verify``, or since construction."""
         return not Snapshot.of(self._module.graph).equals(self._seen)
 
     def verify(self) -> None:
-        """Check the graph as it is now against what it was. Raises AssertionError with the offending node."""
+        """Check the graph and what changed in it. Raises AssertionError with the offending node."""
         graph = self._module.graph
         graph.lint()
         before, self._seen = self._seen, Snapshot.of(graph)
@@ -86,7 +86,7 @@ class Verifier:
             self._check_memory(node, value, found, fresh=fresh)
 
     def _check_memory(self, node: fx.Node, value: object, found: object, *, fresh: bool) -> None:
-        """A new node's value lies in the memory of the inputs that it views; of an older one that is taken to be so."""
+        """A new node's value must lie in the memory of the inputs that it views; for an older node this is recorded as true."""
         for source in node.all_input_nodes:
             views = bool(storages(found) & storages(value_of(source)))
             if fresh:
@@ -102,7 +102,7 @@ def _is_run(node: fx.Node) -> bool:
         return True
     if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
         return False
-    # without a fake value come modules, constants, and what nobody traced
+    # modules, constants and nodes that were not traced have no fake value
     return node.target not in _NOT_RUN and all(value_of(source) is not None for source in node.all_input_nodes)
 
 
@@ -114,9 +114,9 @@ def _attribute(graph_module: fx.GraphModule, name: str) -> object:
 
 
 def _run(node: fx.Node, mode: FakeTensorMode) -> Any:
-    """Without gradients; on copies where the node writes into what it reads."""
-    quiet = contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
-    with torch.no_grad(), quiet:
+    """Run a node on fake values, without gradients; on copies where the node writes to its inputs."""
+    ignored = contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
+    with torch.no_grad(), ignored:
         return fake_run(node, _copied(mode) if _mutates(node) else value_of, mode)
 
 
@@ -135,7 +135,7 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _difference(value: object, found: object, *, strides: bool) -> str | None:
-    """What a recorded value says otherwise than the value that was found, or None."""
+    """How a recorded value differs from the one that was found, or None."""
     if isinstance(found, (tuple, list)) and any(isinstance(item, (Tensor, tuple, list)) for item in found):
         if not isinstance(value, (tuple, list)) or len(value) != len(found):
             return f"has the fake value {value!r}, and yields {len(found)} values"
@@ -150,8 +150,8 @@ def _difference(value: object, found: object, *, strides: bool) -> str | None:
     if not _same(value.shape, found.shape):
         return f"has a fake value of shape {tuple(value.shape)}, and yields {tuple(found.shape)}"
     if strides and value.layout is torch.strided and 0 not in value.shape:
-        wide = [place for place, size in enumerate(value.shape) if size != 1]
-        one, other = ([tensor.stride(place) for place in wide] for tensor in (value, found))
+        wide = [dim for dim, size in enumerate(value.shape) if size != 1]
+        one, other = ([tensor.stride(dim) for dim in wide] for tensor in (value, found))
         if not _same(one, other):
             return f"has a fake value of strides {tuple(value.stride())}, and yields {tuple(found.stride())}"
     return None

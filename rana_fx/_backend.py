@@ -1,8 +1,8 @@
 """The backend: ``torch.compile(model, backend=rana_fx.backend)`` or ``backend="rana"``.
 
 In: a Dynamo graph and its inputs. Out: Inductor's compiled function for the rewritten graph. The graph is guarded on
-the identity of its weights and of the plan they carry, and Inductor's cache key contains the plan's digest and our
-sources, so neither another plan nor another version of a pass can meet code made for this one.
+the identity of its weights and of the plan attached to them, and Inductor's cache key contains the plan's digest and the
+hash of this package's sources, so that compiled code is never reused for another plan or another version of a pass.
 """
 
 from __future__ import annotations
@@ -36,25 +36,36 @@ def backend(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """Compile one graph by the plan attached to its weights. Called by torch.compile.
+    """Compile one graph by the plan attached to its weights. torch.compile calls this for every graph that Dynamo traces.
 
     Args:
-        options: ``{"plan": ...}``, a plan or the folder of one, to use instead of the attached one (the model is not touched);
-            ``{"prefill": ...}``: "masked" (default) adapts every token alike. In calls with more tokens than masks pay for, such
-            as a prompt, "dense" leaves linears as they are; "cheapest" does so above 16 tokens where factors cost more. These
-            keep dense weights and factors in memory. "factors" is as "masked" and frees the weights that factors replace when
-            the model first runs, for good: it then runs only compiled and only by this plan; in eager mode and in
-            ``state_dict`` they are NaN. It needs an attached plan and ``torch.no_grad()``, and compiles each graph that frees
-            some once more. ``{"mode": ...}``, and any option of Inductor, as torch.compile takes them for
-            ``backend="inductor"``.
-        mode: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
+        gm: a Dynamo graph whose weights are Parameters; it is rewritten in place.
+        example_inputs: a value for each placeholder of ``gm``, in order, as Dynamo passes them: tensors, Parameters and symbolic
+            sizes. Shapes, strides, dtypes and devices are taken from them.
+        options: a mapping with any of these keys.
+
+            - "plan": a ``Plan``, or the folder of a saved one, to use instead of the attached plan. The model is not changed.
+            - "prefill": how a call with many tokens, such as a prompt, is computed. "masked" (default): as any other call.
+              "dense": by the original linears, in calls with more tokens than masks are expected to save time for.
+              "cheapest": by the original linears, in calls with more than 16 tokens, where the factors take more multiply-adds.
+              These three keep dense weights and factors in memory. "factors": as "masked", and when the model first runs the
+              weights that factors replace are freed, irreversibly: the model then runs only compiled and only by this plan, and
+              the values of these weights in eager mode and in ``state_dict`` are NaN. "factors" needs an attached plan and
+              ``torch.no_grad()``, and each graph that frees a weight is compiled twice.
+            - "mode", and the options of Inductor, as torch.compile takes them for ``backend="inductor"``.
+        mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
+
+    Returns:
+        Inductor's compiled function: it takes values of the placeholders, in order, and returns the outputs of the graph.
 
     Raises:
-        NoPlan: the graph has linears, and no plan is attached to its model. (torch.compile wraps errors of a backend
-            in BackendCompilerFailed; its ``inner_exception`` is ours.)
+        NoPlan: the graph has linears, and no plan is attached to its model. (torch.compile wraps an error of a backend in
+            BackendCompilerFailed, whose ``inner_exception`` is the error named here.)
         PlanMismatch: the plan given as an option is for other weights.
+        LoraBeside: a LoRA module of peft was added in parallel to a linear that the plan replaces.
         WeightsFreed: the graph reads a weight that ``{"prefill": "factors"}`` freed.
-        InvalidOption, PlanFileError, PlanVersion.
+        InvalidOption: an unknown option, or an invalid value of one.
+        PlanFileError, PlanVersion: the folder given as "plan" cannot be read.
     """
     from torch._inductor.compile_fx import compile_fx
 
@@ -68,7 +79,7 @@ def backend(
         raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(MODES)}")
     if prefill == "factors" and (plan is not None or torch.is_grad_enabled()):
         expected = "a plan that is attached to the model" if plan is not None else "torch.no_grad() around the call"
-        raise InvalidOption(name="prefill", got=prefill, expected=f"{expected}, since it frees weights for good")
+        raise InvalidOption(name="prefill", got=prefill, expected=f"{expected}, since it frees weights irreversibly")
     patches = inductor_options(given, mode)
     result = rewrite(gm, example_inputs, plan=plan, prefill=prefill)
     weights = weights_to_free(result.matches) if prefill == "factors" else []
@@ -78,7 +89,9 @@ def backend(
 
 
 def _freeing_after_first_run(compiled: Callable[..., Any], weights: list[nn.Parameter]) -> Callable[..., Any]:
-    """Guards on the weights are made between the compilation and the first run; they would not hold for freed ones."""
+    """``compiled``, which frees ``weights`` after its first run: Dynamo makes guards on them between compilation and that run,
+    and they would fail for freed weights.
+    """
 
     def run_and_free(*args: Any) -> Any:
         output = compiled(*args)
@@ -91,7 +104,12 @@ def _freeing_after_first_run(compiled: Callable[..., Any], weights: list[nn.Para
 
 
 def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | None = None, prefill: str = "masked") -> Result:
-    """Rewrite by the attached plan, or by ``plan``, and guard on what it depends on.
+    """Rewrite a Dynamo graph in place, and add guards on the weights and the plan that the result depends on.
+
+    Args:
+        gm, example_inputs: as ``backend`` takes them.
+        plan: to use instead of the plan attached to the weights.
+        prefill: one of ``rana_fx.runtime.prefill.MODES``.
 
     Returns:
         For each pass what it changed, and what it declined with the reason (``Result``).
@@ -113,13 +131,13 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | N
 def rewritten(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """A backend that rewrites and runs the graph as it then is, without Inductor: it starts at once. Raises as ``rewrite``."""
+    """A backend that rewrites the graph and runs it without Inductor: no compilation, slower calls. Raises as ``rewrite``."""
     rewrite(gm, example_inputs, prefill=(options or {}).get("prefill", "masked"))
     return gm.forward
 
 
 def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
-    """Inductor's config patches for a mode and options. Raises InvalidOption."""
+    """Inductor's config patches for a mode and options of torch.compile. Raises InvalidOption."""
     from torch._inductor import list_mode_options
 
     given = dict(options or {})
@@ -142,7 +160,7 @@ def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dic
 
 
 class _PostGrad(CustomGraphPass):
-    """Runs ``POST_GRAD``, after a pass the user had set; makes the plan and our sources part of Inductor's cache key."""
+    """Runs ``POST_GRAD``, after a pass set in Inductor's config; adds the plan and the sources to Inductor's cache key."""
 
     def __init__(self, result: Result, inner: Any = None) -> None:
         self._result = result
@@ -157,5 +175,5 @@ class _PostGrad(CustomGraphPass):
 
     def uuid(self) -> Any:
         inner = [step.uuid() if isinstance(step, CustomGraphPass) else None for step in self._inner]
-        # a pass without a key of its own makes the whole compile uncacheable, as it does without us
+        # a pass without a key of its own makes the whole compilation uncacheable, as in plain Inductor
         return None if None in inner else (sources_hash(), fingerprint(), self._plans, *inner)

@@ -1,6 +1,6 @@
-"""Old names of modules that moved, for one release: importing one warns and says where its content is now.
+"""Old names of modules that moved, for one release: importing one issues a warning with the new name.
 
-In: an import of an old name, as a third party's recipe or a pickled model makes it. Out: a module whose attributes are those
+In: an import of an old name, for example in a third-party recipe or a pickled model. Out: a module whose attributes are those
 of the new one. Names that changed as well are listed in ``RENAMED``.
 """
 
@@ -153,7 +153,7 @@ RENAMED = {
 
 
 class _Alias(ModuleType):
-    """Stands at an old name; looks every attribute up where it is now."""
+    """The module of an old name; looks up every attribute in the new module."""
 
     def __getattr__(self, name: str) -> object:
         old = self.__name__.removeprefix("rana_fx.")
@@ -167,7 +167,7 @@ class _Alias(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Last on sys.meta_path: asked only for names that no file has."""
+    """Last on sys.meta_path, so that it is called only for names that no other finder resolves."""
 
     def find_spec(
         self,
@@ -189,7 +189,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Find old names, once a process."""
+    """Register the finder of old names, once per process."""
     if not any(type(finder).__name__ == _Finder.__name__ and type(finder).__module__ == __name__ for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 

@@ -1,6 +1,6 @@
-"""``adapt``: calibrate, solve, plan, attach, on one screen.
+"""``adapt``: calibrate, solve, build the plan, attach it.
 
-Each step is a function of its own for sweeps over many plans and for benches, which calibrate once or time the steps:
+Each step is a function of its own, for sweeps that calibrate once for many plans and for benches that time the steps:
 
     calibration = calibrated(model, batches, recipe)
     problem = calibration.problem(budget=0.5, metric="flops", recipe=recipe.name)
@@ -46,19 +46,20 @@ def adapt(
     progress: bool = True,
     seed: int = 0,
 ) -> Plan:
-    """Measure a model on a few batches, decide how much of every linear layer each token needs, and attach that plan.
+    """Calibrate a model on a few batches, distribute a budget over its linear layers, and attach the resulting plan.
 
     Args:
         model: any module that runs under torch.compile, also one that torch.compile or DataParallel wraps. Its weights and
             code are not changed.
         batches: what the model takes, one pytree per call: a mapping is called as ``model(**batch)``, a tuple or list as
             ``model(*batch)``, anything else as ``model(batch)``. Tensors are moved to the model's device. Tokens whose
-            ``*attention_mask`` is zero do not count. The paper uses 32,000 tokens; at most so many are kept, drawn
-            uniformly from all that pass.
+            ``*attention_mask`` is zero do not count. The paper uses 32,000 tokens; at most 32,000 are kept, a
+            uniform sample of all tokens of the batches.
         budget: expected cost per token of all linears inside the blocks, router included, over their dense cost, in (0, 1].
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
         recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
             published), or a baseline (docs/recipes.md).
+        progress: whether to show progress bars on stderr.
         seed: of the token sample.
 
     Returns:
@@ -85,10 +86,10 @@ def adapt(
 
 @dataclass(frozen=True, eq=False)
 class CalibratedModel:
-    """What calibration found of a model, for any number of plans.
+    """The result of calibrating a model, for any number of plans.
 
     Attributes:
-        model: the name of its class. tokens: seen, padding not counted. seed: of the sample.
+        model: the name of its class. tokens: number of calibration tokens, padding not counted. seed: of the sample.
         samples: by the sites of a group, rows of the tensor that the group reads.
         holdout: batches to run the model on again, for recipes that simulate their adapters.
         hashed: False to leave digests of weights out of the records of plans that will not be loaded.
@@ -103,19 +104,23 @@ class CalibratedModel:
     hashed: bool = True
 
     def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
-        """One adaptation of the model."""
+        """The input of a recipe: this calibration with one budget."""
         return Problem(self.layout, self.samples, budget, metric, recipe, progress, holdout=self.holdout)
 
     @functools.cached_property
     def sites(self) -> tuple[SiteRecord, ...]:
-        """The fingerprint of every linear; weights are read the first time."""
+        """The fingerprint of every linear; computed, from the weights, on first access."""
         return records(self.layout, hashed=self.hashed)
 
 
 def calibrated(
     model: nn.Module, batches: Iterable[Any], recipe: Recipe, *, seed: int = 0, progress: bool = False
 ) -> CalibratedModel:
-    """Run the model on ``batches`` and sample what ``recipe`` wants. Raises what ``adapt`` raises for batches and models."""
+    """Run the model on ``batches`` and sample the tensors that ``recipe.wants`` selects.
+
+    Raises:
+        NoBatches, NoLinears, NonFinite, TraceFailed, InvalidOption.
+    """
     tee = Tee(check_batches(batches)) if needs_holdout(recipe) else None
     found = calibrate(model, tee or batches, wanted=recipe.wants, seed=seed, progress=progress)
     holdout = None if tee is None else tee.holdout(model)

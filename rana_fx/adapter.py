@@ -8,14 +8,14 @@ Every kind is the same computation, y = c + sum over kept k of v_k Wt[k, :], kep
 
 A neuron adapter multiplies by the model's own weight, or by a Wt of its own, which may be in fewer bits and stack several sites.
 Matrices are in any registered storage format, with scales beside them (``rana_fx.formats``). A router may itself be masked
-by its input (hybrid): it then lies input-major, so that an input left out skips a row in one piece, and
+by its input (hybrid): it is then stored input-major, so that a dropped input skips one contiguous row, and
 
     z = masked_gemv(x, router_tau, router, None, router_scale, router_density)
 
-With ``shift``, v = z - shift (or x - shift) is what is masked and multiplied, and c contains what the shift leaves out, W mu.
+With ``shift``, v = z - shift (or x - shift) is masked and multiplied, and c includes the product with the shift, W mu.
 
-A rank or static adapter of one linear may correct itself. In front of an activation that is near zero for negative inputs (GELU,
-SiLU, ReLU) only large outputs matter: those are computed anew from the model's own W and b, reading these rows of W alone,
+A rank or static adapter of one linear may have exact outputs. In front of an activation that is near zero for negative inputs
+(GELU, SiLU, ReLU) only large outputs matter: those are computed again from the model's own W and b, reading only their rows of W,
 
     y_j = (W x + b)_j   where y_j >= exact_tau_j
 """
@@ -40,9 +40,9 @@ TENSORS = ("tau", "router", "router_scale", "router_tau", "weight", "weight_scal
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Thresholds, fp32, and how many of the masked values are expected to reach theirs, per token.
+    """Thresholds, fp32, and the expected number of masked values per token that reach theirs.
 
-    What is compared is v^2 (ranks), x^2 (a router's inputs) or y (exact outputs).
+    Compared with the thresholds: v^2 (ranks), x^2 (a router's inputs) or y (exact outputs).
     """
 
     threshold: Tensor
@@ -53,17 +53,17 @@ class Mask:
 class Adapter:
     """Adapter of ``sites`` (stacked in this order).
 
-    Invariants, checked when it is made: a router needs a weight; "rank" and "static" have a router, the others have none;
-    "stored" has a weight, "gated" has neither weight nor shift; scales are there for what is quantised and nothing else;
-    ``router_tau`` and ``router_kept`` come together; a shift needs the bias that holds what it leaves out; ``exact_tau`` and
-    ``exact_kept`` come together, too, and only where a "rank" or "static" adapter has one site and no shift.
+    Invariants, checked at construction: a router needs a weight; "rank" and "static" have a router, the others have none;
+    "stored" has a weight, "gated" has neither weight nor shift; quantised matrices have scales, no other tensor does;
+    ``router_tau`` and ``router_kept`` come together; a shift needs a bias, which includes the product with the shift;
+    ``exact_tau`` and ``exact_kept`` come together, too, and only where a "rank" or "static" adapter has one site and no shift.
 
     Args:
         ranks: rows of Wt: ranks of a router, inputs where there is none.
         router: B, (ranks, in), or (in, ranks) with ``router_tau``; None when v = x.
         weight: Wt, (ranks, out), or None for the model's own W^T.
         tau: thresholds on v^2, fp32, (ranks,). For ``gated``: on act(gate)^2, (ranks,) or one for all, (1,).
-        bias: c, (out,), or None. It stands for the linears' own biases wherever the adapter has a weight or this is given.
+        bias: c, (out,), or None. Replaces the linears' own biases where the adapter has a weight or this is given.
         kept: expected number of kept ranks per token, over the calibration tokens.
         flops: expected multiply-adds per token, router included. dense_flops: of the layers replaced.
         bytes: expected weight bytes read per token, scales included. dense_bytes: of the layers replaced.
@@ -72,8 +72,8 @@ class Adapter:
         router_scale, weight_scale: of a router or weight whose format has a scale, as ``formats.pack`` gives them.
         router_tau: thresholds on x^2, fp32, (in,), in front of the router. router_kept: expected number of inputs it keeps.
         shift: (ranks,), subtracted from v before the mask, in the model's dtype.
-        exact_tau: thresholds on y, c included, fp32, (out,): from there on an output is the model's own. Infinity: never, minus
-            infinity: always. exact_kept: expected number of such outputs per token.
+        exact_tau: thresholds on y, c included, fp32, (out,): an output that reaches its threshold is the model's own. Infinity:
+            never, minus infinity: always. exact_kept: expected number of such outputs per token.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Adapter:
         assert self.weight is not None or self.kind != "stored", f"{self.name}: a stored adapter has a weight"
         plain = self.weight is None and self.shift is None
         assert plain or self.kind != "gated", f"{self.name}: a gated adapter multiplies by the model's own weight"
-        assert self.shift is None or self.bias is not None, f"{self.name}: what a shift leaves out belongs into the bias"
+        assert self.shift is None or self.bias is not None, f"{self.name}: a shift needs a bias"
         assert (self.router_tau is None) == (self.router_kept is None), f"{self.name}: router_tau and router_kept come together"
         assert self.router_tau is None or self.router is not None, f"{self.name}: router_tau without a router"
         alike = self.kind == "gated" and tuple(self.tau.shape) == (1,)
@@ -148,7 +148,7 @@ class Adapter:
         return f"Adapter({self.name!r}, {self.kind}, {self.kept:.1f} of {self.ranks} kept)"
 
     def matrix(self, key: str) -> Matrix | None:
-        """The stored matrix "router" or "weight", if it has one. Raises BadOperand, by the adapter's names."""
+        """The stored matrix "router" or "weight", if any. Raises BadOperand, which names the adapter and the tensor."""
         values = getattr(self, key)
         if values is None:
             return None
@@ -160,32 +160,32 @@ class Adapter:
 
     @property
     def matrices(self) -> dict[str, Matrix]:
-        """The matrices it stores, by "router" and "weight"."""
+        """The matrices of the adapter, by "router" and "weight"."""
         found = {key: self.matrix(key) for key in MATRICES}
         return {key: matrix for key, matrix in found.items() if matrix is not None}
 
     @property
     def mask(self) -> Mask:
-        """What selects ranks: v^2 >= threshold. ``gated``: act(gate)^2."""
+        """The mask of ranks: v^2 >= threshold. ``gated``: act(gate)^2 >= threshold."""
         return Mask(self.tau, self.kept)
 
     @property
     def router_mask(self) -> Mask | None:
-        """What selects the inputs that a router reads: x^2 >= threshold."""
+        """The mask of the inputs that a router reads: x^2 >= threshold."""
         return None if self.router_tau is None or self.router_kept is None else Mask(self.router_tau, self.router_kept)
 
     @property
     def exact_mask(self) -> Mask | None:
-        """What selects the outputs that are computed from the model's own weight: y >= threshold."""
+        """The mask of the outputs that are computed from the model's own weight: y >= threshold."""
         return None if self.exact_tau is None or self.exact_kept is None else Mask(self.exact_tau, self.exact_kept)
 
     @property
     def expected(self) -> Kept:
-        """What it is expected to keep per token; None for a mask that it does not have."""
+        """Expected kept values per token; None for a mask that the adapter does not have."""
         return Kept(self.kept, self.router_kept, self.exact_kept)
 
     def with_kept(self, kept: Kept) -> Adapter:
-        """The same with other expectations, those of masks that it has, and its costs counted from them."""
+        """A copy with other expected numbers of kept values, for the masks it has, and its costs computed from them."""
         kept = kept.otherwise(self.expected)
         changed = replace(
             self,
@@ -203,13 +203,13 @@ class Adapter:
 
     @property
     def width(self) -> int:
-        """Inputs of the linears it replaces."""
+        """Number of inputs of the linears it replaces."""
         router = self.matrix("router")
         return self.ranks if router is None else router.shape[1 if self.router_tau is None else 0]
 
     @property
     def out(self) -> int | None:
-        """Outputs of the linears it replaces, stacked; None where neither a weight nor a bias of its own determines them."""
+        """Number of outputs of the linears it replaces, stacked; None where neither its weight nor its bias determines it."""
         weight = self.matrix("weight")
         if weight is not None:
             return weight.shape[1]
@@ -231,17 +231,17 @@ class Adapter:
         return self.weight is None or self.exact_tau is not None
 
     def bits(self) -> dict[str, int]:
-        """Bits per number of each matrix it stores: ``{"router": 8, "weight": 16}``."""
+        """Bits per number of each matrix of the adapter: ``{"router": 8, "weight": 16}``."""
         return {key: matrix.bits for key, matrix in self.matrices.items()}
 
     @property
     def expected_cost(self) -> Cost:
-        """Cost per token, as its maker counted it."""
+        """Expected cost per token: the fields ``flops`` and ``bytes``."""
         return Cost(self.flops, self.bytes)
 
     @property
     def dense_cost(self) -> Cost:
-        """Cost per token of the layers it replaces."""
+        """Dense cost per token of the layers it replaces."""
         return Cost(self.dense_flops, self.dense_bytes)
 
     @overload
@@ -264,9 +264,9 @@ class Adapter:
     ) -> Cost | float:
         """Cost per token: ``adapter.cost(Kept(...))``; in one metric ``adapter.cost("bytes", kept, router_kept, exact_kept)``.
 
-        Where nothing is given as kept, what the maker counted (``expected_cost``). Otherwise counted from what is stored: the
-        router's rows that are read, a row of the weight, scales included, for each rank that is kept, and the model's own rows of
-        outputs computed exactly. A mean that is None is the one expected.
+        Where nothing is given as kept, ``expected_cost``. Otherwise computed from the stored matrices: the router's rows that are
+        read, a row of the weight, scales included, for each kept rank, and the model's own rows of outputs computed exactly. A
+        mean that is None is replaced by the expected one.
 
         Raises:
             UnknownMetric.
@@ -290,7 +290,7 @@ class Adapter:
         return self.fixed_cost(kept.inputs) + self._uses(weight) * kept.ranks * _row(weight) + own
 
     def fixed_cost(self, inputs: float | None = None) -> Cost:
-        """The part of the cost that does not depend on ``tau``: the router's, where it reads ``inputs``; None: as expected."""
+        """The cost that does not depend on ``tau``: of the router, which reads ``inputs`` inputs (None: as many as expected)."""
         router, weight = self.matrix("router"), self.matrix("weight")
         if router is None or weight is None:
             return Cost()
@@ -300,39 +300,39 @@ class Adapter:
         return self._uses(weight) * rows * _row(router)
 
     def costed(self) -> Adapter:
-        """The same with ``flops`` and ``bytes`` counted from its tensors and what it is expected to keep."""
+        """A copy with ``flops`` and ``bytes`` computed from its tensors and its expected kept values."""
         assert self.dense_flops > 0 and self.dense_bytes > 0, f"{self.name}: the dense costs come first"
         return self.with_kept(self.expected)
 
     def _uses(self, weight: Matrix) -> float:
-        """How often a token meets it."""
+        """How many times each token is multiplied by the weight."""
         return self.dense_flops / (self.width * weight.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What has to be stored."""
+        """The tensors of the adapter, by field name."""
         named = {key: getattr(self, key) for key in TENSORS}
         return {key: value for key, value in named.items() if value is not None}
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Names of the tensors that are trained and follow the model's dtype: not thresholds, scales and what is quantised."""
+        """Names of the tensors that are trained and follow the model's dtype: not thresholds, scales and quantised matrices."""
         given = self.tensors()
         return tuple(key for key in ("router", "weight", "bias", "shift") if key in given and is_plain(given[key]))
 
     def to(self, dtype: torch.dtype) -> Adapter:
-        """Factors in the model's dtype. Thresholds stay fp32; what is quantised, and its scales, stay as they are."""
+        """A copy with factors in the model's dtype. Thresholds stay fp32; quantised matrices and their scales are not cast."""
         changed: dict[str, Any] = {key: getattr(self, key).contiguous() for key in MATRICES if getattr(self, key) is not None}
         changed |= {key: (changed.get(key, getattr(self, key))).to(dtype) for key in self.trained}
         return replace(self, **changed)
 
     def on(self, device: torch.device | str) -> Adapter:
-        """The same on another device."""
+        """A copy on another device."""
         moved: dict[str, Any] = {key: value.to(device) for key, value in self.tensors().items()}
         return replace(self, **moved)
 
 
 def _row(matrix: Matrix) -> Cost:
-    """Of one row of a stored matrix, scales included."""
+    """Cost of reading one row of a stored matrix, scales included."""
     return Cost(matrix.flops_per_row, matrix.bytes_per_row)
 
 
@@ -345,5 +345,5 @@ def _check_vector(adapter: Adapter, key: str, length: int, dtype: torch.dtype | 
 
 def _check(adapter: Adapter, key: str, got: str, right: bool, expected: str) -> None:
     if not right:
-        todo = "Stack the sites in the adapter's order, and pass what formats.pack gave."
+        todo = "Stack the sites in the adapter's order, and pass what formats.pack returned."
         raise BadOperand(name=f"{adapter.name}: {key}", got=got, expected=expected, todo=todo)

@@ -4,16 +4,16 @@
     with router_tau  z = masked_gemv(x, router_tau, B^T, None)                                  B stored input-major
     neuron, stored   y = masked_gemv(x, tau, Wt, c), or W^T and b of the model                  RaNA section 4, TEAL
     gated            y = masked_gemv(h, 0+, W^T, b), h zero where act(gate)^2 < tau             CATS
-    with shift       z - shift (x - shift) in the place of z (x)
+    with shift       z - shift (x - shift) instead of z (x)
     with exact_tau   a = (y >= exact_tau).type_as(y); y = where(a != 0, masked_rows(x, a, W, b), y)
 
 ``apply`` runs on tensors, which simulates an adapter (rana_fx/recipes/simulate.py), and on the proxies of a graph, which records
-the rewrite (passes/rewrite_adapter.py): what is simulated is what is compiled. So it decides by what both know alike: the
-adapter's own tensors, which show how numbers are stored, and dtypes.
+the rewrite (passes/rewrite_adapter.py): what is simulated is what is compiled. So it branches only on what tensors and proxies
+have in common: the adapter's own tensors, which determine the storage format, and dtypes.
 
 An adapter of several linears multiplies by all their columns at once: q, k, v = y[..., :a], y[..., a:b], y[..., b:]. Where only
 some of the linears read x, each multiplies by its own columns of Wt, where the storage format can divide them
-(``Format.divisible``); elsewhere the whole product is made and cut.
+(``Format.divisible``); elsewhere the whole product is computed and sliced.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from rana_fx.kernels.reference import kept
 NONZERO = "nonzero"  # among a gated adapter's tensors: ``nonzero_tau``
 _TINY = torch.finfo(torch.float32).tiny
 
-# Receives each operation of an adapter: its part, its output and the mask it works by, where it has one. Parts are "router" and,
-# after the thresholds of the mask, "tau" (ranks, inputs or neurons), "router_tau" (inputs of the router), "exact_tau" (outputs).
+# Receives each operation of an adapter: its part, its output and its mask, where it has one. A part is "router" or the name of
+# the mask's thresholds: "tau" (ranks, inputs or neurons), "router_tau" (inputs of the router), "exact_tau" (outputs).
 Observer = Callable[[str, Tensor, Callable[[], Tensor] | None], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A linear that the adapter stands for, y = x W^T + b, where its output is wanted.
+    """A linear that the adapter replaces, y = x W^T + b, and whose output is needed.
 
     ``span``: columns of the adapter's outputs that belong to it. ``weight``: W, (out, in), or W^T if ``transposed``; the model's
-    own, as ``bias``. ``dtype``: what y has, under autocast not the dtype of x; None: not known.
+    own, as ``bias``. ``dtype``: of y, under autocast not the dtype of x; None: not known.
     """
 
     name: str
@@ -63,36 +63,37 @@ def apply(
     every_row: bool = False,
     observe: Observer | None = None,
 ) -> list[Tensor]:
-    """What the adapter computes in the place of ``targets``, which read x.
+    """What the adapter computes instead of ``targets``, which read x.
 
     Args:
-        adapter: for its kind, densities and formats.
-        tensors: values of its ``tensors()`` by name, None or missing where it has none; "nonzero" for one of kind "gated".
+        adapter: determines the kind, the densities and the formats.
+        tensors: values of ``adapter.tensors()`` by name, None or missing where it has none; for kind "gated" also "nonzero"
+            (``nonzero_tau``).
         x: (..., in).
         targets: all linears of the adapter, or some, once each.
         gate: of a gated adapter, the mask of its neurons, x's shape; None where x is zero outside of it.
         every_row: compute exact outputs from all rows of the model's weight and select them, as where gradients flow, or where
-            tokens are many and need every row between them. The same values.
+            tokens are many and together need every row. The values are the same.
         observe: called with each operation.
 
     Returns:
         (..., out) for each target.
     """
-    see = observe or _ignore
+    observe = observe or _ignore
     wanted = targets[0].dtype
     if gate is not None:
         x = torch.where(gate, x, x.new_zeros(()))
-    v = _shifted(tensors, cast(x if adapter.router is None else _routed(adapter, tensors, x, wanted, see), wanted))
+    v = _shifted(tensors, cast(x if adapter.router is None else _routed(adapter, tensors, x, wanted, observe), wanted))
     if adapter.weight is None:
-        return [_by_models_weight(adapter, tensors, v, target, gate, see) for target in targets]
-    outs = _by_own_weight(adapter, tensors, v, targets, see)
+        return [_by_models_weight(adapter, tensors, v, target, gate, observe) for target in targets]
+    outs = _by_own_weight(adapter, tensors, v, targets, observe)
     if adapter.exact_tau is None:
         return outs
-    return [_exact(adapter, tensors, x, y, target, every_row, see) for y, target in zip(outs, targets, strict=True)]
+    return [_exact(adapter, tensors, x, y, target, every_row, observe) for y, target in zip(outs, targets, strict=True)]
 
 
 def gate_mask(a: Tensor, tau: Tensor) -> Tensor:
-    """The activated gate a where a^2 >= tau, else 0: what a gated adapter leaves of it."""
+    """The activated gate a where a^2 >= tau, else 0: the mask of a gated adapter."""
     return torch.where(kept(a, tau), a, a.new_zeros(()))
 
 
@@ -119,14 +120,14 @@ def cast(x: Tensor, wanted: torch.dtype | None) -> Tensor:
 
 
 def _routed(
-    adapter: Adapter, tensors: Mapping[str, Tensor | None], x: Tensor, wanted: torch.dtype | None, see: Observer
+    adapter: Adapter, tensors: Mapping[str, Tensor | None], x: Tensor, wanted: torch.dtype | None, observe: Observer
 ) -> Tensor:
     """z = B x."""
-    rows, scale = _given(tensors, "router"), tensors.get("router_scale")
+    rows, scale = _required(tensors, "router"), tensors.get("router_scale")
     if adapter.router_tau is not None:
-        x, tau = cast(x, wanted), _given(tensors, "router_tau")
+        x, tau = cast(x, wanted), _required(tensors, "router_tau")
         z: Tensor = masked_gemv(x, tau, rows, None, scale, adapter.router_density)
-        see("router_tau", z, lambda: kept(x, tau))
+        observe("router_tau", z, lambda: kept(x, tau))
         return z
     if scale is not None:
         z = router(cast(x, wanted), rows, scale)
@@ -134,7 +135,7 @@ def _routed(
         plain = wanted in (None, x.dtype) and x.dtype == rows.dtype
         # autocast casts what a linear reads, and nothing else
         z = (router if plain else torch.nn.functional.linear)(x, rows)
-    see("router", z, None)
+    observe("router", z, None)
     return z
 
 
@@ -152,7 +153,7 @@ def _by_models_weight(
     v: Tensor,
     target: Target,
     gate: Tensor | None,
-    see: Observer,
+    observe: Observer,
 ) -> Tensor:
     """By W^T itself: there is no copy of it, and gradients reach it."""
     weight = target.weight if target.transposed else torch.t(target.weight)
@@ -161,30 +162,30 @@ def _by_models_weight(
         bias = target.bias
     elif len(adapter.sites) > 1:
         bias = _narrow(bias, 0, target.span)
-    tau = _given(tensors, NONZERO if adapter.kind == "gated" else "tau")
-    return _masked(adapter, v, tau, weight, bias, None, see, gate)
+    tau = _required(tensors, NONZERO if adapter.kind == "gated" else "tau")
+    return _masked(adapter, v, tau, weight, bias, None, observe, gate)
 
 
 def _by_own_weight(
-    adapter: Adapter, tensors: Mapping[str, Tensor | None], v: Tensor, targets: Sequence[Target], see: Observer
+    adapter: Adapter, tensors: Mapping[str, Tensor | None], v: Tensor, targets: Sequence[Target], observe: Observer
 ) -> list[Tensor]:
-    weight, scale = _given(tensors, "weight"), tensors.get("weight_scale")
-    tau, bias = _given(tensors, "tau"), tensors.get("bias")
+    weight, scale = _required(tensors, "weight"), tensors.get("weight_scale")
+    tau, bias = _required(tensors, "tau"), tensors.get("bias")
     if sorted(target.name for target in targets) == sorted(adapter.sites):
-        whole = _masked(adapter, v, tau, weight, bias, scale, see)
+        whole = _masked(adapter, v, tau, weight, bias, scale, observe)
         return [whole if len(adapter.sites) == 1 else _columns(whole, target.span) for target in targets]
     assert adapter.weight is not None
     stored = Matrix.of(adapter.weight, adapter.weight_scale)
-    made: list[Tensor] = []  # the product whole, once it is needed
+    made: list[Tensor] = []  # the whole product, computed at most once
     outs = []
     for target in targets:
         if stored.format.divisible(stored, *target.span):
             values, scales = stored.format.spans(stored, *target.span)
             parts = _narrow(weight, 1, values), scale if scales is None or scale is None else _narrow(scale, 1, scales)
             part_bias = None if bias is None else _narrow(bias, 0, target.span)
-            outs.append(_masked(adapter, v, tau, parts[0], part_bias, parts[1], see))
+            outs.append(_masked(adapter, v, tau, parts[0], part_bias, parts[1], observe))
         else:
-            made = made or [_masked(adapter, v, tau, weight, bias, scale, see)]
+            made = made or [_masked(adapter, v, tau, weight, bias, scale, observe)]
             outs.append(_columns(made[0], target.span))
     return outs
 
@@ -196,11 +197,11 @@ def _masked(
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
-    see: Observer,
+    observe: Observer,
     gate: Tensor | None = None,
 ) -> Tensor:
     y: Tensor = masked_gemv(v, tau, weight, bias, scale, adapter.density)
-    see("tau", y, lambda: kept(v, tau) if gate is None else gate)
+    observe("tau", y, lambda: kept(v, tau) if gate is None else gate)
     return y
 
 
@@ -211,14 +212,15 @@ def _exact(
     y: Tensor,
     target: Target,
     every_row: bool,
-    see: Observer,
+    observe: Observer,
 ) -> Tensor:
     """y with its large elements computed from the model's own weight.
 
-    The mask is a constant in the backward pass. The last selection is by a, and not by the comparison that a was made of: a
-    compiler that fused the comparison anew, on sums not yet rounded, could decide otherwise than for the rows that were read.
+    The mask is a constant in the backward pass. The last selection is by a, and not by the comparison that a was computed from: a
+    compiler could fuse that comparison again, on sums that are not rounded yet, and select other elements than those whose rows
+    were read.
     """
-    tau = _given(tensors, "exact_tau")
+    tau = _required(tensors, "exact_tau")
     weight = torch.t(target.weight) if target.transposed else target.weight
     # compared in fp32, whatever the dtype of y
     a = torch.ge(y, tau).type_as(y)
@@ -226,12 +228,12 @@ def _exact(
         exact = torch.nn.functional.linear(x, weight, target.bias)
     else:
         exact = masked_rows(cast(x, y.dtype), a, weight, target.bias, adapter.exact_density)
-    see("exact_tau", exact, lambda: a != 0)
+    observe("exact_tau", exact, lambda: a != 0)
     return torch.where(torch.ne(a, 0), exact, y)
 
 
 def _columns(y: Tensor, span: tuple[int, int]) -> Tensor:
-    # what follows may view it; at one token this costs nothing, at many it fuses with the consumer
+    # consumers may view the result; for one token the copy costs nothing, for many it fuses with the consumer
     return _narrow(y, -1, span).contiguous()
 
 
@@ -239,11 +241,11 @@ def _narrow(value: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
     return torch.narrow(value, dim, span[0], span[1] - span[0])
 
 
-def _given(tensors: Mapping[str, Tensor | None], key: str) -> Tensor:
+def _required(tensors: Mapping[str, Tensor | None], key: str) -> Tensor:
     value = tensors.get(key)
     assert value is not None, key
     return value
 
 
 def _ignore(part: str, output: Tensor, mask: Callable[[], Tensor] | None) -> None:
-    """Observes nothing."""
+    """The observer where none is given."""

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all.
+"""Atomic replacement of a file: readers see the old content or the new one, never a part.
 
-In: a path and what writes to a file. Out: the file, replaced in one step once its bytes are on the disk. A write that fails or is
-killed leaves the old one as it was.
+In: a path, and writes inside a ``with`` block. Out: the file, replaced in one step once its bytes are on the disk. A write that
+fails or is killed leaves the old file unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside ``path`` that takes its place at the end. Raises what writing raises, and then leaves nothing behind."""
+    """A temporary file beside ``path``, open for writing bytes, that replaces ``path`` when the block ends.
+
+    Raises what the block or the file system raises, after the temporary file is removed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -1,7 +1,7 @@
-"""What a budget means: the expected cost per token of all counted linears, as a fraction of their dense cost.
+"""Definition of a budget: the expected cost per token of all counted linears, as a fraction of their dense cost.
 
 In: a fraction in (0, 1], a metric ("flops": multiply-adds, "bytes": bytes of weights read), and dense costs in that metric. Out:
-the target for the layers that a recipe adapts once those that stay dense have their share, and the error where there is none.
+the target for the layers that a recipe adapts, after the cost of those that stay dense, or the error where it is not positive.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rana_fx.errors import BudgetUnreachable
 
-_MARGIN = 0.01  # of the dense cost, added to the lowest budget that an error names: ranks and kept inputs are whole
+_MARGIN = 0.01  # of the dense cost, added to the lowest budget that an error names: ranks and kept inputs are integers
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Split:
     Attributes:
         total: dense cost of all layers that the budget counts.
         adaptable: dense cost of those among them that a recipe adapts.
-        target: what the adaptable layers may cost together. Not positive: the budget cannot be reached.
+        target: total cost of the adaptable layers at the budget. Not positive: the budget cannot be reached.
     """
 
     total: float
@@ -58,7 +58,8 @@ class Budget:
         """The error to raise.
 
         Args:
-            lowest: the lowest budget that ``recipe`` reaches, but for whole ranks.
+            lowest: the lowest budget that ``recipe`` reaches, up to the rounding of ranks to integers.
+            why: the reason for that limit.
             alternatives: names of recipes that adapt every layer.
         """
         *firsts, last = alternatives or ("no other",)

@@ -1,7 +1,7 @@
-"""``rana-fx``, the command line: adapt, fine-tune, evaluate, explain and try a model.
+"""``rana-fx``, the command line: adapt, fine-tune, evaluate, explain and run a model.
 
-In: arguments. Out: a table, and with ``--json FILE`` the same facts for programs. A mistake that rana_fx knows ends with one
-message on stderr and exit code 2; RANA_FX_DEBUG=1 shows the traceback instead.
+In: arguments. Out: a table, and with ``--json FILE`` the same facts as JSON. A ``RanaError`` is printed as one message on stderr,
+with exit code 2; RANA_FX_DEBUG=1 shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from rana_fx.errors import RanaError
 
 
 class _Group(TyperGroup):
-    """Turns errors of rana_fx into one message."""
+    """Prints a ``RanaError`` as one message."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Exception as error:
-            ours = _ours(error)
-            if ours is None or os.environ.get("RANA_FX_DEBUG") == "1":
+            found = _rana_error(error)
+            if found is None or os.environ.get("RANA_FX_DEBUG") == "1":
                 raise
             typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            typer.echo(str(ours), err=True)
+            typer.echo(str(found), err=True)
             raise typer.Exit(2) from None
 
 
-def _ours(error: BaseException) -> RanaError | None:
-    """The error of rana_fx inside an error; torch.compile wraps those of a backend."""
+def _rana_error(error: BaseException) -> RanaError | None:
+    """The ``RanaError`` that an error is or wraps; torch.compile wraps errors of a backend."""
     inner: Any = error
     while inner is not None and not isinstance(inner, RanaError):
         inner = getattr(inner, "inner_exception", None)
     return inner
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"rana-fx {__version__}")
         raise typer.Exit
 
@@ -59,7 +59,7 @@ app = typer.Typer(
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Adaptive rank allocation for any Transformer that torch.compile can trace."""

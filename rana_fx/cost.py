@@ -1,7 +1,7 @@
-"""What a token costs, and what it keeps: the two quantities that adapters, plans, recipes and measurements exchange.
+"""``Cost`` and ``Kept`` per token: the two quantities that adapters, plans, recipes and measurements share.
 
-A ``Cost`` is always both metrics at once, so that none of them is computed from the other's numbers by mistake; a ``Kept``
-is what the cost of an adapter depends on once its tensors are given.
+A ``Cost`` always holds both metrics, so that neither is computed from the other's numbers by mistake; a ``Kept`` holds what the
+cost of an adapter depends on besides its tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Cost:
     """Expected cost per token. flops: multiply-adds. bytes: bytes of weights read, scales included.
 
     ``cost["flops"]`` and ``cost["bytes"]`` read one metric (UnknownMetric otherwise). Costs add and subtract, and scale by a
-    number; ``sum(costs, Cost())`` is their total.
+    number; ``sum(costs, Cost())`` is the total of several.
     """
 
     flops: float = 0.0
@@ -53,7 +53,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What an adapter keeps per token, on average: expected, simulated or measured. None: as the adapter expects.
+    """Mean number of values that an adapter keeps per token: expected, simulated or measured. None: the adapter's expectation.
 
     Attributes:
         ranks: rows of its weight that the mask keeps, in [0, ranks].
@@ -66,7 +66,7 @@ class Kept:
     outputs: float | None = None
 
     def otherwise(self, other: Kept) -> Kept:
-        """The same with what is None taken from ``other``."""
+        """A copy in which fields that are None are taken from ``other``."""
         return Kept(
             other.ranks if self.ranks is None else self.ranks,
             other.inputs if self.inputs is None else self.inputs,

@@ -1,11 +1,11 @@
-"""Give the memory of dense weights back where factors have replaced them (``options={"prefill": "factors"}``).
+"""Free the memory of dense weights that factors have replaced (``options={"prefill": "factors"}``).
 
-    weight (out, in), out * in numbers      becomes      weight (out, in), one NaN seen out * in times
+    weight (out, in), out * in numbers      becomes      weight (out, in) with strides (0, 0), one NaN
 
-In: Parameters that nobody reads any more. Out: the same Parameters, name, shape, dtype and device kept, so that modules print,
-graphs are traced and guards hold as before; what reads one by accident gets NaN, not garbage. There is no way back but the
-checkpoint: a fresh model, or ``load_state_dict(..., assign=True)``, since nothing can be copied into what is left. A deep copy,
-or ``.to(...)``, of such a Parameter is a full tensor of NaN.
+In: Parameters that no graph reads any more. Out: the same Parameters with the same name, shape, dtype and device, so that
+modules print, graphs are traced and guards hold as before; reading one by accident yields NaN and not arbitrary values. Only the
+checkpoint restores the weight: a new model, or ``load_state_dict(..., assign=True)``, since no value can be copied into an
+expanded tensor. A deep copy, or ``.to(...)``, of such a Parameter is a full tensor of NaN.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 
 def free_(weight: nn.Parameter) -> None:
-    """Free its memory, for good."""
-    # .data: whoever holds the Parameter holds what is left of it, too
+    """Free the memory of a weight, irreversibly: its values become NaN."""
+    # .data: the Parameter stays the same object, so that all references to it see the freed tensor
     weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
 def is_freed(weight: Tensor) -> bool:
-    """Whether ``free_`` was here, and nobody has put other data in its place."""
+    """Whether ``free_`` freed this weight and no other data was assigned to it since."""
     if weight.device.type == "meta" or weight.numel() < 2 or any(weight.stride()):
         return False
     return weight.untyped_storage().nbytes() == weight.element_size()

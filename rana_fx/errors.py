@@ -1,7 +1,7 @@
 """Every exception this package raises, with its message.
 
-A user mistake raises one of these, never an ``assert``. Each message says where (site or file), what
-was got, what was expected and what to do; the named facts stay on the exception as ``error.facts``.
+A user mistake raises one of these, never an ``AssertionError``. Each message states where (site or file), what was got, what was
+expected and what to do; the named facts stay on the exception as ``error.facts``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 
 class RanaError(Exception):
-    """Base class. ``facts`` holds the values the message was made of."""
+    """Base class. ``facts`` holds the values that the message is formatted with."""
 
     message: ClassVar[str] = "{reason}"
 
@@ -31,7 +31,7 @@ def _rebuild(cls: type[RanaError], facts: dict[str, object]) -> RanaError:
     return cls(**facts)
 
 
-# ---- what the caller asked for
+# ---- arguments
 
 
 class BudgetOutOfRange(RanaError, ValueError):
@@ -44,7 +44,7 @@ class BudgetOutOfRange(RanaError, ValueError):
 class BudgetUnreachable(RanaError, ValueError):
     message = (
         "budget={budget:.3f} cannot be reached with recipe={recipe!r} on this model: the lowest reachable budget is "
-        "{lowest:.3f} ({why}). Ask for at least {lowest:.3f}, or use another recipe (rana_fx recipes: {recipes})."
+        "{lowest:.3f} ({why}). Pass at least {lowest:.3f}, or use another recipe (rana_fx recipes: {recipes})."
     )
 
 
@@ -80,7 +80,7 @@ class TooFewTokens(RanaError, ValueError):
 
 class NonFinite(RanaError, ValueError):
     message = (
-        "{site}: {count} NaN or Inf values in its {what} ({shape}). The model would be adapted to noise; "
+        "{site}: {count} NaN or Inf values in its {what} ({shape}). Calibration needs finite values: "
         "check the checkpoint, the dtype (fp16 overflows at 65504) and the batches."
     )
 
@@ -102,7 +102,7 @@ class TraceFailed(RanaError, RuntimeError):
 
 class AlreadyAdapted(RanaError, RuntimeError):
     message = (
-        "{model} already carries a plan (recipe={recipe!r}, budget={budget}, digest {digest}). "
+        "{model} already has a plan attached (recipe={recipe!r}, budget={budget}, digest {digest}). "
         "Call rana_fx.detach(model) first, or rana_fx.attach(model, other_plan) to replace it."
     )
 
@@ -131,7 +131,7 @@ class PlanMismatch(RanaError, ValueError):
 
 class WeightsFreed(RanaError, RuntimeError):
     message = (
-        "{site}: its dense weight is gone. The model was compiled with prefill='factors', which frees the weights that factors "
+        "{site}: its dense weight was freed. The model was compiled with prefill='factors', which frees the weights that factors "
         "replace; expected a model with all of its weights: load its checkpoint again to {what}."
     )
 
@@ -168,8 +168,8 @@ class UnknownTarget(RanaError, ValueError):
 
 class LoraBeside(RanaError, RuntimeError):
     message = (
-        "{site}: an adapter was put beside this linear (its weight {weight}), which the plan masks or replaces: it would bypass "
-        "the mask, and could not be merged. Expected peft's own wrappers only on linears that stayed dense; use "
+        "{site}: a LoRA module (its weight {weight}) was added in parallel to this linear, which the plan masks or replaces: it "
+        "would bypass the mask, and could not be merged. Expected peft's own wrappers only on linears that stayed dense; use "
         "rana_fx.training.add_lora(model, peft.LoraConfig(...)) for the others."
     )
 
@@ -186,15 +186,15 @@ class OutOfMemory(RanaError, RuntimeError):
 
 class LossNotFinite(RanaError, RuntimeError):
     message = (
-        "step {step}: the {what} is {got}, expected a finite number. Parameters are as step {last} left them; {kept}. "
-        "Lower the learning rate (now {rate:g}), train in float32 or bfloat16, or look at the text of that step."
+        "step {step}: the {what} is {got}, expected a finite number. Parameters are those after step {last}; {kept}. "
+        "Lower the learning rate (now {rate:g}), train in float32 or bfloat16, or inspect the text of that step."
     )
 
 
 class TooLittleText(RanaError, ValueError):
     message = (
-        "{source}: {got} tokens were got, expected {asked} ({trained} to train on and {held_out} held out), in whole batches of "
-        "{batch}. Ask for fewer tokens or give more text: a text is not repeated."
+        "{source}: got {got} tokens, expected {expected} ({trained} to train on and {held_out} held out), in whole batches of "
+        "{batch}. Lower the number of tokens or pass more text: a text is not repeated."
     )
 
 

@@ -11,7 +11,7 @@ _WRAPPED = "_orig_mod"  # where torch.compile(module) keeps the module
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module behind torch.compile, DataParallel and DistributedDataParallel: plans name its weights."""
+    """The module inside torch.compile, DataParallel and DistributedDataParallel, whose weight names plans use."""
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = getattr(model, _WRAPPED)
@@ -22,7 +22,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Site name -> Parameter; tied ones under each of their names. Modules compiled in place keep their names."""
+    """Site name -> Parameter; tied ones under each of their names. Compiling a module in place does not change its names."""
     named = unwrap(model).named_parameters(remove_duplicate=False)
     return {site_name(name.replace(f"{_WRAPPED}.", "")): parameter for name, parameter in named}
 
@@ -36,7 +36,7 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 
 def quantised_modules(model: nn.Module) -> dict[str, str]:
-    """Names of modules that hold a quantised matrix outside of Parameters, where no graph shows it -> what they are."""
+    """Name -> description of each module that holds a quantised matrix outside of Parameters, where no graph contains it."""
     found = {}
     for name, module in unwrap(model).named_modules():
         matrices = [

@@ -1,10 +1,10 @@
-"""The plan: what adaptation decided, frozen. The only thing that crosses from adaptation to compilation.
+"""The plan: the frozen result of adaptation, and the only data that is passed from adaptation to compilation.
 
 In: the recipe's adapters and the fingerprint of the weights they were made for. Out: costs, a summary, a digest (part
 of the compile-cache key) and, through ``rana_fx.plan_io``, a folder on disk.
 
-Facts on disk are the fields of ``Plan``, ``SiteRecord`` and ``Adapter`` but for tensors; those have names such as "0.router",
-the adapter's index first. The schema they are checked by is derived from the same fields.
+Facts on disk are the fields of ``Plan``, ``SiteRecord`` and ``Adapter`` except tensors, which have names such as "0.router", the
+adapter's index first. The schema that facts are validated with is derived from the same fields.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from rana_fx.skips import Note, Skip, entry, stored
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """A linear of the model the plan was made for. ``digest``: of the weight's bytes; flops: multiply-adds per token."""
+    """A linear of the model that the plan was made for.
+
+    Attributes:
+        name: of its weight. role: by dataflow, such as "up" (rana_fx/graph/roles.py). op: such as "linear" or "matmul".
+        transposed: the weight is stored (in, out). uses: how many times a forward pass applies it. counted: by the budget.
+        dtype: of the weight. digest: SHA-256 of the weight's bytes, 16 hex digits.
+    """
 
     name: str
     role: str
@@ -49,6 +55,7 @@ class SiteRecord:
 
     @property
     def flops(self) -> float:
+        """Multiply-adds per token."""
         return float(self.uses * self.out_features * self.in_features)
 
     @property
@@ -66,10 +73,11 @@ class Plan:
     """One adaptation of one model.
 
     Attributes:
-        budget: asked, a fraction of the dense cost in ``metric`` ("flops": multiply-adds, "bytes": weight bytes read).
-        tokens: calibration tokens seen, padding not counted.
-        sites: every linear found; those with ``counted`` make up the budget.
-        adapters: what is replaced. skips: what is not, and why (``left``), and notes on what is (``notes``), in one order.
+        budget: the target, a fraction of the dense cost in ``metric`` ("flops": multiply-adds, "bytes": weight bytes read).
+        tokens: number of calibration tokens, padding not counted.
+        sites: every linear found; the budget counts those with ``counted``.
+        adapters: what replaces linears. skips: linears that are not replaced, with the reason (``left``), and notes on adapted
+            ones (``notes``), in one order.
     """
 
     recipe: str
@@ -90,7 +98,7 @@ class Plan:
 
     @property
     def dense_cost(self) -> Cost:
-        """Per token, of all linears that make up the budget."""
+        """Per token, of all linears that the budget counts."""
         return sum((site.dense_cost for site in self.sites if site.counted), Cost())
 
     def expected_budget(
@@ -121,11 +129,11 @@ class Plan:
 
     @property
     def left(self) -> tuple[Skip, ...]:
-        """What is not adapted, and why."""
+        """Linears that are not adapted, with the reason."""
         return tuple(skip for skip in self.skips if isinstance(skip, Skip))
 
     def notes(self, site: str = "") -> tuple[str, ...]:
-        """What a user should know of the plan as a whole, or of a site that it adapts."""
+        """Notes on the plan as a whole, or on a site that it adapts."""
         return tuple(note.text for note in self.skips if isinstance(note, Note) and note.site == site)
 
     remarks = notes
@@ -135,7 +143,7 @@ class Plan:
         state = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
         for adapter in self.adapters:
             for name, value in sorted(adapter.tensors().items()):
-                # the same bytes are other numbers in another dtype
+                # equal bytes represent other numbers in another dtype
                 state.update(f"{adapter.name}/{name}/{value.dtype}/{tuple(value.shape)}".encode())
                 state.update(tensor_bytes(value))
         return state.hexdigest()
@@ -154,7 +162,7 @@ class Plan:
         }
 
     def summary(self, *, all: bool = False) -> str:
-        """A few lines for people: adapters by kind and role, at most 25 lines and the notes; ``all``: a line for each adapter."""
+        """The plan as text: adapters by kind and role, at most 25 lines and the notes; ``all``: a line for each adapter."""
         kinds: dict[str, int] = {}
         for adapter in self.adapters:
             kinds[adapter.kind] = kinds.get(adapter.kind, 0) + 1
@@ -186,8 +194,15 @@ class Plan:
 def load_plan(path: str | Path) -> Plan:
     """Read a plan that ``Plan.save`` wrote; no pickle is involved.
 
+    Args:
+        path: the folder.
+
+    Returns:
+        The plan, with tensors on the CPU; its digest is that of the saved one.
+
     Raises:
-        PlanFileError, PlanVersion.
+        PlanFileError: the folder holds no plan, or one that is incomplete or was changed.
+        PlanVersion: the plan was written in a format that this version does not read.
     """
     folder = Path(path)
     found = plan_io.read(folder, _SCHEMA)
@@ -209,17 +224,17 @@ def adapter_facts(adapter: Adapter) -> dict[str, Any]:
     """An adapter's facts without tensors."""
     facts = {field.name: getattr(adapter, field.name) for field in dataclasses.fields(adapter) if field.name not in TENSORS}
     if adapter.exact_kept is None:
-        del facts["exact_kept"]  # so that plans from before there were exact outputs keep their digest
+        del facts["exact_kept"]  # plans without exact outputs keep the digest that earlier versions gave them
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
 
 def _facts_type(name: str, source: type, **changed: Any) -> Any:
-    """A dataclass of the fields of ``source`` but for tensors. All are wanted but the one that ``adapter_facts`` may omit."""
+    """A dataclass of the fields of ``source`` except tensors. All are required except the one that ``adapter_facts`` may omit."""
     found = {key: value for key, value in typing.get_type_hints(source).items() if key not in TENSORS} | changed
     names = [field.name for field in dataclasses.fields(source) if field.name in found]
-    wanted: list[Any] = [(key, found[key]) for key in names if key != "exact_kept"]
-    wanted += [(key, found[key], None) for key in names if key == "exact_kept"]
-    return dataclasses.make_dataclass(name, wanted, frozen=True)
+    fields: list[Any] = [(key, found[key]) for key in names if key != "exact_kept"]
+    fields += [(key, found[key], None) for key in names if key == "exact_kept"]
+    return dataclasses.make_dataclass(name, fields, frozen=True)
 
 
 _AdapterFacts = _facts_type("_AdapterFacts", Adapter)
@@ -235,7 +250,7 @@ def _adapter(index: int, facts: Any, tensors: Mapping[str, Tensor]) -> Adapter:
 
 
 def _check_sites(folder: Path, plan: Plan, adapter: Adapter) -> None:
-    """An adapter has the sizes of the linears it replaces. Raises PlanFileError."""
+    """Check that an adapter has the sizes of the linears it replaces. Raises PlanFileError."""
     records = {record.name: record for record in plan.sites}
     unknown = [site for site in (*adapter.sites, *adapter.also) if site not in records]
     if unknown:

@@ -1,9 +1,9 @@
 """A plan on disk: ``plan.json`` with the facts, and one safetensors file with the factors, named by its content.
 
-In: facts and tensors by name, as ``rana_fx.plan`` makes them of a plan. Out: a folder; and both again from a folder.
+In: facts and tensors by name, as ``rana_fx.plan`` takes them from a plan. Out: a folder; and facts and tensors from a folder.
 
 The tensors are written first, under a name that no older plan uses; then ``plan.json`` is replaced in one step; only
-then are tensors of an older plan removed. So at every moment the folder holds a whole plan: the old or the new one.
+then are tensors of an older plan removed. So the folder holds a complete plan at any time: the old one or the new one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEADER = "plan.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """What a folder holds. number: of the format. facts: JSON-able; after ``read``, what the schema made of them."""
+    """The content of a folder. number: of the format. facts: JSON-able; after ``read``, validated by the schema."""
 
     number: int
     digest: object
@@ -54,7 +54,7 @@ def write(stored: Stored, folder: Path) -> None:
                 created.append(folder / name)
                 _replace(folder / name, content)
             _replace(folder / HEADER, json.dumps(header, indent=1).encode())
-            # of an older plan, and of a save that was killed
+            # files of an older plan, and of a save that was killed
             for old in [*folder.glob("plan-*.safetensors"), *folder.glob(".plan*.tmp")]:
                 if old.name != name:
                     old.unlink(missing_ok=True)
@@ -66,7 +66,7 @@ def write(stored: Stored, folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time: another one's clean-up would take the tensors whose header is not written yet."""
+    """One process at a time: the clean-up of another process would remove tensors whose header is not written yet."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -74,7 +74,7 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks: as it was
+        with suppress(OSError):  # a file system without locks: proceed without one
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -87,13 +87,13 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def read(folder: Path, schema: pydantic.TypeAdapter[Any]) -> Stored:
-    """Read and check that facts fit ``schema`` and tensors are whole. Raises PlanFileError, PlanVersion."""
+    """Read, and check that facts fit ``schema`` and tensors are complete. Raises PlanFileError, PlanVersion."""
     content = _header(folder)
     while True:
         try:
             return _parse(folder, content, schema)
         except PlanFileError:
-            # saved anew meanwhile: the tensors of the header that was read may be gone
+            # a concurrent save may have removed the tensors of the header that was read
             before, content = content, _header(folder)
             if content == before:
                 raise

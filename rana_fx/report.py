@@ -1,6 +1,6 @@
 """``explain``: every linear of a model, what happens to it, and why.
 
-In: a model (with or without a plan) and one example batch. Out: a ``Report``: rows for people and for programs.
+In: a model (with or without a plan) and one example batch. Out: a ``Report``, which prints as a table and converts to JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Row:
 class Report:
     """Rows in order of execution, and totals. ``memory``: bytes of linears and factors for each mode of the option "prefill".
 
-    ``notes``: what was not as it should be when the plan was made, such as a backward pass that failed.
+    ``notes``: of the plan as a whole, for example that the backward pass failed during calibration.
     """
 
     model: str
@@ -75,13 +75,22 @@ class Report:
 
 
 def explain(model: nn.Module, example_inputs: Any) -> Report:
-    """Trace a model on one batch and say what its plan does with each linear.
+    """Trace a model on one batch and report what its plan does with each linear.
 
     Args:
+        model: any module that runs under torch.compile, with or without a plan attached. It runs once, in evaluation mode, and is
+            not changed. Code that torch.compile made earlier in this process is compiled again on its next call.
         example_inputs: one batch, as ``rana_fx.adapt`` takes them.
 
+    Returns:
+        A ``Report``: a row for each linear with its role, shape, action, cost over dense and the reason; and the bytes of linears
+        and factors for each mode of the option "prefill". ``print(report)`` shows a table, ``report.to_dict()`` is JSON-able.
+
     Raises:
-        NoLinears, NonFinite, TraceFailed.
+        NoLinears: the traced graphs contain no linear inside a block.
+        NonFinite: a weight or an input of a linear has NaN or Inf values.
+        TraceFailed: the model does not run, or cannot be traced, on this batch.
+        WeightsFreed: the model was compiled with ``prefill="factors"``.
     """
     layout = calibrate(model, [example_inputs], wanted=lambda _: set(), progress=False).layout
     found = attached(model)

@@ -1,4 +1,4 @@
-"""What adaptation leaves as it is, and what a user should know of the rest: the two kinds of entries in a plan's list.
+"""The two kinds of entries in a plan's list: weights that stay dense, with the reason, and notes on adapted ones.
 
 On disk and in digests both are pairs of a site and a text; the site of a note begins with ``MARK``.
 """
@@ -12,7 +12,7 @@ MARK = "*"
 
 @dataclass(frozen=True)
 class Skip:
-    """A weight or a group that is left as it is, and why."""
+    """A weight or a group that is not adapted, and the reason."""
 
     site: str
     reason: str
@@ -27,20 +27,20 @@ class Note:
 
     @property
     def reason(self) -> str:
-        """The text, by the name that it has in a ``Skip``."""
+        """The text, under the attribute name of a ``Skip``."""
         return self.text
 
 
 def stored(entry: Skip | Note) -> dict[str, str]:
-    """As it is written to a plan."""
+    """The entry as it is written to a plan."""
     return {"site": entry.site if isinstance(entry, Skip) else MARK + entry.site, "reason": entry.reason}
 
 
 def entry(site: str, reason: str) -> Skip | Note:
-    """What was written to a plan, or collected by a recipe, as a site and a text."""
+    """The entry for a site and a text, as a plan stores them or a recipe collects them."""
     return Note(site.removeprefix(MARK), reason) if site.startswith(MARK) else Skip(site, reason)
 
 
 def typed(given: Skip | Note) -> Skip | Note:
-    """The same, as a ``Note`` where it is a ``Skip`` whose site is marked as a note's."""
+    """The same entry; a ``Skip`` whose site begins with ``MARK`` is converted to a ``Note``."""
     return entry(given.site, given.reason) if isinstance(given, Skip) else given

@@ -1,7 +1,7 @@
-"""A plan in lines for people: its adapters by kind and role, or one by one.
+"""A plan as lines of text: its adapters by kind and role, or one by one.
 
 In: adapters, the roles of the sites they replace, and the dense cost of the whole plan. Out: lines of text; a header and at
-most ``MOST_GROUPS`` + 1 of them for a model of any depth.
+most ``MOST_GROUPS`` + 1 lines for a model of any depth.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from rana_fx.adapter import Adapter
 from rana_fx.cost import Cost
 
-MOST_GROUPS = 18  # kinds and roles of all recipes of today make fewer
+MOST_GROUPS = 18  # current recipes make fewer combinations of kind and role
 
 
 def by_role(adapters: Sequence[Adapter], roles: Mapping[str, str], metric: str, dense: Cost) -> list[str]:
-    """A line for each kind of adapter and role: how many, in which layers, what they keep and what they cost in ``metric``.
+    """A line for each kind of adapter and role: how many, in which layers, kept fractions and cost in ``metric``.
 
     Args:
         roles: by site. dense: of all linears in the budget, of which the last column is a share.
@@ -49,7 +49,7 @@ def one_by_one(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def details(adapter: Adapter) -> str:
-    """How its matrices are stored, what masks its router and which outputs are exact, for people: ", router 8 bit, ..."."""
+    """Storage of its matrices, inputs that its router reads and number of exact outputs, as text: ", router 8 bit, ..."."""
     names = {"router": "router", "weight": "factors" if adapter.router is not None else "weights"}
     parts = [f"{names[key]} {bits} bit" for key, bits in adapter.bits().items()]
     if adapter.router_kept is not None:
@@ -75,7 +75,7 @@ def layer_of(site: str) -> int | None:
 
 
 def _layers(found: Sequence[Adapter]) -> str:
-    """The numbers of their layers: "0 to 31"; "-" where a name has none."""
+    """The range of layer numbers of adapters: "0 to 31"; "-" where no name has one."""
     layers = sorted({layer for adapter in found if (layer := layer_of(adapter.sites[0])) is not None})
     if not layers:
         return "-"

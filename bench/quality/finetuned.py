@@ -28,7 +28,7 @@ from rana_fx.evaluation.perplexity import load_model
 from rana_fx.training import Settings, best_rate, lora_config, merge_lora, rethreshold, train, trained_plan
 from rana_fx.training.checkpoint import NAME
 from rana_fx.training.methods import METHODS, choose
-from rana_fx.training.thresholds import SETTLING
+from rana_fx.training.thresholds import SAMPLE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _tuned(
     }  # fmt: skip
     merge_lora(network)
     if tuning.thresholds and point[0] != "dense":
-        rethreshold(network, text.batches[: -(-SETTLING // (setup.context * tuning.batch_size))])
+        rethreshold(network, text.batches[: -(-SAMPLE_TOKENS // (setup.context * tuning.batch_size))])
     new = trained_plan(network)
     after = {name: _losses(network, found) for name, found in texts.items()}
     rana_fx.detach(network)

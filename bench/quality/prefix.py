@@ -132,7 +132,7 @@ def _losses(model: InstrumentedModel, text: Text, simulator: AdapterSimulator | 
         step = None if simulator is None else FromPosition(simulator, (ids.shape[0], ids.shape[1]), leading).step
         logits = model.run(batch, step).logits.float().cpu()
         if simulator is not None:
-            simulator.forget()
+            simulator.clear()
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").double()
         found.append(losses.masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, torch.nan))
     return torch.cat(found)

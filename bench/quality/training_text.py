@@ -66,7 +66,7 @@ def training_text(
     held, kept = sequences[len(sequences) - testing * batch_size :], sequences[: len(sequences) - testing * batch_size]
     if not steps or len(kept) < batch_size or len(held) < testing * batch_size:
         facts: dict[str, Any] = {"trained": steps * at_once, "held_out": testing * at_once, "batch": at_once}
-        raise TooLittleText(source=source, got=len(ids), asked=asked, **facts)
+        raise TooLittleText(source=source, got=len(ids), expected=asked, **facts)
     generator = torch.Generator().manual_seed(seed)
     orders, wanted = [], steps * batch_size
     while sum(map(len, orders)) < wanted:

@@ -1,9 +1,9 @@
 """What the C++ templates share: loads of weights as fp32 from any storage, and an epilogue that users are fused into.
 
 In: inputs by name, and C++ text that writes ``result``, a contiguous (T, N) array of floats. Out: an Inductor template whose
-text sees each input as a typed pointer to its first element, ``load`` (a vector of floats from a row of weights, at most as many
-as asked and anything finite behind them) and ``load_pair`` (even and odd columns of a packed 4-bit row). The scheduler fuses
-pointwise users into any template; they run over ``result`` at the end.
+text sees each input as a typed pointer to its first element, ``load`` (a vector of floats from a row of weights: the
+requested number of elements, then finite values) and ``load_pair`` (even and odd columns of a packed 4-bit row). The scheduler
+fuses pointwise users into any template; they run over ``result`` at the end.
 """
 
 from __future__ import annotations
@@ -132,5 +132,5 @@ class RowsTemplate(CppTemplate):
 
 
 def index_of(node: Any, *names: str) -> str:
-    """The place of an element in a strided buffer."""
+    """The C++ expression of an element's offset in a strided buffer."""
     return " + ".join(f"{name} * {int(stride)}L" for name, stride in zip(names, node.get_stride(), strict=True))

@@ -31,7 +31,7 @@ def command(
     every_adapter: o.All = False,
     json: o.Json = None,
 ) -> None:
-    """Calibrate MODEL on a text, decide how much of every linear each token needs, and write that plan."""
+    """Calibrate MODEL on a text, distribute the budget over its linears, and write the resulting plan."""
     import torch
 
     from rana_fx.adaptation import adapt
@@ -40,7 +40,7 @@ def command(
     torch.manual_seed(seed)
     network, tokenizer = load_model(model, dtype=dtype, device=device)
     text = {"column": column, "split": split, "tokens": tokens, "context": context, "batch_size": batch_size}
-    # neighbouring documents are alike: what a few of them keep is not what the text keeps
+    # neighbouring documents are similar: the first ones alone would be a biased sample of the text
     batches = data_batches(network, tokenizer, data, **text, shuffle=seed)  # type: ignore[arg-type]
     started = time.perf_counter()
     plan = adapt(network, batches, budget=budget, metric=metric, recipe=recipe, seed=seed)
@@ -66,9 +66,9 @@ def command(
         ("", "value"),
         [
             ("recipe", plan.recipe),
-            ("budget asked", f"{plan.budget:g} of the dense {plan.metric}"),
-            ("budget expected, flops", plan.expected_budget("flops")),
-            ("budget expected, bytes", plan.expected_budget("bytes")),
+            ("target budget", f"{plan.budget:g} of the dense {plan.metric}"),
+            ("expected budget, flops", plan.expected_budget("flops")),
+            ("expected budget, bytes", plan.expected_budget("bytes")),
             ("calibration tokens", plan.tokens),
             ("linears left dense or skipped", len(plan.left)),
             *(("note", text) for text in plan.notes()),

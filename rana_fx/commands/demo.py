@@ -25,7 +25,7 @@ def command(
     every_adapter: o.All = False,
     json: o.Json = None,
 ) -> None:
-    """Adapt, compile and try the language model that ships with rana_fx. Takes a few minutes on two CPU cores."""
+    """Adapt, compile and run the language model that ships with rana_fx. Takes a few minutes on two CPU cores."""
     from rana_fx.commands import demo_run
 
     options = {
@@ -57,9 +57,9 @@ def _rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:
         ("perplexity, held-out text", dense["perplexity"], adapted["perplexity"], facts["perplexity_ratio"]),
         ("mean loss, nats per token", dense["mean_loss"], adapted["mean_loss"], None),
         ("tokens predicted", dense["tokens"], adapted["tokens"], None),
-        (f"cost of linears asked, {budget['metric']}", 1.0, budget["asked"], budget["asked"]),
-        ("cost of linears measured, flops", 1.0, budget["measured"]["flops"], budget["measured"]["flops"]),
-        ("cost of linears measured, bytes", 1.0, budget["measured"]["bytes"], budget["measured"]["bytes"]),
+        (f"target cost of linears, {budget['metric']}", 1.0, budget["asked"], budget["asked"]),
+        ("measured cost of linears, flops", 1.0, budget["measured"]["flops"], budget["measured"]["flops"]),
+        ("measured cost of linears, bytes", 1.0, budget["measured"]["bytes"], budget["measured"]["bytes"]),
         ("compiled by", "inductor", f"rana, recipe {facts['recipe']}", None),
         ("compilation, seconds", slow["compile_seconds"], fast["compile_seconds"], None),
         (
@@ -69,7 +69,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:
             _over(fast["ms_per_token"], slow["ms_per_token"]),
         ),
         ("calibration and plan, seconds", None, facts["adapt_seconds"], None),
-        ("all of the demo, seconds", None, facts["seconds"], None),
+        ("total, seconds", None, facts["seconds"], None),
     ]
 
 

@@ -1,7 +1,7 @@
 """The demo: a trained language model, adapted, compiled and compared with the dense model.
 
-In: the model and the texts that ship with the package. Out: facts: perplexity, cost of the linear layers per token asked
-and measured, the continuation of a prompt and the time of a decoded token, each dense and adapted. No network is needed.
+In: the model and the texts that ship with the package. Out: facts: perplexity, target and measured cost of the linear
+layers per token, the continuation of a prompt and the time of a decoded token, each dense and adapted. No network is needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REPEATS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What ``rana-fx demo`` takes. ``tokens``: of calibration, and at most so many of evaluation."""
+    """Options of ``rana-fx demo``. ``tokens``: maximum number, of calibration and of evaluation text."""
 
     budget: float = 0.58
     metric: str = "flops"
@@ -48,7 +48,7 @@ class Options:
 
 
 def run(options: Options, *, progress: bool = True, report: Callable[[str], None] = print) -> tuple[dict[str, Any], Plan]:
-    """Everything the demo shows, as JSON-able facts, and the plan it made.
+    """Run the demo; returns its results as JSON-able facts, and the plan.
 
     Args:
         report: called with a line of text before each step.
@@ -59,14 +59,14 @@ def run(options: Options, *, progress: bool = True, report: Callable[[str], None
     started = time.perf_counter()
     torch.manual_seed(options.seed)
     report(f"1/5  loading the embedded model, {_MODEL} (5.5 M parameters)")
-    model, tokenizer, calibration, evaluation = _material(options)
+    model, tokenizer, calibration, evaluation = _load(options)
     report("2/5  perplexity of the dense model on held-out text")
     dense = evaluate(model, evaluation, progress=progress)
     of_dense = f"budget {options.budget:g} of the dense {options.metric}"
     report(f"3/5  adapting: recipe {options.recipe}, {of_dense}, {options.tokens:,} tokens of calibration text")
     begun = time.perf_counter()
-    asked = {"budget": options.budget, "metric": options.metric, "recipe": options.recipe, "seed": options.seed}
-    plan = adapt(model, calibration, progress=progress, **asked)  # type: ignore[arg-type]
+    target = {"budget": options.budget, "metric": options.metric, "recipe": options.recipe, "seed": options.seed}
+    plan = adapt(model, calibration, progress=progress, **target)  # type: ignore[arg-type]
     adapt_s = time.perf_counter() - begun
     report("4/5  perplexity of the adapted model on the same text, counting what it keeps")
     adapted, measured = evaluate_adapted(model, evaluation, progress=progress)
@@ -97,7 +97,7 @@ def run(options: Options, *, progress: bool = True, report: Callable[[str], None
 
 
 def gain(facts: dict[str, Any]) -> str:
-    """In one sentence what a user of the adapted model gains and loses, or that nothing is gained on this device."""
+    """One sentence on the speedup and the increase of perplexity, or that decoding is not faster on this device."""
     dense, adapted = (facts["quality"][name]["perplexity"] for name in ("dense", "adapted"))
     cost = f"perplexity rises from {dense:.2f} to {adapted:.2f} ({facts['perplexity_ratio'] - 1:+.1%})"
     work = f"a token needs {facts['budget']['measured']['flops']:.0%} of the dense multiply-adds in the linears"
@@ -110,7 +110,7 @@ def gain(facts: dict[str, Any]) -> str:
     return f"Result: decoding is {speedup:.2f} times as fast ({times} a token), since {work}; {cost}."
 
 
-def _material(options: Options) -> tuple[Any, Any, list[Any], list[Any]]:
+def _load(options: Options) -> tuple[Any, Any, list[Any], list[Any]]:
     """(model, tokenizer, calibration batches, evaluation batches), all of which ship with the package."""
     data = resources.files("rana_fx") / "data"
     with (
@@ -125,7 +125,7 @@ def _material(options: Options) -> tuple[Any, Any, list[Any], list[Any]]:
 
 
 def _generate(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, dict[str, Any]]:
-    """Timings of both models, taken by turns, so that both meet the same state of the machine."""
+    """Timings of both models, from interleaved runs, so that a change of the machine's load affects both."""
     runs = {"dense": compiled_forward(model, "inductor"), "adapted": compiled_forward(model, backend)}
     made: dict[str, list[Generated]] = {name: [] for name in runs}
     for _ in range(_REPEATS + 1):
@@ -142,7 +142,7 @@ def _timing(cold: Generated, warm: list[Generated]) -> dict[str, Any]:
         "tokens": warm[-1].tokens,
         "ms_per_token": statistics.median(steps) if steps else None,
         "ms_per_token_p20_p80": [spread[1], spread[7]] if spread else None,
-        # what the first run took longer than a later one
+        # the extra time of the first run over a later one
         "compile_seconds": cold.seconds - statistics.median(made.seconds for made in warm),
     }
 

@@ -1,4 +1,4 @@
-"""``rana-fx eval``: perplexity of a model on a text, dense and, with a plan, adapted, with the budget measured."""
+"""``rana-fx eval``: perplexity of a model on a text, dense and, with a plan, adapted, and the measured budget."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def command(
     device: o.Device = None,
     json: o.Json = None,
 ) -> None:
-    """Perplexity of MODEL on a text; with --plan also of the adapted model, and what it kept."""
+    """Perplexity of MODEL on a text; with --plan also of the adapted model, and its measured densities and budget."""
     import torch
 
     from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
@@ -35,7 +35,7 @@ def command(
     from rana_fx.runtime.attachment import attach
 
     torch.manual_seed(seed)
-    # before the model: a wrong path shall not wait for it
+    # before the model, so that a wrong path fails fast
     loaded = None if plan is None else load_plan(plan)
     network, tokenizer = load_model(model, dtype=dtype, device=device)
     if loaded is not None:
@@ -44,7 +44,7 @@ def command(
     batches = data_batches(
         network, tokenizer, data, column=column, split=split, tokens=tokens, context=context, batch_size=batch_size
     )
-    # the eager model is the dense one, plan or not
+    # the eager model is the dense one, also with a plan attached
     dense = evaluate(network, batches)
     facts = facts_of("eval", seed=seed, model=model, data=data, plan=plan, dtype=dtype, device=str(network.device), **text)
     facts |= {"tokens": dense.tokens, "dense": asdict(dense), "adapted": None, "budget": None, "sites": []}
@@ -64,7 +64,7 @@ def command(
             "sites": _sites(loaded, measured),
         }
         columns = _columns(facts["sites"])
-        show("kept per linear", columns, [tuple(row[key.replace(" ", "_")] for key in columns) for row in facts["sites"]])
+        show("density per linear", columns, [tuple(row[key.replace(" ", "_")] for key in columns) for row in facts["sites"]])
     show(f"{model} on {data}", ("", "dense", "adapted"), _rows(facts))
     write_json(json, facts)
 
@@ -89,7 +89,7 @@ def _sites(plan: Plan, measured: Measurement) -> list[dict[str, Any]]:
 
 
 def _columns(sites: list[dict[str, Any]]) -> list[str]:
-    """With what masked routers read of their inputs, and how many outputs are exact, where there are such."""
+    """Columns of the table; those of masked routers and of exact outputs only where the plan has any."""
     columns = ["site", "kind", "ranks", "density expected", "density measured"]
     for part in ("router", "exact"):
         if any(row[f"{part}_density_expected"] is not None for row in sites):
@@ -105,9 +105,9 @@ def _rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:
         ("tokens predicted", dense["tokens"], adapted.get("tokens")),
     ]
     if budget is not None:
-        asked = {budget["metric"]: budget["asked"]}
+        target = {budget["metric"]: budget["asked"]}
         for metric in ("flops", "bytes"):
-            rows.append((f"budget asked, {metric}", 1.0, asked.get(metric)))
-            rows.append((f"budget measured, {metric}", 1.0, budget["measured"][metric]))
+            rows.append((f"target budget, {metric}", 1.0, target.get(metric)))
+            rows.append((f"measured budget, {metric}", 1.0, budget["measured"][metric]))
         rows.append(("recipe", "-", facts["recipe"]))
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rana_fx.commands import options as o
 from rana_fx.commands.record import facts_of, show, write_json
 
-# what the model is traced on: the text does not matter, its length must let every layer run
+# the model is traced on this text; its content does not matter, but it must be long enough for every layer to run
 EXAMPLE = "The model is run once on this sentence, so that torch.compile can trace what it computes."
 
 
@@ -16,7 +16,7 @@ def command(
     device: o.Device = None,
     json: o.Json = None,
 ) -> None:
-    """List every linear layer of MODEL and what becomes of it; with --plan, what the plan does with it."""
+    """List every linear layer of MODEL, whether it can be adapted and why; with --plan, how the plan adapts it."""
     from rana_fx.evaluation.perplexity import load_model
     from rana_fx.plan import load_plan
     from rana_fx.report import explain

@@ -26,7 +26,7 @@ def command(
     plan: Annotated[Path, typer.Option(help="Folder that `rana-fx adapt` wrote.")],
     data: o.Data,
     out: Annotated[Path, typer.Option(help="Folder for the trained model, its plan and checkpoints.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Train on so many tokens, each once.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to train on, each once.")],
     method: Annotated[
         str, typer.Option(help="lora: low-rank additions; factors: the plan's matrices; full: everything.")
     ] = "lora",
@@ -44,12 +44,12 @@ def command(
     target: Annotated[
         list[str] | None, typer.Option(help="LoRA on these linears or factors (ends of names, wildcards; repeatable).")
     ] = None,
-    thresholds: Annotated[bool, typer.Option(help="Estimate thresholds anew after training, to keep the budget.")] = False,
+    thresholds: Annotated[bool, typer.Option(help="Re-estimate thresholds after training, to keep the budget.")] = False,
     autocast: Annotated[str | None, typer.Option(help="bfloat16: run products in it, train in --dtype.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
     evaluate_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: before and after.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 100,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out, exactly.")] = False,
+    resume: Annotated[bool, typer.Option(help="Resume from the checkpoint in --out; same result as without the break.")] = False,
     context: o.Context = 512,
     batch_size: o.BatchSize = 8,
     column: o.Column = "text",
@@ -89,7 +89,7 @@ class _Finetuning:
         from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
         from rana_fx.training import merge_lora, rethreshold, trained_plan
         from rana_fx.training.methods import METHODS
-        from rana_fx.training.thresholds import SETTLING
+        from rana_fx.training.thresholds import SAMPLE_TOKENS
 
         given, out = self.given, self.given["out"]
         if given["method"] not in METHODS:  # before anything is loaded
@@ -106,7 +106,7 @@ class _Finetuning:
         seconds = time.perf_counter() - started
         merge_lora(network)
         if given["thresholds"]:
-            rethreshold(network, batches[: -(-SETTLING // (given["context"] * given["batch_size"]))])
+            rethreshold(network, batches[: -(-SAMPLE_TOKENS // (given["context"] * given["batch_size"]))])
         new = trained_plan(network)
         after, measured = evaluate_adapted(network, held_out)
         detach(network)
@@ -141,13 +141,13 @@ class _Finetuning:
             expected = f"at least {batch * accumulate}, one step of {accumulate} x {given['batch_size']} x {given['context']}"
             raise InvalidOption(name="--tokens", got=given["tokens"], expected=expected)
         training, testing = steps * accumulate, -(-given["held_out"] // batch)
-        asked = (training + testing) * batch
+        expected_tokens = (training + testing) * batch
         text = {key: given[key] for key in ("column", "split", "context", "batch_size")}
-        batches = data_batches(network, tokenizer, given["data"], tokens=asked, shuffle=self.settings.seed, **text)
+        batches = data_batches(network, tokenizer, given["data"], tokens=expected_tokens, shuffle=self.settings.seed, **text)
         got = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        if got < asked:
+        if got < expected_tokens:
             facts: dict[str, Any] = {"trained": training * batch, "held_out": testing * batch, "batch": batch}
-            raise TooLittleText(source=given["data"], got=got, asked=asked, **facts)
+            raise TooLittleText(source=given["data"], got=got, expected=expected_tokens, **facts)
         return _shuffled(batches[:training], self.settings.seed), batches[training:]
 
     def _choose(self, network: Any) -> None:
@@ -179,7 +179,7 @@ class _Finetuning:
             return train(network, batches, settings=settings, held_out=held_out, folder=given["out"], resume=given["resume"])
 
 
-# arguments and options of the command, in order; what its record holds elsewhere or not at all
+# arguments and options of the command, in order; those that its record has under another key or omits
 _OPTIONS = tuple(inspect.signature(command).parameters)
 _NOT_RECORDED = ("seed", "json", "evaluate_every", "checkpoint_every")
 
@@ -187,13 +187,13 @@ _NOT_RECORDED = ("seed", "json", "evaluate_every", "checkpoint_every")
 def _rows(record: dict[str, Any], seconds: float) -> list[tuple[str, object]]:
     loss, budget = record["loss"], record["budget"]
     return [
-        ("loss held out, dense", loss["dense"]),
-        ("loss held out, adapted", loss["before"]),
-        ("loss held out, fine-tuned", loss["after"]),
-        ("budget asked", f"{budget['asked']:g} of the dense {budget['metric']}"),
-        ("budget measured, flops", budget["measured"]["flops"]),
-        ("budget measured, bytes", budget["measured"]["bytes"]),
-        *((f"loss of rate {key}", value) for key, value in record["rates"].items()),
+        ("held-out loss, dense", loss["dense"]),
+        ("held-out loss, adapted", loss["before"]),
+        ("held-out loss, fine-tuned", loss["after"]),
+        ("target budget", f"{budget['asked']:g} of the dense {budget['metric']}"),
+        ("measured budget, flops", budget["measured"]["flops"]),
+        ("measured budget, bytes", budget["measured"]["bytes"]),
+        *((f"held-out loss at learning rate {key}", value) for key, value in record["rates"].items()),
         ("learning rate", f"{record['rate']:g}"),
         ("steps", record["steps"]),
         ("tokens", record["tokens"]),
@@ -217,7 +217,7 @@ def _rate(lr: str) -> float | None:
 
 
 def _shuffled(batches: list[dict[str, Tensor]], seed: int) -> list[dict[str, Tensor]]:
-    """The same sequences in another order: those of one document side by side would pull each step its way."""
+    """The same sequences in random order: neighbouring sequences of one document would make the steps' gradients correlated."""
     import torch
 
     order = torch.randperm(sum(len(batch["input_ids"]) for batch in batches), generator=torch.Generator().manual_seed(seed))

@@ -21,7 +21,7 @@ def command(
     device: o.Device = None,
     json: o.Json = None,
 ) -> None:
-    """Continue a prompt greedily, by the adapted model compiled by rana (--plan) or by the dense one compiled by Inductor."""
+    """Continue a prompt greedily, with the adapted model compiled by rana (--plan) or the dense model compiled by Inductor."""
     import torch
 
     from rana_fx._backend import backend
@@ -37,7 +37,7 @@ def command(
         attach(network, loaded)
     forward = compiled_forward(network, "inductor" if loaded is None else backend)
     made = generate(network, tokenizer, prompt, forward=forward, max_new_tokens=max_new_tokens, cache=cache)
-    # a median does not see the two or three steps that compile
+    # the median over steps is not affected by the two or three steps that compile
     compile_s = None if made.ms_per_token is None else made.seconds - made.tokens * made.ms_per_token / 1000
     facts = facts_of(
         "generate", seed=seed, model=model, plan=plan, dtype=dtype, device=str(network.device), max_new_tokens=max_new_tokens

@@ -44,7 +44,7 @@ def by_layer(plan: Plan, *, lines: int = LINES) -> Table:
 
 
 def by_kind(plan: Plan) -> Table:
-    """One row per kind of adapter: how many, the linears they replace, what they keep, their cost over dense."""
+    """One row per kind of adapter: how many, the linears they replace, the fraction they keep, their cost over dense."""
     rows: list[tuple[object, ...]] = []
     for kind in dict.fromkeys(adapter.kind for adapter in plan.adapters):
         some = [adapter for adapter in plan.adapters if adapter.kind == kind]
@@ -76,7 +76,7 @@ def _ratios(plan: Plan) -> dict[str, float]:
 
 
 def _cost(plan: Plan, ratios: dict[str, float], sites: Sequence[SiteRecord], role: str | None) -> float | None:
-    """Of the sites with that role (None: all) the cost over dense; None where there are none."""
+    """Cost over dense of the sites with that role (None: of all sites); None where there are no such sites."""
     some = [site for site in sites if role in (None, site.role)]
     dense = sum(site.cost(plan.metric) for site in some)
     return sum(site.cost(plan.metric) * ratios.get(site.name, 1.0) for site in some) / dense if dense else None

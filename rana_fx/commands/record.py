@@ -1,7 +1,7 @@
-"""What a command leaves behind: tables for people, a JSON file with the same facts for programs.
+"""Output of a command: tables on stdout, and a JSON file with the same facts.
 
 In: the facts of a command. Out: the facts with command line, seed and versions added, written atomically, so that a reader
-never meets half a file.
+never sees a partial file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def facts_of(command: str, *, seed: int | None = None, **options: object) -> dict[str, Any]:
-    """What every record begins with: which command, with which options, seed and versions."""
+    """The facts that every record has: the command, its options, seed and versions."""
     import importlib.metadata
 
     from rana_fx._version import __version__
@@ -39,7 +39,7 @@ def facts_of(command: str, *, seed: int | None = None, **options: object) -> dic
 
 
 def write_json(path: Path | None, facts: dict[str, Any]) -> None:
-    """Write facts to a file, whole or not at all; nothing where ``path`` is None. Raises InvalidOption."""
+    """Write facts to a file atomically; nothing where ``path`` is None. Raises InvalidOption."""
     if path is None:
         return
     try:
@@ -58,7 +58,7 @@ def write_json(path: Path | None, facts: dict[str, Any]) -> None:
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, notes: Iterable[str] = ()) -> None:
-    """Print a table: the first column is a name, the others are values on the right."""
+    """Print a table: the first column holds names, the others values, right-aligned."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -67,11 +67,11 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        # Text: names such as "w[0]" are no markup
+        # Text: names such as "w[0]" must not be read as markup
         table.add_row(*(Text(cell(value)) for value in row))
     console = Console()
     if not console.is_terminal:
-        # a pipe has no width: fold nothing
+        # a pipe has no width: do not fold cells
         console = Console(width=200)
     console.print(table)
     for note in notes:
@@ -79,7 +79,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *
 
 
 def cell(value: object) -> str:
-    """A value as tables show it."""
+    """A value formatted for a table."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -103,16 +103,16 @@ def data_batches(
     batch_size: int,
     shuffle: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Batches of a command's --data, documents in the order that ``shuffle`` (a seed) gives, or as they come.
+    """Batches of a command's --data. ``shuffle``: seed of a random order of the documents; None: the order of the dataset.
 
     Raises ColumnMissing, DatasetError, InvalidOption.
     """
     from rana_fx.evaluation.text import load_texts, token_batches
 
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and context > room:
-        raise InvalidOption(name="--context", got=context, expected=f"at most {room}, the model's own context")
-    # a document has a token at least: so many are always enough
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise InvalidOption(name="--context", got=context, expected=f"at most {limit}, the model's own context")
+    # every document has at least one token, so ``tokens`` documents are enough
     texts = load_texts(data, column=column, split=split, limit=tokens)
     if shuffle is not None:
         random.Random(shuffle).shuffle(texts)

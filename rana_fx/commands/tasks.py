@@ -13,12 +13,14 @@ from rana_fx.commands.record import facts_of, show, write_json
 
 def command(
     model: o.Model,
-    tasks: Annotated[str, typer.Option(help="Names that lm_eval knows, by commas; paper: the six of the paper.")],
+    tasks: Annotated[str, typer.Option(help="Task names of lm_eval, separated by commas; paper: the six of the paper.")],
     plan: o.PlanDir = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Worked examples before a question. Default: the task's own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many documents of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of documents of each task.")] = None,
     include: Annotated[Path | None, typer.Option(help="Folder of further tasks, in lm_eval's YAML.")] = None,
-    compile: Annotated[bool, typer.Option(help="Compile the adapted model; --no-compile starts at once and is slower.")] = True,
+    compile: Annotated[
+        bool, typer.Option(help="Compile the adapted model; --no-compile: without Inductor, slower calls.")
+    ] = True,
     prefill: Annotated[str, typer.Option(help="Which tokens are adapted: masked (all), dense, cheapest, factors.")] = "masked",
     batch_size: o.BatchSize = 8,
     seed: o.Seed = 0,

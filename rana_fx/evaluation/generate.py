@@ -1,7 +1,7 @@
 """Greedy generation through torch.compile, timed token by token.
 
 In: a causal language model, its tokenizer, a prompt and a backend. Out: the text and the time of every step. The first
-steps contain the compilation, so a median over steps is the time of a token and the rest is reported apart.
+steps include compilation, so the time of a token is the median over steps, and the rest is reported separately.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Generated:
 
     @property
     def seconds(self) -> float:
-        """All of it, compilation included."""
+        """Total time, compilation included."""
         return (self.first_ms + sum(self.steps_ms)) / 1000
 
 
 def compiled_forward(model: PreTrainedModel, backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The model's forward compiled for ``generate``. Compile once, generate often."""
+    """The model's forward, compiled, as ``generate`` takes it; use the result for several calls."""
     return torch.compile(type(model).forward.__get__(model), backend=backend)
 
 
@@ -62,7 +62,7 @@ def generate(
 
     Args:
         forward: from ``compiled_forward``; default: the model's own, eager.
-        max_new_tokens: fewer are made where the model ends its text.
+        max_new_tokens: maximum number of tokens; fewer where the model emits an end-of-text token.
         cache: "static" (one shape for all steps) or "dynamic" (grows by one a step).
 
     Raises:
@@ -76,9 +76,9 @@ def generate(
     length = inputs["input_ids"].shape[1]
     if not length:
         raise InvalidOption(name="prompt", got=prompt, expected="at least one token of text")
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and length + max_new_tokens > room:
-        expected = f"at most {room - length}: the prompt has {length} tokens and the model's context is {room}"
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length + max_new_tokens > limit:
+        expected = f"at most {limit - length}: the prompt has {length} tokens and the model's context is {limit}"
         raise InvalidOption(name="max_new_tokens", got=max_new_tokens, expected=expected)
     clock = _Clock()
     with torch.no_grad(), _forward(model, forward):
@@ -88,7 +88,7 @@ def generate(
             do_sample=False,
             max_new_tokens=max_new_tokens,
             cache_implementation=cache if cache == "static" else "dynamic",
-            # we choose what is compiled and by which backend
+            # ``forward`` is compiled already, by the backend of the caller's choice
             disable_compile=True,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=clock,
@@ -101,12 +101,12 @@ def generate(
 
 
 def _untyped(model: PreTrainedModel) -> Any:
-    """transformers declares ``generate`` in a way that mypy takes for a tensor."""
+    """The model as Any: mypy infers a Tensor for ``generate`` of transformers."""
     return model
 
 
 class _Clock:
-    """A streamer of transformers that keeps times instead of text. It is handed tokens on the CPU, so a GPU is done by then."""
+    """A streamer of transformers that records times. It receives tokens on the CPU, after the GPU has computed them."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -119,7 +119,7 @@ class _Clock:
             self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is buffered."""
+        """Required by ``generate``; there is no buffer to flush."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Count what an adapted model keeps on given text.
+"""Count the values that an adapted model keeps on given text.
 
 In: a model with a plan attached, and calls of it. Out: kept ranks per adapter and the measured budget, to compare with the
-budget asked for. A ``Probe`` runs the rewritten graph with its reference kernels and counts before every masked matmul.
+target budget. A ``Probe`` runs the rewritten graph with its reference kernels and counts before every masked matmul.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from rana_fx.runtime.attachment import attached
 class Measurement:
     """Over ``tokens`` real tokens: kept fraction per adapter, and cost per token over the dense model's.
 
-    ``router_density``: the fraction of its inputs that a masked router reads, for adapters that have one. ``exact_density``: the
-    fraction of its outputs that are computed exactly, likewise.
+    Real tokens are those that are not padding. ``router_density``: the fraction of its inputs that a masked router reads, for
+    adapters that have one. ``exact_density``: the fraction of outputs computed exactly, for adapters that have exact outputs.
     """
 
     tokens: int
@@ -44,10 +44,10 @@ class Measurement:
 
 @dataclass(frozen=True, eq=False)
 class MaskedNode:
-    """A node of a rewritten graph at which an adapter masks something.
+    """A node of a rewritten graph at which an adapter applies a mask.
 
-    ``part``: the adapter's threshold in question: "tau" masks its ranks, "router_tau" what its router reads, "exact_tau" its
-    outputs. ``value``: what is masked. ``tau``: the thresholds of its square; None where zeros of ``value`` are the mask.
+    ``part``: the thresholds of the mask: "tau" masks ranks, "router_tau" the inputs of the router, "exact_tau" outputs.
+    ``value``: the masked tensor. ``tau``: the thresholds of its square; None where zeros of ``value`` are the mask.
     """
 
     node: fx.Node
@@ -63,9 +63,9 @@ class MaskedNode:
 
 
 def masked_nodes(graph: fx.Graph) -> list[MaskedNode]:
-    """All masks of a rewritten graph, in order: the one reader of what the passes note in ``node.meta``.
+    """All masks of a rewritten graph, in order, by the annotations of passes/emit.py in ``node.meta``.
 
-    Behind a gate, the matmul with down is a masked node too, whose thresholds keep what is not zero.
+    Behind a gate, the matmul with down is a masked node too, whose thresholds keep all values except zeros.
     """
     found: list[MaskedNode] = []
     for node in graph.nodes:
@@ -80,7 +80,7 @@ def masked_nodes(graph: fx.Graph) -> list[MaskedNode]:
 
 
 class Meter:
-    """Calls the adapted model, with the backend's option ``prefill``, and counts."""
+    """Runs the adapted model, with the backend's option ``prefill``, and counts kept values."""
 
     def __init__(self, model: nn.Module, plan: Plan, *, prefill: str = "masked") -> None:
         self._plan, self._prefill = plan, prefill
@@ -100,7 +100,7 @@ class Meter:
             return self._probe.run(batch)
 
     def result(self) -> Measurement:
-        """What was counted so far."""
+        """The measurement over all calls so far."""
         mean = {key: self._kept[key] / self._rows[key] for key in self._kept if self._rows[key]}
         kept = {name: value for (name, part), value in mean.items() if part == "tau"}
         inputs = {name: value for (name, part), value in mean.items() if part == "router_tau"}
@@ -126,7 +126,7 @@ class Meter:
                 call_before(mask.node, self._count, (mask.adapter, mask.part), mask.value, mask.tau)
 
     def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor | None = None) -> None:
-        """Of v what ``tau`` keeps, or what is not zero."""
+        """Count the values of v that ``tau`` keeps, or that are not zero."""
         rows = self._probe.real(v)
         self._kept[key] = self._kept.get(key, 0.0) + float((rows != 0 if tau is None else kept(rows, tau)).sum())
         self._rows[key] = self._rows.get(key, 0) + len(rows)

@@ -1,8 +1,8 @@
-"""How well a language model predicts given text, dense and adapted.
+"""Loss and perplexity of a language model on given text, dense and adapted.
 
 In: a model (or anything called like one) and batches of ``rana_fx.evaluation.text.token_batches``. Out: mean loss and
-perplexity, and for an adapted model what it kept while it was evaluated. Losses are computed in float32 and summed in float64,
-so that two runs differ by what the models differ by.
+perplexity, and for an adapted model the measured densities and budget. Losses are computed in float32 and summed in float64, so
+that differences between two runs come from the models and not from the summation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# rows of logits turned to float32 at a time: 1024 rows of a vocabulary of 128k are half a gigabyte
+# rows of logits converted to float32 at a time: 1024 rows of a vocabulary of 128k are half a gigabyte
 _ROWS = 1024
 
 
@@ -72,7 +72,7 @@ def evaluate(forward: Callable[..., Any], batches: Iterable[dict[str, Tensor]], 
 def evaluate_adapted(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], *, progress: bool = True
 ) -> tuple[Quality, Measurement]:
-    """Quality of the adapted model and what it kept, from one run over the batches.
+    """Quality of the adapted model and its measured densities and budget, from one run over the batches.
 
     Args:
         model: with a plan attached. It runs as the plan rewrites it, with reference kernels.
@@ -98,17 +98,17 @@ def load_model(source: str, *, dtype: str = "auto", device: str | None = None) -
     """
     if dtype not in DTYPES:
         raise InvalidOption(name="dtype", got=dtype, expected="one of " + ", ".join(DTYPES))
-    place = _device(device)
-    wanted: torch.dtype | str = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else "auto"
+    target = _device(device)
+    wanted: torch.dtype | str = getattr(torch, dtype) if dtype != "auto" else torch.float32 if target.type == "cpu" else "auto"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _quiet():
+        with _no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
-            nn.Module.to(model, place)
+            nn.Module.to(model, target)
             return model.eval(), tokenizer
-    except Exception as error:  # whatever the hub, safetensors, the tokenizer or the model's own code raises
+    except Exception as error:  # any exception of the hub, safetensors, the tokenizer or the model's own code
         reason = " ".join(str(error).split()).rstrip(".")
         short = reason if len(reason) <= 300 else reason[:297] + "..."
         raise ModelError(source=source, reason=f"{type(error).__name__}: {short}") from error
@@ -123,7 +123,7 @@ def _losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     target = ids_BT[:, 1:][counted]
     row, column = counted.nonzero(as_tuple=True)
     parts = [
-        # indexing copies _ROWS rows, not the whole of the logits
+        # indexing copies _ROWS rows, not all logits
         nn.functional.cross_entropy(
             logits[row[i : i + _ROWS], column[i : i + _ROWS]].float(), target[i : i + _ROWS], reduction="none"
         )
@@ -136,17 +136,17 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(name)
-        torch.zeros(1, device=place)
+        found = torch.device(name)
+        torch.zeros(1, device=found)
     except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise InvalidOption(name="device", got=name, expected="a device of this machine: " + ", ".join(there)) from error
-    return place
+        available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise InvalidOption(name="device", got=name, expected="a device of this machine: " + ", ".join(available)) from error
+    return found
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar for what takes a moment."""
+def _no_progress_bars() -> Iterator[None]:
+    """Progress bars of transformers are disabled inside: loading takes seconds."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -2,7 +2,7 @@
 
 In: a local file or folder, or the name of a dataset on the hub, read by the ``datasets`` library; then a tokenizer. Out:
 dictionaries of ``input_ids`` and ``attention_mask`` of a fixed length, which both ``rana_fx.adapt`` and
-``rana_fx.evaluation.perplexity`` take. Documents are packed one behind the other, so that hardly a position is padding.
+``rana_fx.evaluation.perplexity`` take. Documents are concatenated, so that only the last sequence can have padding.
 """
 
 from __future__ import annotations
@@ -33,23 +33,27 @@ def load_texts(source: str | Path, *, column: str = "text", split: str | None = 
             kind, or one that ``Dataset.save_to_disk`` wrote; or the name of a dataset on the hub, as "owner/name" or
             "owner/name:configuration".
         column: the column that holds the text.
-        split: as ``datasets`` writes them, also with a slice ("train[:1%]"); default: "train" if there is one, else the first.
-        limit: read at most so many documents. A hub dataset is then streamed, not downloaded as a whole.
+        split: in the notation of ``datasets``, also with a slice ("train[:1%]"); default: "train" if present, else the first.
+        limit: maximum number of documents, at least 1. A hub dataset is then streamed, not downloaded as a whole.
+
+    Returns:
+        The texts, in the order of the dataset.
 
     Raises:
-        ColumnMissing: no such column; the message lists what there is.
+        ColumnMissing: no such column; the message lists the columns.
         DatasetError: not readable, or without any text.
+        InvalidOption: ``limit`` is less than 1.
     """
     if limit is not None and limit < 1:
         raise InvalidOption(name="limit", got=limit, expected="a positive number of documents")
     name = str(source)
     try:
-        with _quiet():
+        with _no_progress_bars():
             rows = _open(name, split=split, stream=limit is not None)
             columns = rows.column_names
     except DatasetError:
         raise
-    except Exception as error:  # the library raises whatever its readers, fsspec and pyarrow raise
+    except Exception as error:  # any exception of the library's readers, fsspec and pyarrow
         raise DatasetError(source=name, reason=_first_line(error)) from error
     if columns is not None and column not in columns:
         raise ColumnMissing(source=name, column=column, columns=", ".join(map(repr, columns)) or "no columns")
@@ -67,7 +71,7 @@ def load_texts(source: str | Path, *, column: str = "text", split: str | None = 
                 break
     except (ColumnMissing, DatasetError):
         raise
-    except Exception as error:  # a streamed dataset is first read here
+    except Exception as error:  # a streamed dataset is read only here
         raise DatasetError(source=name, reason=_first_line(error)) from error
     if not texts:
         raise DatasetError(source=name, reason=f"column {column!r} has no text")
@@ -84,15 +88,15 @@ def token_batches(
 ) -> list[dict[str, Tensor]]:
     """Pack documents into sequences of ``context`` tokens.
 
-    Each document is encoded as the tokenizer frames it (a leading BOS where it adds one) and ends with EOS (SEP where there is
-    no EOS). Documents are read only until there are tokens enough.
+    Each document is encoded with the special tokens of the tokenizer (a leading BOS where it adds one) and ends with EOS (SEP
+    where there is no EOS). Documents are read only until ``tokens`` tokens are reached.
 
     Args:
-        tokens: stop after so many; default: all.
+        tokens: maximum number of tokens; default: all. context: tokens per sequence. batch_size: sequences per batch.
 
     Returns:
         Dictionaries of ``input_ids`` and ``attention_mask``, int64, (B, context), B <= batch_size. Only the last sequence can be
-        padded, on the right, with mask 0. Empty where the texts are.
+        padded, on the right, with mask 0. An empty list where the texts are empty.
 
     Raises:
         InvalidOption: a number that is not positive.
@@ -122,9 +126,9 @@ def _stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
 
 
 def documents_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of documents, each as the tokenizer frames it and with its end; encoded together, on all cores if there are many."""
+    """Token ids of each document, special tokens and EOS (SEP) included; encoded in one call, on all cores if there are many."""
     end = _end_of_text(tokenizer)
-    # verbose: a document longer than the model's context is the rule here, not worth a warning
+    # verbose=False: no warning for documents longer than the model's context, which are expected here
     documents: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
     for document in documents:
         if end is not None and (not document or document[-1] != end):
@@ -160,7 +164,7 @@ def _open(source: str, *, split: str | None, stream: bool) -> Any:
 
 
 def _local(path: Path, split: str | None) -> tuple[str, list[str] | None]:
-    """Builder of ``datasets`` and the files it shall read (None: let it find those of the split in the folder)."""
+    """Builder of ``datasets`` and the files it reads (None: it finds those of the split in the folder)."""
     if path.is_file():
         builder = _builder(path)
         if builder is None:
@@ -184,7 +188,7 @@ def _builder(path: Path) -> str | None:
 
 
 def _pick(source: str, found: Any, split: str | None) -> Any:
-    """One split of what may be a dictionary of splits."""
+    """A dataset, or one split of a dictionary of splits."""
     if not isinstance(found, dict):
         return found
     if not found:
@@ -200,8 +204,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of the library for what takes a moment."""
+def _no_progress_bars() -> Iterator[None]:
+    """Progress bars of ``datasets`` are disabled inside: reading takes seconds."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     disabled = are_progress_bars_disabled()

@@ -83,7 +83,7 @@ class Matrix:
 
     Attributes:
         values: two dimensions, a dtype of the format.
-        scale: what the format wants beside them, rows first; None where it wants nothing.
+        scale: the scales that the format needs, rows first; None where it needs none.
 
     Raises:
         BadOperand: values and scale do not belong together.
@@ -161,7 +161,7 @@ _FORMATS: dict[str, Format] = {}
 
 
 def register_format(format: Registered) -> Registered:
-    """Make a format known to adapters, plans and operations; returns it.
+    """Register a format for adapters, plans and operations; returns it.
 
     Raises:
         InvalidOption: its name or a dtype of its values belongs to another format.
@@ -195,7 +195,7 @@ def format_of(values: Tensor | torch.dtype) -> Format:
 
 
 def is_plain(values: Tensor | torch.dtype) -> bool:
-    """Whether values are numbers of a floating dtype with at least 16 bits. (float8 is not: it wants a scale, so a format.)"""
+    """Whether values are numbers of a floating dtype with at least 16 bits. (float8 is not: it needs a scale, so a format.)"""
     found = _found(values.dtype if isinstance(values, Tensor) else values)
     return found is not None and found.plain
 
@@ -207,7 +207,7 @@ def sources() -> tuple[str, ...]:
 
 
 def floating_matrix(weight: Tensor) -> None:
-    """What every ``pack`` wants. Raises BadOperand, NonFinite."""
+    """Check the weight that is passed to ``pack``. Raises BadOperand, NonFinite."""
     if not weight.is_floating_point() or weight.dim() != 2:
         got = f"{_shape(weight)} {weight.dtype}"
         raise BadOperand(name="weight", got=got, expected="a floating matrix", todo="Pass the weight before packing.")

@@ -1,1 +1,1 @@
-"""Reading a traced graph: operations, dataflow, normalisation, linears and their roles. Knows neither plans nor rewrites."""
+"""Reading a traced graph: operations, dataflow, normalisation, linears and their roles. Independent of plans and rewrites."""

@@ -1,8 +1,8 @@
 """Record plain Python as nodes of a graph, with true metadata.
 
-In: a place in a graph, a function of tensors and the nodes it is called with. Out: the nodes it returns, in front of that place.
-The function runs on proxies that know the dtype, shape and ``requires_grad`` of the fake value behind them, so it may decide by
-these; every node has its fake value from the moment it is made, and the stack trace of what it is made for.
+In: a node of a graph, a function of tensors and the nodes it is called with. Out: the nodes it returns, before that node.
+The function runs on proxies with the dtype, shape and ``requires_grad`` of their fake values, so it may branch on these; every
+node gets its fake value when it is created, and the stack trace of the node it is inserted before.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Recorder(fx.proxy.GraphAppendingTracer):
 
     def __call__(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """``function(*inputs)``, nodes being given and returned as nodes wherever they stand in a list, tuple or mapping."""
-        over: Any = fx.node.map_aggregate  # its type knows no proxies
+        over: Any = fx.node.map_aggregate  # its type stub does not allow proxies
         given = over(inputs, lambda leaf: self.proxy(leaf) if isinstance(leaf, fx.Node) else leaf)
         return over(function(*given), lambda leaf: leaf.node if isinstance(leaf, fx.Proxy) else leaf)
 

@@ -1,1 +1,1 @@
-"""Other projects' harnesses and trainers."""
+"""Integrations with evaluation harnesses and trainers of other projects."""

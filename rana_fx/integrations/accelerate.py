@@ -1,21 +1,21 @@
-"""Let ``accelerate``, and with it the Trainer of transformers, compile with this backend.
+"""Make "rana" a valid backend name for ``accelerate``, and with it for the Trainer of transformers.
 
-In: nothing. Out: accelerate takes the name "rana" where it takes those of its own list of backends: it looks each name up in an
-Enum, which does not know what ``torch.compile`` knows (accelerate 1.15).
+In: nothing. Out: accelerate accepts "rana" as a backend. It looks names up in an Enum of its own, which does not include backends
+that are registered with ``torch.compile`` (accelerate 1.15).
 """
 
 from __future__ import annotations
 
 from rana_fx.errors import MissingPackage
 
-_NAME = "RANA"  # accelerate looks names up in capitals, and hands them to torch.compile in small letters
+_NAME = "RANA"  # accelerate looks names up in upper case, and passes them to torch.compile in lower case
 
 
 def register_with_accelerate() -> None:
     """Make ``TrainingArguments(torch_compile_backend="rana")`` and ``TorchDynamoPlugin(backend="rana")`` valid, in this process.
 
     Raises:
-        MissingPackage.
+        MissingPackage: accelerate is not installed.
     """
     try:
         from accelerate.utils import DynamoBackend
@@ -29,5 +29,5 @@ def register_with_accelerate() -> None:
     def missing(cls: type, value: object) -> object:  # noqa: ARG001
         return member if value == _NAME else None
 
-    # what an Enum asks for names it does not have; accelerate leaves it to the default, which has none
+    # an Enum calls _missing_ for values that it does not have; accelerate does not override it
     DynamoBackend._missing_ = classmethod(missing)

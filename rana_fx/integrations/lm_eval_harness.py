@@ -1,7 +1,7 @@
 """An adapted model for lm-evaluation-harness (``lm_eval``, extra ``eval``), and tasks run on it.
 
-In: a model's folder or hub name and the folder of its plan. Out: ``RanaLM``, which lm_eval knows as "rana" once this module is
-imported, and ``run_tasks``: scores by task and metric. It is lm_eval's own model for transformers, with the plan attached and the
+In: a model's folder or hub name and the folder of its plan. Out: ``RanaLM``, registered with lm_eval as "rana" on import of this
+module, and ``run_tasks``: scores by task and metric. It is lm_eval's own model for transformers, with the plan attached and the
 forward compiled, so requests, padding and scores are those of ``--model hf``.
 """
 
@@ -52,13 +52,13 @@ class RanaLM(HFLM):  # type: ignore[misc]
 
         Args:
             pretrained: folder, hub name, or a transformers model; the plan then stays attached to that.
-            plan: folder of a plan, or one.
-            compile: False to run the rewritten graph as it is, without Inductor: it starts at once and runs slower.
+            plan: a plan, or the folder of one.
+            compile: False to run the rewritten graph without Inductor: no compilation, slower calls.
             mode: as torch.compile takes it.
             prefill: the backend's option. A request is scored in one pass over all of its tokens, which for the backend is a
                 prompt: with "masked" all of them are adapted, with "dense" none but what a task generates.
             dtype: default: the plan's.
-            others: what lm_eval's HFLM takes.
+            others: further arguments of lm_eval's HFLM.
 
         Raises:
             PlanFileError, PlanVersion, PlanMismatch, ModelError, InvalidOption.
@@ -66,14 +66,14 @@ class RanaLM(HFLM):  # type: ignore[misc]
         for name, got, valid in (("prefill", prefill, MODES), ("compile", compile, (True, False))):
             if got not in valid:
                 raise InvalidOption(name=name, got=got, expected="one of " + ", ".join(map(str, valid)))
-        # before the model: a wrong path shall not wait for it
+        # before the model, so that a wrong path fails fast
         self.plan = plan if isinstance(plan, Plan) else load_plan(plan)
         if dtype == "auto":
             dtype = self.plan.sites[0].dtype
-        _load(partial(super().__init__, pretrained, dtype=dtype, device=device or _place(), **others), pretrained)
+        _load(partial(super().__init__, pretrained, dtype=dtype, device=device or _default_device(), **others), pretrained)
         attach(self.model, self.plan)
         options = {"prefill": prefill, "mode": mode}
-        # batches and lengths differ from call to call: shapes are symbols from the start, not after several compilations
+        # batch sizes and lengths differ between calls: dynamic shapes from the start avoid several compilations
         if compile:
             self.model.compile(backend=backend, options=options, dynamic=True)
         else:
@@ -81,7 +81,7 @@ class RanaLM(HFLM):  # type: ignore[misc]
         self._takes_cache = "use_cache" in inspect.signature(self.model.forward).parameters
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits of a batch; a cache of keys and values, which nothing would read, is not made."""
+        """Logits of a batch, without a cache of keys and values, which nothing would read."""
         if attn_mask is not None or labels is not None or not self._takes_cache:
             logits: Tensor = super()._model_call(inps, attn_mask, labels)
             return logits
@@ -97,12 +97,12 @@ class RanaLM(HFLM):  # type: ignore[misc]
         return {**super().get_model_info(), **facts}
 
 
-def _place() -> str:
+def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _load(make: Callable[[], None], source: object) -> None:
-    """Raises ModelError for whatever the hub, safetensors, the tokenizer or the model's own code raises."""
+    """Call ``make``. Raises ModelError for any exception of the hub, safetensors, the tokenizer or the model's own code."""
     try:
         make()
     except RanaError:
@@ -118,7 +118,7 @@ def language_model(pretrained: str, *, plan: str | Path | Plan | None = None, **
         return RanaLM(pretrained, plan, **others)
     others = {key: value for key, value in others.items() if key not in ("compile", "mode", "prefill")}
     made: list[HFLM] = []
-    _load(lambda: made.append(HFLM(pretrained, **others | {"device": others.get("device") or _place()})), pretrained)
+    _load(lambda: made.append(HFLM(pretrained, **others | {"device": others.get("device") or _default_device()})), pretrained)
     return made[0]
 
 
@@ -134,9 +134,9 @@ def run_tasks(
     """Scores by task and metric, standard errors beside them as ``<metric>_stderr``.
 
     Args:
-        tasks: names that lm_eval knows; "paper" stands for ``PAPER_TASKS``.
+        tasks: task names of lm_eval; "paper" stands for ``PAPER_TASKS``.
         shots: worked examples before each question; default: the task's own number.
-        limit: use at most so many documents of each task.
+        limit: maximum number of documents of each task.
         include: folder of further tasks, as lm_eval's ``--include_path``.
 
     Raises:
@@ -144,7 +144,7 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
 
-    names = [name for asked in tasks for name in (PAPER_TASKS if asked == "paper" else (asked,))]
+    names = [name for given in tasks for name in (PAPER_TASKS if given == "paper" else (given,))]
     found = simple_evaluate(
         model=model,
         tasks=names,
@@ -166,10 +166,10 @@ def _manager(names: Sequence[str], include: str | Path | None) -> Any:
     if include is not None:
         if not Path(include).is_dir():
             raise InvalidOption(name="include", got=str(include), expected="a folder")
-        # reading lm_eval's own fourteen thousand files takes a quarter of a minute
-        alone = TaskManager(include_path=str(include), include_defaults=False)
-        if all(alone.match_tasks([name]) for name in names):
-            return alone
+        # reading the 14,000 task files of lm_eval takes about 15 s
+        included = TaskManager(include_path=str(include), include_defaults=False)
+        if all(included.match_tasks([name]) for name in names):
+            return included
     manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
@@ -179,7 +179,7 @@ def _manager(names: Sequence[str], include: str | Path | None) -> Any:
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
-    """lm_eval names them "acc,none" and "acc_stderr,none"; the filter is told where it does something."""
+    """Scores by name: "acc,none" of lm_eval becomes "acc"; a filter other than "none" is appended in parentheses."""
     scores = {}
     for key, value in values.items():
         if not isinstance(value, (int, float)) or "," not in key:

@@ -79,8 +79,8 @@ class AdapterSimulator:
             self._mask(self._gated[name], y)
         return y
 
-    def forget(self) -> None:
-        """Before another batch: its tensors may lie where those of the last one lay."""
+    def clear(self) -> None:
+        """Call before another batch: its tensors may have the addresses of those of the last one, which identify inputs."""
         self._last.clear()
         self._masks.clear()
 
@@ -135,7 +135,7 @@ def simulate(
     moved, rows = 0.0, 0
     for index, batch in enumerate(batches):
         output = model.run(batch, simulator.step)
-        simulator.forget()
+        simulator.clear()
         if index < len(dense):
             found, count = divergence(output, dense[index], model)
             moved, rows = moved + found, rows + count

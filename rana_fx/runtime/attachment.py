@@ -1,8 +1,8 @@
-"""Put a plan on a model, and take it off.
+"""Attach a plan to a model, and detach it.
 
 In: a model and a plan made for its weights. Out: the model with one submodule more, ``rana_fx``, that holds the
-factors as Parameters (so optimizers, ``.to()`` and ``state_dict`` see them), and with a mark on each of its
-Parameters by which the backend finds the plan in any graph the weight appears in. The forward code is not touched.
+factors as Parameters (so optimizers, ``.to()`` and ``state_dict`` include them), and with an attribute on each of its
+Parameters by which the backend finds the plan in any graph that reads the weight. The forward code is not changed.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ class Factors(nn.Module):
     """Factors of all adapters.
 
     What ``Adapter.trained`` names are Parameters ``a<index>_router`` ...; thresholds (fp32 whatever the model's dtype), quantised
-    matrices and their scales are buffers, which are not trained and follow the model's device alone.
+    matrices and their scales are buffers, which are not trained and follow the model's device but not its dtype.
     """
 
     def __init__(
         self, plan: Plan, device: torch.device, weights: Mapping[str, nn.Parameter] | None = None, *, copy: bool = True
     ) -> None:
-        """``weights``: by site; factors follow their weight's device (else ``device``) and whether it is trained.
+        """``weights``: by site; factors get the device and ``requires_grad`` of their weight. Without: ``device``, and True.
 
-        ``copy``: False to hold the plan's own tensors, where they are on that device.
+        ``copy``: False to use the plan's own tensors, where they are on that device.
         """
         super().__init__()
         self.lowrank: LowRank | None = None
         for index, adapter in enumerate(plan.adapters):
             owners = [] if weights is None else [weights[base_name(site)] for site in adapter.sites]
-            place = owners[0].device if owners else device
+            own_device = owners[0].device if owners else device
             trained = any(owner.requires_grad for owner in owners) or not owners
             for key, value in adapter.tensors().items():
-                moved = value.data.to(place, copy=copy)
+                moved = value.data.to(own_device, copy=copy)
                 if key in adapter.trained:
                     self.register_parameter(f"a{index}_{key}", nn.Parameter(moved, requires_grad=trained))
                 else:
                     self.register_buffer(f"a{index}_{key}", moved)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
-        """A deep copy of the whole model stays adapted: its weights, copied just before, get marks of their own."""
+        """A deep copy of the whole model stays adapted: its weights, copied before this module, get their own attachment."""
         make: Any = self.__reduce_ex__(4)
         fresh: Factors = make[0](*make[1])
         memo[id(self)] = fresh
@@ -64,10 +64,10 @@ class Factors(nn.Module):
         copied = [] if old is None else [(key, memo[key]) for key in old.marked if isinstance(memo.get(key), nn.Parameter)]
         if old is not None and copied:
             names = {id(parameter): old.names[key] for key, parameter in copied if key in old.names}
-            twin = Attachment(old.plan, fresh, names)
-            twin.relaid = tuple(id(parameter) for key, parameter in copied if key in old.relaid)
-            twin.unshared = frozenset(id(parameter) for key, parameter in copied if key in old.unshared)
-            _mark(twin, [parameter for _, parameter in copied])
+            new = Attachment(old.plan, fresh, names)
+            new.relaid = tuple(id(parameter) for key, parameter in copied if key in old.relaid)
+            new.unshared = frozenset(id(parameter) for key, parameter in copied if key in old.unshared)
+            _mark(new, [parameter for _, parameter in copied])
         return fresh
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,25 +77,25 @@ class Factors(nn.Module):
         fixed = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in fixed.items():
-            # half precision would move thresholds and what quantised numbers mean: only follow the device
+            # a cast to half precision would change thresholds and quantised values: only follow the device
             self._buffers[name] = buffer.to(getattr(self, name).device)
         return self
 
 
 class Attachment:
-    """What the backend finds on a weight: the plan, the factors and the names of the weights."""
+    """The attribute of a weight that the backend reads: the plan, the factors and the names of the weights."""
 
     def __init__(self, plan: Plan, factors: Factors, names: dict[int, str]) -> None:
         self.plan = plan
         self.factors = factors
         self.names = names  # id of a Parameter -> site name
-        self.marked: tuple[int, ...] = ()  # ids of the Parameters that carry it
-        self.relaid: tuple[int, ...] = ()  # ids of those that are stored by columns because of it
-        self.unshared: frozenset[int] = frozenset()  # ids of weights that may be freed: nothing else of the model is tied to them
+        self.marked: tuple[int, ...] = ()  # ids of the Parameters that have this attribute
+        self.relaid: tuple[int, ...] = ()  # ids of those that are stored column-major while the plan is attached
+        self.unshared: frozenset[int] = frozenset()  # ids of weights that share memory with no other tensor: they may be freed
         self._by_site = {site: (index, adapter) for index, adapter in enumerate(plan.adapters) for site in adapter.sites}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # ids mean nothing in another process: a pickled model is to be attached to again
+        # ids are not valid in another process: a plan must be attached again after unpickling
         return (_nothing, ())
 
     def adapter(self, site: str) -> tuple[int, Adapter] | None:
@@ -119,24 +119,32 @@ def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
 
 
 def invalidate_guards(model: nn.Module) -> None:
-    """Mark the model's weights anew, with the same plan and factors, so that code compiled before compiles again."""
+    """Give the weights a new attachment of the same plan and factors, so that guards fail and compiled code compiles again."""
     old = attached(unwrap(model))
     assert old is not None
-    twin = Attachment(old.plan, old.factors, old.names)
-    twin.relaid, twin.unshared = old.relaid, old.unshared
-    _mark(twin, [parameter for parameter in unwrap(model).parameters() if attachment_of(parameter) is old])
+    new = Attachment(old.plan, old.factors, old.names)
+    new.relaid, new.unshared = old.relaid, old.unshared
+    _mark(new, [parameter for parameter in unwrap(model).parameters() if attachment_of(parameter) is old])
 
 
 def attach(model: nn.Module, plan: Plan) -> None:
-    """Attach ``plan`` to ``model``; replaces a plan that is attached. Functions compiled before recompile by themselves.
+    """Attach ``plan`` to ``model``, in place of a plan that is attached. Functions compiled before recompile on their next call.
 
-    Weights of the model that the plan skips columns of (neuron adapters without a weight of their own; exact outputs, where the
-    weight is stored (in, out)) are stored by columns from then on: values, shapes and memory stay, strides change, and ``detach``
-    changes them back. (Libraries that save tensors as they are laid out, such as safetensors, take ``.contiguous()`` ones alone;
-    ``save_pretrained`` makes them so.)
+    Weights of the model whose columns the plan skips (neuron adapters without a weight of their own; exact outputs, where the
+    weight is stored (in, out)) are column-major while the plan is attached: values, shapes and memory stay, strides change, and
+    ``detach`` restores them. (Libraries that save tensors with their strides, such as safetensors, accept contiguous ones only;
+    ``save_pretrained`` makes them contiguous.)
 
     A ``copy.deepcopy`` of the model is adapted, too; a pickled and loaded one (or one whose Parameters were replaced) is
     not: attach the plan again. ``state_dict`` includes the factors, as ``rana_fx.*``: ``detach`` first for one without.
+
+    Args:
+        model: the model that the plan was made for, with the same weights in the same dtype, on any device; it may be wrapped by
+            torch.compile or DataParallel. It gets a submodule ``rana_fx`` with the factors, copied from the plan.
+        plan: from ``rana_fx.adapt`` or ``rana_fx.load_plan``.
+
+    Returns:
+        None: ``model`` is changed in place. Only compiled code is adapted; in eager mode the model computes what it did before.
 
     Raises:
         PlanMismatch: other architecture, shapes, dtype or weights than the plan was made for.
@@ -152,7 +160,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
 def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None:
     """``attach`` without the check that the plan is for these weights.
 
-    ``copy``: False where the plan's tensors become the model's factors and may change with them.
+    ``copy``: False to use the plan's own tensors as factors; training then changes the plan.
     """
     model = unwrap(model)
     parameters = weights_of(model)
@@ -165,7 +173,7 @@ def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None
     # an output computed exactly reads its row of W, which is a column of a weight that is stored (in, out)
     transposed = {record.name for record in plan.sites if record.transposed}
     own |= {site for adapter in plan.adapters if adapter.exact_tau is not None for site in adapter.sites} & transposed
-    with torch.inference_mode(False):  # what is made inside it could never be trained
+    with torch.inference_mode(False):  # inference tensors cannot be trained
         attachment = Attachment(plan, Factors(plan, device_of(model), parameters, copy=copy), names)
         relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
     attachment.relaid = tuple(map(id, relaid))
@@ -175,7 +183,11 @@ def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None
 
 
 def detach(model: nn.Module) -> Plan | None:
-    """Take the plan off and return it (None when there was none). The model is then as it was before ``attach``.
+    """Remove the plan from ``model`` and return it (None where none is attached). The model is then as before ``attach``.
+
+    Args:
+        model: may be wrapped by torch.compile or DataParallel. Factors that were trained are discarded: the returned plan has
+            those that were attached (``rana_fx.training.trained_plan`` returns a plan of trained ones).
 
     Raises:
         WeightsFreed: the model was compiled with ``prefill="factors"``, and runs only by this plan.
@@ -197,12 +209,12 @@ def detach(model: nn.Module) -> Plan | None:
 
 
 def attached(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, if it has one."""
+    """The attachment of a model, or None."""
     return next((found for found in map(attachment_of, model.parameters()) if found is not None), None)
 
 
 def attachment_of(parameter: Any) -> Attachment | None:
-    """The attachment of the model a Parameter belongs to, if any."""
+    """The attachment that a Parameter has as its attribute, or None."""
     found = getattr(parameter, ATTRIBUTE, None)
     return found if isinstance(found, Attachment) else None
 
@@ -213,7 +225,7 @@ def _check(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) ->
         raise PlanMismatch(model=name, site=record.name, got="no such weight", expected=f"a weight of a {record.op}")
     shape = (record.in_features, record.out_features) if record.transposed else (record.out_features, record.in_features)
     part = weight.dim() != 2 or base_name(record.name) != record.name
-    if tuple(weight.shape) != shape and not part:  # parts of a weight are known by the digest of all of it
+    if tuple(weight.shape) != shape and not part:  # a part of a weight is checked by the digest of the whole weight
         raise PlanMismatch(model=name, site=record.name, got=f"shape {tuple(weight.shape)}", expected=f"shape {shape}")
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype != record.dtype:

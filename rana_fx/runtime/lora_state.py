@@ -1,7 +1,7 @@
 """Low-rank additions to matrices of an adapted model (LoRA), while they are trained.
 
 In: Parameters of the model or of its plan's factors, and the layers that ``peft`` made for them (training/lora.py). Out: a module
-that holds those layers, and tells by the identity of a Parameter what is added to it.
+that holds those layers, and lists for each Parameter what is added to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ADAPTER = "default"  # peft's name for the only adapter of a layer
 
 
 class Matrix(nn.Linear):
-    """A Parameter as the linear that a layer of peft is made around. (in, out) ones are said to be ``transposed``."""
+    """A Parameter as the base linear of a layer of peft. ``transposed``: the Parameter is (in, out)."""
 
     weight: nn.Parameter
 
@@ -28,8 +28,8 @@ class Matrix(nn.Linear):
         self.register_parameter("weight", parameter)
         self.register_parameter("bias", None)
 
-    def lend(self) -> None:
-        """Hold it without owning it: its own module does, and saves, moves and counts it."""
+    def unregister(self) -> None:
+        """Keep the Parameter as a plain attribute: the module that it belongs to saves, moves and counts it."""
         self.__dict__["weight"] = self._parameters.pop("weight")
 
 
@@ -45,15 +45,15 @@ class Addition:
     scaling: float
 
     def value(self) -> Tensor:
-        """What is added, in the matrix's own orientation and in fp64."""
+        """The term that is added, in the orientation of the matrix, fp64."""
         delta = self.scaling * (self.b.detach().double() @ self.a.detach().double())
         return delta.t() if self.transposed else delta
 
 
 class LowRank(nn.Module):
-    """Layers of peft by the names of their matrices, and the probability of dropout as it is now: 0 outside of training.
+    """Layers of peft by the names of their matrices, and the current probability of dropout: 0 in evaluation mode.
 
-    A graph reads that probability as a tensor. Compiled code would not notice a mode that no traced module has.
+    A graph reads that probability as a tensor, since compiled code has no guard on the mode of a module that is not traced.
     """
 
     dropout: Tensor
@@ -74,21 +74,21 @@ class LowRank(nn.Module):
 
     @property
     def training(self) -> bool:
-        """Set by ``train()`` and by whoever sets it on every module."""
+        """The mode. Set by ``train()``, and by code that sets the attribute of every module; the setter updates ``dropout``."""
         return bool(self.__dict__.get("_training", True))
 
     @training.setter
     def training(self, mode: bool) -> None:
         self.__dict__["_training"] = mode
         if "_buffers" in self.__dict__ and "dropout" in self._buffers:
-            # .data: between a forward and its backward pass a teacher may be called, in evaluation mode
+            # .data: a teacher may run in evaluation mode between a forward pass and its backward pass, which saved the tensor
             self.dropout.data.fill_(self.rate if mode else 0.0)
 
     def extra_repr(self) -> str:
         return f"dropout {self.rate:g}, scaling {sorted({addition.scaling for addition in self.additions()})}"
 
     def additions(self) -> Iterator[Addition]:
-        """All of them."""
+        """The low-rank addition of every layer."""
         for name, module in self.adapters.named_modules():
             layer: Any = module
             base = getattr(layer, "base_layer", None)

@@ -1,9 +1,9 @@
 """A plan given to the backend as an option, ``options={"plan": plan}``, instead of attached to the model.
 
-In: a plan or its folder, and the weights of one graph. Out: an ``Attachment`` that knows those of them the plan was made
-for. Names alone do not do: they are relative to what is compiled (``gate_proj`` when an MLP is compiled by itself), so a
-weight is the site whose name ends alike and whose bytes have the recorded digest. The model is not touched; to train
-factors, attach the plan instead.
+In: a plan or its folder, and the weights of one graph. Out: an ``Attachment`` with the names of those weights that the
+plan was made for. Names alone do not identify a weight: they are relative to the compiled module (``gate_proj`` when an MLP is
+compiled by itself), so a weight is matched with the site whose name has the same end and whose digest is that of its bytes. The
+model is not changed; to train factors, attach the plan instead.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from rana_fx.runtime.attachment import Attachment, Factors
 
 # one set of factors serves every graph (prefill, decode) that is compiled by a plan
 _attachments: WeakKeyDictionary[Plan, dict[torch.device, Attachment]] = WeakKeyDictionary()
-_sites: WeakKeyDictionary[Plan, WeakTensorKeyDictionary] = WeakKeyDictionary()  # hashing a weight again costs a second a gigabyte
+_sites: WeakKeyDictionary[Plan, WeakTensorKeyDictionary] = WeakKeyDictionary()  # hashing takes about a second per gigabyte
 
 
 def plan_of(value: object) -> Plan:
-    """The plan an option stands for. Raises InvalidOption, PlanFileError, PlanVersion."""
+    """The plan that an option is, or is the folder of. Raises InvalidOption, PlanFileError, PlanVersion."""
     if isinstance(value, Plan):
         return value
     if isinstance(value, (str, Path)):
@@ -46,10 +46,10 @@ def _load(folder: Path, changed_ns: int) -> Plan:
 
 
 def attachment_for(plan: Plan, weights: Mapping[fx.Node, nn.Parameter]) -> Attachment | None:
-    """``plan`` for the weights of one graph; None when the graph has none of the plan's.
+    """The attachment of ``plan`` for the weights of one graph; None where none of them is in the plan.
 
     Raises:
-        PlanMismatch: a weight is called like a site and has other bytes.
+        PlanMismatch: a weight has the name of a site and other bytes.
     """
     device = next((weight.device for weight in weights.values()), torch.device("cpu"))
     on_device = _attachments.setdefault(plan, {})
@@ -60,7 +60,7 @@ def attachment_for(plan: Plan, weights: Mapping[fx.Node, nn.Parameter]) -> Attac
     for node, weight in weights.items():
         if weight not in sites:
             sites[weight] = _site(plan, source_name(node), weight)
-        found.names.pop(id(weight), None)  # an id may be that of a weight that is gone
+        found.names.pop(id(weight), None)  # the id may have belonged to a weight that was deleted
         if sites[weight] is not None:
             found.names[id(weight)] = sites[weight]
             matched = True
@@ -68,17 +68,17 @@ def attachment_for(plan: Plan, weights: Mapping[fx.Node, nn.Parameter]) -> Attac
 
 
 def _site(plan: Plan, name: str, weight: nn.Parameter) -> str | None:
-    """The name the plan has for a weight (several sites may be parts of one)."""
+    """The plan's name of a weight (several sites may be parts of it), or None."""
     names = {base_name(record.name): record for record in plan.sites}
     if not any(record.out_features * record.in_features <= weight.numel() for record in plan.sites) or weight.dim() < 2:
         return None
     alike = {
-        known: record for known, record in names.items() if f".{known}".endswith(f".{name}") or f".{name}".endswith(f".{known}")
+        other: record for other, record in names.items() if f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")
     }
     digest = weight_digest(weight)
-    for known, record in (alike | names).items():
+    for other, record in (alike | names).items():
         if record.digest == digest:
-            return known
+            return other
     if not alike:
         return None
     expected = f"a weight with digest {' or '.join(record.digest for record in list(alike.values())[:3])}"

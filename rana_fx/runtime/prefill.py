@@ -2,11 +2,12 @@
 
     mode         more than 16 tokens at once                        memory of a linear (out, in) at rank r
     "masked"     adapted like any other, as matrix products         in * out + r * (in + out) numbers
-    "dense"      the original linears, from as many tokens on as    the same
-                 masks stop paying (9 on a CPU; kernels/cost.py)
+    "dense"      the original linears, from the number of tokens    the same
+                 on at which masks are no longer expected to save
+                 time (9 on a CPU; kernels/cost.py)
     "cheapest"   the original linears where r * (in + out) is       the same
                  more than in * out, adapted elsewhere
-    "factors"    as "masked"                                        r * (in + out); the dense weight is freed, for good
+    "factors"    as "masked"                                        r * (in + out); the dense weight is freed, irreversibly
 
 A product of many tokens reads every row, so that a mask saves nothing there and only the rank does. Adapters that multiply by the
 model's own weight (neuron, gated) cost what the dense linear costs, take no memory, and keep their weight in every mode. So does
@@ -29,19 +30,19 @@ MODES = ("masked", "dense", "cheapest", "factors")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the linears of a plan. replaced: of those weights that factors make superfluous."""
+    """Bytes of the linears of a plan. replaced: of the weights that are not read where factors replace them."""
 
     dense: int
     factors: int
     replaced: int
 
     def total(self, mode: str) -> int:
-        """Bytes in memory once compiled with a mode."""
+        """Bytes in memory after compilation with a mode."""
         return self.dense + self.factors - (self.replaced if mode == "factors" else 0)
 
 
 def memory_of(plan: Plan) -> Memory:
-    """From the plan's sizes: a weight that is shared with something else is not freed, and is not known here."""
+    """Bytes from the plan's sizes. (A weight that shares memory with another tensor, which a plan does not record, stays.)"""
     sizes = {
         record.name: record.out_features * record.in_features * getattr(torch, record.dtype).itemsize for record in plan.sites
     }
@@ -51,18 +52,18 @@ def memory_of(plan: Plan) -> Memory:
 
 
 def costs_more(plan: Plan, adapter: Adapter) -> bool:
-    """Whether what it multiplies by, unmasked, takes more multiply-adds than the linears it replaces."""
+    """Whether the adapter without masks takes more multiply-adds than the linears it replaces."""
     if adapter.router is None:
         return False
     if adapter.exact_tau is not None:
-        return True  # among many tokens every output is exact for some: the whole weight, and the factors
+        return True  # among many tokens every output is exact for some: it reads the whole weight and the factors
     sites = [record for record in plan.sites if record.name in adapter.sites]
     inputs, outputs = sites[0].in_features, sum(record.out_features for record in sites)
     return adapter.ranks * (inputs + outputs) > inputs * outputs
 
 
 def tokens_masked(plan: Plan, adapter: Adapter, weight: nn.Parameter) -> int:
-    """Up to how many tokens at once masks of an adapter are expected to save time; ``weight``: of one of its linears."""
+    """The largest number of tokens per call for which masks are expected to save time. ``weight``: of a linear of the adapter."""
     outputs = sum(record.out_features for record in plan.sites if record.name in adapter.sites)
     stored = weight if adapter.weight is None else adapter.weight
     return tokens_skipped(adapter.ranks, outputs, adapter.density, stored.dtype, weight.device)

@@ -1,4 +1,4 @@
-"""Which of a model's weights its adapted form no longer reads: the one rule for what may be freed and what cannot be trained."""
+"""The weights that the adapted model does not read: they may be freed and cannot be trained."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from rana_fx.plan import Plan
 
 
 def replaced_weights(plan: Plan) -> frozenset[str]:
-    """Weights, by the plan's names, all of whose linears have an adapter that brings its own matrix and reads no other.
+    """Weights, by the plan's names, all of whose linears have an adapter that multiplies only by a matrix of its own.
 
-    A weight stays where one of its linears was skipped, or where an adapter multiplies by it, masked or exactly.
+    A weight is not replaced where one of its linears was skipped, or where an adapter multiplies by it, masked or exactly.
     """
     own = {site for adapter in plan.adapters if not adapter.reads_model for site in adapter.sites}
     sites: dict[str, set[str]] = {}

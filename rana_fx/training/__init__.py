@@ -1,6 +1,6 @@
 """Recover quality by training an adapted model (docs/finetuning.md).
 
-In: a model with a plan attached. Out: the same model with trained factors and weights, and a plan of them.
+In: a model with a plan attached. Out: the same model with trained factors and weights, and a plan that contains these factors.
 """
 
 from rana_fx.integrations.accelerate import register_with_accelerate

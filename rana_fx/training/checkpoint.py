@@ -1,7 +1,7 @@
-"""State of a training on disk, from which it goes on exactly as if it had not stopped.
+"""Training state on disk: a resumed run gives the same result as one that was not interrupted.
 
-In: trained Parameters, optimizer, position, history. Out: one file, replaced in one step, so that a killed run leaves the last
-whole one. No pickled code: it is read with ``weights_only``.
+In: trained Parameters, optimizer, position, history. Out: one file, replaced in one step, so that the last complete one survives
+a killed run. It contains no pickled code: it is read with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "checkpoint.pt"
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
-    """Raises CheckpointError."""
+    """Write the state to a folder, atomically. Raises CheckpointError."""
     path = folder / NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,12 +31,12 @@ def write(folder: Path, state: dict[str, Any]) -> None:
 
 
 def rate_of(folder: Path) -> float:
-    """The learning rate that a checkpoint was made with. Raises CheckpointError."""
+    """The learning rate of the training run that wrote a checkpoint. Raises CheckpointError."""
     return float(read(folder, {})["fingerprint"]["setting rate"])
 
 
 def read(folder: Path, fingerprint: dict[str, str]) -> dict[str, Any]:
-    """The state, where it is of a training with this fingerprint. Raises CheckpointError."""
+    """The state in a folder. Raises CheckpointError where it cannot be read or has another fingerprint."""
     path = folder / NAME
     if not path.exists():
         raise CheckpointError(path=path, reason="there is no such file", todo="start without resuming")
@@ -45,10 +45,10 @@ def read(folder: Path, fingerprint: dict[str, str]) -> dict[str, Any]:
         found = dict(state["fingerprint"])
     except Exception as error:  # whatever zipfile and the unpickler raise
         raise CheckpointError(
-            path=path, reason=f"it is not a whole checkpoint ({type(error).__name__})", todo="start anew"
+            path=path, reason=f"it is not a complete checkpoint ({type(error).__name__})", todo="start without resuming"
         ) from error
     for key, value in fingerprint.items():
         if found.get(key) != value:
             reason = f"its {key} is {found.get(key)}, here it is {value}"
-            raise CheckpointError(path=path, reason=reason, todo="pass what it was made with, or start anew")
+            raise CheckpointError(path=path, reason=reason, todo="pass what it was made with, or start without resuming")
     return state

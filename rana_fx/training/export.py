@@ -1,8 +1,8 @@
-"""A trained model becomes a plan again.
+"""Make a plan from a trained model.
 
-In: a model with a plan attached, trained since. Out: a Plan of the factors and thresholds as they are now, for the weights as
-they are now: a new digest, the same file format. Kept ranks and costs stay those that were planned; errors measured before are
-dropped.
+In: a model that was trained with a plan attached. Out: a Plan with the current factors and thresholds, for the current weights: a
+new digest, the same file format. Expected kept ranks and costs are those of the attached plan; errors measured before training
+are dropped.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from rana_fx.training.parameters import attachment_to_train, weights_to_train
 
 
 def trained_plan(model: nn.Module) -> Plan:
-    """The plan of a model's factors as they are now. LoRA (``add_lora``) is merged into factors and weights first, and is gone.
+    """The plan of a model's current factors. LoRA (``add_lora``) is merged into factors and weights first, and removed.
 
-    The plan holds copies: training on does not change it. Where weights of the model were trained, too, it belongs to those: save
-    both, with ``detach(model)`` before ``save_pretrained``. (``detach`` returns the plan as it was attached.) After a cast of the
-    model (``model.bfloat16()``) it is a plan for that dtype.
+    The plan holds copies: further training does not change it. Where weights of the model were trained, too, the plan fits only
+    the trained weights: save both, with ``detach(model)`` before ``save_pretrained``. (``detach`` returns the plan as it was
+    attached.) After a cast of the model (``model.bfloat16()``) it is a plan for that dtype.
 
     Raises:
-        NoPlan, InvalidOption: a wrapper around the model.
+        NoPlan: no plan is attached.
+        InvalidOption: ``model`` is a wrapper around the model that the plan was attached to.
     """
     model = unwrap(model)
     found = attachment_to_train(model)
@@ -49,7 +50,7 @@ def _itemsize(record: SiteRecord) -> int:
 
 def _record(record: SiteRecord, weight: nn.Parameter) -> SiteRecord:
     if is_freed(weight):
-        return record  # nobody could train it
+        return record  # a freed weight cannot have been trained
     return replace(record, dtype=str(weight.dtype).removeprefix("torch."), digest=weight_digest(weight))
 
 

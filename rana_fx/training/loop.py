@@ -1,6 +1,6 @@
 """The training loop: AdamW over batches in order, evaluated, checkpointed and resumed.
 
-In: an adapted model, compiled or not, batches of equal shape and settings. Out: the trained model and what happened.
+In: an adapted model, compiled or not, batches of equal shape and settings. Out: the trained model and the history of the run.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from rana_fx.training.settings import Settings
 
 @dataclass
 class Training:
-    """What happened: tokens seen, the loss and the seconds of each step, and (step, mean loss on the held-out text) of each
-    evaluation. ``seconds``: evaluations and checkpoints included.
+    """History of a training run: number of tokens, the loss (nats per token) and the seconds of each step, and (step, mean loss
+    on the held-out text) of each evaluation. ``seconds``: evaluations and checkpoints included.
     """
 
     tokens: int = 0
@@ -44,7 +44,7 @@ class Training:
     step_seconds: list[float] = field(default_factory=list)
 
     def seconds_per_step(self) -> float | None:
-        """Median over the steps but the first ones, which compile; None where there are no others."""
+        """Median over all steps except the first two, which compile; None where there are no others."""
         return statistics.median(self.step_seconds[2:]) if len(self.step_seconds) > 2 else None
 
 
@@ -58,13 +58,13 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> Training:
-    """Train what ``trainable`` or ``add_lora`` chose, on every batch once, in order.
+    """Train the Parameters that ``trainable`` or ``add_lora`` chose, on every batch once, in order.
 
     Args:
         model: a causal language model with a plan attached; compiled as the caller likes, or here by ``rana_fx.backend``.
-        batches: as ``rana_fx.evaluation.text.token_batches`` makes them; those that are left over from whole steps are not used.
+        batches: as ``rana_fx.evaluation.text.token_batches`` returns them; a remainder that does not fill a step is not used.
         held_out: evaluated before, after, and every ``settings.evaluate_every`` steps.
-        folder: where checkpoints go. resume: go on from the one there; the result is the same as without the break.
+        folder: for checkpoints. resume: continue from the checkpoint in it; the result is that of a run without the break.
 
     Raises:
         NoPlan, NoBatches, NothingToTrain, LossNotFinite, CheckpointError.
@@ -80,7 +80,7 @@ def train(
 
 
 class _Loop:
-    """One training: the model, what of it is trained, the optimizer, and the history so far."""
+    """One training run: the model, its trained Parameters, the optimizer, and the history so far."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class _Loop:
         _restore(checkpoint.read(self.folder, self.fingerprint), self.trained, self.optimizer, self.done)
 
     def run(self, bar: tqdm) -> None:
-        """All steps that are left, with their evaluations and checkpoints. Raises LossNotFinite, CheckpointError."""
+        """Run all remaining steps, with their evaluations and checkpoints. Raises LossNotFinite, CheckpointError."""
         settings, done, started, before = self.settings, self.done, time.perf_counter(), self.done.seconds
         first = len(done.losses)
         if self.held_out and not first:
@@ -137,7 +137,7 @@ class _Loop:
                 checkpoint.write(self.folder, _state(self.fingerprint, self.trained, self.optimizer, done))
 
     def _step(self, step: int, part: Sequence[dict[str, Tensor]], rate: float) -> float:
-        """One optimizer step; returns its loss. Raises LossNotFinite, the Parameters as they were before the step."""
+        """One optimizer step; returns its loss. Raises LossNotFinite, without changing the Parameters."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         device = device_of(self.model)
@@ -153,7 +153,7 @@ class _Loop:
         return loss
 
     def _due(self, step: int, every: int) -> bool:
-        """Whether something done every so many steps, and after the last one, follows this step. 0: after the last one only."""
+        """Whether an action of every ``every`` steps, and of the last step, follows this step. 0: of the last step only."""
         return step + 1 == self.steps or (every > 0 and (step + 1) % every == 0)
 
     def _evaluate(self) -> float:
@@ -163,7 +163,7 @@ class _Loop:
 def _fingerprint(
     attachment: Attachment, batches: Sequence[dict[str, Tensor]], trained: dict[str, nn.Parameter], settings: Settings
 ) -> dict[str, str]:
-    """What a checkpoint has to agree with for a training to be continued from it."""
+    """The facts that must equal those of a checkpoint to resume from it."""
     found = {"plan": attachment.plan.digest(), "text": _digest(batches), "trained Parameters": _names(trained)}
     if attachment.factors.lowrank is not None:
         found["LoRA"] = attachment.factors.lowrank.extra_repr()
@@ -173,7 +173,7 @@ def _fingerprint(
 def _accumulate(
     forward: Callable[..., Any], teacher: Callable[..., Any] | None, batches: list[dict[str, Tensor]], settings: Settings
 ) -> float:
-    """Backward of the mean loss over the targets of some batches; returns it."""
+    """Backward pass of the mean loss over all targets of the batches of a step; returns that loss, in nats per token."""
     masks = [_targets(batch) for batch in batches]
     targets = sum(int(mask.sum()) for mask in masks)
     if not targets:
@@ -185,8 +185,8 @@ def _accumulate(
         rows = logits[:, :-1][mask_BT].float()
         loss = nn.functional.cross_entropy(rows, batch["input_ids"][:, 1:][mask_BT], reduction="sum")
         if teacher is not None:
-            right = call(teacher, batch).logits[:, :-1][mask_BT].float().log_softmax(-1)
-            divergence = nn.functional.kl_div(rows.log_softmax(-1), right, reduction="sum", log_target=True)
+            expected = call(teacher, batch).logits[:, :-1][mask_BT].float().log_softmax(-1)
+            divergence = nn.functional.kl_div(rows.log_softmax(-1), expected, reduction="sum", log_target=True)
             loss = (1 - settings.distill) * loss + settings.distill * divergence
         loss = loss / targets
         loss.backward()
@@ -195,21 +195,21 @@ def _accumulate(
 
 
 def _targets(batch: dict[str, Tensor]) -> Tensor:
-    """Which of the predictions (B, T - 1) count: neither from padding nor of padding."""
+    """Mask (B, T - 1) of the predictions that count: neither the target nor the token it is predicted from is padding."""
     mask = batch.get("attention_mask")
     real = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask != 0
     return real[:, 1:] & real[:, :-1]
 
 
 def _teacher(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Callable[..., Any]:
-    """The dense model's eager forward: the module itself while none of its own weights is trained, else a copy of it as it is."""
+    """The dense model's eager forward: of the module itself where only factors are trained, else of a copy made now."""
     dense = model
     if any(not name.startswith(f"{MODULE}.") for name in chosen):
         dense = copy.deepcopy(model)
         detach(dense)
 
     def forward(**batch: Tensor) -> Any:
-        # also where the module itself was compiled in place
+        # force_eager: the module itself may have been compiled in place
         with torch.no_grad(), evaluating(dense), torch.compiler.set_stance("force_eager"):
             return dense(**batch)
 
@@ -218,7 +218,7 @@ def _teacher(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Callable[...,
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """In training mode and without a cache of keys and values, then as it was."""
+    """Training mode without a cache of keys and values inside; restores modes and config at the end."""
     modes = [(module, module.training) for module in model.modules()]
     config: Any = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
@@ -267,7 +267,7 @@ def _state(
 
 
 def _restore(state: dict[str, Any], chosen: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, done: Training) -> None:
-    """Parameters, optimizer, random state and history as they were."""
+    """Restore Parameters, optimizer, random state and history from a checkpoint."""
     with torch.no_grad():
         for name, parameter in chosen.items():
             parameter.copy_(state["parameters"][name])

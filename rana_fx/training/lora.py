@@ -1,8 +1,9 @@
 """LoRA on factors and on linears that stayed dense, by ``peft``.
 
-In: a model with a plan attached, and a ``peft.LoraConfig``. Out: the model with peft's two matrices beside each matrix that it
-multiplies by, made, initialised, named and saved by peft; the backend multiplies by them where a graph multiplies by the matrix,
-behind the same mask (passes/rewrite_lora.py), so that merging changes nothing but rounding. Merging adds them for good.
+In: a model with a plan attached, and a ``peft.LoraConfig``. Out: the model with peft's two matrices in parallel to each targeted
+matrix, created, initialised, named and saved by peft; the backend multiplies by them where a graph multiplies by the matrix,
+behind the same mask (passes/rewrite_lora.py), so that merging changes nothing but rounding. Merging adds the product of the two
+to the matrix and removes them.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from rana_fx.modules import device_of, unwrap
 from rana_fx.runtime.attachment import MODULE, Attachment, attached, invalidate_guards
 from rana_fx.runtime.lora_state import ADAPTER, LowRank, Matrix
 from rana_fx.runtime.replaced_weights import replaced_weights
-from rana_fx.training.parameters import attachment_to_train, only, weights_to_train
+from rana_fx.training.parameters import attachment_to_train, train_only, weights_to_train
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# what the paper takes
+# the paper's settings
 RANK, ALPHA, DROPOUT = 64, 16, 0.05
-# options that say which matrices, how large, how scaled and how initialised; others change what is computed
-_TAKEN = {
+# supported options: choice of matrices, rank, scaling and initialisation; others change what is computed
+_SUPPORTED = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "init_lora_weights",
 }  # fmt: skip
-_SAID = {"task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+_METADATA = {"task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
 _INITIAL = (True, False, "gaussian")  # the others change the matrix, or need data
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -43,17 +44,19 @@ _WEIGHTS = "adapter_model.safetensors"
 def add_lora(model: nn.Module, config: LoraConfig | None = None, *, seed: int = 0) -> dict[str, nn.Parameter]:
     """Train low-rank additions to matrices and freeze everything else; returns the new Parameters by name, for an optimizer.
 
-    The model then has them only compiled: called eagerly it is the dense model it was.
+    Only the compiled model includes the additions: in eager mode it is the dense model, as before.
 
     Args:
         config: peft's. ``target_modules`` are names, or their ends, as peft takes them, of linears and of the plan's factors:
             "o_proj", "lm_head", "rana_fx.a0_router"; here also with wildcards: "*_router". None or "all-linear": every floating
-            matrix of the plan, and the weight of every other linear that it knows, output heads included. Default: r=64,
-            lora_alpha=16, lora_dropout=0.05, as the paper has them.
+            matrix of the plan, and the weight of every other linear in it, output heads included. Default: r=64, lora_alpha=16,
+            lora_dropout=0.05, as in the paper.
+        seed: of the initial matrices.
 
     Raises:
-        NoPlan, NothingToTrain, MissingPackage, InvalidOption: something of peft that is more than a low-rank addition.
-        UnknownTarget: matches no matrix that the adapted model multiplies by.
+        NoPlan, NothingToTrain, MissingPackage.
+        InvalidOption: an option of peft that is more than a low-rank addition, or a model that has LoRA already.
+        UnknownTarget: a target matches no matrix that the adapted model multiplies by.
     """
     peft = _peft()
     model = unwrap(model)
@@ -64,7 +67,7 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, *, seed: int = 
         raise InvalidOption(name="model", got=type(model).__name__, expected="one without LoRA: merge_lora(model) first")
     chosen = _chosen(model, found, config)
     config.target_modules = list(chosen)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # have been heard
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # already applied in _chosen
     with torch.inference_mode(False), torch.random.fork_rng():
         torch.manual_seed(seed)
         matrices = {name: Matrix(matrix, transposed=transposed) for name, (matrix, transposed) in chosen.items()}
@@ -73,18 +76,18 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, *, seed: int = 
         # matrices of a model in 16 bits are trained in fp32
         peft.tuners.tuners_utils.cast_adapter_dtype(module.adapters, ADAPTER)
         for matrix in matrices.values():
-            matrix.lend()
+            matrix.unregister()
     module.train(model.training)
     found.factors.lowrank = module
     added = {f"{MODULE}.lowrank.{name}": parameter for name, parameter in module.named_parameters()}
-    only(model, added)
+    train_only(model, added)
     return added
 
 
 def lora_config(
     *, rank: int = RANK, alpha: float = ALPHA, dropout: float = DROPOUT, targets: list[str] | None = None
 ) -> LoraConfig:
-    """What ``add_lora`` takes by default, or with these. Raises MissingPackage, InvalidOption."""
+    """The default config of ``add_lora``, or that with other values. Raises MissingPackage, InvalidOption."""
     peft = _peft()
     if not 0 <= dropout < 1:
         raise InvalidOption(name="dropout", got=dropout, expected="a probability in [0, 1)")
@@ -93,7 +96,7 @@ def lora_config(
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add what LoRA trained to the matrices, rounded once to their dtype, and take it off; nothing where there is none."""
+    """Add LoRA's products to their matrices, rounded once to the matrix's dtype, and remove LoRA; a no-op without LoRA."""
     model = unwrap(model)
     found = attached(model)
     if found is None or found.factors.lowrank is None:
@@ -106,7 +109,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def save_lora(model: nn.Module, folder: str | Path) -> None:
-    """Write what LoRA trained as peft does: adapter_config.json and adapter_model.safetensors, which names the plan, too.
+    """Write LoRA in the format of peft, adapter_config.json and adapter_model.safetensors, with the plan's digest as metadata.
 
     Raises:
         NoPlan, NothingToTrain: there is no LoRA on the model.
@@ -127,7 +130,8 @@ def load_lora(model: nn.Module, folder: str | Path) -> dict[str, nn.Parameter]:
     """``add_lora`` with the matrices that ``save_lora`` wrote.
 
     Raises:
-        CheckpointError: it is not there, or was trained with another plan. What ``add_lora`` raises.
+        CheckpointError: the folder holds no LoRA, or one that was trained with another plan.
+        What ``add_lora`` raises.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -170,7 +174,7 @@ def _check(peft: Any, config: Any) -> None:
     plain = peft.LoraConfig()
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
-        if option.name not in _TAKEN | _SAID and value != getattr(plain, option.name):
+        if option.name not in _SUPPORTED | _METADATA and value != getattr(plain, option.name):
             expected = "its default: that is more than a low-rank addition to a matrix, and could not be merged into a plan"
             raise InvalidOption(name=option.name, got=value, expected=expected)
     if config.init_lora_weights not in _INITIAL:
@@ -189,26 +193,26 @@ def _chosen(model: nn.Module, found: Attachment, config: Any) -> dict[str, tuple
     if targets is None or targets == "all-linear":
         targets = list(possible)
     for target in [targets] if isinstance(targets, str) else sorted(targets):
-        config.target_modules = _spelled(target, possible) if isinstance(targets, list | set) else target
-        if not any(check_target_module_exists(_alone(config), name) for name in possible):
+        config.target_modules = _expanded(target, possible) if isinstance(targets, list | set) else target
+        if not any(check_target_module_exists(_without_exclusions(config), name) for name in possible):
             raise UnknownTarget(target=target, model=type(model).__name__, names=", ".join(list(possible)[:8]) or "none")
     if not isinstance(targets, str):
-        targets = [name for target in targets for name in _spelled(target, possible)]
+        targets = [name for target in targets for name in _expanded(target, possible)]
     config.target_modules = targets
     chosen = {name: entry for name, entry in possible.items() if targets and check_target_module_exists(config, name)}
     if not chosen:
-        reason = "no matrix that it multiplies by is floating" if not possible else "exclude_modules and layers leave none over"
+        reason = "exclude_modules and layers exclude all targets" if possible else "no matrix that it multiplies by is floating"
         raise NothingToTrain(model=type(model).__name__, what="lora", reason=reason, todo="target others, or factors in 16 bits")
     return chosen
 
 
-def _spelled(target: str, possible: dict[str, Any]) -> list[str]:
-    """A target without wildcards, as peft knows them."""
+def _expanded(target: str, possible: dict[str, Any]) -> list[str]:
+    """The names that a target with wildcards matches, since peft has no wildcards; another target as it is."""
     return [name for name in possible if fnmatch.fnmatchcase(name, target)] if "*" in target else [target]
 
 
-def _alone(config: Any) -> Any:
-    """The config without what takes away from its targets."""
+def _without_exclusions(config: Any) -> Any:
+    """The config without the options that exclude matrices from its targets."""
     bare_config = copy.copy(config)
     bare_config.exclude_modules = bare_config.layers_to_transform = None
     return bare_config
@@ -222,11 +226,12 @@ def _possible(model: nn.Module, found: Attachment) -> dict[str, tuple[nn.Paramet
             factor = found.tensor(index, key)
             if isinstance(factor, nn.Parameter):
                 named[f"{MODULE}.a{index}_{key}"] = factor, transposed
-    weights, gone = weights_to_train(model, found), replaced_weights(found.plan)
-    names = {id(weight): name for name, weight in weights.items()}  # of tied ones the last: the head rather than the embedding
+    weights, replaced = weights_to_train(model, found), replaced_weights(found.plan)
+    # of tied weights the last name: that of the head, not of the embedding
+    names = {id(weight): name for name, weight in weights.items()}
     for record in found.plan.sites:
         weight = weights[base_name(record.name)]
-        live = base_name(record.name) not in gone and weight.dim() == 2 and is_plain(weight)
+        live = base_name(record.name) not in replaced and weight.dim() == 2 and is_plain(weight)
         if live:
             named.setdefault(names[id(weight)], (weight, record.transposed))
     return named

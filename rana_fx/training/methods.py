@@ -1,4 +1,4 @@
-"""The ways to train an adapted model that the command line and the benches offer by name."""
+"""Training methods by name, for the command line and the benches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METHODS = ("lora", "full", "factors")
 
 
 def choose(model: nn.Module, method: str, *, config: LoraConfig | None = None, seed: int = 0) -> dict[str, nn.Parameter]:
-    """What a method trains, by name: low-rank additions, everything, or the plan's matrices.
+    """Select the Parameters that a method trains: low-rank additions, everything, or the plan's matrices; returns them by name.
 
     Args:
         config, seed: of ``add_lora``, for "lora".

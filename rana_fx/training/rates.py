@@ -1,7 +1,7 @@
 """Choose a learning rate by trying several on a part of the text.
 
-In: what ``train`` takes, and rates. Out: the rate with the lowest loss on the held-out text, after a whole schedule over a
-fraction of the batches from the same start each time; the model is as it was.
+In: what ``train`` takes, and rates. Out: the rate with the lowest loss on the held-out text, after a complete schedule
+over a fraction of the batches, each from the same initial Parameters; the Parameters are restored.
 """
 
 from __future__ import annotations
@@ -31,12 +31,17 @@ def best_rate(
     fraction: float = 0.2,
     progress: bool = True,
 ) -> tuple[float, dict[float, float]]:
-    """(the best rate, the held-out loss after each). A rate whose loss is not finite counts as infinitely bad.
+    """(the best rate, the held-out loss in nats per token of each rate, infinite where a loss was not finite).
 
-    The held-out text decides here: report the quality of the result on another one.
+    The rate is selected on the held-out text: report the quality of the result on another text.
+
+    Args:
+        model, batches, settings, held_out: as ``train`` takes them.
+        rates: learning rates to try. fraction: of the steps to train for each of them, in (0, 1].
 
     Raises:
-        InvalidOption: no rate, nothing held out, or none of the rates trains. What ``train`` raises.
+        InvalidOption: no rate, nothing held out, or no rate with a finite loss.
+        What ``train`` raises.
     """
     if not rates or not held_out:
         raise InvalidOption(name="rates" if held_out else "held_out", got=[], expected="at least one to compare by")

@@ -1,7 +1,7 @@
 """Gradient checkpointing of a model of transformers, in one graph.
 
-In: a model. Out: the same, which recomputes activations layer by layer in the backward pass: less memory, more time. Its regions
-are rewritten like the rest (rana_fx/graph/checkpoint_regions.py).
+In: a model. Out: the same model, which recomputes activations layer by layer in the backward pass: less memory, more time. Its
+checkpointed regions are rewritten like the rest of the graph (rana_fx/graph/checkpoint_regions.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from rana_fx.modules import unwrap
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Switch it on. What is trained may be chosen before or after.
+    """Enable gradient checkpointing, before or after the trained Parameters are selected.
 
     Raises:
-        InvalidOption: a model that is none of transformers'.
+        InvalidOption: not a model of transformers.
     """
     network: Any = unwrap(model)
     if hasattr(network, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
@@ -28,6 +28,6 @@ def checkpoint_gradients(model: nn.Module) -> None:
     else:
         expected = "a model of transformers; call torch.utils.checkpoint.checkpoint in another's forward"
         raise InvalidOption(name="model", got=type(network).__name__, expected=expected)
-    # a hook that gives frozen embeddings gradients, for the reentrant kind; it breaks the graph in two
+    # a hook that makes frozen embeddings require gradients, for reentrant checkpointing; it causes a graph break
     if getattr(network, "_require_grads_hooks", None):
         network.disable_input_require_grads()

@@ -1,4 +1,4 @@
-"""How to train: everything that decides the result besides model, plan and text."""
+"""Settings of a training run: everything that determines the result besides model, plan and text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from rana_fx.errors import InvalidOption
 
 DECAYS = ("cosine", "linear")
-AUTOCASTS = ("bfloat16",)  # float16 would need its losses scaled
+AUTOCASTS = ("bfloat16",)  # float16 would need loss scaling
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Settings:
         rate: the highest learning rate.
         decay: "cosine" or "linear", to zero at the last step.
         warmup: fraction of the steps over which the rate rises.
-        weight_decay, clip: AdamW's decoupled decay; the largest norm of all gradients together.
+        weight_decay, clip: AdamW's decoupled decay; the largest norm of all gradients together, above which they are scaled.
         accumulate: batches per step.
         distill: weight w in [0, 1] of the loss (1 - w) * cross-entropy + w * KL to the dense model's predictions.
-        autocast: None, or the dtype that products run in while Parameters keep theirs.
+        autocast: None, or the dtype in which matmuls run while Parameters keep theirs.
         evaluate_every, checkpoint_every: in steps; 0: only at the end, and no checkpoints.
         seed: of everything random while training, such as dropout.
 

@@ -1,7 +1,8 @@
-"""Move thresholds so that a trained model keeps what its plan expects.
+"""Scale thresholds so that a trained model keeps as many values as its plan expects.
 
 In: a model with a plan attached and text. Out: the model with every adapter's thresholds scaled by one number, such that it keeps
-as many ranks (inputs) per token as planned. Training changes activations, and with them what the old thresholds keep.
+as many ranks (inputs) per token as planned. Training changes activations, and with them the number of values that reach a
+threshold.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from rana_fx.evaluation.measure import Measurement, masked_nodes, measuring
 from rana_fx.modules import unwrap
 from rana_fx.training.parameters import attachment_to_train
 
-SETTLING = 32_000  # tokens that are enough, as many as adapt takes
-_TOP = 2.0**40  # histograms reach 56 octaves below; scores over their threshold lie around one
+SAMPLE_TOKENS = 32_000  # enough tokens to estimate thresholds: as many as adapt samples
+_TOP = 2.0**40  # histograms reach 56 octaves below; ratios of score to threshold are around one
 
 
 def rethreshold(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, rounds: int = 2) -> Measurement:
     """Scale the thresholds of the attached plan in place, and measure the result on the same text.
 
-    Adapters read what earlier ones compute, so a second round corrects for what the first one moved. ``trained_plan`` holds the
-    new thresholds. Thresholds of zero (static and stored adapters) stay.
+    Adapters read the outputs of earlier ones, so a second round corrects for the changes of the first one. ``trained_plan``
+    returns a plan with the new thresholds. Thresholds of zero (static and stored adapters) stay.
+
+    Args:
+        batches: as ``adapt`` takes them; about 32,000 tokens are enough. rounds: how often thresholds are estimated.
 
     Raises:
         NoPlan, NoBatches.
@@ -49,7 +53,7 @@ def rethreshold(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, round
             profile = histogram.merged()
             assert tau is not None
             scaled = tau * profile.keep(round(share * profile.total))[0]
-            tau.copy_(torch.where((tau > 0) & torch.isfinite(tau), scaled, tau))  # what is always or never kept stays so
+            tau.copy_(torch.where((tau > 0) & torch.isfinite(tau), scaled, tau))  # values that are always or never kept stay so
     with measuring(model) as meter:
         for batch in batches:
             meter.run(batch)
@@ -73,7 +77,7 @@ class _Scores:
         gated = {mask.adapter for mask in masks if mask.is_gate}
         done: set[tuple[fx.Node, str, str]] = set()
         for mask in masks:
-            # behind a gate, what is multiplied has zeros where it is not kept: its thresholds are not the plan's
+            # behind a gate, dropped values are zeros already, and the matmul's thresholds are constants, not the plan's
             own = mask.tau is not None and (mask.is_gate or mask.adapter not in gated)
             key = (mask.value, mask.adapter, mask.part)
             if own and key not in done:

@@ -133,7 +133,7 @@ def test_resuming_gives_the_same_plan(adapted: tuple[Path, Path], tmp_path: Path
         patch.setattr(loop.checkpoint, "write", killed)
         broken = call("finetune", adapted[0], "--plan", adapted[1], "--data", TEXT, "--out", tmp_path / "b", *HEAD, *SIZES, *args)
     assert broken.exit_code == 130 and not (tmp_path / "b" / "plan").exists()
-    assert "interrupted: --resume goes on from the checkpoint in" in broken.output
+    assert "interrupted: --resume continues from the checkpoint in" in broken.output
     facts, _ = finetune(adapted, tmp_path / "b", *args, "--resume", "--lr", "auto")
     assert facts["loss"]["after"] < facts["loss"]["before"]
     assert facts["losses"] == whole["losses"] and facts["digest"] == whole["digest"] and facts["rate"] == 1e-3
@@ -142,7 +142,7 @@ def test_resuming_gives_the_same_plan(adapted: tuple[Path, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--tokens", 10**9), r"tokens were got, expected 1000000512 \(1000000000 to train on and 512 held out\)"),
+        (("--tokens", 10**9), r"got \d+ tokens, expected 1000000512 \(1000000000 to train on and 512 held out\)"),
         (("--tokens", 10), r"option --tokens=10 is not valid: expected at least 256, one step of 1 x 4 x 64"),
         (("--lr", "fast"), r"option --lr='fast' is not valid: expected a positive number or auto"),
         (("--method", "qlora"), r"method='qlora' is not known. Pick one of: lora, full, factors"),
@@ -191,7 +191,7 @@ def test_too_little_memory_says_what_to_lower(
     ("given", "message"),
     [
         ({"batch_size": 1, "checkpointing": True}, r"of 1 x 64 tokens to fit while training: lower --context\.$"),
-        ({"method": "full", "distill": 0.5}, r"take --method lora, or leave --distill out, whose teacher is a copy\.$"),
+        ({"method": "full", "distill": 0.5}, r"use --method lora, or omit --distill, whose teacher is a copy of the model\.$"),
     ],
 )
 def test_too_little_memory_says_no_more_than_helps(given: dict[str, Any], message: str, tmp_path: Path) -> None:

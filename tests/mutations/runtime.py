@@ -47,7 +47,7 @@ MUTATIONS = (
       _ATTACH, "self._buffers[name] = buffer.to(getattr(self, name).device)", "pass",
       f"{_T_PLAN}::test_thresholds_stay_fp32_when_the_model_is_halved"),
     M("deepcopy-shares-factors", "A deep copy of an adapted model computes with the factors of the original.",
-      _ATTACH, "twin = Attachment(old.plan, fresh, names)", "twin = Attachment(old.plan, self, names)",
+      _ATTACH, "new = Attachment(old.plan, fresh, names)", "new = Attachment(old.plan, self, names)",
       f"{_T_PLAN}::test_a_deep_copy_is_adapted_and_its_own"),
     M("other-weights-accepted", "A plan is attached to other weights than it was made for.",
       _ATTACH, "if weight_digest(weight) != record.digest:", "if False:",

@@ -36,7 +36,7 @@ MUTATIONS = (
       f"{_T_LOOP}::test_a_checkpoint_of_something_else_is_refused"),
     M("dead-weights-trained", "Weights that the adapted model does not read are trained.",
       "rana_fx/training/parameters.py",
-      "live = is_plain(parameter) and id(parameter) not in dead",
+      "live = is_plain(parameter) and id(parameter) not in replaced",
       "live = is_plain(parameter)",
       "tests/training/test_gradients.py::test_what_is_trained"),
     M("trained-code-not-renewed", "Code that was compiled before does not notice what is trained now.",

@@ -170,7 +170,7 @@ def test_numpy_numbers_are_numbers(model):
 
 def test_adapting_twice(model):
     rana_fx.adapt(model, batches(), budget=0.7, progress=False)
-    with pytest.raises(errors.AlreadyAdapted, match="already carries a plan"):
+    with pytest.raises(errors.AlreadyAdapted, match="already has a plan attached"):
         rana_fx.adapt(model, batches(), budget=0.7, progress=False)
     rana_fx.detach(model)
     rana_fx.adapt(model, batches(), budget=0.8, progress=False)

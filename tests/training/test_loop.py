@@ -124,7 +124,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"its LoRA is dropout 0.05, scaling \[8.0\], here it is dropout 0.1, scaling"):
         train(compiled(model), texts(2), settings=settings, folder=folder, resume=True, progress=False)
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
-    with pytest.raises(CheckpointError, match="it is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="it is not a complete checkpoint"):
         train(compiled(model), texts(2), settings=settings, folder=tmp_path, resume=True, progress=False)
 
 
@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "unwrap", lambda _: model)
         with pytest.raises(
-            LossNotFinite, match=r"step 4: the loss is nan.* as step 3 left.* the checkpoint of step 2 is in .* rate"
+            LossNotFinite, match=r"step 4: the loss is nan.* those after step 3.* the checkpoint of step 2 is in .* rate"
         ):
             train(poisoned, texts(6), settings=settings, folder=tmp_path, progress=False)
     assert all(torch.equal(p, seen[3][name]) for name, p in chosen.items())

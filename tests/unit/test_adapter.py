@@ -174,7 +174,7 @@ def test_what_does_not_belong_together_is_refused(changes, message):
         ({"kind": "neuron"}, "a neuron adapter's router"),
         ({"kind": "stored", "router": None, "weight": None}, "a stored adapter has a weight"),
         ({"kind": "gated", "router": None}, "multiplies by the model's own weight"),
-        ({"shift": torch.zeros(RANKS)}, "belongs into the bias"),
+        ({"shift": torch.zeros(RANKS)}, "a shift needs a bias"),
         ({"router_kept": 3.0}, "come together"),
         (exact(exact_tau=None), "a: exact_tau and exact_kept come together"),
         (exact(exact_kept=None), "a: exact_tau and exact_kept come together"),

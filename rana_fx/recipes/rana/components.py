@@ -54,8 +54,8 @@ class Components:
 
     def point(self, kind: str, multiplier: float, format_index: int) -> OperatingPoint:
         """The candidate's operating point, from the grid or interpolated."""
-        place = math.log(multiplier) / GRID_STEP
-        left, share = math.floor(place), place - math.floor(place)
+        position = math.log(multiplier) / GRID_STEP
+        left, share = math.floor(position), position - math.floor(position)
         first = self._at(kind, left, format_index)
         if share < 1e-6:
             return replace(first, multiplier=multiplier)

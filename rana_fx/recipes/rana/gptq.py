@@ -64,11 +64,11 @@ def quantize(matrix_KN: Tensor, bits: int, moment_KK: Tensor | None = None) -> P
         steps_BN = steps.float().repeat_interleave(GROUP, 1)[:, :columns]
         safe_BN = torch.where(steps_BN != 0, steps_BN, 1)
         chosen_BN, errors_BN = torch.zeros_like(steps_BN), torch.zeros_like(steps_BN)
-        for place, row in enumerate(range(start, stop)):
-            integer = (work_KN[row] / safe_BN[place]).round_().clamp_(_LOWEST, _HIGHEST)
-            error = (work_KN[row] - integer * steps_BN[place]) / inverse_KK[row, row]
+        for index, row in enumerate(range(start, stop)):
+            integer = (work_KN[row] / safe_BN[index]).round_().clamp_(_LOWEST, _HIGHEST)
+            error = (work_KN[row] - integer * steps_BN[index]) / inverse_KK[row, row]
             work_KN[row + 1 : stop].addr_(inverse_KK[row, row + 1 : stop], error, alpha=-1)
-            chosen_BN[place], errors_BN[place] = integer, error
+            chosen_BN[index], errors_BN[index] = integer, error
         work_KN[stop:] -= inverse_KK[start:stop, stop:].t() @ errors_BN
         integers.append(torch.nn.functional.pad(chosen_BN, (0, -columns % GROUP)))
         scales.append(steps)

@@ -37,10 +37,10 @@ class JointDropCorrection:
 
     def at(self, threshold: float) -> float:
         """Loss of dropping every input with a score below ``threshold`` together, over the sum of dropping each alone."""
-        place = math.log(threshold)
+        log_threshold = math.log(threshold)
         for (left, low), (right, high) in zip(self._points, self._points[1:], strict=False):
-            if place < left:
+            if log_threshold < left:
                 return low
-            if place < right:
-                return low + (high - low) * (place - left) / (right - left)
+            if log_threshold < right:
+                return low + (high - low) * (log_threshold - left) / (right - left)
         return self._points[-1][1] if self._points else 1.0
