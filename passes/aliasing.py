@@ -7,6 +7,8 @@ A node that reads another tensor than when it was traced has a fake value that s
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 import optree
@@ -19,9 +21,12 @@ from rana_fx.graph.dataflow import value_of
 
 def storages(value: Any) -> set[StorageWeakRef]:
     """The storages of the tensors of a value. Sparse layouts and tensor subclasses, which have several, are left out."""
+    return {StorageWeakRef(leaf.untyped_storage()) for leaf in _strided(value)}
+
+
+def _strided(value: Any) -> list[Tensor]:
     leaves: list[Any] = optree.tree_leaves(value)
-    found = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided and torch._C._has_storage(leaf))
-    return {StorageWeakRef(leaf.untyped_storage()) for leaf in found}
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided and torch._C._has_storage(leaf)]
 
 
 class Aliases:
@@ -46,16 +51,48 @@ class Aliases:
                     self._parent[a] = b
 
     def pairs(self, graph: fx.Graph) -> frozenset[tuple[str, str]]:
-        """(output, input) and (output, output) that share memory; outputs by position."""
-        inputs = {node.name: self._roots(value_of(node)) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+        """(output, input) and (output, output) that share memory; outputs by position.
+
+        Two pieces of one storage share nothing where none of their elements can be the same: columns of one stacked product, of
+        one token.
+        """
+        inputs = {node.name: self._pieces(value_of(node)) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
         leaves: list[object] = []
         fx.node.map_aggregate(graph.output_node().args, lambda leaf: leaves.append(leaf))
         outputs = [
-            (f"output {index}", self._roots(value_of(leaf))) for index, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)
+            (f"output {index}", self._pieces(value_of(leaf))) for index, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)
         ]
-        found = {(output, name) for output, roots in outputs for name, others in inputs.items() if roots & others}
-        found |= {(a, b) for index, (a, roots) in enumerate(outputs) for b, others in outputs[:index] if roots & others}
+        found = {(output, name) for output, pieces in outputs for name, others in inputs.items() if _overlap(pieces, others)}
+        found |= {
+            (a, b) for index, (a, pieces) in enumerate(outputs) for b, others in outputs[:index] if _overlap(pieces, others)
+        }
         return frozenset(found)
 
-    def _roots(self, value: object) -> set[StorageWeakRef]:
-        return {self.root(storage) for storage in storages(value)}
+    def _pieces(self, value: object) -> list[_Piece]:
+        found = [(StorageWeakRef(leaf.untyped_storage()), leaf) for leaf in _strided(value)]
+        return [_Piece(self.root(storage), storage, *_extent(leaf)) for storage, leaf in found]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes ``start`` to ``stop`` of a storage; all of it where they are not plain numbers."""
+
+    root: StorageWeakRef
+    storage: StorageWeakRef
+    start: int = 0
+    stop: int = sys.maxsize
+
+
+def _extent(tensor: Tensor) -> tuple[int, ...]:
+    sizes, strides, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+    if not all(isinstance(number, int) for number in (*sizes, *strides, offset)):
+        return ()
+    last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if tensor.numel() else -1
+    return offset * tensor.element_size(), (offset + last + 1) * tensor.element_size()
+
+
+def _overlap(pieces: list[_Piece], others: list[_Piece]) -> bool:
+    # places are comparable in one storage, not in two that are known to be the same memory
+    return any(
+        a.root == b.root and (a.storage != b.storage or (a.start < b.stop and b.start < a.stop)) for a in pieces for b in others
+    )

@@ -16,6 +16,7 @@ from torch import nn
 
 import rana_fx
 from rana_fx import apply as definition
+from rana_fx._backend import rewritten
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.holdout import Holdout
@@ -191,3 +192,30 @@ def test_operations_name_their_adapter_and_part():
     assert [node.meta["rana"] for node in marked] == [Annotation("q+k+v", "router_tau"), Annotation("q+k+v", "tau")]
     assert all(node.target is masked_gemv and node.meta["rana_adapter"] == "q+k+v" for node in marked)
     assert [node.meta.get("rana_part") for node in marked] == ["router_tau", None]
+
+
+class Returned(nn.Module):
+    """Attention that returns its keys and values, as a layer does that leaves caching to its caller."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return x + self.o(nn.functional.scaled_dot_product_attention(q, k, v)), k, v.view(1, -1, 2, 8)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_columns_of_a_stacked_product_can_be_returned(tokens):
+    """Of one token they lie in one piece of memory, side by side: a write into one is no write into another."""
+    torch.manual_seed(0)
+    model, x = Returned(), torch.randn(1, tokens, 16)
+    plan = rana_fx.adapt(model, [torch.randn(1, 80, 16)], budget=0.9, recipe="static", progress=False)
+    assert max(len(adapter.sites) for adapter in plan.adapters) == 3
+    with torch.no_grad():
+        found = torch.compile(model, backend=rewritten)(x)
+        before = [value.clone() for value in found]
+        for value in found:
+            value.mul_(2)
+    assert all(torch.equal(value, 2 * old) for value, old in zip(found, before, strict=True))

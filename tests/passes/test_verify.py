@@ -244,6 +244,27 @@ class TestMemory:
         with pytest.raises(AssertionError, match="its fake value lies in the memory of linear"):
             built.verifier.verify()
 
+    @pytest.mark.parametrize(("rows", "start", "shared"), [(1, 2, False), (1, 1, True), (2, 2, True)])
+    def test_columns_of_one_tensor(self, rows, start, shared):
+        """Of one row they are apart; of several rows the columns of one lie between those of the other."""
+
+        def columns(built):
+            value = fake(rows, 4)
+            y = built.call(torch.relu, built.x, value=value)
+            return [y, built.call(torch.abs, built.x, value=fake(rows, 2)), built.call(torch.abs, built.x, value=fake(rows, 2))]
+
+        built = Built(before=columns)
+        y = built.results[0]
+        value = y.meta["example_value"]
+        built.put(built.call(torch.clone, y, value=fake(rows, 4)), 0)
+        for place, first in ((1, 0), (2, start)):
+            built.put(built.call(torch.narrow, y, -1, first, 2, value=value.narrow(-1, first, 2)), place)
+        if shared:
+            with pytest.raises(AssertionError, match="output 2 shares memory with output 1"):
+                built.verifier.verify()
+        else:
+            built.verifier.verify()
+
     def test_an_old_view_of_what_is_now_an_input(self):
         def viewed(built):
             return [built.call(torch.ops.aten.view.default, built.y, [8], value=built.y.meta["example_value"].view(8))]
