@@ -33,22 +33,27 @@ class Aliases:
     """Union-find over the storages of one graph, some of which stand for the same memory."""
 
     def __init__(self) -> None:
-        # a weak reference keeps the address from being reused, so that it identifies one storage
-        self._parent: dict[StorageWeakRef, StorageWeakRef] = {}
+        # a weak reference keeps the address from being reused, so that it identifies one storage; with it, where the storage
+        # begins in the memory of its parent, in bytes (None: not known)
+        self._parent: dict[StorageWeakRef, tuple[StorageWeakRef, int | None]] = {}
 
-    def root(self, storage: StorageWeakRef) -> StorageWeakRef:
-        """The representative of the storages that are the same as this one."""
+    def root(self, storage: StorageWeakRef) -> tuple[StorageWeakRef, int | None]:
+        """The representative of the storages that are the same as this one, and where this one begins in it, in bytes."""
+        shift: int | None = 0
         while storage in self._parent:
-            storage = self._parent[storage]
-        return storage
+            storage, further = self._parent[storage]
+            shift = None if shift is None or further is None else shift + further
+        return storage, shift
 
     def join(self, one: object, other: object) -> None:
-        """Record that the memory of two values is the same."""
-        for first in storages(one):
-            for second in storages(other):
-                a, b = self.root(first), self.root(second)
+        """Record that the memory of two values is the same, element by element."""
+        for first in _strided(one):
+            for second in _strided(other):
+                (a, before), (b, after) = (self.root(StorageWeakRef(tensor.untyped_storage())) for tensor in (first, second))
                 if a != b:
-                    self._parent[a] = b
+                    place, target = _extent(first), _extent(second)
+                    known = before is not None and after is not None and place and target and _steps(first) == _steps(second)
+                    self._parent[a] = (b, target[0] + after - place[0] - before if known else None)  # type: ignore[operator]
 
     def pairs(self, graph: fx.Graph) -> frozenset[tuple[str, str]]:
         """(output, input) and (output, output) that share memory; outputs by position.
@@ -69,21 +74,25 @@ class Aliases:
         return frozenset(found)
 
     def _pieces(self, value: object) -> list[_Piece]:
-        found = [(StorageWeakRef(leaf.untyped_storage()), leaf) for leaf in _strided(value)]
-        return [_Piece(self.root(storage), storage, *_extent(leaf)) for storage, leaf in found]
+        found = []
+        for leaf in _strided(value):
+            root, shift = self.root(StorageWeakRef(leaf.untyped_storage()))
+            extent = () if shift is None else _extent(leaf)
+            found.append(_Piece(root, *(place + (shift or 0) for place in extent)))
+        return found
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes ``start`` to ``stop`` of a storage; all of it where they are not plain numbers."""
+    """Bytes ``start`` to ``stop`` of a memory; all of it where they are not known."""
 
     root: StorageWeakRef
-    storage: StorageWeakRef
-    start: int = 0
+    start: int = -sys.maxsize
     stop: int = sys.maxsize
 
 
 def _extent(tensor: Tensor) -> tuple[int, ...]:
+    """Where a tensor begins and ends in its storage, in bytes; empty where that depends on symbolic sizes."""
     sizes, strides, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
     if not all(isinstance(number, int) for number in (*sizes, *strides, offset)):
         return ()
@@ -91,8 +100,10 @@ def _extent(tensor: Tensor) -> tuple[int, ...]:
     return offset * tensor.element_size(), (offset + last + 1) * tensor.element_size()
 
 
+def _steps(tensor: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of the dimensions that have more than one element."""
+    return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+
+
 def _overlap(pieces: list[_Piece], others: list[_Piece]) -> bool:
-    # places are comparable in one storage, not in two that are known to be the same memory
-    return any(
-        a.root == b.root and (a.storage != b.storage or (a.start < b.stop and b.start < a.stop)) for a in pieces for b in others
-    )
+    return any(a.root == b.root and a.start < b.stop and b.start < a.stop for a in pieces for b in others)

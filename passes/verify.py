@@ -93,7 +93,7 @@ class Verifier:
                 lies = bool(storages(value) & storages(value_of(source)))
                 assert lies == views, f"{node}: its fake value {'lies' if lies else 'does not lie'} in the memory of {source}"
             elif views:
-                self._aliases.join(value, value_of(source))
+                self._aliases.join(value, found)
 
 
 def _is_run(node: fx.Node) -> bool:
