@@ -25,7 +25,7 @@ from bench.common.models import build
 from bench.common.record import head, start
 from bench.speed.decoding import contexts, copy_bandwidth
 from bench.speed.latency import Protocol, Run, compare, dense_ratio
-from bench.speed.random_plan import layout_of, menus
+from bench.speed.random_plan import layout_of, plan_configs
 from bench.speed.variants import variants
 from rana_fx.commands.record import show
 
@@ -44,7 +44,7 @@ def main(
     ] = "masked",
     density: Annotated[float, typer.Option(help="Kept fraction of a router's ranks in random plans.")] = 0.5,
     stacked: Annotated[bool, typer.Option(help="One rank adapter for gate and up in random plans.")] = True,
-    menu: Annotated[
+    config: Annotated[
         str,
         typer.Option(
             "--menus",
@@ -67,9 +67,9 @@ def main(
     began = time.perf_counter()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
-    made = menus(menu, density=density, stacked=stacked)
+    made = plan_configs(config, density=density, stacked=stacked)
     chosen = variants(
-        names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, menus=made, prefill=prefill_mode
+        names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, configs=made, prefill=prefill_mode
     )
     sizes = [int(value) for value in batches.split(",")]
     protocol = Protocol(contexts(sequences, longest, seed), new_tokens, prefill, sizes, seed, seconds, profile)

@@ -140,12 +140,12 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory used since ``forget_peak`` (on a CPU: since the process began)."""
+    """Most memory used since ``reset_peak`` (on a CPU: since the process began)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

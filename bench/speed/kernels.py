@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench.common.record import append, head, start
 from bench.speed.shapes import Shape, shapes
-from bench.speed.timing import Call, Times, copies_of, copy_gbps, error_ratio, timed
+from bench.speed.timing import Call, Times, buffer_count, copy_gbps, error_ratio, timed
 from rana_fx.commands.record import show
 from rana_fx.errors import InvalidOption, RanaError
 from rana_fx.kernels.cost import prefers_masked
@@ -105,25 +105,25 @@ def measure(
     """Rows of one product: dense ways once for all widths, ours for each share masked."""
     from bench.speed import operands
 
-    case = operands.make(shape, count, width, copies_of(shape.K * shape.N * width / 8, device), device)
+    case = operands.make_case(shape, count, width, buffer_count(shape.K * shape.N * width / 8, device), device)
     facts = {"op": shape.op, "shape": shape.name, "K": shape.K, "N": shape.N, "tokens": count}
     rows = []
     if (shape.name, count) not in fastest:
         for name in sorted(known & {"cublas", "inductor"}):
-            row = judged(case.dense(name), case.dense_bytes, device)
+            row = check_and_time(case.dense_trial(name), case.dense_bytes, device)
             rows.append(facts | {"impl": name, "bits": 16, "masked": 0} | row)
         fastest[shape.name, count] = min((row["us"]["p50"] for row in rows if row["passed"]), default=float("inf"))
     best = fastest[shape.name, count]
     fall_back = shape.op == "masked_gemv" and width == 16 and "fallback" in known
-    fallbacks = case.fallback(shares) if fall_back else {}
+    fallbacks = case.fallback_trials(shares) if fall_back else {}
     for share in [0] if shape.op == "router" else shares:
-        ways = case.ours(share, tune)
+        ways = case.kernel_trials(share, tune)
         if shape.op == "masked_gemv" and count == 1 and width == 16 and "published" in known:
-            ways |= case.published(share)
+            ways |= case.published_trials(share)
         if share in fallbacks:
             ways["fallback"] = [fallbacks[share]]
         for name, trials in ways.items():
-            found = [judged(trial, case.bytes_read(share), device) for trial in trials]
+            found = [check_and_time(trial, case.bytes_read(share), device) for trial in trials]
             row = min(found, key=lambda row: (not row["passed"], row["us"]["p50"]))
             # a result that is wrong has no speed
             row["speedup"] = best / row["us"]["p50"] if row["passed"] and 0 < best < float("inf") else None
@@ -133,7 +133,7 @@ def measure(
     return rows
 
 
-def judged(trial: Any, bytes_read: float, device: torch.device) -> dict[str, Any]:
+def check_and_time(trial: Any, bytes_read: float, device: torch.device) -> dict[str, Any]:
     """Check, then time: one way to compute one product, over all its buffers."""
     first: Callable[[], Tensor] = trial.calls[0]
     got, again = first().clone(), first().clone()

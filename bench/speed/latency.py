@@ -17,10 +17,10 @@ import torch
 
 from bench.common.models import layers_of
 from bench.common.record import append
-from bench.speed.decoding import Decoder, Forward, forget_peak, peak_bytes, percentiles
+from bench.speed.decoding import Decoder, Forward, peak_bytes, percentiles, reset_peak
 from bench.speed.kernel_times import kernel_times, show_kernels
-from bench.speed.variants import GATE_CONTEXT, Prepared, Variant, on_model, reference
-from bench.speed.verify import bound, judge
+from bench.speed.variants import CHECK_CONTEXT, Prepared, Variant, on_model, reference
+from bench.speed.verify import bound, check_logits
 from rana_fx.calibration.layout import Layout
 from rana_fx.plan import Plan
 
@@ -70,7 +70,7 @@ class Run:
         self.rows.append(row)
         return row
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds left of the run."""
         return float("inf") if self.protocol.seconds is None else self.protocol.seconds - (time.perf_counter() - self.began)
 
@@ -102,7 +102,7 @@ def compare(run: Run, chosen: list[Variant]) -> None:
         try:
             with on_model(variant, run.model, run.layout, seed=run.protocol.seed) as prepared:
                 for batch in run.protocol.batches:
-                    share, jobs = run.left() / jobs, jobs - 1
+                    share, jobs = run.seconds_left() / jobs, jobs - 1
                     if share <= 0:
                         run.add("skipped", **facts, batch=batch, reason="no time left")
                     else:
@@ -118,20 +118,20 @@ def compare(run: Run, chosen: list[Variant]) -> None:
 def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: float, facts: dict[str, Any]) -> None:
     """One variant at one batch size, until about ``deadline``: gate, warm up, decode, prefill, profile."""
     decoder, seed = run.decoder(batch), run.protocol.seed
-    forget_peak(decoder.device)
+    reset_peak(decoder.device)
     began = time.perf_counter()
     script, expected = reference(variant, prepared, decoder, watched=run.protocol.watched(), seed=seed)
     forward = variant.compiled(run.model)
     seconds = {"prepare_seconds": time.perf_counter() - began}
     began = time.perf_counter()
-    decoder.decode(forward, GATE_CONTEXT, _WARM_CALLS)
+    decoder.decode(forward, CHECK_CONTEXT, _WARM_CALLS)
     seconds["compile_seconds"] = time.perf_counter() - began
     # what is checked is what is timed, and no compilation is timed
     with torch._dynamo.config.patch(error_on_recompile=True):
         limit = bound(run.model.dtype, layers_of(run.model), max(site.in_features for site in run.layout.sites.values()))
-        verdict = judge(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit, seed=seed)
-        facts = facts | {"batch": batch, "gate": verdict.facts()}
-        if not verdict.passed:
+        check = check_logits(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit, seed=seed)
+        facts = facts | {"batch": batch, "gate": check.facts()}
+        if not check.passed:
             run.add("skipped", **facts, reason="the gate refused it: its logits are not those of its reference")
             return
         timed = _timed(run.protocol, decoder, forward, deadline)
@@ -145,8 +145,8 @@ def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: f
     run.add("decode", **facts, **_plan_facts(prepared), **timed, **seconds)
     print(f"{variant.label}, batch {batch}: {timed['tokens_per_s']:.1f} tokens/s, {p50:.3f} ms a step", flush=True)
     if run.protocol.profile:
-        token = decoder.read(decoder.tokens(GATE_CONTEXT))
-        decode = functools.partial(decoder.steps, forward, token, GATE_CONTEXT, _PROFILED_STEPS)
+        token = decoder.read(decoder.tokens(CHECK_CONTEXT))
+        decode = functools.partial(decoder.steps, forward, token, CHECK_CONTEXT, _PROFILED_STEPS)
         kernels = kernel_times(decode, steps=_PROFILED_STEPS, device=decoder.device)
         run.add("kernels", variant=variant.label, batch=batch, step_ms=p50, kernels=kernels)
         show_kernels(f"{variant.label}, batch {batch}", kernels, p50)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.quality import rivals
+from bench.speed import baseline_kernels
 from bench.speed.shapes import Shape
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels import reference
@@ -63,22 +63,22 @@ class Case:
         level = squares.sort().values[min(int(squares.numel() * share / 100), squares.numel() - 1)] if share else 0.0
         return torch.full((self.shape.K,), float(level), device=self.xs[0].device)
 
-    def dense(self, name: str) -> Trial:
+    def dense_trial(self, name: str) -> Trial:
         """F.linear, by cuBLAS or by Inductor, on weights (N, K); for a gated product the activation too."""
-        function = rivals.silu_of_linear if self.shape.op == "gated_gemv" else rivals.cublas_linear
-        dense = rivals.by_inductor(function, tuned=True) if name == "inductor" else function
+        function = baseline_kernels.silu_of_linear if self.shape.op == "gated_gemv" else baseline_kernels.cublas_linear
+        dense = baseline_kernels.by_inductor(function, tuned=True) if name == "inductor" else function
         weights = [w if self.shape.op == "router" else w.t().contiguous() for w in self.plain]
         exact, magnitude = self._exact(self.xs[0], weights[0].t())
         calls = [functools.partial(dense, x, w) for x, w in zip(self.xs, weights, strict=True)]
         # cuBLAS may add split sums in 16 bits
         return Trial(calls, exact, magnitude, self.shape.K, roundings=4 if self.shape.op == "gated_gemv" else 2)
 
-    def ours(self, share: int, tune: bool) -> dict[str, list[Trial]]:
+    def kernel_trials(self, share: int, tune: bool) -> dict[str, list[Trial]]:
         """Trials of our kernel by name; with ``tune`` one per config worth trying."""
         tokens = self.xs[0].shape[0]
         if self.shape.op == "router":
             exact, magnitude = self._exact(self.xs[0], unpack(*self.stored[0], torch.float64).t())
-            early = _early(self.xs[0])
+            early = _early_launch(self.xs[0])
             some: list[Any] = [router.default_config(self.shape.N, self.shape.K, tokens, bits=self.bits, pdl=early)]
             some += router.configs(self.shape.N, self.shape.K, bits=self.bits) if tune else []
             return {"router": [self._router(config, exact, magnitude) for config in some]}
@@ -90,20 +90,22 @@ class Case:
         activation = "silu" if self.shape.op == "gated_gemv" else None
         return {"masked": [self._masked(config, tau, activation, exact, magnitude) for config in some]}
 
-    def published(self, share: int) -> dict[str, list[Trial]]:
+    def published_trials(self, share: int) -> dict[str, list[Trial]]:
         tau = self.tau(share)
         exact, magnitude = self._exact(self._kept(self.xs[0], tau), self.plain[0].double())
         trials = []
-        for choice in rivals.PUBLISHED:
-            calls = [functools.partial(rivals.published, x, tau, w, choice) for x, w in zip(self.xs, self.plain, strict=True)]
+        for choice in baseline_kernels.PUBLISHED:
+            calls = [
+                functools.partial(baseline_kernels.published, x, tau, w, choice) for x, w in zip(self.xs, self.plain, strict=True)
+            ]
             names = dict(zip(("block_k", "block_n", "warps"), choice, strict=True))
             trials.append(Trial(calls, exact, magnitude, self.shape.K, names))
         return {"published": trials}
 
-    def fallback(self, shares: list[int]) -> dict[int, Trial]:
+    def fallback_trials(self, shares: list[int]) -> dict[int, Trial]:
         """Trials by share; one compilation."""
         cuda = self.xs[0].is_cuda
-        function = rivals.by_inductor(reference.masked_gemv, tuned=False) if cuda else reference.masked_gemv
+        function = baseline_kernels.by_inductor(reference.masked_gemv, tuned=False) if cuda else reference.masked_gemv
         trials = {}
         for share in shares:
             tau = self.tau(share)
@@ -115,7 +117,7 @@ class Case:
     def _masked(self, config: Any, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor) -> Trial:
         def call(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
             return product.masked_gemv(
-                x, tau, weight, None, scale, activation=activation, config=config, how=Launch(pdl=_early(x))
+                x, tau, weight, None, scale, activation=activation, config=config, how=Launch(pdl=_early_launch(x))
             )
 
         calls = [functools.partial(call, x, *stored) for x, stored in zip(self.xs, self.stored, strict=True)]
@@ -123,7 +125,7 @@ class Case:
 
     def _router(self, config: Any, exact: Tensor, magnitude: Tensor) -> Trial:
         calls = [
-            functools.partial(router.router, x, *stored, config=config, how=Launch(pdl=_early(x)))
+            functools.partial(router.router, x, *stored, config=config, how=Launch(pdl=_early_launch(x)))
             for x, stored in zip(self.xs, self.stored, strict=True)
         ]
         return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
@@ -141,12 +143,12 @@ class Case:
         return torch.nn.functional.silu(gate) * up, 1.1 * (a * up.abs() + b * gate.abs())
 
 
-def _early(x: Tensor) -> bool:
+def _early_launch(x: Tensor) -> bool:
     """Whether launches start before the previous one is done, as they do in compiled graphs."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
-def make(shape: Shape, tokens: int, bits: int, buffers: int, device: torch.device) -> Case:
+def make_case(shape: Shape, tokens: int, bits: int, buffers: int, device: torch.device) -> Case:
     """Gaussian operands with a fixed seed, weights scaled so that outputs have size one."""
     generator = torch.Generator(device=device).manual_seed(0)
     size = (shape.N, shape.K) if shape.op == "router" else (shape.K, shape.N)

@@ -1,11 +1,11 @@
-"""Plans without calibration: adapters of the menu with random factors, and exactly the cost that was asked.
+"""Plans without calibration: adapters of the config with random factors, and exactly the cost that was asked.
 
 In: a model, its layout and a budget in bytes. Out: a ``Plan`` like any other, on the model, with its thresholds set. A latency
 bench depends on ranks, densities and dtypes, not on what the factors mean. Every adapter costs one fraction p of its layers:
 
     rank    attention inputs over one tensor, stacked; up and gate, stacked (or each alone)
             r = min(p D / (R + density F), D / (R + F), o, i),  k = (p D - r R) / F      router r R + product k F = p D
-    neuron  attention output, down; of a menu of masks alone all of these, stacked or apart k = p D / F
+    neuron  attention output, down; of a config of masks alone all of these, stacked or apart k = p D / F
 
 D are the bytes of the dense layers, R those of a router's row and F those of a row of the factors (or of W^T), scales included;
 in 16 bits all round R = 2 i, F = 2 o, D = 2 o i. The second bound on r is the cap above which a batch, which needs every row,
@@ -46,7 +46,7 @@ RECIPE = "random"
 
 
 @dataclass(frozen=True)
-class Menu:
+class PlanConfig:
     """How a budget is spent.
 
     kind: "rank", or "neuron" for masks of the input alone, one for all linears stacked, or "apart" for one each. density:
@@ -76,7 +76,7 @@ class Menu:
         return self.kind if self.router_bits == self.factor_bits == 16 else f"{self.kind}:{self.router_bits}/{self.factor_bits}"
 
 
-def menus(text: str, *, density: float, stacked: bool) -> list[Menu]:
+def plan_configs(text: str, *, density: float, stacked: bool) -> list[PlanConfig]:
     """Of labels by commas. Raises InvalidOption."""
     found = []
     for label in text.split(","):
@@ -84,7 +84,7 @@ def menus(text: str, *, density: float, stacked: bool) -> list[Menu]:
         router, _, factor = (widths or "16/16").partition("/")
         if not (router.isdigit() and factor.isdigit()):
             raise InvalidOption(name="menus", got=label, expected="a kind, or kind:router bits/factor bits, such as rank:8/16")
-        found.append(Menu(kind=kind, density=density, stacked=stacked, router_bits=int(router), factor_bits=int(factor)))
+        found.append(PlanConfig(kind=kind, density=density, stacked=stacked, router_bits=int(router), factor_bits=int(factor)))
     return found
 
 
@@ -95,17 +95,17 @@ def layout_of(model: nn.Module) -> Layout:
     return calibrate(model, [batch], wanted=lambda _: set(), capacity=4, progress=False).layout
 
 
-def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu | None = None, seed: int = 0) -> Plan:
+def random_plan(model: nn.Module, layout: Layout, budget: float, *, config: PlanConfig | None = None, seed: int = 0) -> Plan:
     """A plan whose expected cost in weight bytes is ``budget``, thresholds still zero; factors on the model's device.
 
     Raises:
         BudgetUnreachable, InvalidOption.
     """
-    menu = menu or Menu()
+    config = config or PlanConfig()
     problem = Problem(layout, {}, budget, "bytes", RECIPE, progress=False)
     ranked = layout.stacks()
     for block in layout.blocks:
-        ranked += [block.ups] if menu.stacked else [(up,) for up in block.ups]
+        ranked += [block.ups] if config.stacked else [(up,) for up in block.ups]
     masked = [site.name for site in layout.sites.values() if site.role == "attention_out"] + [b.down for b in layout.blocks]
     adapted = (*(name for names in ranked for name in names), *masked)
     left = split_budget(problem, adapted, why="some linears are neither of attention nor of an MLP block")
@@ -113,12 +113,12 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with torch.no_grad():
         masks = [(name,) for name in masked]
-        if menu.kind == "apart":
+        if config.kind == "apart":
             ranked, masks = [], [(name,) for name in adapted]
-        elif menu.kind == "neuron":
+        elif config.kind == "neuron":
             ranked, masks = [], [*ranked, *masks]
-        adapters = [_rank(problem, names, fraction, menu, generator) for names in ranked]
-        adapters += [_neuron(problem, names, fraction, menu) for names in masks]
+        adapters = [_rank(problem, names, fraction, config, generator) for names in ranked]
+        adapters += [_neuron(problem, names, fraction, config) for names in masks]
     order = {name: index for index, name in enumerate(layout.sites)}
     adapters.sort(key=lambda adapter: order[adapter.sites[0]])
     calibration = CalibratedModel(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False)
@@ -166,7 +166,7 @@ def live_plan(plan: Plan, factors: Factors) -> Plan:
     return found
 
 
-class Watch(Meter):
+class RecordingMeter(Meter):
     """A meter that also keeps v^2 of every masked product, while ``rows`` is a dict."""
 
     rows: dict[str, list[Tensor]] | None = None
@@ -182,28 +182,28 @@ class Watch(Meter):
         super()._count(key, v, tau)
 
 
-def set_thresholds(watch: Watch, plan: Plan, decode: Callable[[], object], *, rounds: int = 3) -> None:
+def set_thresholds(meter: RecordingMeter, plan: Plan, decode: Callable[[], object], *, rounds: int = 3) -> None:
     """Set every tau of the attached ``plan`` in place, so that its density is what is measured while ``decode`` runs.
 
     Starting from all kept, each round measures under the thresholds of the round before.
     """
     for _ in range(rounds):
-        watch.rows = {}
+        meter.rows = {}
         decode()
         for adapter in plan.adapters:
-            squares = torch.cat(watch.rows[adapter.name])
+            squares = torch.cat(meter.rows[adapter.name])
             kept = round(adapter.density * squares.numel())
             adapter.tau.fill_(squares.kthvalue(squares.numel() - kept + 1).values if kept else float("inf"))
-    watch.rows = None
-    watch.reset()
+    meter.rows = None
+    meter.reset()
 
 
-def _rank(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu, generator: torch.Generator) -> Adapter:
+def _rank(problem: Problem, names: tuple[str, ...], fraction: float, config: PlanConfig, generator: torch.Generator) -> Adapter:
     sites = [problem.layout.sites[name] for name in names]
     weight = sites[0].weight
     out, width = sum(site.out_features for site in sites), sites[0].in_features
-    bits = {"router_bits": _floating(menu.router_bits, weight), "factor_bits": _floating(menu.factor_bits, weight)}
-    ranks, kept = ranks_for(out, width, fraction, menu.density, **bits, dense_bits=8 * weight.element_size())
+    bits = {"router_bits": _floating(config.router_bits, weight), "factor_bits": _floating(config.factor_bits, weight)}
+    ranks, kept = ranks_for(out, width, fraction, config.density, **bits, dense_bits=8 * weight.element_size())
 
     def normal(rows: int, columns: int, scale: float, bits: int) -> tuple[Tensor, Tensor | None]:
         made = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
@@ -212,8 +212,8 @@ def _rank(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu,
     # rows of U^T W share the energy of W, out * width * std^2, over min(out, width) components
     std = float(torch.stack([site.view.float().std() for site in sites]).mean())
     bias = problem.bias(names)
-    router, router_scale = normal(ranks, width, std * (out / min(out, width)) ** 0.5, menu.router_bits)
-    factor, factor_scale = normal(ranks, out, out**-0.5, menu.factor_bits)
+    router, router_scale = normal(ranks, width, std * (out / min(out, width)) ** 0.5, config.router_bits)
+    factor, factor_scale = normal(ranks, out, out**-0.5, config.factor_bits)
     adapter = Adapter(
         name=stack_name(names),
         kind="rank",
@@ -232,17 +232,17 @@ def _rank(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu,
     return adapter.costed()
 
 
-def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu) -> Adapter:
+def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, config: PlanConfig) -> Adapter:
     site = problem.layout.sites[names[0]]
     zeros = torch.zeros(site.in_features, device=site.weight.device)
     made = replace(neuron_adapter(problem, names[0], 0.0, torch.ones_like(zeros), fraction), tau=zeros)
-    if menu.factor_bits == 16 and len(names) == 1:
+    if config.factor_bits == 16 and len(names) == 1:
         return made
     out = sum(problem.layout.sites[name].out_features for name in names)
-    row, bias = weight_bytes(1, out, _floating(menu.factor_bits, site.weight)), problem.bias(names)
+    row, bias = weight_bytes(1, out, _floating(config.factor_bits, site.weight)), problem.bias(names)
     kept = fraction * problem.bytes(names) / site.uses / row
     _check_affordable(fraction, fraction * site.in_features / kept)
-    factor, scale = _stored(torch.cat([problem.layout.sites[name].view for name in names]).t().contiguous(), menu.factor_bits)
+    factor, scale = _stored(torch.cat([problem.layout.sites[name].view for name in names]).t().contiguous(), config.factor_bits)
     own = replace(
         made,
         name=stack_name(names),

@@ -27,7 +27,7 @@ class Times(NamedTuple):
     p80: float
 
 
-def copies_of(bytes_each: float, device: torch.device) -> int:
+def buffer_count(bytes_each: float, device: torch.device) -> int:
     """How many buffers of that size to rotate over."""
     return 1 if device.type == "cpu" else max(2, -int(-ROTATION_BYTES // bytes_each))
 

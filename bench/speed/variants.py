@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import rana_fx
-from bench.speed.random_plan import Menu, Watch, attach_unchecked, live_plan, random_plan, set_thresholds
-from bench.speed.verify import Expected, expect
+from bench.speed.random_plan import PlanConfig, RecordingMeter, attach_unchecked, live_plan, random_plan, set_thresholds
+from bench.speed.verify import Expected, record_expected
 from rana_fx.calibration.batches import evaluating, observing
 from rana_fx.calibration.layout import Layout
 from rana_fx.errors import InvalidOption
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from bench.speed.decoding import Decoder, Script
 
 NAMES = ("eager", "reduce-overhead", "max-autotune", "int8", "rana")
-_GATE_STEPS = 4
-GATE_CONTEXT = 16
+_CHECK_STEPS = 4
+CHECK_CONTEXT = 16
 _WATCHED_ROWS = 2**16  # values of the residual stream, over all watched steps
 
 
@@ -51,7 +51,7 @@ class Variant:
     mode: str | None
     budget: float | None = None
     saved: Path | None = None
-    menu: Menu = field(default_factory=Menu)
+    config: PlanConfig = field(default_factory=PlanConfig)
     prefill: str = "masked"
 
     @property
@@ -70,7 +70,7 @@ class Variant:
 
 
 def variants(
-    names: str, budgets: list[float], plans: list[Path], *, mode: str, menus: Sequence[Menu], prefill: str
+    names: str, budgets: list[float], plans: list[Path], *, mode: str, configs: Sequence[PlanConfig], prefill: str
 ) -> list[Variant]:
     """Dense ones first, so that the others have something to be compared with; int8 last. Raises InvalidOption."""
     given = [name.strip() for name in names.split(",")]
@@ -80,9 +80,9 @@ def variants(
     found = [Variant(name, "dense", None if name == "eager" else name) for name in NAMES[:3] if name in given]
     if "rana" in given:
         found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
-        for menu in menus:
-            name = "rana" if menu.label == "rank" else f"rana {menu.label}"
-            found += [Variant(name, "rana", mode, budget, menu=menu, prefill=prefill) for budget in budgets]
+        for config in configs:
+            name = "rana" if config.label == "rank" else f"rana {config.label}"
+            found += [Variant(name, "rana", mode, budget, config=config, prefill=prefill) for budget in budgets]
     return found + [Variant("int8", "int8", "reduce-overhead") for name in given if name == "int8"]
 
 
@@ -112,7 +112,7 @@ def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: 
         assert found is not None
         prepared.plan = live_plan(found.plan, found.factors)
     elif variant.budget is not None:
-        prepared.plan = attach_unchecked(model, random_plan(model, layout, variant.budget, menu=variant.menu, seed=seed))
+        prepared.plan = attach_unchecked(model, random_plan(model, layout, variant.budget, config=variant.config, seed=seed))
     try:
         yield prepared
     finally:
@@ -121,7 +121,7 @@ def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: 
 
 
 def reference(
-    variant: Variant, prepared: Prepared, decoder: Decoder, *, watched: Sequence[int] = (GATE_CONTEXT,), seed: int = 0
+    variant: Variant, prepared: Prepared, decoder: Decoder, *, watched: Sequence[int] = (CHECK_CONTEXT,), seed: int = 0
 ) -> tuple[Script, Expected]:
     """What the variant has to reproduce: tokens, and the logits they shall have. Sets thresholds the first time.
 
@@ -130,20 +130,20 @@ def reference(
             projection reads smaller values the longer it is.
     """
     model, plan = decoder.model, prepared.plan
-    script = decoder.script(GATE_CONTEXT, _GATE_STEPS)
+    script = decoder.script(CHECK_CONTEXT, _CHECK_STEPS)
     if plan is None:
-        return script, expect(lambda: decoder.logits(model.forward, script), model, None, dtype=model.dtype)
+        return script, record_expected(lambda: decoder.logits(model.forward, script), model, None, dtype=model.dtype)
     with implementation("reference"), evaluating(model), observing(model):
-        watch = Watch(model, plan)
+        meter = RecordingMeter(model, plan)
         if prepared.measured is None:
             width = model.config.get_text_config().hidden_size
             steps = max(2, min(64, _WATCHED_ROWS // width // decoder.batch) // len(watched))
             setting, measuring = ([decoder.script(length, steps) for length in watched] for _ in range(2))
             if variant.saved is None:
-                set_thresholds(watch, plan, lambda: [decoder.logits(watch, script) for script in setting])
+                set_thresholds(meter, plan, lambda: [decoder.logits(meter, script) for script in setting])
             for other in measuring:
-                decoder.logits(watch, other)
-            prepared.measured = watch.result()
+                decoder.logits(meter, other)
+            prepared.measured = meter.result()
         # what is compiled leaves adapters out where a batch is too large for them
-        checked = watch if variant.prefill in ("masked", "factors") else Watch(model, plan, prefill=variant.prefill)
-        return script, expect(lambda: decoder.logits(checked, script), model, plan, dtype=model.dtype, seed=seed)
+        checked = meter if variant.prefill in ("masked", "factors") else RecordingMeter(model, plan, prefill=variant.prefill)
+        return script, record_expected(lambda: decoder.logits(checked, script), model, plan, dtype=model.dtype, seed=seed)

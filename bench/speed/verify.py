@@ -1,6 +1,6 @@
 """No speed of a wrong result: the compiled model against the same plan run by the reference, in the same process.
 
-In: a function that decodes a few fixed tokens from a fixed state and returns logits. Out: a ``Verdict``; ``passed`` or no row
+In: a function that decodes a few fixed tokens from a fixed state and returns logits. Out: a ``CheckResult``; ``passed`` or no row
 with a time. Two comparisons, both by relative RMSE of logits:
 
     fixed   thresholds replaced by 0 and infinity, drawn at the plan's densities: which rows count does not depend on rounding,
@@ -43,7 +43,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """Errors and their bounds; ``fixed_error`` is None without a plan, ``masked_bound`` None where rounding decides too much."""
 
     passed: bool
@@ -63,35 +63,37 @@ def bound(dtype: torch.dtype, layers: int, terms: int) -> float:
     return float((2 * layers) ** 0.5 * rounding)
 
 
-def relative(got: Tensor, expected: Tensor) -> float:
+def relative_rmse(got: Tensor, expected: Tensor) -> float:
     """Relative RMSE; infinite where a value is not finite."""
     wide = expected.double()
     error = float((got.double() - wide).norm() / wide.norm())
     return error if error == error else inf
 
 
-def expect(run: Callable[[], Tensor], model: nn.Module, plan: Plan | None, *, dtype: torch.dtype, seed: int = 0) -> Expected:
+def record_expected(
+    run: Callable[[], Tensor], model: nn.Module, plan: Plan | None, *, dtype: torch.dtype, seed: int = 0
+) -> Expected:
     """Record what the reference says. ``run`` must use it."""
     masked = run()
     if plan is None:
         return Expected(masked)
     with fixed_masks(plan, seed=seed):
         fixed = run()
-    with moved(model, max(torch.finfo(dtype).eps, _LEAST_STEP), seed=seed):
-        noise = relative(run(), masked)
+    with perturbed(model, max(torch.finfo(dtype).eps, _LEAST_STEP), seed=seed):
+        noise = relative_rmse(run(), masked)
     return Expected(masked, fixed, noise)
 
 
-def judge(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, limit: float, seed: int = 0) -> Verdict:
+def check_logits(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, limit: float, seed: int = 0) -> CheckResult:
     """Compare ``run``, now of the version that is to be timed, with what the reference said under the same seed."""
-    masked_error = relative(run(), expected.masked)
+    masked_error = relative_rmse(run(), expected.masked)
     if plan is None or expected.fixed is None:
-        return Verdict(masked_error <= limit, masked_error, limit, None, limit, 0.0)
+        return CheckResult(masked_error <= limit, masked_error, limit, None, limit, 0.0)
     with fixed_masks(plan, seed=seed):
-        fixed_error = relative(run(), expected.fixed)
+        fixed_error = relative_rmse(run(), expected.fixed)
     allowed = _TIMES_NOISE * max(expected.noise, limit)
     within = masked_error <= allowed if allowed <= _MEANINGFUL else masked_error < inf
-    return Verdict(
+    return CheckResult(
         passed=fixed_error <= limit and within,
         masked_error=masked_error,
         masked_bound=allowed if allowed <= _MEANINGFUL else None,
@@ -123,7 +125,7 @@ def fixed_masks(plan: Plan, *, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def moved(model: nn.Module, step: float, *, seed: int) -> Iterator[None]:
+def perturbed(model: nn.Module, step: float, *, seed: int) -> Iterator[None]:
     """Every vector of the model (norms, biases) moved by ``step`` times a normal number, in place."""
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     saved = [vector.detach().clone() for vector in vectors]

@@ -124,7 +124,7 @@ def test_increases_are_compared_at_equal_measured_budget():
         pytest.approx(0.25),
         None,
     )
-    assert table.at([(0.5, 0.1)], 0.5) is None and table.at([(0.4, -0.1), (0.5, 0.1)], 0.45) is None
+    assert table.interpolated([(0.5, 0.1)], 0.5) is None and table.interpolated([(0.4, -0.1), (0.5, 0.1)], 0.45) is None
 
 
 def test_later_files_replace_points_and_other_benches_are_refused(tmp_path):

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from bench.common.result_store import Ledger, whole_rows
-from bench.quality.report import left, markdown, write_report
+from bench.common.result_store import ResultStore, whole_rows
+from bench.quality.report import increase_left, markdown, write_report
 
 HEAD = {"bench": "reproduce", "command_line": "python -m bench.quality.reproduce m", "commit": "a" * 40, "dirty": False,
         "versions": {"torch": "2.13"}, "device": "cpu", "model": "m"}  # fmt: skip
@@ -30,10 +30,10 @@ def row(recipe, budget, result, trained_as):
 
 def test_what_is_left_is_the_loss_over_the_dense_model_after_the_same_training():
     # every document 0.1 nats a token above the dense one: the interval has no width
-    increase, remains, low, high, share = left(losses(3.5, [31.0, 21.0]), losses(3.0, [30.0, 20.0]))
+    increase, remains, low, high, share = increase_left(losses(3.5, [31.0, 21.0]), losses(3.0, [30.0, 20.0]))
     assert (increase, remains, share) == pytest.approx((0.5, 0.1, 0.2))
     assert (low, high) == pytest.approx((0.1, 0.1))
-    _, remains, low, high, _ = left(losses(3.5, [33.0, 20.0]), losses(3.0, [30.0, 20.0]))
+    _, remains, low, high, _ = increase_left(losses(3.5, [33.0, 20.0]), losses(3.0, [30.0, 20.0]))
     assert remains == pytest.approx(0.15) and (low, high) == pytest.approx((0.0, 0.3))
 
 
@@ -58,14 +58,14 @@ def test_the_reference_is_the_dense_model_of_the_same_settings(tmp_path):
 
 
 def test_a_report_without_rows_says_so(tmp_path):
-    assert "nothing yet" in write_report(tmp_path / "rows.jsonl").read_text()
+    assert "no rows yet" in write_report(tmp_path / "rows.jsonl").read_text()
     assert not (tmp_path / "rows.png").exists()
 
 
 def test_rows_count_by_settings_and_commit_and_half_a_line_does_not(tmp_path):
     path = tmp_path / "rows.jsonl"
-    ledger = Ledger(path, HEAD)
-    ledger.add("quality", {"recipe": "paper", "budget": 0.5}, {"delta": float("inf")})
+    store = ResultStore(path, HEAD)
+    store.add("quality", {"recipe": "paper", "budget": 0.5}, {"delta": float("inf")})
     path.write_text(path.read_text() + '{"bench": "repro')
     for common, any_commit, expected in (
         (HEAD, False, True),
@@ -73,8 +73,8 @@ def test_rows_count_by_settings_and_commit_and_half_a_line_does_not(tmp_path):
         (HEAD | {"dirty": True}, False, False),
         (HEAD | {"commit": "b" * 40}, True, True),
     ):
-        assert Ledger(path, common, any_commit=any_commit).has("quality", {"budget": 0.5, "recipe": "paper"}) == expected
-    again = Ledger(path, HEAD)
+        assert ResultStore(path, common, any_commit=any_commit).has("quality", {"budget": 0.5, "recipe": "paper"}) == expected
+    again = ResultStore(path, HEAD)
     assert not again.has("mlp", {"recipe": "paper", "budget": 0.5}) and not again.has(
         "quality", {"recipe": "paper", "budget": 0.4}
     )

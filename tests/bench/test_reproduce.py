@@ -13,7 +13,7 @@ import rana_fx
 from bench.common.documents import read_text
 from bench.quality import finetuned, reproduce, study
 from bench.quality.divergence import by_document
-from bench.quality.report import left
+from bench.quality.report import increase_left
 from bench.speed import decode
 from rana_fx.commands.record import cell
 from rana_fx.evaluation.perplexity import evaluate, load_model
@@ -99,7 +99,7 @@ def test_training_lowers_the_loss_and_keeps_the_budget(rows):
         # a resumed training has no steps of its own to time here
         assert (row["tokens_per_s"] or 0) > 0 or row["resumed"]
         before = next(found for found in rows["quality"] if found["recipe"] == row["recipe"])
-        increase, remains, low, high, share = left(result, next(iter(dense["results"].values())))
+        increase, remains, low, high, share = increase_left(result, next(iter(dense["results"].values())))
         assert low <= remains <= high and increase == pytest.approx(before["delta"], abs=1e-6)
         assert share is None or share == pytest.approx(remains / increase)
 

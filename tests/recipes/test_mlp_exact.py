@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import gelu, relu, silu
 
 import rana_fx
-from bench.speed.random_plan import Watch
+from bench.speed.random_plan import RecordingMeter
 from rana_fx.evaluation.measure import measuring
 from rana_fx.recipes import RECIPES
 from rana_fx.recipes.rana.candidates import UnitCandidates
@@ -146,11 +146,11 @@ def test_the_plan_meets_the_budget_and_does_what_was_simulated(budget, monkeypat
     assert plan.expected_budget() == pytest.approx(measured.budget_flops, rel=1e-6)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), got.log_softmax(-1)
     assert outcome.divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
-    # benches that watch decoding count it alike
-    watch = Watch(model, plan)
-    watch.rows = {}
-    watch.run(problem.holdout.held[0])
-    assert watch.result() == measured and watch.rows.keys() == measured.density.keys()
+    # benches that meter decoding count it alike
+    meter = RecordingMeter(model, plan)
+    meter.rows = {}
+    meter.run(problem.holdout.held[0])
+    assert meter.result() == measured and meter.rows.keys() == measured.density.keys()
     plan.save(tmp_path)
     assert rana_fx.load_plan(tmp_path).digest() == plan.digest()
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.common.calibrated import calibrate_once
-from bench.quality.methods import Maker, Planned, Rounded, swapped
+from bench.quality.methods import MethodBuilder, Planned, Rounded, swapped
 from bench.quality.quantised import Rounder, rounded, rounding_of
 from bench.quality.slicegpt import Sliced, _kept, sliced, stream_of
 from rana_fx.calibration.calibrate import calibrate
@@ -117,25 +117,25 @@ def test_gptq_loses_less_than_nearest_on_its_inputs(suffix):
 def test_rounded_weights_are_the_counted_ones_and_leave_no_trace(device):
     dense, batch = model("GPTNeoX").to(device), batches(1, device)[0]
     calibrated = calibrate_once(dense, batches())
-    maker = Maker(dense, calibrated, batches(), metric="bytes", progress=False)
+    builder = MethodBuilder(dense, calibrated, batches(), metric="bytes", progress=False)
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     expected = dense(**batch).logits
-    plan = maker.at("teal", 0.5)
+    plan = builder.at_budget("teal", 0.5)
     assert isinstance(plan, Planned)
     with plan.on(dense):  # stores weights anew
         pass
-    entrant = maker.rounded(rounding_of("gptq2-g64"))
-    assert isinstance(entrant, Rounded)
+    method = builder.rounded(rounding_of("gptq2-g64"))
+    assert isinstance(method, Rounded)
     names = {id(parameter): name for name, parameter in dense.named_parameters()}
     inside = {f"{site.name}.weight" for site in calibrated.layout.sites.values() if site.counted}
-    assert {names[id(parameter)] for parameter in entrant.weights} == inside and len(inside) == 8
-    with entrant.on(dense) as running:
+    assert {names[id(parameter)] for parameter in method.weights} == inside and len(inside) == 8
+    with method.on(dense) as running:
         moved = running.adapted(**batch).logits
         assert float((moved - expected.detach()).abs().max()) > 0.01
         torch.testing.assert_close(running.dense(**batch).logits, expected, rtol=0, atol=0)
-        assert running.measured() == {"flops": 1.0, "bytes": entrant.bytes}
-    with swapped(entrant.weights):
-        for parameter, value in entrant.weights.items():
+        assert running.measured() == {"flops": 1.0, "bytes": method.bytes}
+    with swapped(method.weights):
+        for parameter, value in method.weights.items():
             site = calibrated.layout.sites[names[id(parameter)].removesuffix(".weight")]
             assert parameter.data_ptr() == value.data_ptr()
             # 2 bits, symmetric: three numbers, and one scale per group of 64
