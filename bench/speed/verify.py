@@ -6,8 +6,8 @@ In: a function that decodes a few fixed tokens from a fixed state and returns lo
     fixed   thresholds replaced by 0 and infinity, drawn at the plan's densities: masks do not depend on rounding, so all results
             must agree to rounding
     masked  the plan's own thresholds. A v^2 within rounding of its threshold may be kept or dropped, and the difference
-            propagates through the layers. The bound is the effect of a perturbation on the reference: its vectors are perturbed by one eps,
-            at least 1e-4, since in fp32 a perturbation of one eps may change no mask although compilation does
+            propagates through the layers. The bound is the effect of a perturbation on the reference: its vectors are perturbed
+            by one eps, at least 1e-4, since in fp32 a perturbation of one eps may change no mask although compilation does
 
 Rounding errors add up as a random walk. A layer rounds about ten tensors, each by 0.2 eps of its size, in both versions; 1.5
 times that is eps sqrt(2 layers). Sums of K terms in fp32 add eps32 sqrt(K) each, which matters for dtype fp32. Measured in bf16
