@@ -1,4 +1,4 @@
-"""bench.ablation and bench.prefix on a model of two tiny blocks: rows of every variant and rule, and dense positions."""
+"""bench.ablation and bench.prefix on a model of two tiny blocks: rows of every variant and rule; dense positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rivals of bench.quality: what roundings store and cost, and that an emulated SliceGPT is the sliced model itself."""
+"""The baselines of bench.quality: stored values and cost of roundings; the emulated SliceGPT equals a sliced model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(kind="Llama", **extra):
     made = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            # gains and biases must matter
+            # gains and biases that affect the output
             parameter.normal_(1.0 if parameter.dim() == 1 and "weight" in name else 0.0, 0.3)
     return made
 
@@ -114,7 +114,7 @@ def test_gptq_loses_less_than_nearest_on_its_inputs(suffix):
     assert loss("gptq3-g64") < 0.5 * loss("int3-g64")
 
 
-def test_rounded_weights_are_the_counted_ones_and_leave_no_trace(device):
+def test_only_counted_weights_are_rounded_and_they_are_restored(device):
     dense, batch = model("GPTNeoX").to(device), batches(1, device)[0]
     calibrated = calibrate_once(dense, batches())
     builder = MethodBuilder(dense, calibrated, batches(), metric="bytes", progress=False)
@@ -122,7 +122,7 @@ def test_rounded_weights_are_the_counted_ones_and_leave_no_trace(device):
     expected = dense(**batch).logits
     plan = builder.at_budget("teal", 0.5)
     assert isinstance(plan, Planned)
-    with plan.on(dense):  # stores weights anew
+    with plan.on(dense):  # changes the storage of weights
         pass
     method = builder.rounded(rounding_of("gptq2-g64"))
     assert isinstance(method, Rounded)
@@ -177,7 +177,7 @@ def test_all_dimensions_are_the_dense_model(kind, device):
 
 
 def test_projecting_is_slicing(device):
-    """Against a Llama whose matrices are sliced, as the paper builds it."""
+    """Against a Llama with sliced matrices, as in the paper."""
     dense, batch = model().to(device), batches(1, device)[0]
     found = sliced(dense, layout_of(dense), budget=0.7, batches=batches(3))
     with torch.no_grad(), found.acting():

@@ -1,4 +1,4 @@
-"""The latency bench: plans without calibration cost what was asked, the protocol leaves its facts, the gate refuses."""
+"""bench.decode: random plans meet their target cost, rows have the facts of the protocol, wrong logits give no time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rana_fx.runtime.attachment import attached, detach
 from tests.support.architectures import build as build_architecture
 
 CPU = torch.device("cpu")
-# the subject is the protocol or the gate; through Inductor in the others here
+# the subject is the protocol or the comparison of logits; other tests of this file use Inductor
 AS_REWRITTEN = pytest.mark.usefixtures("graphs_as_rewritten")
 
 
@@ -37,7 +37,7 @@ def rows_of(path, kind):
 
 @pytest.mark.parametrize("budget", [0.8, 0.6, 0.5, 0.4])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_a_random_plan_costs_what_was_asked(tiny, budget, stacked):
+def test_a_random_plan_has_the_target_cost(tiny, budget, stacked):
     model, layout = tiny
     variant = Variant("rana", "rana", "default", budget, config=PlanConfig(stacked=stacked))
     with on_model(variant, model, layout, seed=1) as prepared, torch.no_grad():
@@ -69,8 +69,8 @@ def test_ranks_stay_below_the_cap_and_cost_the_fraction(out, width, fraction):
 
 
 @pytest.mark.parametrize(("router", "factor", "budget"), [(8, 16, 0.5), (4, 8, 0.2), (8, 4, 0.12), (4, 4, 0.1), (16, 8, 0.24)])
-def test_a_random_plan_in_few_bits_costs_what_was_asked(tiny, router, factor, budget, request):
-    if (router, factor) != (4, 8):  # what is compiled of every storage: tests/integration/test_storage.py
+def test_a_random_plan_in_few_bits_has_the_target_cost(tiny, router, factor, budget, request):
+    if (router, factor) != (4, 8):  # compiled code of every storage: tests/integration/test_storage.py
         request.getfixturevalue("graphs_as_rewritten")
     model, layout = tiny
     variant = Variant("rana", "rana", "default", budget, config=PlanConfig(router_bits=router, factor_bits=factor))
@@ -108,7 +108,7 @@ def test_a_random_plan_of_masks_has_no_router(tiny, label, per_layer, request):
         assert check.passed, check
 
 
-def test_menus_by_label():
+def test_configs_by_label():
     found = plan_configs("rank, rank:8/16,neuron:16/4", density=0.4, stacked=False)
     assert [config.label for config in found] == ["rank", "rank:8/16", "neuron:16/4"]
     assert {(config.density, config.stacked) for config in found} == {(0.4, False)}
@@ -127,7 +127,7 @@ def test_the_factors_of_a_random_plan_exist_once(tiny):
     detach(model)
 
 
-def test_bits_that_are_none_and_budgets_above_them_are_refused(tiny):
+def test_unknown_bits_and_budgets_above_full_rank_are_refused(tiny):
     for name in ("router_bits", "factor_bits"):
         with pytest.raises(InvalidOption, match=f"{name}=3"):
             PlanConfig(**{name: 3})
@@ -151,7 +151,7 @@ def test_ranks_in_few_bits_cost_the_fraction(router, factor):
 OPTIONS = {"sequences": 2, "longest": 12, "new_tokens": 5, "dtype": "float32", "device": "cpu"}
 
 
-def test_the_protocol_leaves_its_facts(tmp_path, capsys):
+def test_rows_have_the_facts_of_the_protocol(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     main("tiny", out, names="eager,rana", budgets="0.5", batches="1,2", prefill=0, **OPTIONS)
     (device,) = rows_of(out, "device")
@@ -169,11 +169,11 @@ def test_the_protocol_leaves_its_facts(tmp_path, capsys):
         assert (row["dense_ratio"] is None) == (row["variant"] == "eager")
         if row["variant_kind"] == "rana":
             assert row["expected_budget"]["bytes"] == pytest.approx(0.5, abs=1e-6)
-            # thresholds and measurement each see 64 tokens
+            # thresholds and measurement use 64 tokens each
             assert row["measured_budget"]["bytes"] == pytest.approx(0.5, abs=0.04)
             assert row["gate"]["fixed_error"] <= row["gate"]["fixed_bound"]
             assert row["adapters"]["rank of attention_in"]["count"] == 2
-    # a plan reads fewer bytes than the dense model; a batch of masks reads a union that nobody counted
+    # a plan reads fewer bytes than the dense model; the union of rows that a batch reads is not measured
     rates = {(row["variant"], row["batch"]): row["weight_gb_per_s"] for row in rows}
     assert rates["rana 0.5", 2] is None and rates["rana 0.5", 1] > 0
     assert "rana 0.5" in capsys.readouterr().out
@@ -206,7 +206,7 @@ def test_the_protocol_with_cuda_graphs(tmp_path):
     assert all(row["kernels"] for row in rows_of(out, "kernels"))
 
 
-def test_a_run_without_time_says_so(tmp_path):
+def test_a_run_without_time_skips_all_variants(tmp_path):
     out = tmp_path / "rows.jsonl"
     main("tiny", out, names="eager,rana", budgets="0.5", seconds=0.0, dtype="float32", device="cpu", prefill=0)
     assert rows_of(out, "decode") == []
@@ -225,7 +225,7 @@ def test_a_wrong_result_has_no_time(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_gate_sees_a_small_error_in_one_factor(dtype, request):
+def test_a_small_error_in_one_factor_is_detected(dtype, request):
     if dtype == "float32":
         request.getfixturevalue("graphs_as_rewritten")
     model = build("tiny", device=CPU, dtype=dtype)
@@ -270,7 +270,7 @@ def test_unknown_variants_are_named():
 
 
 @AS_REWRITTEN
-def test_the_gate_sees_a_wrong_mask(tiny):
+def test_a_wrong_mask_is_detected(tiny):
     model, layout = tiny
     variant = Variant("rana", "rana", "default", 0.5)
     decoder = Decoder(model, batch=1, room=128)
@@ -280,11 +280,11 @@ def test_the_gate_sees_a_wrong_mask(tiny):
         limit = bound(model.dtype, layers_of(model), 160)
         prepared.plan.adapters[0].tau.mul_(1.5)
         bad = check_logits(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit)
-    # fixed masks replace the thresholds: only the plan's own can tell
+    # fixed masks replace the thresholds: only the comparison with the plan's own can fail
     assert not bad.passed and bad.fixed_error <= limit and bad.masked_error > bad.masked_bound
 
 
-def test_fixed_masks_and_noise_leave_nothing_behind(tiny):
+def test_fixed_masks_and_noise_are_restored(tiny):
     model, layout = tiny
     variant = Variant("rana", "rana", "default", 0.5)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

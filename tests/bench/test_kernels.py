@@ -1,4 +1,4 @@
-"""The bench of kernels: it runs every operation at toy sizes, checks it, and says what is missing without a GPU."""
+"""bench.kernels: every operation at toy sizes is correct and recorded; errors about options and a missing GPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_toy_sizes_are_right_and_recorded(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_is_an_error():
     result = CliRunner().invoke(app(), [])
     assert result.exit_code == 2
     assert "NVIDIA GPU" in result.stderr

@@ -1,4 +1,4 @@
-"""The report of bench.reproduce: what is left of an increase is told against the dense model trained alike, with its interval."""
+"""The report of bench.reproduce: the increase left is relative to the dense model trained with the same settings."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def row(recipe, budget, result, trained_as):
     return HEAD | facts | speed | {"trained_as": trained_as, "results": {"valid": result}}
 
 
-def test_what_is_left_is_the_loss_over_the_dense_model_after_the_same_training():
-    # every document 0.1 nats a token above the dense one: the interval has no width
+def test_the_increase_left_is_relative_to_the_trained_dense_model():
+    # every document is 0.1 nats per token above the dense model: the interval has width zero
     increase, remains, low, high, share = increase_left(losses(3.5, [31.0, 21.0]), losses(3.0, [30.0, 20.0]))
     assert (increase, remains, share) == pytest.approx((0.5, 0.1, 0.2))
     assert (low, high) == pytest.approx((0.1, 0.1))
@@ -41,13 +41,13 @@ def test_the_reference_is_the_dense_model_of_the_same_settings(tmp_path):
     rows = [
         row("dense", 1.0, losses(3.0, [28.0, 18.0]), "one"),
         row("paper", 0.5, losses(3.5, [31.0, 21.0]), "one"),
-        # a later dense run of other settings is nothing to compare with
+        # a later dense run with other settings is not a reference
         row("dense", 1.0, losses(3.0, [10.0, 10.0]), "two"),
     ]
     (line,) = [line for line in markdown(rows, None, "rows.jsonl").splitlines() if line.startswith("| valid | paper")]
     assert line.split(" | ")[6:] == ["0.5000", "0.3000", "0.3000", "0.3000", "0.6000 |"]
     assert "| paper | 0.5000 | 0.001 | 640 | 75.0000 | 0.7500 |" in markdown(rows, None, "rows.jsonl")
-    # two machines tell nothing of two models
+    # times of two machines are not comparable
     elsewhere = markdown([rows[0] | {"device": "another"}, *rows[1:]], None, "rows.jsonl")
     assert "| paper | 0.5000 | 0.001 | 640 | 75.0000 | - |" in elsewhere and "0.6000 |" in elsewhere
     (alone,) = [line for line in markdown(rows[1:], None, "x").splitlines() if line.startswith("| valid | paper")]
@@ -62,7 +62,7 @@ def test_a_report_without_rows_says_so(tmp_path):
     assert not (tmp_path / "rows.png").exists()
 
 
-def test_rows_count_by_settings_and_commit_and_half_a_line_does_not(tmp_path):
+def test_rows_are_valid_by_settings_and_commit_and_an_incomplete_line_is_not(tmp_path):
     path = tmp_path / "rows.jsonl"
     store = ResultStore(path, HEAD)
     store.add("quality", {"recipe": "paper", "budget": 0.5}, {"delta": float("inf")})
