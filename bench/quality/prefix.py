@@ -157,7 +157,7 @@ def _tables(title: str, rows: list[dict[str, Any]]) -> None:
     whole = [row for row in rows if "by_position" in row]
     edges = [f"from {edge}" for edge in whole[0]["by_position"]]
     show(
-        f"{title}: increase of the loss by position, all adapted",
+        f"{title}: increase by position, all adapted",
         ("budget", *edges),
         [(str(r["budget"]), *r["by_position"].values()) for r in whole],
     )

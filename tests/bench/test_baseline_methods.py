@@ -153,7 +153,7 @@ def test_a_transposed_weight_is_rounded_along_its_inputs():
     torch.testing.assert_close(found.t(), rounded(weight.detach().t(), rounding_of("int4"), None))
     assert rounder.bytes_kept(rounding_of("int4")) == (4 / 32 + 16 / 32 / 32)
     site.view = site.view.contiguous()
-    with pytest.raises(InvalidOption, match="c is copied first"):
+    with pytest.raises(InvalidOption, match="c reads a copy"):
         Rounder(problem).weights(rounding_of("int4"))
 
 
