@@ -1,6 +1,6 @@
-"""Benches: latency in ``speed``, losses in ``quality``, what both share in ``common``.
+"""Benchmarks: latency and memory in ``speed``, losses and errors in ``quality``, code that both use in ``common``.
 
-Commands recorded in results/ and the docs name a bench without its folder (``python -m bench.decode``): they still run.
+Result rows and docs name a bench without its folder (``python -m bench.decode``); ``__path__`` makes these names importable.
 """
 
 from pathlib import Path

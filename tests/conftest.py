@@ -1,9 +1,9 @@
-"""What every test runs under: its own caches, fixed seeds, poisoned memory, one device fixture.
+"""The environment of every test: its own caches, fixed seeds, NaN in uninitialised memory, one device fixture.
 
-Uninitialised tensors are filled with NaN, so that an output element nobody wrote fails the comparison instead of passing
-by luck. Compiler caches live in a fresh folder per run, shared by the workers of that run: a stale kernel of an earlier run is
-never served, and no graph is compiled twice. Without a GPU, Triton kernels run under Triton's interpreter. Files that take
-longest are started first, so that the workers end together.
+Uninitialised tensors are filled with NaN, so that an output element that is never written fails the comparison. Compiler caches
+are in a new folder per run, shared by the workers of that run: no stale kernel of an earlier run is used, and no graph is
+compiled twice. Without a GPU, Triton kernels run under Triton's interpreter. The slowest files start first, so that the workers
+end at about the same time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 
 TESTS = Path(__file__).parent
 
-# derandomised: what passed here passes in CI; more examples with --hypothesis-profile=search
+# derandomised, for the same examples in CI; more examples with --hypothesis-profile=search
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile("default")
@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-# the files that take longest on two cores, longest first (docs/testing.md has the times); all others follow as they are found
+# the slowest files on two cores, slowest first (docs/testing.md has the times); all others follow in order of collection
 LONGEST = (
     "integration/test_architectures.py",
     "kernels/test_masked_gemv_cpp.py",
@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Modules stay: Python's collector need not walk them again each time Dynamo has made some thousands of objects."""
+    """Exempt modules from garbage collection, which Dynamo's many objects would trigger often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -105,14 +105,14 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device the test must hold on; the only way a test names one."""
+    """Each device that the test runs on; tests take their device from here only."""
     return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    """Fixed seeds and no warning given before, no compiled code left after: Dynamo falls back to eager, silently, once it has
-    compiled a function for too many models, and the next test would then prove nothing."""
+    """Set seeds and reset given warnings before each test, reset the compiler after it: Dynamo silently falls back to eager
+    mode once it has compiled a function for too many models, and the next test would then not test compiled code."""
     from rana_fx import notices
 
     torch.manual_seed(0)
@@ -124,9 +124,8 @@ def _fresh() -> Iterator[None]:
 
 @pytest.fixture
 def graphs_as_rewritten(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """The whole backend except for Inductor: options, plans, rewrites, guards and freed weights are real, and each graph runs as
-    it was rewritten, which starts at once. The graphs, in order. What Inductor makes of our operations is tested where a lowering
-    is the subject (docs/testing.md lists where)."""
+    """Replace Inductor only: options, plans, rewrites, guards and freed weights are real, and each rewritten graph runs eagerly,
+    without compile time. Returns the graphs in order. Lowerings by Inductor have their own tests (docs/testing.md lists them)."""
     seen: list[torch.fx.GraphModule] = []
 
     def compile_fx(gm: torch.fx.GraphModule, example_inputs: object, **_: object) -> Callable[..., object]:
@@ -146,7 +145,7 @@ def _recompile_limit_is_an_error() -> Iterator[None]:
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
         out = allocate(*args, **kwargs)
-        # neither what is being traced nor a compiler's own bookkeeping: there a fill would become part of the graph
+        # not while tracing or compiling, where the fill would become part of the graph
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return out
         if out.is_meta or not (out.is_floating_point() or out.is_complex()):
@@ -159,7 +158,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(scope="session", autouse=True)
 def _poison_uninitialised_memory() -> Iterator[None]:
-    # torch remembers, when it is first asked, which functions a device context acts on: the real ones
+    # torch caches at the first call which functions a device context applies to: cache the original functions
     _device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for owner, names in (

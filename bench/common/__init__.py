@@ -1,1 +1,1 @@
-"""What benches of speed and of quality share."""
+"""Code that the benches of speed and of quality use: models, text, calibration, result rows, tables, plots."""

@@ -1,12 +1,12 @@
-"""Evaluation text with the document of every token: what intervals resample.
+"""Evaluation text with the document index of every token, which bootstrap intervals resample.
 
-In: a text as ``rana_fx.evaluation.text`` reads it. Out: the same packed batches as ``batches_of`` gives, and beside each the
-number of the document every token is from. Documents are packed one behind the other, so a sequence may hold several and a
-document may span several. What is a document (``Text.unit``):
+In: a text as ``rana_fx.evaluation.text`` reads it. Out: the same packed batches as ``batches_of`` gives, and for each the
+document index of every token. Documents are packed back to back, so a sequence may hold several documents and a document may
+span several sequences. ``Text.unit`` says what counts as a document:
 
-    document   a row of the data set, where there are several
-    article    a text without rows is cut at its headings of the first level, as WikiText writes them: " = Title = "
-    sequence   where neither is to be had, each packed sequence counts as one: its intervals are too narrow, if anything
+    document   a row of the data set, if the data set has several rows
+    article    a text without rows is split at its first-level headings, which WikiText writes as " = Title = "
+    sequence   otherwise each packed sequence counts as one; intervals are then rather too narrow than too wide
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """``documents``: per batch, (B, T), of the document of each token; padding has that of the last token."""
+    """``documents``: per batch, (B, T), the document index of each token; padding has the index of the last token."""
 
     batches: list[dict[str, Tensor | bool]]
     documents: list[Tensor]
@@ -35,7 +35,7 @@ class Text:
 
 
 def read_text(source: str, tokenizer: Any, *, tokens: int, context: int) -> Text:
-    """At most ``tokens`` of a text. Raises ColumnMissing, DatasetError."""
+    """At most ``tokens`` tokens of a text, packed. Raises ColumnMissing, DatasetError."""
     batches = batches_of(source, tokenizer, tokens=tokens, context=context)
     shapes = [batch["input_ids"].shape for batch in batches]
     count = sum(shape.numel() for shape in shapes)
@@ -48,14 +48,14 @@ def read_text(source: str, tokenizer: Any, *, tokens: int, context: int) -> Text
 
 
 def _starts(texts: list[str], tokenizer: Any, count: int) -> tuple[list[int], str]:
-    """(index of the first token of each document that begins within ``count`` tokens, what a document is)."""
+    """(index of the first token of each document that begins within ``count`` tokens, ``Text.unit``)."""
     if len(texts) == 1:
         return _headings(texts[0], tokenizer, count), "article"
     lengths: list[int] = []
     for text in texts:
         if sum(lengths) >= count:
             break
-        # framed as it is packed; sequences of one token need no padding
+        # with the special tokens that packing adds; at a context of 1 there is no padding
         lengths.append(sum(len(batch["input_ids"]) for batch in token_batches([text], tokenizer, context=1)))
     starts = [0, *accumulate(lengths[:-1])]
     return [start for start in starts if start < count], "document"
@@ -63,12 +63,12 @@ def _starts(texts: list[str], tokenizer: Any, count: int) -> tuple[list[int], st
 
 def _headings(text: str, tokenizer: Any, count: int) -> list[int]:
     if not getattr(tokenizer, "is_fast", False):
-        return []  # it does not tell where in the text a token is from
+        return []  # no character offsets of tokens
     places = tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"][:count]
     ends = torch.tensor([end for _, end in places])
     found = [match.start() for match in _HEADING.finditer(text)]
     if found and not text[: found[0]].strip():
         found = found[1:]
-    # what stands before the first heading, if anything, is a document of its own
+    # text before the first heading, if any, is a document of its own
     heads = torch.searchsorted(ends, torch.tensor(found), right=True).tolist()
     return sorted({0, *(head for head in heads if head < len(places))})

@@ -1,8 +1,8 @@
-"""Causal language models by shape: published configurations with random weights, made where they will run.
+"""Causal language models by shape: published configurations with random weights, created on the target device.
 
-In: a name of ``SHAPES``, a local folder or a hub name. Out: a model in evaluation mode whose weights ask for no gradient.
-Speed depends on shapes and dtypes alone, so a latency bench needs no checkpoint. Weights have a variance of one over their
-inputs: every linear keeps the scale of what it reads, and activations stay finite through any depth.
+In: a name of ``SHAPES``, a local folder or a hub name. Out: a model in evaluation mode, all weights with ``requires_grad=False``.
+Latency depends on shapes and dtypes only, so a latency bench needs no checkpoint. Weights have variance 1 / in_features: every
+linear preserves the scale of its input, and activations stay finite at any depth.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "pythia-1.4b": lambda: _neox(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16, vocab_size=50304
     ),
-    # TinyLlama's shape: about what a CPU decodes in a quarter of a second
+    # TinyLlama's shape: a CPU decodes one token in about a quarter of a second
     "llama-1b": lambda: _llama(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
         vocab_size=32000, max_position_embeddings=2048,
@@ -71,7 +71,7 @@ def build(source: str, *, device: torch.device, dtype: str, seed: int = 0) -> Pr
         dtype: "bfloat16", "float16" or "float32".
 
     Raises:
-        ModelError: neither a shape nor a checkpoint.
+        ModelError: ``source`` is neither a shape nor a checkpoint.
     """
     if source not in SHAPES:
         model, _ = load_model(source, dtype=dtype, device=str(device))
@@ -88,7 +88,7 @@ def build(source: str, *, device: torch.device, dtype: str, seed: int = 0) -> Pr
 
 
 def fill(model: nn.Module, *, seed: int) -> None:
-    """Normal weights of variance 1 / inputs in linears and embeddings, zero biases; norms keep what they were made with."""
+    """In place: normal weights of variance 1 / in_features in linears and embeddings, zero biases; norms are unchanged."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             generator = torch.Generator(module.weight.device).manual_seed(seed)
@@ -105,5 +105,5 @@ def layers_of(model: PreTrainedModel) -> int:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Number of tokens a random prompt may be drawn from."""
+    """Size of the vocabulary."""
     return int(model.config.get_text_config().vocab_size)

@@ -1,8 +1,8 @@
-"""Plots of the rows ``bench.quality`` wrote: what a budget costs in loss, per recipe and rival.
+"""Plots of rows of ``bench.quality``: increase of the loss against budget, per recipe and baseline.
 
-In: JSONL files. Out: one PNG per model, metric and dtype, a panel per text: increase of the mean loss over dense (log axis)
-against the budget measured on that text, bars for the 95 % intervals where rows have them. Roundings are points of their own,
-not joined. What is below a ten-thousandth of a nat, or negative, lies at that height, with a hollow triangle around it.
+In: JSONL files. Out: one PNG per model, metric and dtype, with a panel per text: increase of the mean loss over the dense model
+in nats (log axis) against the budget measured on that text, with error bars for 95 % intervals where rows have them. Roundings
+are single points without a line. Increases below 1e-4 nats, also negative ones, are drawn at 1e-4 with a hollow triangle.
 
     python -m bench.common.plot bench/results/quality-*.jsonl --out bench/results
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.common.table import Row, figures, read
+from bench.common.table import Row, by_figure, read
 from bench.quality.quantised import rounding_of
 
 COLORS = {
@@ -31,23 +31,23 @@ COLORS = {
     "neuron_ideal": "tab:cyan",
 }
 _FLOOR = 1e-4
-_ROUNDED = {False: "tab:brown", True: "tab:cyan"}  # by whether it is optimal
-_MARKERS = "Ds^v<>pPX*hd"  # of roundings, in order
+_ROUNDED = {False: "tab:brown", True: "tab:cyan"}  # by Rounding.optimal
+_MARKERS = "Ds^v<>pPX*hd"  # of roundings, in order of their rows
 
 
 def main(
     sources: Annotated[list[Path], typer.Argument(help="JSONL files of bench.quality.")],
     out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("bench/results"),
 ) -> None:
-    """Plot files of bench.quality."""
-    for (model, metric, dtype), rows in figures(read(sources)).items():
+    """Plot the increase of the loss against measured budget, from files of bench.quality."""
+    for (model, metric, dtype), rows in by_figure(read(sources)).items():
         path = out / f"quality-{model}-{metric}-{dtype}.png"
         plot(rows, path)
         print(path)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """One panel per text. ``rows``: of one model, metric and dtype."""
+    """Write one figure with a panel per text. ``rows``: of one model, metric and dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,18 +77,18 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw(axis: Any, rows: Sequence[Row], metric: str, **style: Any) -> None:
-    """Points of one recipe, by budget."""
+    """Draw the points of one recipe, sorted by budget, with error bars."""
     budgets = [row["measured"][metric] for row in rows]
     heights = [max(row["delta"], _FLOOR) for row in rows]
-    below, above = zip(*(_bar(row, height) for row, height in zip(rows, heights, strict=True)), strict=True)
+    below, above = zip(*(_error_bar(row, height) for row, height in zip(rows, heights, strict=True)), strict=True)
     axis.errorbar(budgets, heights, yerr=(below, above), label=rows[0]["recipe"], markersize=4, capsize=2, linewidth=1.3, **style)
     under = [budget for budget, row in zip(budgets, rows, strict=True) if row["delta"] < _FLOOR]
     faint = {"markersize": 9, "markerfacecolor": "none", "color": style["color"], "linestyle": "none"}
     axis.plot(under, [_FLOOR] * len(under), marker="v", **faint)
 
 
-def _bar(row: Row, height: float) -> tuple[float, float]:
-    """Lengths of a bar below and above a point; none without an interval."""
+def _error_bar(row: Row, height: float) -> tuple[float, float]:
+    """Lengths of the error bar below and above a point; zero without an interval."""
     low, high = row.get("interval") or (height, height)
     return max(0.0, height - max(low, _FLOOR)), max(0.0, high - height)
 

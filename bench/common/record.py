@@ -1,8 +1,7 @@
-"""What every row of a bench begins with, and the file rows go to.
+"""The common fields of all result rows, and writing rows to a JSONL file.
 
-In: facts of one measurement. Out: a line of JSON with versions, commit, machine and command line added. Rows are written as
-they come, so a run that is stopped keeps what it measured. Paths are shortened to their last part: a row says what was
-measured, not where it lay.
+In: facts of one measurement. Out: a line of JSON with versions, commit, machine and command line added. Each row is written at
+once, so an interrupted run keeps its rows. Paths are shortened to their last part, so that rows hold no machine paths.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def head(bench: str) -> dict[str, Any]:
     """Facts shared by all rows of one run."""
-    # a copy without its history, on a machine of its own, is told which commit it is of
-    told = os.environ.get("RANA_FX_COMMIT")
+    # a copy of the tree without its git history gets the commit from the environment
+    commit = os.environ.get("RANA_FX_COMMIT")
     return {
         "bench": bench,
         "command_line": command_line(bench),
-        "commit": told or _git("rev-parse", "HEAD"),
-        "dirty": False if told else bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit or _git("rev-parse", "HEAD"),
+        "dirty": False if commit else bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
@@ -46,14 +45,14 @@ def command_line(bench: str) -> str:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one row; an infinite number, which JSON lacks, becomes a string."""
+    """Append one row; numbers that are not finite, which JSON lacks, become strings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
 
 def start(path: Path) -> None:
-    """Empty the file: one file is one run."""
+    """Create the file, or empty it: a file holds the rows of one run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("", encoding="utf-8")
 

@@ -1,8 +1,8 @@
-"""Rows of a bench that may be interrupted: what is there already is not computed again.
+"""Result rows of a bench that resumes: a row that the file has already is not computed again.
 
-In: a JSONL file, perhaps of a run that was cut off in the middle of a line. Out: the same file with further rows, each with a
-key: a digest of its stage and settings. A row stands for the settings it was made with, at the commit it was made at; rows of
-other commits, or of a tree with changes, stay in the file and are computed again unless they are asked to count.
+In: a JSONL file, whose last line may be incomplete after an interrupted run. Out: the same file with further rows, each with a
+key: a digest of its stage and settings. A row is valid for its settings at its commit; rows of other commits, or of a tree with
+uncommitted changes, stay in the file and are computed again unless ``any_commit`` is set.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from bench.common.record import append
 Row = dict[str, Any]
 
 
-class Ledger:
-    """``common``: what new rows begin with, as ``record.head`` gives it. ``any_commit``: rows of all commits count."""
+class ResultStore:
+    """``common``: the first fields of new rows (``record.head``). ``any_commit``: rows of all commits are valid."""
 
     def __init__(self, path: Path, common: Mapping[str, Any], *, any_commit: bool = False) -> None:
         self.path, self.common, self._any = path, dict(common), any_commit
         self.rows = whole_rows(path)
 
     def has(self, stage: str, settings: Mapping[str, Any]) -> bool:
-        """Whether a row of these settings counts."""
+        """Whether there is a valid row of these settings."""
         return self.get(stage, settings) is not None
 
     def get(self, stage: str, settings: Mapping[str, Any]) -> Row | None:
-        """The last row of these settings that counts."""
+        """The last valid row of these settings."""
         key = key_of(stage, settings)
-        return next((row for row in reversed(self.rows) if row["key"] == key and self._counts(row)), None)
+        return next((row for row in reversed(self.rows) if row["key"] == key and self._valid(row)), None)
 
     def add(self, stage: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
-        """Write a row at once."""
+        """Append a row to the file and return it."""
         row = self.common | {"stage": stage, "key": key_of(stage, settings)} | dict(settings) | dict(facts)
         append(self.path, row)
         self.rows.append(row)
         return row
 
-    def _counts(self, row: Row) -> bool:
+    def _valid(self, row: Row) -> bool:
         return self._any or all(row.get(name) == self.common.get(name) for name in ("commit", "dirty"))
 
 
 def key_of(stage: str, settings: Mapping[str, Any]) -> str:
-    """Digest of what a row stands for."""
+    """Digest of a stage and its settings, 16 hex digits."""
     return hashlib.sha256(json.dumps([stage, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def whole_rows(path: Path) -> list[Row]:
-    """Rows of a file; a last line that was cut off is taken out of it, so that the next row begins on a line of its own."""
+    """Rows of a file. An incomplete last line is removed from the file, so that the next row begins on a new line."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Tables of the rows ``bench.quality`` wrote, also of a run that was stopped, and ratios at equal cost.
+"""Tables of rows of ``bench.quality``, complete or of an interrupted run, and ratios at equal measured budget.
 
-In: JSONL files; where two rows are of the same model, text, recipe and budget the later one counts. Out: a table per model,
-metric and dtype, and with ``--ratios`` the increase of the loss of recipe ``rana`` over that of ``paper`` and over the better of
-``teal`` and ``wina`` AT THE BUDGET THAT ``rana`` WAS MEASURED AT. Thresholds spend less than asked at low budgets, so rows of one
-asked budget are no fair pair: the rival's log(increase) is interpolated linearly in its measured budget, and continued by at
-most 0.01 beyond its ends. Where its curve does not reach there is no ratio.
+In: JSONL files; of rows with the same model, text, recipe and budget the last one is used. Out: a table per model, metric and
+dtype (losses in nats, budgets as fractions of dense). With ``--ratios``: the increase of the loss of recipe ``rana`` over that of
+``paper``, and over the better of ``teal`` and ``wina``, at the measured budget of ``rana``. At low budgets thresholds cost less
+than the target, so rows of one target budget are not comparable: log(increase) of the other recipe is interpolated linearly in
+its measured budget, and extrapolated by at most 0.01. Outside of that range there is no ratio.
 
     python -m bench.common.table bench/results/quality-*.jsonl --ratios
 """
@@ -22,28 +22,28 @@ import typer
 from rana_fx.commands.record import show
 
 Row = dict[str, Any]
-_BEYOND = 0.01
-_OURS, _PUBLISHED, _THRESHOLDS = "rana", "paper", ("teal", "wina")
+_EXTRAPOLATION = 0.01
+_RANA, _PUBLISHED, _THRESHOLDS = "rana", "paper", ("teal", "wina")
 
 
 def main(
     sources: Annotated[list[Path], typer.Argument(help="JSONL files of bench.quality.")],
-    ratios: Annotated[bool, typer.Option(help="Increases of recipe rana over others' at equal measured budget.")] = False,
+    ratios: Annotated[bool, typer.Option(help="Ratios of increases, rana over other recipes, at equal measured budget.")] = False,
 ) -> None:
-    """Show files of bench.quality again."""
+    """Tables of files of bench.quality."""
     rows = read(sources)
     show_ratios(rows) if ratios else table(rows)
 
 
 def read(sources: Iterable[Path]) -> list[Row]:
-    """Rows of all files, each point once. Raises BadParameter where there are none."""
+    """Rows of all files, the last one of each point. Raises BadParameter if there are none."""
     found: dict[tuple[Any, ...], Row] = {}
     for source in sources:
         for line in source.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if row["bench"] != "quality":
                 raise typer.BadParameter(f"{source} holds rows of bench.{row['bench']}, not of bench.quality")
-            # the dense row costs all of either metric
+            # the dense row is the same in both metrics
             metric = "" if row["recipe"] == "dense" else row["metric"]
             found[row["model"], row["dtype"], metric, row["text"], row["recipe"], row["budget"]] = row
     if not found:
@@ -51,7 +51,7 @@ def read(sources: Iterable[Path]) -> list[Row]:
     return list(found.values())
 
 
-def figures(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
+def by_figure(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
     """(model, metric, dtype) -> its rows."""
     found: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
@@ -60,9 +60,9 @@ def figures(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 
 def table(rows: Sequence[Row]) -> None:
-    """One line per text, budget and recipe."""
+    """Print one line per text, budget and recipe."""
     columns = ("text", "recipe", "budget", "measured", "mean loss", "perplexity", "delta", "95 %", "KL", "same token")
-    for (model, metric, dtype), here in figures(rows).items():
+    for (model, metric, dtype), here in by_figure(rows).items():
         found = [
             (
                 row["text"],
@@ -82,13 +82,13 @@ def table(rows: Sequence[Row]) -> None:
 
 
 def show_ratios(rows: Sequence[Row]) -> None:
-    """One line per model, metric, text and budget of recipe rana."""
-    columns = ("model", "metric", "text", "measured", _OURS, _PUBLISHED, *_THRESHOLDS, "/ paper", "/ best threshold")
+    """Print one line per model, metric, text and budget of recipe rana."""
+    columns = ("model", "metric", "text", "measured", _RANA, _PUBLISHED, *_THRESHOLDS, "/ paper", "/ best threshold")
     lines = []
-    for (model, metric, dtype), here in figures(rows).items():
+    for (model, metric, dtype), here in by_figure(rows).items():
         for name in dict.fromkeys(row["text"] for row in here):
             lines += [(f"{model} {dtype}", metric, name, *line) for line in ratios_of(here, metric, name)]
-    note = "rivals: log(increase of the loss) interpolated linearly in measured budget, to the budget rana was measured at"
+    note = "other recipes: log(increase of the loss), interpolated linearly in measured budget at the measured budget of rana"
     show("increase of the loss at equal measured budget", columns, lines, notes=[note])
 
 
@@ -96,24 +96,24 @@ def ratios_of(rows: Sequence[Row], metric: str, text: str) -> list[tuple[float |
     """(budget, increase of rana, of paper, teal, wina, ratio to paper, ratio to the better of teal and wina)."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["text"] == text and "unreachable" not in row and row["recipe"] in (_OURS, _PUBLISHED, *_THRESHOLDS):
+        if row["text"] == text and "unreachable" not in row and row["recipe"] in (_RANA, _PUBLISHED, *_THRESHOLDS):
             curves.setdefault(row["recipe"], []).append((row["measured"][metric], row["delta"]))
     found: list[tuple[float | None, ...]] = []
-    for budget, ours in sorted(curves.get(_OURS, []), reverse=True):
-        published, *thresholds = (at(curves.get(name, []), budget) for name in (_PUBLISHED, *_THRESHOLDS))
-        there = [value for value in thresholds if value is not None]
-        # with one of the two missing, "the better of them" would not be known
-        best = min(there) if len(there) == len(thresholds) else None
+    for budget, ours in sorted(curves.get(_RANA, []), reverse=True):
+        published, *thresholds = (interpolated(curves.get(name, []), budget) for name in (_PUBLISHED, *_THRESHOLDS))
+        known = [value for value in thresholds if value is not None]
+        # without both values the better one is unknown
+        best = min(known) if len(known) == len(thresholds) else None
         found.append(
-            (budget, ours, published, *thresholds, *(None if rival is None else ours / rival for rival in (published, best)))
+            (budget, ours, published, *thresholds, *(None if other is None else ours / other for other in (published, best)))
         )
     return found
 
 
-def at(points: Iterable[tuple[float, float]], budget: float) -> float | None:
-    """Increase of the loss at a budget: log-linear between neighbours; None where there are none."""
-    curve = sorted(point for point in points if point[1] > 0)  # an increase that is none has no logarithm
-    if len(curve) < 2 or not curve[0][0] - _BEYOND <= budget <= curve[-1][0] + _BEYOND:
+def interpolated(points: Iterable[tuple[float, float]], budget: float) -> float | None:
+    """Increase of the loss at a budget, log-linear between neighbouring points; None outside of the curve."""
+    curve = sorted(point for point in points if point[1] > 0)  # no logarithm of an increase of zero or less
+    if len(curve) < 2 or not curve[0][0] - _EXTRAPOLATION <= budget <= curve[-1][0] + _EXTRAPOLATION:
         return None
     right = next((index for index in range(1, len(curve)) if curve[index][0] >= budget), len(curve) - 1)
     (low, first), (high, second) = curve[right - 1 : right + 1]

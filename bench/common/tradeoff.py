@@ -1,4 +1,4 @@
-"""The figure of the README: increase of the loss against decoding speed, of one model by its own plans.
+"""The figure of the README: increase of the loss against decoding speed, for saved plans of one model.
 
 In: rows of ``bench.decode`` with saved plans of a checkpoint, and rows of ``bench.quality`` of the same checkpoint, recipe and
 budgets. Out: a PNG: on the x axis tokens per second over the dense model compiled by Inductor in the same process, on the y axis
@@ -22,10 +22,10 @@ def main(
     decode: Annotated[Path, typer.Argument(help="JSONL file of bench.decode, with rows of saved plans.")],
     quality: Annotated[Path, typer.Argument(help="JSONL file of bench.quality for the same checkpoint.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("docs/loss-against-speed.png"),
-    text: Annotated[str | None, typer.Option(help="Evaluation text of the losses; default: the first of the file.")] = None,
+    text: Annotated[str | None, typer.Option(help="Evaluation text of the losses; default: the first in the file.")] = None,
     metric: Annotated[str, typer.Option(help="Metric of the plans' budgets.")] = "flops",
 ) -> None:
-    """Draw loss against speed."""
+    """Plot the increase of the loss against decoding speed."""
     points = joined(_read(decode), _read(quality), text=text, metric=metric)
     if not points:
         raise typer.BadParameter(f"no budget has a row with a saved plan in {decode} and one of recipe rana in {quality}")
@@ -34,11 +34,11 @@ def main(
 
 
 def joined(decode: list[Row], quality: list[Row], *, text: str | None, metric: str) -> list[Row]:
-    """One point per budget that both benches measured: budget, speedup, increase of the loss and its interval."""
+    """One point per budget that both files have: budget, speedup, increase of the loss and its interval."""
     timed = [row for row in decode if row["kind"] == "decode" and row["batch"] == 1]
     dense = min((row["ms_per_token"]["p50"] for row in timed if row["variant_kind"] == "dense"), default=None)
     text = text or next((row["text"] for row in quality if "text" in row), None)
-    # where a budget was measured again, its last row counts
+    # of several rows of one budget the last one is used
     losses = {
         row["budget"]: row
         for row in quality

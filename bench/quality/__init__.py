@@ -1,1 +1,1 @@
-"""Losses at a budget."""
+"""Benches of loss, KL divergence and output error at a budget."""

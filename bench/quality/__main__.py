@@ -1,4 +1,4 @@
-"""``python -m bench.quality``: the bench of losses against budgets (bench/quality/quality.py)."""
+"""``python -m bench.quality``: loss against budget (bench/quality/quality.py)."""
 
 from bench.quality.quality import main
 

@@ -1,23 +1,23 @@
-"""What each ingredient of recipe ``rana`` is worth: the recipe with one of them left out, at equal budget, on held-out text.
+"""Ablation of recipe ``rana``: the recipe without one of its options, at equal target budget, on held-out text.
 
-In: a model, a calibration text and a held-out text. Out: one JSONL row per budget and variant, as ``bench.quality`` writes them
-(increase of the loss with its interval, KL divergence, budget measured on the text), and a table with every increase over that of
-the whole recipe. Variants:
+In: a model, a calibration text and a held-out text. Out: one JSONL row per budget and variant, with the keys of ``bench.quality``
+(increase of the mean loss over dense in nats with its interval, KL divergence, budget measured on the text as a fraction of
+dense), and a table with every increase over that of the complete recipe. Variants:
 
-    rana          the recipe as it is
-    alike         all errors count alike: no gradients
-    price         one multiplier for the whole model, and nothing else tried
-    fraction      one fraction of its cost for every unit, and nothing else tried
-    no-hybrid     no masks before routers
-    no-rank       no components behind a whole router; behind a masked one there are
-    no-basis      input thresholds and joint candidates of MLPs alone
+    rana          the complete recipe
+    alike         no gradients: equal weight for all output errors
+    price         allocation by one multiplier for the whole model only
+    fraction      allocation by one fraction of its cost for every unit only
+    no-hybrid     no candidates with masks before routers
+    no-rank       no rank and static candidates; hybrid ones, with a masked router, remain
+    no-basis      only input thresholds and joint candidates of MLPs
     no-cuts       no joint candidates of MLPs, gated or not
     dense-gates   gates of joint candidates stay dense
-    alone         every linear a unit of its own: no shared routers
-    unsettled     the multiplier is not refined on the adapted model: read its row at the budget that was measured
-    no-bits, no-4-bits, nearest    with --metric bytes: 16 bits alone, 16 and 8, and 4 bits rounded to nearest
+    alone         every linear is a unit of its own: no shared routers
+    unsettled     the multiplier is not refined on the adapted model, so compare at the measured budget
+    no-bits, no-4-bits, nearest    with --metric bytes: 16 bits only; 16 and 8 bits only; 4 bits rounded to nearest
 
-The model is calibrated once. To decide on an ingredient, hold documents of the calibration text out and give those as --text.
+The model is calibrated once. To decide on an option, hold out documents of the calibration text and pass them as --text.
 
     python -m bench.quality.ablation MODEL --calib calib.jsonl.xz --text held.jsonl.xz --out bench/results/ablation-NAME.jsonl
 """
@@ -84,7 +84,7 @@ def main(
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the token sample.")] = 0,
 ) -> None:
-    """Increase of the loss by recipe rana with one ingredient left out."""
+    """Increase of the loss of recipe rana without one of its options."""
     if metric not in METRICS:
         raise typer.BadParameter(f"unknown metric {metric!r}: pick of {', '.join(METRICS)}")
     known = VARIANTS if metric == "flops" else VARIANTS | IN_BYTES
@@ -108,19 +108,19 @@ def main(
             began = time.perf_counter()
             facts: dict[str, Any] = {"variant": name, "budget": budget, "fields": asdict(known[name])}
             try:
-                entrant = Planned(calibrated.plan(budget=budget, metric=metric, recipe=known[name], progress=progress))
+                method = Planned(calibrated.plan(budget=budget, metric=metric, recipe=known[name], progress=progress))
             except (BudgetUnreachable, TooFewTokens) as error:
                 facts |= {"unreachable": str(error)}
             else:
                 facts |= {"solve_seconds": time.perf_counter() - began}
-                with entrant.on(network) as running:
+                with method.on(network) as running:
                     quality, found = compare(running.adapted, running.dense, held, progress=progress, device=device_of(network))
                     facts |= {"measured": running.measured(), **asdict(quality), "delta": quality.mean_loss - dense}
-                facts |= asdict(found) | entrant.facts
+                facts |= asdict(found) | method.facts
             append(out, common | facts)
             rows.append(facts)
             print(" ".join(f"{key}={facts.get(key)}" for key in ("variant", "budget", "delta", "unreachable")), flush=True)
-    _table(f"{Path(model).name}, {metric}: increase of the loss with one ingredient left out", rows, metric)
+    _table(f"{Path(model).name}, {metric}: increase of the loss without one option of the recipe", rows, metric)
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]], metric: str) -> None:

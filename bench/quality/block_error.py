@@ -1,8 +1,8 @@
-"""One MLP block with adapters in place of its linears: how far its output moves, and what that costs.
+"""Output error and cost of one MLP block whose linears are replaced by adapters.
 
-In: the block's sites and sampled inputs, and adapters of any kind: stacked or not, behind masked routers, in any storage.
-Out: relative error of the block's output and its cost over the dense one in the problem's metric, both over the rows given.
-In fp32, by the adapters' definition (rana_fx/apply.py).
+In: the block's sites, sampled inputs, and adapters of any kind and storage. Out: relative squared error of the block's output and
+its cost as a fraction of dense in the problem's metric, both over the given rows. Computed in fp32 from the definition of
+adapters (rana_fx/apply.py).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _ROWS = 1024  # at a time
 
 
 class AdaptedBlock:
-    """A block with adapters.
+    """An MLP block with adapters.
 
-    ``sums``: by part (as rana_fx.apply names them) and adapter, how many elements of masks were set, over the rows seen.
+    ``sums``: number of kept elements over all rows so far, by part of an adapter (names of rana_fx.apply) and adapter name.
     """
 
     def __init__(self, problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> None:
@@ -36,11 +36,11 @@ class AdaptedBlock:
         self.adapters = [adapter.on(device).to(torch.float32) for adapter in adapters]
         self._of = {site: adapter for adapter in self.adapters for site in adapter.sites}
         outside = self._of.keys() - set(block.sites)
-        assert not outside, f"not of the block: {outside}"
+        assert not outside, f"sites outside of the block: {outside}"
         self.sums: dict[str, dict[str, float]] = {"tau": {}, "router_tau": {}, "exact_tau": {}}
 
     def output(self, x_TI: Tensor) -> Tensor:
-        """Of the block, biases included."""
+        """(T, in) -> (T, out): the block's output, biases included."""
         block = self._block
         ups = self._linears(block.ups, x_TI)
         gate, last = None, self._of.get(block.down)
@@ -50,7 +50,7 @@ class AdaptedBlock:
         return self._linears((block.down,), block.pointwise(*ups).float(), gate)[0]
 
     def _linears(self, names: Sequence[str], x_TI: Tensor, gate: Tensor | None = None) -> list[Tensor]:
-        """Outputs of sites that read one input; an adapter of several computes them at once."""
+        """Outputs of sites that read one input; an adapter of several sites is applied once."""
         done: dict[str, Tensor] = {}
         for name in names:
             adapter = self._of.get(name)
@@ -65,7 +65,7 @@ class AdaptedBlock:
         seen: set[str] = set()
 
         def count(part: str, output: Tensor, mask: Callable[[], Tensor] | None) -> None:  # noqa: ARG001
-            if mask is not None and part not in seen:  # linears that read one tensor share its mask
+            if mask is not None and part not in seen:  # linears that read one tensor share one mask
                 seen.add(part)
                 sums = self.sums[part]
                 sums[adapter.name] = sums.get(adapter.name, 0.0) + float(mask().sum())
@@ -93,6 +93,6 @@ def score(problem: Problem, block: MlpBlock, adapters: Sequence[Adapter]) -> tup
     total = cost = problem.size(block.sites)
     counted = (adapted.sums[part] for part in ("tau", "router_tau", "exact_tau"))
     means = Kept.by_name(*({name: count / len(rows) for name, count in sums.items()} for sums in counted))
-    for adapter in adapters:  # as they are stored: computed with, they are fp32
+    for adapter in adapters:  # the given adapters, in their storage: adapted.adapters are cast to fp32
         cost += (adapter.cost(means.get(adapter.name, Kept())) - adapter.dense_cost)[problem.metric]
     return error / max(energy, 1e-30), cost / total

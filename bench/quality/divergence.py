@@ -1,8 +1,8 @@
-"""How far an adapted model's predictions are from the dense model's, token by token, on the same text.
+"""Divergence of an adapted model's predictions from the dense model's, token by token on the same text.
 
-In: two functions called like the model, and a text. Out: mean KL divergence, share of tokens with the same most likely next
-token, and the increase of the loss with an interval by bootstrap over documents: tokens of one document are alike, so that
-sequences cut from it are no independent draws. A token's loss belongs to the document of the token that is predicted.
+In: two functions called like the model, and a text. Out: mean KL divergence in nats per token, fraction of tokens with the same
+most likely next token, and the increase of the mean loss with a 95 % bootstrap interval over documents: tokens of one document
+are correlated, so its sequences are no independent samples. The loss of a token belongs to the document of the predicted token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Comparison:
-    """``interval``: of the increase of the loss, 95 %; ``documents``: how many it resamples, ``resampled``: what they are."""
+    """``interval``: 95 %, of the increase of the loss, from ``documents`` resampled units; ``resampled``: ``Text.unit``."""
 
     kl: float
     agreement: float
@@ -35,7 +35,7 @@ class Comparison:
 def compare(
     adapted: Callable[..., Any], dense: Callable[..., Any], text: Text, *, progress: bool, device: torch.device
 ) -> tuple[Quality, Comparison]:
-    """One run of the adapted and of the dense model."""
+    """Evaluate the adapted and the dense model on one text. Returns the adapted model's loss and the comparison."""
     counter = _Counter()
     documents = iter(text.documents)
 
@@ -51,7 +51,7 @@ def compare(
 
 
 def by_document(forward: Callable[..., Any], text: Text, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(sum of the losses, number of targets) of each document: differences of two models' are resampled by ``interval``."""
+    """(sum of the losses, number of targets) of each document, fp64; ``interval`` takes differences of two models' sums."""
     sums = torch.zeros(1 + max(int(documents.max()) for documents in text.documents), dtype=torch.float64)
     counts = torch.zeros_like(sums)
     with torch.no_grad():
@@ -71,6 +71,8 @@ def by_document(forward: Callable[..., Any], text: Text, *, device: torch.device
 
 
 class _Counter:
+    """Sums of KL, equal predictions and loss differences over batches."""
+
     def __init__(self) -> None:
         self._kl = self._same = 0.0
         self._sums: dict[int, float] = {}
@@ -98,7 +100,7 @@ class _Counter:
 
 
 def interval(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Of sums over counts, 95 %, when the documents they are of are drawn anew."""
+    """95 % bootstrap interval of sum(sums) / sum(counts), with one entry per document."""
     drawn = torch.randint(len(sums), (_RESAMPLES, len(sums)), generator=torch.Generator().manual_seed(0))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

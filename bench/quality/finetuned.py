@@ -1,8 +1,8 @@
-"""Plans of a study trained on a text, and the dense model trained alike: what fine-tuning gives back.
+"""Stage ``finetune`` of ``bench.reproduce``: every plan and the dense model trained on the same batches.
 
-In: a study, and how to train. Out: one row per plan with its losses before and after on every held-out text, by document, so that
-the increase over the equally trained dense model can be resampled later; the model and its plan in a folder. The dense model is
-trained through a plan that leaves every linear as it is, on the same batches in the same order.
+In: a study and training options. Out: one row per plan with its mean loss (nats) before and after training on every held-out
+text, after training also per document, so that the increase over the trained dense model can be resampled later; the trained
+model and its plan in a folder. The dense model is trained with a plan that adapts nothing, on the same batches in the same order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rana_fx.training.thresholds import SAMPLE_TOKENS
 
 @dataclass(frozen=True)
 class Tuning:
-    """``rate``: None to try ``rates`` on a ``fraction`` of the tokens. ``thresholds``: estimated anew afterwards."""
+    """Options. ``rate``: None searches ``rates`` on a ``fraction`` of the tokens. ``thresholds``: re-estimate after training."""
 
     text: str
     tokens: int
@@ -51,22 +51,23 @@ class Tuning:
     checkpoint_every: int
 
     def settings(self) -> dict[str, Any]:
-        """What a row says of it; not what leaves the result as it is."""
+        """Settings that change the result, for rows and their keys."""
         facts = dict(vars(self)) | {"text_trained": Path(self.text).name, "rates": list(self.rates)}
         return {key: facts[key] for key in facts if key not in ("text", "checkpoint_every")}
 
     def training(self, rate: float, seed: int) -> Settings:
+        """Settings of ``rana_fx.training.train`` at a learning rate."""
         return Settings(
             rate=rate, distill=self.distill, autocast=self.autocast, checkpoint_every=self.checkpoint_every, seed=seed
         )
 
 
 def finetune(study: Study, tuning: Tuning) -> None:
-    """Train what has no row yet, the dense model first."""
+    """Train every plan that has no row yet, the dense model first. Raises InvalidOption."""
     if tuning.method not in METHODS:
         raise InvalidOption(name="--method", got=tuning.method, expected="one of " + ", ".join(METHODS))
     points = [("dense", 1.0), *study.setup.points()]
-    missing = [point for point in points if not study.ledger.has("finetune", _settings(study, tuning, point))]
+    missing = [point for point in points if not study.store.has("finetune", _settings(study, tuning, point))]
     reached = []
     for point in missing:
         try:
@@ -82,18 +83,20 @@ def finetune(study: Study, tuning: Tuning) -> None:
         tuning.text, study.tokenizer, tokens=tuning.tokens, held_out=tuning.held_out, context=setup.context,
         batch_size=tuning.batch_size, seed=setup.seed,
     )  # fmt: skip
-    study.forget_model()
+    study.release_model()
     for point in reached:
-        # read again, so that no plan but the one that is trained lies on the device
+        # load the plan again, so that the device holds no other plan
         facts = _tuned(study, tuning, point, study.plan(*point)[0], text, texts)
         study.add(
-            "finetune", _settings(study, tuning, point), facts | {"passes": text.passes, "trained_as": _alike(study, tuning)}
+            "finetune",
+            _settings(study, tuning, point),
+            facts | {"passes": text.passes, "trained_as": _reference_key(study, tuning)},
         )
         torch.compiler.reset()
 
 
 def folders(study: Study, tuning: Tuning) -> dict[tuple[str, float], Path]:
-    """Where trained models are, or would be."""
+    """Folder of the trained model of each point, whether it exists or not."""
     points = [("dense", 1.0), *study.setup.points()]
     return {point: study.folder("tuned", *point, **tuning.settings()) for point in points}
 
@@ -104,8 +107,8 @@ def _settings(study: Study, tuning: Tuning, point: tuple[str, float]) -> dict[st
     return setup.of_plan(*point) | tuning.settings() | {"texts": names, "eval_tokens": setup.eval_tokens}
 
 
-def _alike(study: Study, tuning: Tuning) -> str:
-    """What a plan and its dense reference have in common."""
+def _reference_key(study: Study, tuning: Tuning) -> str:
+    """Digest of the settings that a plan and its dense reference must share."""
     settings = _settings(study, tuning, ("", 0.0))
     return key_of("finetune", {name: value for name, value in settings.items() if name not in ("recipe", "budget", "metric")})
 
@@ -119,7 +122,7 @@ def _tuned(
     before = {name: _known(study, point, name) or _losses(network, found) for name, found in texts.items()}
     config = lora_config(rank=tuning.rank) if tuning.method == "lora" else None
     choose(network, tuning.method, config=config, seed=setup.seed)
-    # whoever is not compiled runs the rewritten graph as it is
+    # without compilation the rewritten graph runs eagerly
     network.compile(backend=rana_fx.backend if tuning.compile else rewritten)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -156,7 +159,7 @@ def _tuned(
 
 
 def _rate(study: Study, tuning: Tuning, network: Any, text: TrainingText, folder: Path) -> tuple[float, dict[str, float]]:
-    """(the rate, losses of those tried); searched once, also where the training itself is resumed."""
+    """(learning rate, loss of each rate tried); the search is done once, also if the training is resumed."""
     if tuning.rate is not None:
         return tuning.rate, {}
     kept = folder / "rates.json"
@@ -171,13 +174,13 @@ def _rate(study: Study, tuning: Tuning, network: Any, text: TrainingText, folder
 
 
 def _known(study: Study, point: tuple[str, float], text: str) -> dict[str, Any] | None:
-    """What the stage quality found already: tracing a model takes longer than evaluating a small one."""
-    row = study.ledger.get("quality", study.setup.of_text(*point, text))
+    """Loss and measured budget from a row of the stage quality, if there is one: that saves tracing the model."""
+    row = study.store.get("quality", study.setup.of_text(*point, text))
     return None if row is None or "mean_loss" not in row else {"mean_loss": row["mean_loss"], "measured": row["measured"]}
 
 
 def _losses(network: Any, text: Any) -> dict[str, Any]:
-    """Mean loss of the adapted model, its sums by document, and the budget measured."""
+    """Mean loss of the adapted model, its sums per document, and the measured budget."""
     with measuring(network) as meter:
         sums, counts = by_document(meter, text, device=network.device)
         found = meter.result()
@@ -187,6 +190,6 @@ def _losses(network: Any, text: Any) -> dict[str, Any]:
 
 
 def _thinned(losses: Sequence[float], points: int = 50) -> list[float]:
-    """Means over equal stretches."""
+    """Means over at most about ``points`` equal parts."""
     size = max(1, len(losses) // points)
     return [sum(losses[i : i + size]) / len(losses[i : i + size]) for i in range(0, len(losses), size)]

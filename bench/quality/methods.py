@@ -1,7 +1,8 @@
-"""What ``bench.quality`` compares: plans of recipes, rounded weights, a sliced model; each ready to run beside the dense one.
+"""The methods that ``bench.quality`` compares: plans of recipes, rounded weights, a sliced model.
 
-In: a calibrated model, a name and a budget. Out: an ``Entrant``: what it is expected to cost and, inside ``on``, two functions
-called like the model: the entrant's and the dense model's. Afterwards the model is what it was, bit for bit.
+In: a calibrated model, a name and a budget. Out: a ``Method``: its expected cost as a fraction of dense and, inside the context
+``on``, two functions called like the model, one for the method and one for the dense model. On exit the model is restored
+exactly.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from rana_fx.runtime.attachment import attach, detach
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """``measured``: budget by metric, of the calls so far."""
+    """A method and the dense model, both callable. ``measured``: the budget by metric, over the calls so far."""
 
     adapted: Callable[..., Any]
     dense: Callable[..., Any]
     measured: Callable[[], dict[str, float]]
 
 
-class Entrant(Protocol):
-    """``facts``: what else its rows say."""
+class Method(Protocol):
+    """A way to make a model cheaper. ``facts``: further fields of its rows."""
 
     @property
     def expected(self) -> dict[str, float]: ...
@@ -42,13 +43,13 @@ class Entrant(Protocol):
     def facts(self) -> dict[str, Any]: ...
 
     def on(self, model: nn.Module) -> Any:
-        """A context that gives a ``Running``."""
+        """A context manager that yields a ``Running``."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A plan of a recipe, as ``torch.compile`` runs it, with reference kernels."""
+    """A plan of a recipe; the rewritten graph runs with reference kernels."""
 
     plan: Plan
 
@@ -70,7 +71,7 @@ class Planned:
                     found = meter.result()
                     return {"flops": found.budget_flops, "bytes": found.budget_bytes}
 
-                # a plan acts in compiled graphs alone: called eagerly the model is dense
+                # a plan only changes compiled graphs: called eagerly the model is dense
                 yield Running(meter, model, measured)
         finally:
             detach(model)
@@ -78,7 +79,7 @@ class Planned:
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """Other numbers in the weights."""
+    """A model with other values in its weights. ``bytes``: over the dense bytes."""
 
     weights: Mapping[nn.Parameter, Tensor]
     bytes: float
@@ -103,7 +104,7 @@ class Rounded:
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """The residual stream in fewer dimensions."""
+    """A model whose residual stream has fewer dimensions (SliceGPT)."""
 
     sliced: Sliced
 
@@ -127,7 +128,7 @@ class Slices:
 
 @contextmanager
 def swapped(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Inside, Parameters show other memory; afterwards their own again."""
+    """Inside, the Parameters have the given values; on exit their own storage again."""
     own = {parameter: parameter.data for parameter in weights}
     try:
         for parameter, value in weights.items():
@@ -138,26 +139,27 @@ def swapped(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
             parameter.data = value
 
 
-class Maker:
-    """Makes entrants of one calibrated model. ``batches``: the calibration text, for those that run the model on it."""
+class MethodBuilder:
+    """Makes the methods of one calibrated model. ``batches``: the calibration text, on which SliceGPT runs the model."""
 
     def __init__(self, model: nn.Module, calibrated: Calibrated, batches: Sequence[Any], *, metric: str, progress: bool) -> None:
         self._model, self._calibrated, self._batches = model, calibrated, batches
         self._metric, self._progress = metric, progress
         self._rounder = Rounder(calibrated.problem(budget=1.0, metric="bytes", recipe="dense"))
 
-    def at(self, name: str, budget: float) -> Entrant:
+    def at_budget(self, name: str, budget: float) -> Method:
         """A recipe or ``slicegpt`` at a budget. Raises BudgetUnreachable, InvalidOption, TooFewTokens."""
         if name == "slicegpt":
             with evaluating(self._model):
                 return Slices(sliced(self._model, self._calibrated.layout, budget=budget, batches=self._batches))
         return Planned(self._calibrated.plan(budget=budget, metric=self._metric, recipe=name, progress=self._progress))
 
-    def rounded(self, rounding: Rounding) -> Entrant:
-        """Raises InvalidOption."""
+    def rounded(self, rounding: Rounding) -> Method:
+        """A rounding as a method. Raises InvalidOption."""
         with torch.no_grad():
             weights = self._rounder.weights(rounding)
         return Rounded(weights, self.bytes_kept(rounding))
 
     def bytes_kept(self, rounding: Rounding) -> float:
+        """Bytes of the rounded weights over the dense bytes."""
         return self._rounder.bytes_kept(rounding)

@@ -1,19 +1,22 @@
-"""Error of MLP outputs per recipe, and how few ranks an input needs: the paper's comparison with neuron adapters.
+"""Error of MLP outputs per recipe, and the number of components an input needs: the paper's comparison with neuron adapters.
 
-In: a model, a calibration text and a held-out text. Out: JSONL rows of two kinds, all measured on held-out rows.
-``mlp_error``: ||y^ - y||^2 / ||y||^2 of one block's output (biases of down left out) when the whole MLP, router included, may
-cost ``budget`` of its dense multiply-adds. ``rank_need``: the fraction of components that hold 90 or 99 % of a token's
-energy, in the rank basis of a linear and, for ``down``, among the neurons (paper, Figs. 2a, 2b).
+In: a model, a calibration text and a held-out text. Out: JSONL rows of two kinds, measured on held-out tokens, and tables.
+``mlp_error``: relative squared error ||y^ - y||^2 / ||y||^2 of one block's output (without the bias of down) when the MLP, router
+included, may cost ``budget`` of its dense multiply-adds or bytes, and its measured cost. ``rank_need``: the fraction of
+components that hold 90 or 99 % of a token's energy, in the rank basis of a linear and, for ``down``, among neurons (paper, Figs.
+2a, 2b).
 
     paper         rank adapters on up and gate, neuron adapter on down, split by grid search (Algorithm 2)
     teal, wina    input thresholds on every linear of the block, plain or weighted by column norms
-    cats          threshold on the activated gate; the gate itself (without a gate: up) is paid in full
-    neuron_ideal  neurons with |h_j| |W_:,j| above a threshold, known without computing them: a bound for predictors of neurons
-    rana          the recipe for the linears of this block alone, the rest of the model dense: errors weighed by the model's loss
-    rana_alone    the recipe for the MLP as a model of its own, whose output is all there is to lose: errors weighed by what is
-                  measured here, as the others choose by it; where the MLP is a module that reads one tensor
+    cats          threshold on the activated gate; the gate (without a gate: up) is computed in full
+    neuron_ideal  neurons with |h_j| |W_:,j| above a threshold, by an oracle of no cost: a bound for predictors of neurons
+    rana          the recipe for the linears of this block, the rest of the model dense; errors weighted by the model's loss
+    rana_alone    the recipe for the MLP as a model of its own, so errors are weighted by the output error that is measured here,
+                  as in the other recipes; only for an MLP that is a module with one input
 
-``rana`` solves a problem of its own for every block and budget, so that all recipes spend the same on the same block.
+``rana`` is solved for each block and budget separately, so that all recipes have the same budget for the same block.
+
+    python -m bench.quality.mlp_error MODEL --calib calib.jsonl.xz --text valid.jsonl.xz --out bench/results/mlp-error-NAME.jsonl
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from torch import nn
 from bench.common.calibrated import Calibrated, batches_of, calibrate_once, counted_groups
 from bench.common.record import append, start
 from bench.quality.block_error import score
-from bench.quality.rank_need import QUANTILES, needs
+from bench.quality.rank_need import QUANTILES, rank_needs
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.layout import MlpBlock
@@ -43,7 +46,7 @@ from rana_fx.evaluation.perplexity import load_model
 from rana_fx.plan import METRICS
 from rana_fx.recipes import RECIPES
 
-# one block at one fraction is no entry point of a recipe: the sweep takes the steps behind it
+# recipes have no public function for one block at one fraction: private steps are used
 from rana_fx.recipes.baselines import _masked_sites, _threshold_block
 from rana_fx.recipes.basis import second_moment
 from rana_fx.recipes.builders import neuron_adapter
@@ -53,7 +56,7 @@ from rana_fx.recipes.problem import Problem
 
 RECIPES_OF_BLOCKS = ("paper", "teal", "wina", "cats", "neuron_ideal", "rana", "rana_alone")
 _NEURONS = ("teal", "wina", "cats")
-_BATCHES = 16  # of a block's rows: two are held out, four give gradients
+_BATCHES = 16  # a block's rows as batches: two are held out, four used for gradients
 
 
 def main(
@@ -63,13 +66,13 @@ def main(
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
     recipes: Annotated[str, typer.Option(help="Recipes, by commas.")] = ",".join(RECIPES_OF_BLOCKS),
     budgets: Annotated[str, typer.Option(help="Fractions of the MLP's dense cost, by commas.")] = "0.7,0.58,0.5",
-    metric: Annotated[str, typer.Option(help="What cost is: flops (in float32), or bytes of bfloat16.")] = "flops",
+    metric: Annotated[str, typer.Option(help="Metric of cost: flops (model in float32) or bytes (model in bfloat16).")] = "flops",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_000,
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 4_096,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the token sample.")] = 0,
 ) -> None:
-    """MLP output error per recipe, and ranks needed per input, on held-out text."""
+    """Error of MLP outputs per recipe, and components needed per input, on held-out text."""
     names = recipes.split(",")
     unknown = [name for name in names if name not in RECIPES_OF_BLOCKS]
     if unknown:
@@ -83,23 +86,23 @@ def main(
         network, batches_of(calib, tokenizer, tokens=tokens, context=context), seed=seed, progress=progress
     )
     batches = batches_of(text, tokenizer, tokens=eval_tokens, context=context)
-    held_out, count = held_rows(network, calibrated, batches, metric=metric, progress=progress)
+    held_out, count = held_out_samples(network, calibrated, batches, metric=metric, progress=progress)
     common = calibrated.head("mlp_error", model, calib, context=context, dtype=dtype)
     common |= {"text": Path(text).name, "tokens": count, "metric": metric}
     start(out)
     rows: list[dict[str, Any]] = []
     asked = [float(value) for value in budgets.split(",")]
     with torch.no_grad():
-        for facts in itertools.chain(errors(network, calibrated, held_out, names, asked), needs(calibrated, held_out)):
+        for facts in itertools.chain(errors(network, calibrated, held_out, names, asked), rank_needs(calibrated, held_out)):
             append(out, common | facts)
             rows.append(facts)
     _tables(Path(model).name, rows)
 
 
-def held_rows(
+def held_out_samples(
     network: nn.Module, calibrated: Calibrated, batches: Iterable[Any], *, metric: str, progress: bool
 ) -> tuple[Problem, int]:
-    """(samples of a held-out text as ``errors`` takes them, its tokens)."""
+    """(samples of a held-out text as a problem for ``errors``, number of its tokens)."""
     found = calibrate(network, batches, wanted=counted_groups, seed=calibrated.seed, progress=progress)
     return Problem(calibrated.layout, found.samples, 1.0, metric, "dense", progress=False), found.tokens
 
@@ -107,7 +110,7 @@ def held_rows(
 def errors(
     network: nn.Module, calibrated: Calibrated, held_out: Problem, names: Sequence[str], budgets: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
-    """One row per block, budget and recipe."""
+    """Yield one row per block, budget and recipe."""
     for block in calibrated.layout.blocks:
         problem = calibrated.problem(budget=1.0, metric=held_out.metric, recipe="paper")
         alone = _alone(network, problem, block) if "rana_alone" in names else None
@@ -129,15 +132,13 @@ def errors(
                 yield facts | {"unreachable": str(error)}
                 continue
             if made is None:
-                why = (
-                    "the MLP is no module of its own" if recipe == "rana_alone" else "what stays dense costs more than the budget"
-                )
+                why = "the MLP is not a module of its own" if recipe == "rana_alone" else "the dense part exceeds the budget"
                 yield facts | {"unreachable": why}
                 continue
             error, cost = score(held_out, block, made)
             of = "dense multiply-adds" if held_out.metric == "flops" else "dense bytes"
             if recipe == "neuron_ideal":
-                # all rows of a neuron are left out, and nothing is paid for knowing which
+                # a dropped neuron costs nothing in up and gate either, and the selection is free
                 (down,) = made
                 cost = 1 - (1 - cost) * held_out.size(block.sites) / held_out.size((down.name,))
                 of += " (choice of neurons not counted)"
@@ -161,7 +162,7 @@ def _rana_alone(alone: tuple[str, Calibrated] | None, metric: str, fraction: flo
 
 
 def _alone(network: nn.Module, problem: Problem, block: MlpBlock) -> tuple[str, Calibrated] | None:
-    """(prefix of its names, the block's module calibrated on its sampled inputs)."""
+    """(prefix of the block's site names, its module calibrated on sampled inputs); None if it is not a module of its own."""
     parts = zip(*(name.split(".") for name in block.sites), strict=False)
     shared = ".".join(part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
     rows = problem.rows(block.ups[0])
@@ -209,27 +210,27 @@ def _tables(model: str, rows: list[dict[str, Any]]) -> None:
         spent = sum(row.get("measured", float("nan")) for row in found) / len(found)
         means[budget, recipe] = sum(values) / len(values)
         lines.append((recipe, budget, spent, means[budget, recipe], min(values), max(values)))
-    columns = ("recipe", "budget", "measured", "mean", "least", "largest")
-    show(f"{model}: relative error of MLP outputs over blocks", columns, lines, notes=_ratios(means))
+    columns = ("recipe", "budget", "measured", "mean", "min", "max")
+    show(f"{model}: relative squared error of MLP outputs over blocks", columns, lines, notes=_ratios(means))
     needs: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "rank_need":
             needs.setdefault((row["role"], row["basis"], row["energy"]), []).append(row)
     kept = ("mean", *(f"q{round(100 * q)}" for q in QUANTILES))
     table = [(*key, *(sum(row[c] for row in found) / len(found) for c in kept)) for key, found in needs.items()]
-    show(f"{model}: fraction of components for a share of a token's energy", ("role", "basis", "energy", *kept), table)
+    show(f"{model}: fraction of components that hold a share of a token's energy", ("role", "basis", "energy", *kept), table)
 
 
 def _ratios(means: dict[tuple[float, str], float]) -> Iterator[str]:
-    """Mean errors of recipe rana over those of others at the same budget."""
+    """Ratios of mean errors, recipe rana over others, at the same budget."""
     for (budget, recipe), error in means.items():
         if recipe not in ("rana", "rana_alone"):
             continue
         neurons = [means[budget, name] for name in _NEURONS if means.get((budget, name), float("nan")) > 0]
-        rivals = {"paper": means.get((budget, "paper")), "best neuron recipe": min(neurons, default=None)}
-        for name, rival in rivals.items():
-            if rival:
-                yield f"{recipe} at {budget}: {error / rival:.3f} of the error of {name}"
+        others = {"paper": means.get((budget, "paper")), "best neuron recipe": min(neurons, default=None)}
+        for name, other in others.items():
+            if other:
+                yield f"{recipe} at {budget}: {error / other:.3f} of the error of {name}"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Which tokens to adapt: the increase of the loss with the first positions of every sequence, or a prompt, left dense.
+"""Increase of the loss with the first positions of every sequence, or a prompt, left dense.
 
-In: a model, a calibration text and a held-out text. Out: a row per budget and rule, two tables. Rules:
+In: a model, a calibration text and a held-out text. Out: a JSONL row per budget and rule, and two tables; increases in nats over
+the dense model. Rules:
 
-    all        every token is adapted: what ``bench.quality`` measures, and every number in the README
-    first-N    the first 1, 4 or 16 positions of a sequence run dense
-    prompt     the first half of a sequence runs dense: what ``options={"prefill": "dense"}`` does to a prompt of that length
+    all        every token is adapted, as in ``bench.quality`` and in all published results
+    first-N    the first 1, 4 or 16 positions of a sequence are dense
+    prompt     the first half of a sequence is dense, as a prompt of that length with ``options={"prefill": "dense"}``
 
-A position that runs dense has the dense model's keys and values too, since attention is causal. Increases are means over targets
-predicted from any position (``delta``) and from the second half of a sequence (``second_half``), with intervals by bootstrap over
-documents; rules compare on the latter, where all of them adapt every token. ``cost``: of a token of a sequence on average, in the
-budget's metric, dense positions counted in full. For the rule ``all`` the second table has the increase by position.
+Dense positions also have the dense model's keys and values, since attention is causal. Increases are means over targets predicted
+from any position (``delta``) and from the second half of a sequence (``second_half``), with bootstrap intervals over documents;
+compare rules by the latter, where all rules adapt every token. ``cost``: mean cost of a token as a fraction of dense in the
+budget's metric, dense positions included. For the rule ``all`` the second table has the increase by position.
 
     python -m bench.quality.prefix MODEL --calib calib.jsonl.xz --text held.jsonl.xz --out bench/results/prefix-NAME.jsonl
 """
@@ -39,17 +40,17 @@ from rana_fx.recipes import RECIPES
 from rana_fx.recipes.simulate import AdapterSimulator
 
 _FIRST = (1, 4, 16)
-_EDGES = (0, 1, 4, 16, 64, 256)  # positions that a target is predicted from, where the second table begins a column
+_EDGES = (0, 1, 4, 16, 64, 256)  # first position of each column of the second table
 
 
 class FromPosition:
-    """Simulates adapters from a position of every sequence on; linears before it stay dense."""
+    """Simulates adapters at positions from ``dense`` on of every sequence. ``tokens``: (sequences, positions) of the batch."""
 
     def __init__(self, simulator: AdapterSimulator, tokens: tuple[int, int], dense: int) -> None:
         self._simulator, self._tokens, self._dense = simulator, tokens, dense
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """For ``InstrumentedModel.run``."""
+        """A step of ``InstrumentedModel.run``: the output of linear ``name`` with the first positions dense."""
         adapted = self._simulator.step(name, x, y)
         if self._dense == 0:
             return adapted
@@ -71,7 +72,7 @@ def main(
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the token sample.")] = 0,
 ) -> None:
-    """Increase of the loss by which tokens are adapted."""
+    """Increase of the loss by the positions that are adapted."""
     if metric not in METRICS:
         raise typer.BadParameter(f"unknown metric {metric!r}: pick of {', '.join(METRICS)}")
     if recipe not in RECIPES:
@@ -100,7 +101,7 @@ def main(
 def measured(
     holdout: Holdout, layout: Layout, plan: Plan, text: Text, rules: dict[str, int], context: int
 ) -> Iterator[dict[str, Any]]:
-    """Facts of every rule; ``rules``: how many positions of a sequence are dense."""
+    """Yield the facts of every rule. ``rules``: number of dense positions by name."""
     places = torch.arange(context - 1)
     documents = torch.cat([part[:, 1:] for part in text.documents])
     with holdout.instrumented(layout) as model:
@@ -123,7 +124,7 @@ def measured(
 
 
 def _losses(model: InstrumentedModel, text: Text, simulator: AdapterSimulator | None, leading: int) -> Tensor:
-    """Of every target, (sequences, context - 1); NaN where it or the token before it is padding."""
+    """Loss of every target, (sequences, context - 1), fp64; NaN where the target or the token before it is padding."""
     found = []
     for batch in text.batches:
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -139,7 +140,7 @@ def _losses(model: InstrumentedModel, text: Text, simulator: AdapterSimulator | 
 
 
 def _mean(more: Tensor, documents: Tensor) -> tuple[float, tuple[float, float]]:
-    """(mean, interval over documents) of what is no NaN."""
+    """(mean, bootstrap interval over documents) of all values that are not NaN."""
     real = ~more.isnan()
     names, place = documents[real].unique(return_inverse=True)
     sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, place, more[real])
@@ -152,11 +153,13 @@ def _tables(title: str, rows: list[dict[str, Any]]) -> None:
         low, high = row["second_half_interval"]
         lines.append((row["rule"], row["budget"], row["measured"], row["cost"], row["delta"], row["second_half"], low, high))
     columns = ("dense positions", "budget", "measured", "cost", "delta", "second half", "2.5 %", "97.5 %")
-    show(f"{title}: increase of the loss by rule", columns, lines)
+    show(f"{title}: increase of the loss by dense positions", columns, lines)
     whole = [row for row in rows if "by_position" in row]
     edges = [f"from {edge}" for edge in whole[0]["by_position"]]
     show(
-        f"{title}: by position, all adapted", ("budget", *edges), [(str(r["budget"]), *r["by_position"].values()) for r in whole]
+        f"{title}: increase by position, all adapted",
+        ("budget", *edges),
+        [(str(r["budget"]), *r["by_position"].values()) for r in whole],
     )
 
 

@@ -1,15 +1,15 @@
-"""The rival in bytes: the linears of the budget rounded to few bits, every weight kept.
+"""A baseline in bytes: the linears of the budget quantised to few bits, all weights kept.
 
-In: the layout of a calibrated model and a name. Out: the weights that the rounded model multiplies by, in the model's dtype,
-and the bytes they would take, scales included, over the dense ones. Names are
+In: the layout of a calibrated model and a name. Out: the dequantised weights in the model's dtype, and their stored bytes, scales
+included, over the dense bytes. Names are
 
     int4-g64         round to nearest, a scale (bfloat16) per output and group of 64 inputs; int8: one per output
-    gptq4-g128       rounded input by input, the rest making up for what rounding one loses (GPTQ, arXiv 2210.17323)
-    ...-asym         the same with a zero point per group, as wide as a weight: 2^bits levels where symmetric ones have 2^bits - 1
+    gptq4-g128       rounded column by column with error feedback into the remaining columns (GPTQ, arXiv 2210.17323)
+    ...-asym         the same with a zero point per group, of as many bits as a weight: 2^bits levels; symmetric: 2^bits - 1
 
-GPTQ as its authors' code runs at its best: inputs in the order of their energy (``--act-order``) with the groups' grids fixed
-beforehand (``--static-groups``), each grid the best of a few that clip (``--mse``, by squared error). Second moments are the
-dense model's on the calibration sample; the authors take those of the model rounded so far.
+GPTQ has the best options of its authors' code: columns in order of input energy (``--act-order``), grids of groups fixed
+beforehand (``--static-groups``), and for each grid the clipping ratio of least squared error (``--mse``). Second moments are the
+dense model's on the calibration sample; the authors use those of the model quantised so far.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from rana_fx.recipes.problem import Problem
 
 _NAME = re.compile(r"(int|gptq)([2-8])(?:-g(\d+))?(-asym)?")
 _SCALE_BITS = 16
-_DAMP = 0.01  # of the mean energy of an input, as GPTQ
+_DAMP = 0.01  # of the mean input energy, as in GPTQ
 _CLIPS = tuple(1 - step / 40 for step in range(21))
 _BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """``group``: inputs that share a scale, None: all of an output's. ``optimal``: GPTQ, else to nearest."""
+    """``group``: number of inputs that share a scale, None: all inputs. ``optimal``: GPTQ, else rounding to nearest."""
 
     name: str
     bits: int
@@ -43,14 +43,14 @@ class Rounding:
     optimal: bool
 
     def bytes_of(self, out: int, width: int) -> float:
-        """Of a matrix (out, width), scales and zero points included."""
+        """Bytes of a matrix (out, width), scales and zero points included."""
         groups = -(-width // (self.group or width))
         beside = _SCALE_BITS + (0 if self.symmetric else self.bits)
         return out * (width * self.bits + groups * beside) / 8
 
 
 def rounding_of(name: str) -> Rounding | None:
-    """None: no name of a rounding."""
+    """The rounding of that name; None for any other name."""
     found = _NAME.fullmatch(name)
     if found is None:
         return None
@@ -60,7 +60,7 @@ def rounding_of(name: str) -> Rounding | None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a linear's matrix lies in its Parameter, and how that was stored."""
+    """Position of a linear's matrix in its Parameter, and the strides of the Parameter."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -69,7 +69,7 @@ class _Place:
 
 
 class Rounder:
-    """Rounds the linears of a problem. Made before any plan is attached: that may store weights anew, and views go stale."""
+    """Quantises the linears of a problem. Made before a plan is attached, which may change storage and make views stale."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -78,12 +78,12 @@ class Rounder:
         self._moments: dict[int, Tensor] = {}  # by group
 
     def bytes_kept(self, rounding: Rounding) -> float:
-        """Over the dense bytes, in the model's dtype."""
+        """Bytes of the quantised linears over their dense bytes in the model's dtype."""
         kept = sum(site.uses * rounding.bytes_of(site.out_features, site.in_features) for site in self._sites)
         return kept / self._problem.bytes(self._problem.counted())
 
     def weights(self, rounding: Rounding) -> dict[nn.Parameter, Tensor]:
-        """What takes the place of each Parameter that holds a linear of the budget; other parts of it stay as they are.
+        """New values of each Parameter that holds a linear of the budget; other parts of the Parameter are unchanged.
 
         Raises InvalidOption.
         """
@@ -91,7 +91,7 @@ class Rounder:
         for site in self._sites:
             place, weight = self._places[site.name], site.weight.detach()
             if place is None:
-                expected = f"weights that linears read in place; {site.name} is copied first: leave roundings out"
+                expected = f"linears that read their Parameter in place; {site.name} reads a copy: leave roundings out"
                 raise InvalidOption(name="--recipes", got=rounding.name, expected=expected)
             if site.weight not in replaced:
                 held = torch.empty_strided(weight.shape, place.stored, dtype=weight.dtype, device=weight.device)
@@ -116,7 +116,7 @@ def _place(site: Site) -> _Place | None:
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """w = (q - zero) step, q in low..high; all (out, groups)."""
+    """w = (q - zero) * step with q in low..high; ``step`` and ``zero`` (out, groups)."""
 
     step: Tensor
     zero: Tensor
@@ -124,7 +124,7 @@ class _Grid:
     high: int
 
     def nearest(self, values_OW: Tensor, group: Tensor | int) -> Tensor:
-        """The nearest that can be stored. ``group``: of each column, or of all."""
+        """The nearest representable values. ``group``: index for each column, or one for all columns."""
         step, zero = self.step[:, group], self.zero[:, group]
         if isinstance(group, int):
             step, zero = step.unsqueeze(1), zero.unsqueeze(1)
@@ -133,7 +133,7 @@ class _Grid:
 
 
 def rounded(weight_OI: Tensor, rounding: Rounding, moment_II: Tensor | None) -> Tensor:
-    """The weight that is stored, fp32. ``moment_II``: sum of x x^T, for GPTQ."""
+    """The dequantised weight, fp32. ``moment_II``: sum of x x^T, for GPTQ."""
     weight = weight_OI.float()
     out, width = weight.shape
     length = rounding.group or width
@@ -157,7 +157,7 @@ def _grid(parts_OGL: Tensor, rounding: Rounding, *, pad: int) -> _Grid:
         if rounding.symmetric:
             step, zero = _stored(clip * torch.maximum(highest, -lowest) / high), torch.zeros_like(highest)
         else:
-            # zero itself is among the levels
+            # zero is a level
             top, bottom = clip * highest.clamp_min(0), clip * lowest.clamp_max(0)
             step = _stored((top - bottom) / levels)
             zero = (-bottom / torch.where(step > 0, step, 1)).round_().clamp_(0, levels)
@@ -177,7 +177,7 @@ def _stored(step: Tensor) -> Tensor:
 
 
 def _compensated(weight_OI: Tensor, grid: _Grid, group_I: Tensor, moment_II: Tensor) -> Tensor:
-    """GPTQ: the inputs with most energy first."""
+    """GPTQ rounding, the inputs with most energy first."""
     order = moment_II.diagonal().argsort(descending=True)
     work = weight_OI[:, order].clone()
     upper = _inverse_factor(moment_II[order][:, order]).float()

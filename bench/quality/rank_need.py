@@ -1,4 +1,4 @@
-"""How few components an input needs: the paper's Figs. 2a and 2b.
+"""Number of components an input needs: the paper's Figs. 2a and 2b.
 
 In: a calibrated model and a problem with held-out rows. Out: rows of kind ``rank_need``: the fraction of components that hold 90
 or 99 % of a token's energy, in the rank basis of a linear and, for ``down``, among the neurons.
@@ -20,8 +20,8 @@ _SHARES = (0.9, 0.99)
 _ROWS = 1024  # at a time
 
 
-def needs(calibrated: Calibrated, held_out: Problem) -> list[dict[str, Any]]:
-    """Of attention inputs and ups in their rank basis, and of down among its neurons."""
+def rank_needs(calibrated: Calibrated, held_out: Problem) -> list[dict[str, Any]]:
+    """Rows for attention inputs and up projections in their rank basis, and for down among its neurons."""
     layout = calibrated.layout
     problem = calibrated.problem(budget=1.0, metric="flops", recipe="paper")
     stacks = [("attention_in", stack) for stack in layout.stacks()]

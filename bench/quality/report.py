@@ -1,8 +1,7 @@
-"""The report of ``bench.quality.reproduce``: tables in Markdown, and a figure, from the rows of one model.
+"""The report of ``bench.reproduce``: tables in Markdown and a figure, from the rows of one model.
 
-In: a JSONL file. Out: two files beside it, ``.md`` and ``.png``. Where several rows are of one point the last one counts. The
-figure is made by ``bench/quality/report_plot.py``. What tables show is in the rows; only differences and their intervals are
-computed.
+In: a JSONL file. Out: two files beside it, ``.md`` and ``.png`` (bench/quality/report_plot.py). Of several rows of one point the
+last one is used. Tables copy values of the rows; only differences, ratios and intervals are computed here.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _SETTINGS = (
 
 
 def write_report(path: Path) -> Path:
-    """Write both files; returns the Markdown's."""
+    """Write both files; returns the path of the Markdown."""
     rows = whole_rows(path)
     figure, report = path.with_suffix(".png"), path.with_suffix(".md")
     drawn = plot(rows, figure)
@@ -34,24 +33,24 @@ def write_report(path: Path) -> Path:
 
 
 def markdown(rows: Sequence[Row], figure: str | None, source: str) -> str:
-    """The whole report."""
+    """The report as Markdown. ``figure``: its file name; ``source``: file name of the rows."""
     stages: dict[str, list[Row]] = {}
     for row in rows:
         stages.setdefault(row["stage"], []).append(row)
-    names = ", ".join(dict.fromkeys(row["model"] for row in rows)) or "nothing yet"
-    parts = [f"# {names}: what adapting costs, and what training gives back", f"Rows: `{source}`."]
+    names = ", ".join(dict.fromkeys(row["model"] for row in rows)) or "no rows yet"
+    parts = [f"# {names}: loss and speed of adapted models, before and after fine-tuning", f"Rows: `{source}`."]
     parts += [f"![curves]({figure})"] if figure is not None else []
     sections = (
         ("quality", "Loss before training", _quality),
         ("finetune", "Loss after training", _finetune),
         ("tasks", "Downstream tasks", _tasks),
         ("mlp", "Errors of MLP outputs", _mlp),
-        ("ranks", "Components an input needs", _ranks),
+        ("ranks", "Components that an input needs", _ranks),
         ("latency", "Decoding", _latency),
     )
     for stage, title, section in sections:
         if stage in stages:
-            parts += [f"## {title}", *section(stages[stage]), *_not_reached(stages[stage]), _made_with(stages[stage])]
+            parts += [f"## {title}", *section(stages[stage]), *_reasons(stages[stage]), _provenance(stages[stage])]
     if rows:
         parts += ["## Commands", "    " + "\n    ".join(dict.fromkeys(row["command_line"] for row in rows))]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -68,7 +67,7 @@ def _quality(rows: list[Row]) -> Iterable[str]:
                 row["text"],
                 row["recipe"],
                 row["budget"],
-                _or_why(row, spent),
+                _value_or_status(row, spent),
                 *values,
                 low,
                 high,
@@ -87,23 +86,23 @@ def _finetune(rows: list[Row]) -> Iterable[str]:
     for row in _ordered(latest(rows, "recipe", "budget").values()):
         point, base = (row["recipe"], row["budget"]), reference(rows, row)
         if "results" not in row:
-            lines.append(("-", *point, _or_why(row, None), *[None] * 7))
+            lines.append(("-", *point, _value_or_status(row, None), *[None] * 7))
             continue
         for text, result in row["results"].items():
             compared = base is not None and row["recipe"] != "dense"
-            apart = left(result, base["results"][text]) if base is not None and compared else (None,) * 5
+            comparison = increase_left(result, base["results"][text]) if base is not None and compared else (None,) * 5
             losses = (result["after"]["measured"][row["metric"]], result["before"]["mean_loss"], result["after"]["mean_loss"])
-            lines.append((text, *point, *losses, *apart))
+            lines.append((text, *point, *losses, *comparison))
         speed = (
             row["tokens_per_s"],
-            _over(row["tokens_per_s"], base["tokens_per_s"]) if base is not None and _alike(row, base) else None,
+            _ratio(row["tokens_per_s"], base["tokens_per_s"]) if base is not None and _same_machine(row, base) else None,
             row["peak_gb"],
-            None if base is None else _over(row["peak_gb"], base["peak_gb"]),
+            None if base is None else _ratio(row["peak_gb"], base["peak_gb"]),
         )
         runs.append((*point, f"{row['rate']:g}", row["tokens_trained"], *speed, _tried(row)))
     yield (
         "Increase before: over the dense model. Increase left: over the dense model trained on the same batches, with its 95 % "
-        "interval over documents. Left: one over the other. Tokens/s are compared where devices and threads were alike."
+        "interval over documents. Left: their ratio. Tokens/s are compared only between equal devices and numbers of threads."
     )
     names = ("text", "recipe", "budget", "measured", "loss before", "loss after")
     yield _table((*names, "increase before", "increase left", "2.5 %", "97.5 %", "left"), lines)
@@ -111,13 +110,13 @@ def _finetune(rows: list[Row]) -> Iterable[str]:
     yield _table(columns, runs)
 
 
-def _alike(row: Row, base: Row) -> bool:
-    """Whether both were timed on a machine of one kind."""
+def _same_machine(row: Row, base: Row) -> bool:
+    """Whether both were timed with the same device and number of threads."""
     return all(row.get(name) == base.get(name) for name in ("device", "threads"))
 
 
-def left(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float | None, ...]:
-    """(increase before, increase left, its interval, one over the other)."""
+def increase_left(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float | None, ...]:
+    """(increase before, increase left, low and high end of its interval, increase left over increase before)."""
     increase = result["before"]["mean_loss"] - dense["before"]["mean_loss"]
     remains = result["after"]["mean_loss"] - dense["after"]["mean_loss"]
     ours, theirs = (torch.tensor(found["after"]["sums"], dtype=torch.float64) for found in (result, dense))
@@ -129,7 +128,7 @@ def _tasks(rows: list[Row]) -> Iterable[str]:
     lines = []
     for row in _ordered(latest(rows, "recipe", "budget", "state").values()):
         if "scores" not in row:
-            lines.append((row["recipe"], row["budget"], row["state"], "-", _or_why(row, None), None, None))
+            lines.append((row["recipe"], row["budget"], row["state"], "-", _value_or_status(row, None), None, None))
             continue
         for task, scores in row["scores"].items():
             for metric, value in scores.items():
@@ -141,14 +140,14 @@ def _tasks(rows: list[Row]) -> Iterable[str]:
 
 def _mlp(rows: list[Row]) -> Iterable[str]:
     lines = [
-        (row["recipe"], row["budget"], _or_why(row, row.get("measured")), row.get("error"), *_ends(row))
+        (row["recipe"], row["budget"], _value_or_status(row, row.get("measured")), row.get("error"), *_extremes(row))
         for row in _ordered(latest(rows, "recipe", "budget").values())
     ]
-    yield "Relative squared error of one MLP's output, all else dense, on held-out text: mean over blocks, least, largest."
-    yield _table(("recipe", "budget of the MLP", "measured", "mean", "least", "largest"), lines)
+    yield "Relative squared error of one MLP's output, the rest dense, on held-out text: mean, minimum, maximum over blocks."
+    yield _table(("recipe", "budget of the MLP", "measured", "mean", "min", "max"), lines)
 
 
-def _ends(row: Row) -> tuple[float | None, float | None]:
+def _extremes(row: Row) -> tuple[float | None, float | None]:
     values = [block["error"] for block in row.get("blocks", [])]
     return (min(values), max(values)) if values else (None, None)
 
@@ -173,7 +172,7 @@ def _latency(rows: list[Row]) -> Iterable[str]:
             lines.append((name, row["batch"], *times, row["compile_seconds"], row["peak_gb"]))
         elif row["kind"] == "skipped":
             yield f"{name} was not timed: {row['reason']}"
-    yield _table(("variant", "batch", "tokens/s", "ms a token", "x dense", "compile s", "peak GB"), lines)
+    yield _table(("variant", "batch", "tokens/s", "ms per token", "x dense", "compile s", "peak GB"), lines)
 
 
 def _tried(row: Row) -> str:
@@ -182,28 +181,28 @@ def _tried(row: Row) -> str:
     )
 
 
-def _or_why(row: Row, value: Any) -> Any:
+def _value_or_status(row: Row, value: Any) -> Any:
     return "unreachable" if "unreachable" in row else "failed" if "failed" in row else value
 
 
-def _not_reached(rows: list[Row]) -> Iterable[str]:
-    """Why points of a section have no numbers, each reason once."""
-    whys = dict.fromkeys(
+def _reasons(rows: list[Row]) -> Iterable[str]:
+    """Reasons why points of a section have no numbers, each once."""
+    found = dict.fromkeys(
         (row["recipe"], row.get("unreachable") or row["failed"]) for row in rows if {"unreachable", "failed"} & row.keys()
     )
-    return [f"{recipe}: {why}" for recipe, why in whys]
+    return [f"{recipe}: {reason}" for recipe, reason in found]
 
 
-def _over(value: float | None, base: float | None) -> float | None:
+def _ratio(value: float | None, base: float | None) -> float | None:
     return value / base if value and base else None
 
 
 def _ordered(rows: Iterable[Row]) -> list[Row]:
-    """By text, then from the largest budget."""
+    """Rows by text, then by decreasing budget."""
     return sorted(rows, key=lambda row: (row.get("text", ""), -row["budget"], row["recipe"], row.get("state", "") == "trained"))
 
 
-def _made_with(rows: list[Row]) -> str:
+def _provenance(rows: list[Row]) -> str:
     """Settings, commits and machines of a section's rows."""
     facts = [f"{name} {_values(rows, name)}" for name in _SETTINGS if any(row.get(name) is not None for row in rows)]
     commits = dict.fromkeys(f"{row['commit'][:7]}{' (changed)' if row['dirty'] else ''}" for row in rows)

@@ -1,6 +1,6 @@
-"""The figure of ``bench.reproduce``: what budgets cost before and after training, on MLP outputs, in components, and in time.
+"""The figure of ``bench.reproduce``: loss before and after training, errors of MLP outputs, components needed, tokens/s.
 
-In: rows of one model. Out: one PNG with a panel for each stage there are rows of; none where there are no rows.
+In: rows of one model. Out: one PNG with a panel for each stage that has rows; no file without rows.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import Any
 from bench.common.plot import COLORS
 from bench.common.result_store import Row, latest
 
-_FLOOR = 1e-4  # of a loss's increase on its logarithmic axis
+_FLOOR = 1e-4  # smallest height on a logarithmic axis
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:
-    """Whether there was anything to draw."""
+    """Write the figure; False if no stage has rows."""
     panels: dict[str, Callable[[Any, list[Row]], None]] = {
         "quality": _quality, "finetune": _finetune, "mlp": _mlp, "ranks": _ranks, "latency": _latency,
     }  # fmt: skip
     found = {stage: [row for row in rows if row["stage"] == stage] for stage in panels}
-    there = [stage for stage, here in found.items() if here]
-    if not there:
+    stages = [stage for stage, here in found.items() if here]
+    if not stages:
         return False
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wide = min(3, len(there))
-    high = -(-len(there) // wide)
+    wide = min(3, len(stages))
+    high = -(-len(stages) // wide)
     figure, axes = plt.subplots(high, wide, figsize=(5.4 * wide, 4.4 * high), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(there) :]:
+    for axis in axes.flat[len(stages) :]:
         axis.set_axis_off()
-    for axis, stage in zip(axes.flat, there, strict=False):
+    for axis, stage in zip(axes.flat, stages, strict=False):
         panels[stage](axis, found[stage])
         axis.grid(True, which="both", alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
@@ -55,9 +55,9 @@ def _quality(axis: Any, rows: list[Row]) -> None:
 
 
 def reference(rows: Sequence[Row], row: Row) -> Row | None:
-    """The dense model trained as a plan was: same text, tokens, method, rate."""
-    alike = [other for other in rows if other["recipe"] == "dense" and other.get("trained_as") == row.get("trained_as")]
-    return alike[-1] if alike and "results" in alike[-1] else None
+    """The row of the dense model trained with the same settings (text, tokens, method, rate, ...); None if there is none."""
+    same = [other for other in rows if other["recipe"] == "dense" and other.get("trained_as") == row.get("trained_as")]
+    return same[-1] if same and "results" in same[-1] else None
 
 
 def _finetune(axis: Any, rows: list[Row]) -> None:
@@ -71,7 +71,7 @@ def _finetune(axis: Any, rows: list[Row]) -> None:
             lines = [(name, ours["measured"][metric], ours["mean_loss"] - base["mean_loss"]) for name, ours, base in points]
             _curves(axis, lines, **style)
         axis.set(title=f"after training, {text}", yscale="log")
-    axis.set(ylabel="increase over the dense model trained alike", xlabel=_measured(metric))
+    axis.set(ylabel="increase over the trained dense model, nats", xlabel=_measured(metric))
 
 
 def _mlp(axis: Any, rows: list[Row]) -> None:
@@ -92,7 +92,7 @@ def _ranks(axis: Any, rows: list[Row]) -> None:
         places = [place + (index - (len(shares) - 1) / 2) * 0.35 for place in range(len(groups))]
         axis.bar(places, means, width=0.33, label=f"{share:.0%} of a token's energy")
     axis.set_xticks(range(len(groups)), list(groups))
-    axis.set(title="components an input needs", ylabel="fraction")
+    axis.set(title="components that an input needs", ylabel="fraction")
 
 
 def _latency(axis: Any, rows: list[Row]) -> None:
@@ -107,7 +107,7 @@ def _latency(axis: Any, rows: list[Row]) -> None:
         else:
             plans.append((point[0], point[1], row["tokens_per_s"]))
     _curves(axis, plans)
-    axis.set(title="decoding, batch 1", ylabel="tokens/s", xlabel="budget asked")
+    axis.set(title="decoding, batch 1", ylabel="tokens/s", xlabel="target budget")
 
 
 def _curves(axis: Any, points: Sequence[tuple[str, float, float]], *, label: str = "{}", **style: Any) -> None:

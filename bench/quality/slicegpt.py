@@ -1,14 +1,14 @@
 """SliceGPT (Ashkboos et al., ICLR 2024, arXiv 2401.15024): the residual stream in fewer dimensions, for some architectures.
 
-In: a model, its layout, a budget and calibration batches. Out: a ``Sliced``: for every point of the residual stream that a norm
-reads, its k principal directions Q; the model it acts on computes exactly what the sliced one would. A sliced model holds
-the stream as Q^T x, so its matrices have k inputs or outputs instead of D, and a residual that goes on to the next point is
-multiplied by Q^T Q' (k x k). Here the stream keeps its D dimensions and is projected at each point, x -> Q Q^T x, which is
-the same numbers: norms divide by the length over the old D, and LayerNorm's mean is taken out of the stream first.
+In: a model, its layout, a budget and calibration batches. Out: a ``Sliced``: k principal directions Q for every point of the
+residual stream that a norm reads; with these the model computes exactly the outputs of the sliced model. A sliced model stores
+the stream as Q^T x, so its matrices have k inputs or outputs instead of D, and the residual to the next point is multiplied by
+Q^T Q' (k x k). Here the stream keeps its D dimensions and is projected at each point, x -> Q Q^T x, with the same result: norms
+divide by the length over the old D, and LayerNorm's mean is subtracted from the stream first.
 
-As published: directions of the norms' outputs before their gains, each found with all earlier points sliced; a point before
-attention and one before the MLP, or one for both where they run in parallel; embeddings sliced, what the head reads not.
-The budget counts the linears of the layout and the products with Q^T Q'. k is any number (the authors round it to eights).
+As published: directions of the norms' outputs before their gains, each with all earlier points sliced; one point before
+attention and one before the MLP, or one for both where they are parallel; embeddings are sliced, the input of the head is not.
+The budget counts the linears of the layout and the products with Q^T Q'. k is any number (the authors round to multiples of 8).
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ _READS, _WRITES = ("attention_in", "up"), ("attention_out", "down")
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """``points``: in order, (module, whether the stream is its first input, else what it adds to the block's first input)."""
+    """The points where the stream is sliced.
+
+    ``points``: in order, (module, flag): True if the stream is the module's first input; False if it is the block's first input
+    plus the module's output.
+    """
 
     width: int
     points: tuple[tuple[nn.Module, bool], ...]
-    last: tuple[nn.Module, ...]  # modules whose linears write what the head reads
+    last: tuple[nn.Module, ...]  # modules whose linears write the input of the head
     centred: bool
 
 
 def stream_of(model: nn.Module) -> Stream:
-    """Raises InvalidOption for architectures whose points are not known here."""
+    """The points of a model. Raises InvalidOption for architectures that are not known here."""
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in _ATTENTION:
@@ -60,7 +64,7 @@ def stream_of(model: nn.Module) -> Stream:
 
 @dataclass(frozen=True, eq=False)
 class Sliced:
-    """``directions``: per point, (D, k). ``cost``: of what the budget counts, over dense."""
+    """``directions``: per point, (D, k). ``cost``: of everything that the budget counts, over dense."""
 
     stream: Stream
     directions: tuple[Tensor, ...]
@@ -68,7 +72,7 @@ class Sliced:
 
     @contextmanager
     def acting(self, watch: Callable[[Tensor], None] | None = None) -> Iterator[None]:
-        """Inside, the model is sliced at the points it has directions for; ``watch`` gets the stream at the first without."""
+        """Inside, the model is sliced at all points with directions; ``watch`` is called with the stream at the next point."""
         inputs: dict[str, Tensor] = {}
         handles = []
         for index, (module, reads) in enumerate(self.stream.points[: len(self.directions) + (watch is not None)]):
@@ -99,13 +103,13 @@ class Sliced:
 
     def _projected(self, x: Tensor, directions: Tensor) -> Tensor:
         wide = _centred(x) if self.stream.centred else x.float()
-        # what the sliced model holds between two products, in its own dtype
+        # the sliced model stores the projection in its dtype
         held = (wide @ directions).to(x.dtype)
         return (held.float() @ directions.t()).to(x.dtype)
 
 
 def sliced(model: nn.Module, layout: Layout, *, budget: float, batches: Iterable[Any]) -> Sliced:
-    """Raises BudgetUnreachable, InvalidOption."""
+    """Slice a model to a budget. Raises BudgetUnreachable, InvalidOption."""
     stream = stream_of(model)
     kept, cost = _kept(model, layout, stream, budget)
     found = Sliced(stream, (), cost)
@@ -117,12 +121,12 @@ def sliced(model: nn.Module, layout: Layout, *, budget: float, batches: Iterable
     return found
 
 
-class _Seen(Exception):
-    """The point is reached: what follows is not needed."""
+class _Reached(Exception):
+    """Ends a forward pass once the point is reached."""
 
 
 def _moment(model: nn.Module, found: Sliced, batches: Iterable[Any]) -> Tensor:
-    """Of what the norm makes of the stream at the first point without directions, (D, D)."""
+    """Sum of x x^T of the normalised stream at the first point without directions, (D, D), fp64."""
     width = found.stream.width
     total = torch.zeros(width, width, dtype=torch.float64, device=device_of(model))
     for batch in batches:
@@ -131,19 +135,19 @@ def _moment(model: nn.Module, found: Sliced, batches: Iterable[Any]) -> Tensor:
             rows = x.float()[mask.bool()]
             rows = rows / rows.square().mean(1, keepdim=True).add(1e-12).sqrt()
             total.add_((rows.t() @ rows).double())
-            raise _Seen
+            raise _Reached
 
         with torch.no_grad(), found.acting(watch):
             try:
                 model(**batch)
-            except _Seen:
+            except _Reached:
                 continue
             raise AssertionError("the model ran without reaching the point")
     return total
 
 
 def _kept(model: nn.Module, layout: Layout, stream: Stream, budget: float) -> tuple[int, float]:
-    """(k, cost over dense): the most dimensions that the budget pays for."""
+    """(k, cost over dense): the largest number of dimensions within the budget."""
     prefixes = {id(module): name for name, module in model.named_modules()}
     ends = tuple(f"{prefixes[id(module)]}." for module in stream.last)
     dense = each = fixed = 0.0
@@ -164,7 +168,7 @@ def _kept(model: nn.Module, layout: Layout, stream: Stream, budget: float) -> tu
         else:
             each += site.flops / stream.width
     shortcuts = len(stream.points) - 1
-    # the last residual goes on in all its dimensions
+    # the last residual is multiplied back to D dimensions
     each += stream.width
 
     def cost(kept: int) -> float:
@@ -174,7 +178,7 @@ def _kept(model: nn.Module, layout: Layout, stream: Stream, budget: float) -> tu
     if most == 0:
         raise BudgetUnreachable(
             budget=budget, recipe="slicegpt", lowest=min(1.0, cost(1) + 0.01),
-            why="what the head reads keeps all its dimensions", recipes="static, teal and wina adapt every layer",
+            why="the input of the head keeps all its dimensions", recipes="static, teal and wina adapt every layer",
         )  # fmt: skip
     return most, cost(most)
 

@@ -1,8 +1,8 @@
-"""One model under study: what the stages of ``bench.quality.reproduce`` share, and those stages that do not train.
+"""The stages of ``bench.reproduce`` that do not train, and the model, calibration, texts and plans that all stages share.
 
-In: a ``Setup`` and a ledger. Out: rows of the stages quality, mlp, tasks and latency, each added when it is complete; what the
-ledger has already is passed over. Model, calibration and plans are made when a row first needs them; plans are kept in a folder,
-so that a run that goes on, or one that only times, does not calibrate again.
+In: a ``Setup`` and a ``ResultStore``. Out: rows of the stages quality, mlp, tasks and latency, each added when it is complete;
+rows that the store has are not computed again. Model, calibration and plans are made when a row first needs them; plans are saved
+in a folder, so that a later run, also of the stage latency alone, does not calibrate again.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 
 from bench.common.calibrated import Calibrated, batches_of, calibrate_once
 from bench.common.documents import Text, read_text
-from bench.common.result_store import Ledger, key_of
+from bench.common.result_store import ResultStore, key_of
 from bench.quality.methods import Planned
-from bench.quality.mlp_error import RECIPES_OF_BLOCKS, errors, held_rows
-from bench.quality.quality import against, evaluated
-from bench.quality.rank_need import needs
+from bench.quality.mlp_error import RECIPES_OF_BLOCKS, errors, held_out_samples
+from bench.quality.quality import evaluation_facts, loss_facts
+from bench.quality.rank_need import rank_needs
 from bench.speed import decode
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
 from rana_fx.evaluation.perplexity import Quality, evaluate, load_model
@@ -35,7 +35,7 @@ UNREACHABLE = (BudgetUnreachable, TooFewTokens)
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides a plan and how it is judged. ``texts``: held out; the first one also for outputs of MLPs."""
+    """Settings of plans and of their evaluation. ``texts``: held-out texts; errors of MLP outputs use the first one."""
 
     model: str
     calib: str
@@ -51,7 +51,7 @@ class Setup:
     seed: int = 0
 
     def of_plan(self, recipe: str, budget: float) -> dict[str, Any]:
-        """Settings that a plan depends on; files by name, as rows say what was measured and not where it lay."""
+        """Settings that a plan depends on; files by name, so that rows hold no machine paths."""
         return {
             "model": Path(self.model).name,
             "calibration": Path(self.calib).name,
@@ -76,8 +76,8 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Tasks of lm-evaluation-harness, and how they are asked."""
+class TaskOptions:
+    """Tasks of lm-evaluation-harness and their options."""
 
     names: tuple[str, ...]
     shots: int | None
@@ -88,8 +88,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """What ``bench.speed.decode`` is asked for."""
+class DecodeOptions:
+    """Options of ``bench.speed.decode``."""
 
     variants: str
     mode: str
@@ -100,14 +100,12 @@ class Timing:
 
 
 class Study:
-    """``work``: folder for plans and trained models."""
+    """Runs the stages for one model. ``work``: folder for plans and trained models."""
 
-    def __init__(self, setup: Setup, ledger: Ledger, work: Path) -> None:
-        self.setup, self.ledger, self.work = setup, ledger, work
+    def __init__(self, setup: Setup, store: ResultStore, work: Path) -> None:
+        self.setup, self.store, self.work = setup, store, work
         self.progress = sys.stderr.isatty()
         self._dense: dict[str, Quality] = {}
-
-    # ---- made once
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -136,12 +134,12 @@ class Study:
         }
 
     def folder(self, what: str, recipe: str, budget: float, **more: Any) -> Path:
-        """Of a plan or a trained model, by all that it depends on."""
-        settings = self.setup.of_plan(recipe, budget) | {"commit": self.ledger.common["commit"]} | more
+        """Folder of a plan or a trained model; its name has a digest of all settings."""
+        settings = self.setup.of_plan(recipe, budget) | {"commit": self.store.common["commit"]} | more
         return self.work / f"{what}-{recipe}-{budget:g}-{key_of(what, settings)[:8]}"
 
     def plan(self, recipe: str, budget: float) -> tuple[Plan, float]:
-        """(plan, seconds it took to solve; 0 where it was there, and then on the CPU). Raises what a recipe raises."""
+        """(plan, seconds to solve). A saved plan is loaded on the CPU, with 0 seconds. Raises BudgetUnreachable, TooFewTokens."""
         folder = self.folder("plan", recipe, budget)
         if folder.is_dir():
             return load_plan(folder), 0.0
@@ -151,26 +149,25 @@ class Study:
         plan.save(folder)
         return plan, seconds
 
-    def forget_model(self) -> None:
-        """Make room for one that is trained."""
+    def release_model(self) -> None:
+        """Free the memory of the model and its calibration."""
         for name in ("_loaded", "calibrated"):
             self.__dict__.pop(name, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def add(self, stage: str, settings: dict[str, Any], facts: dict[str, Any]) -> None:
-        row = self.ledger.add(stage, settings, facts)
+        """Store a row and print a line about it."""
+        row = self.store.add(stage, settings, facts)
         shown = ("stage", "recipe", "budget", "text", "state", "perplexity", "error", "unreachable", "failed")
         print(" ".join(f"{key}={row[key]}" for key in shown if key in row), flush=True)
 
-    # ---- stages
-
     def quality(self) -> None:
-        """Loss of every plan on every text, as ``bench.quality`` has it."""
+        """Stage quality: loss of every plan on every text, with the keys of ``bench.quality``."""
         names = [Path(source).name for source in self.setup.texts]
         for recipe, budget in [("dense", 1.0), *self.setup.points()]:
             settings = {name: self.setup.of_text(recipe, budget, name) for name in names}
-            missing = [name for name in names if not self.ledger.has("quality", settings[name])]
+            missing = [name for name in names if not self.store.has("quality", settings[name])]
             if not missing:
                 continue
             try:
@@ -181,9 +178,9 @@ class Study:
                 continue
             for name in missing:
                 dense = self._dense_quality(name)
-                facts: dict[str, Any] = {"measured": {"flops": 1.0, "bytes": 1.0}, **against(dense, dense)}
+                facts: dict[str, Any] = {"measured": {"flops": 1.0, "bytes": 1.0}, **loss_facts(dense, dense)}
                 if recipe != "dense":
-                    facts = evaluated(self.network, Planned(plan), self.texts[name], dense, progress=self.progress)
+                    facts = evaluation_facts(self.network, Planned(plan), self.texts[name], dense, progress=self.progress)
                 self.add("quality", settings[name], facts | {"solve_seconds": seconds})
 
     def _dense_quality(self, name: str) -> Quality:
@@ -192,44 +189,43 @@ class Study:
         return self._dense[name]
 
     def mlp(self) -> None:
-        """Errors of MLP outputs and components needed, as ``bench.quality.mlp_error`` has them; one row holds all blocks."""
+        """Stage mlp: errors of MLP outputs and components needed (``bench.mlp_error``); one row holds all blocks."""
         setup = self.setup
-        judged = {"text": Path(setup.texts[0]).name, "mlp_tokens": setup.mlp_tokens}
+        held_out = {"text": Path(setup.texts[0]).name, "mlp_tokens": setup.mlp_tokens}
         chosen = {*setup.recipes, "neuron_ideal"} | ({"rana_alone"} if "rana" in setup.recipes else set())
         names = [name for name in RECIPES_OF_BLOCKS if name in chosen]
         points = [(name, budget) for budget in setup.budgets for name in names]
-        missing = [point for point in points if not self.ledger.has("mlp", setup.of_plan(*point) | judged)]
-        ranks = setup.of_plan("dense", 1.0) | judged
-        if not missing and self.ledger.has("ranks", ranks):
+        missing = [point for point in points if not self.store.has("mlp", setup.of_plan(*point) | held_out)]
+        ranks = setup.of_plan("dense", 1.0) | held_out
+        if not missing and self.store.has("ranks", ranks):
             return
         batches = batches_of(setup.texts[0], self.tokenizer, tokens=setup.mlp_tokens, context=setup.context)
-        held, _ = held_rows(self.network, self.calibrated, batches, metric=setup.metric, progress=self.progress)
+        held, _ = held_out_samples(self.network, self.calibrated, batches, metric=setup.metric, progress=self.progress)
         with torch.no_grad():
-            if not self.ledger.has("ranks", ranks):
-                self.add("ranks", ranks, {"needs": needs(self.calibrated, held)})
+            if not self.store.has("ranks", ranks):
+                self.add("ranks", ranks, {"needs": rank_needs(self.calibrated, held)})
             for budget in setup.budgets:
                 here = [name for name, other in missing if other == budget]
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in here}
                 for row in errors(self.network, self.calibrated, held, here, [budget]):
                     found[row["recipe"]].append(row)
                 for name, rows in found.items():
-                    self.add("mlp", setup.of_plan(name, budget) | judged, _over_blocks(rows))
+                    self.add("mlp", setup.of_plan(name, budget) | held_out, _over_blocks(rows))
 
-    def tasks(self, asked: Asked, tuned: dict[tuple[str, float], Path]) -> None:
-        """Scores of the dense model and of every plan, and of those of them that were trained."""
+    def tasks(self, task_options: TaskOptions, tuned: dict[tuple[str, float], Path]) -> None:
+        """Stage tasks: scores of the dense model and of every plan, untrained and, where there is one, trained."""
         from rana_fx.integrations.lm_eval_harness import language_model, run_tasks
 
-        how = {"tasks": list(asked.names), "shots": asked.shots, "limit": asked.limit}
+        how = {"tasks": list(task_options.names), "shots": task_options.shots, "limit": task_options.limit}
         for recipe, budget in [("dense", 1.0), *self.setup.points()]:
             for state, folder in (("untrained", None), ("trained", tuned.get((recipe, budget)))):
                 settings = self.setup.of_plan(recipe, budget) | how | {"state": state}
                 settings |= {} if folder is None else {"trained": folder.name}
-                if (state == "trained" and folder is None) or self.ledger.has("tasks", settings):
+                if (state == "trained" and folder is None) or self.store.has("tasks", settings):
                     continue
                 if folder is not None and not (folder / "plan").is_dir():
-                    print(
-                        f"no tasks of the trained {recipe} {budget:g}: there is no {folder}; finetune first, with the same --work"
-                    )
+                    missing = f"tasks of the trained {recipe} {budget:g} left out: {folder} not found"
+                    print(f"{missing}; run finetune with the same --work first")
                     continue
                 try:
                     plan: Any = folder / "plan" if folder is not None else self.plan(recipe, budget)[0]
@@ -237,20 +233,25 @@ class Study:
                     self.add("tasks", settings, {"unreachable": str(error)})
                     continue
                 source = self.setup.model if folder is None else str(folder / "model")
-                options = {"batch_size": asked.batch_size, "dtype": self.setup.dtype, "compile": asked.compile}
+                options = {"batch_size": task_options.batch_size, "dtype": self.setup.dtype, "compile": task_options.compile}
                 model = language_model(source, plan=None if recipe == "dense" else plan, **options)
                 began = time.perf_counter()
                 scores = run_tasks(
-                    model, asked.names, shots=asked.shots, limit=asked.limit, include=asked.include, seed=self.setup.seed
+                    model,
+                    task_options.names,
+                    shots=task_options.shots,
+                    limit=task_options.limit,
+                    include=task_options.include,
+                    seed=self.setup.seed,
                 )
                 self.add("tasks", settings, {"scores": scores, "seconds": time.perf_counter() - began})
                 torch.compiler.reset()
 
-    def latency(self, timing: Timing) -> None:
-        """Rows of ``bench.speed.decode`` for the dense model and every plan, in one process."""
-        setup, how = self.setup, {"device": self.ledger.common["device"], **vars(timing)}
+    def latency(self, decoding: DecodeOptions) -> None:
+        """Stage latency: rows of ``bench.decode`` for the dense model and every plan, in one process."""
+        setup, how = self.setup, {"device": self.store.common["device"], **vars(decoding)}
         settings = setup.of_plan(",".join(setup.recipes), 1.0) | {"budgets": list(setup.budgets)} | how
-        if self.ledger.has("latency", settings):
+        if self.store.has("latency", settings):
             return
         folders: dict[str, tuple[str, float]] = {}
         for point in setup.points():
@@ -259,19 +260,19 @@ class Study:
             except UNREACHABLE:
                 continue
             folders[str(self.folder("plan", *point))] = point
-        self.forget_model()
+        self.release_model()
         out = self.work / "decode.jsonl"
         decode.main(
-            setup.model, out=out, names=timing.variants, budgets="", plan=[Path(name) for name in folders], mode=timing.mode,
-            sequences=timing.sequences, longest=timing.longest, new_tokens=timing.new_tokens, prefill=0, seconds=timing.seconds,
-            dtype=setup.dtype, seed=setup.seed,
+            setup.model, out=out, names=decoding.variants, budgets="", plan=[Path(name) for name in folders], mode=decoding.mode,
+            sequences=decoding.sequences, longest=decoding.longest, new_tokens=decoding.new_tokens, prefill=0,
+            seconds=decoding.seconds, dtype=setup.dtype, seed=setup.seed,
         )  # fmt: skip
         rows = decode_rows(out)
         self.add("latency", settings, {"rows": rows, "points": {Path(name).name: point for name, point in folders.items()}})
 
 
 def decode_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of ``bench.speed.decode`` without what all of them share with the study's."""
+    """Rows of ``bench.decode`` without the fields that they share with rows of the study."""
     shared = ("command_line", "commit", "dirty", "versions", "bench", "model", "cores", "threads")
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in shared} for row in found]

@@ -1,9 +1,8 @@
-"""Text to fine-tune on: packed into sequences, in random order, as often as the tokens asked for take.
+"""Text to fine-tune on: packed into sequences in random order, in several epochs if it is shorter than the training.
 
-In: a data set and a tokenizer. Out: batches of full sequences, made when they are asked for, and others that are held out.
-Documents are framed and packed as ``rana_fx.evaluation.text.token_batches`` packs them, and encoded all at once, on all cores.
-The command ``rana-fx finetune`` refuses to repeat a text; a bench of fixed length on a fixed text has to, and says in its rows
-how often.
+In: a data set and a tokenizer. Out: batches of full sequences, gathered on access, and held-out batches. Documents are packed as
+by ``rana_fx.evaluation.text.token_batches``, and encoded in large groups, which uses all cores. The command ``rana-fx finetune``
+refuses to repeat a text; this bench repeats it, and its rows give the number of epochs (``passes``).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Batches(Sequence[Batch]):
 
 @dataclass(frozen=True, eq=False)
 class TrainingText:
-    """``passes``: how often the text was gone through, partly counted; ``held_out``: never trained on."""
+    """``passes``: epochs over the text, fractional; ``held_out``: batches that are not trained on."""
 
     batches: Batches
     held_out: list[Batch]
@@ -76,7 +75,7 @@ def training_text(
 
 
 def _encoded(texts: list[str], tokenizer: Any, *, enough: int) -> Tensor:
-    """Ids of documents one behind the other, int32, of as many as it takes."""
+    """Token ids of documents, concatenated, int32; encodes until there are ``enough``."""
     parts: list[Tensor] = []
     count = 0
     for start in range(0, len(texts), _DOCUMENTS):

@@ -1,1 +1,1 @@
-"""Latency and memory."""
+"""Benches of latency, memory and compile time."""

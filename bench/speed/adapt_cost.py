@@ -1,9 +1,9 @@
-"""What adapting and compiling cost: seconds per stage, peak memory, compile time against Inductor's.
+"""Cost of adapting and compiling: seconds per stage, peak memory, compile time against Inductor's.
 
-In: a model and a calibration text. Out: JSONL rows. ``adapt``: seconds to load, calibrate, solve and attach, and the peak
-resident memory of that process, at each number of tokens (memory must not grow with tokens once the sample is full).
-``compile``: seconds of the first and second call of the model compiled by backend "inductor" (dense) and by "rana". Each row
-comes from a process of its own, each compile from an empty Inductor cache.
+In: a model and a calibration text. Out: JSONL rows of two kinds, and tables. ``adapt``: seconds to load, calibrate, solve and
+attach, and the peak resident memory of the process in MiB, for each number of tokens (memory should not grow once the sample is
+full). ``compile``: seconds of the first and second call of the model compiled by backend "inductor" (dense) and by "rana". Each
+row is measured in a process of its own, with an empty Inductor cache.
 
     python -m bench.speed.adapt_cost MODEL --calib calib.jsonl.xz --out bench/results/adapt-cost-NAME.jsonl
 """
@@ -37,14 +37,14 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 def measure(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a causal language model.")],
-    calib: Annotated[str, typer.Option(help="CalibratedModel text.")],
+    calib: Annotated[str, typer.Option(help="Calibration text.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
     tokens: Annotated[str, typer.Option(help="Numbers of calibration tokens, by commas.")] = "32000,256000",
     budget: Annotated[float, typer.Option(help="Budget in flops.")] = 0.58,
     recipe: Annotated[str, typer.Option(help="Recipe.")] = "paper",
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
 ) -> None:
-    """Seconds and memory of adaptation and of compilation, each in a fresh process."""
+    """Seconds and memory of adapting and of compiling, each in a fresh process."""
     common = head("adapt_cost") | {
         "model": Path(model).name, "calibration": Path(calib).name, "recipe": recipe, "budget": budget, "context": context,
     }  # fmt: skip
@@ -54,7 +54,7 @@ def measure(
         plan = str(Path(folder) / "plan")
         for count in tokens.split(","):
             job = {"model": model, "calib": calib, "tokens": int(count), "budget": budget, "recipe": recipe, "context": context}
-            # the first plan is the one that is compiled
+            # the plan of the first row is compiled below
             rows.append(_fresh("adapt-worker", job | {"plan": None if rows else plan}))
             append(out, common | rows[-1])
         for backend in ("inductor", "rana"):
@@ -70,7 +70,7 @@ def measure(
 
 @app.command(hidden=True)
 def adapt_worker(job: str) -> None:
-    """One adaptation, by the steps of ``rana_fx.adapt``, timed."""
+    """Time the steps of ``rana_fx.adapt``."""
     from rana_fx.adaptation import calibrated, planned, solved
     from rana_fx.recipes import RECIPES
 
@@ -98,7 +98,7 @@ def adapt_worker(job: str) -> None:
 
 @app.command(hidden=True)
 def compile_worker(job: str) -> None:
-    """First and second call of the compiled model; the cache folder is empty."""
+    """Time the first and second call of the compiled model; the cache folder is empty."""
     import rana_fx
 
     given = json.loads(job)
@@ -113,14 +113,14 @@ def compile_worker(job: str) -> None:
     with torch.no_grad():
         for _ in range(2):
             began = time.perf_counter()
-            float(compiled(input_ids=ids_BT, use_cache=False).logits.sum())  # waits for the device
+            float(compiled(input_ids=ids_BT, use_cache=False).logits.sum())  # synchronises with the device
             seconds.append(time.perf_counter() - began)
     calls = {"first_call_seconds": seconds[0], "second_call_seconds": seconds[1]}
     _reply({"kind": "compile", "backend": given["backend"], **calls, "peak_rss_mib": _peak_mib()})
 
 
 def _fresh(command: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run a worker in a process with an empty Inductor cache; its last line is the answer."""
+    """Run a worker in a process with an empty Inductor cache; the last line of its stdout is the result."""
     with tempfile.TemporaryDirectory() as cache:
         words = [sys.executable, "-m", "bench.speed.adapt_cost", command, json.dumps(job)]
         environment = os.environ | {_TORCH_CACHE: cache}
@@ -140,7 +140,7 @@ def _peak_mib() -> float:
 
 
 if __name__ == "__main__":
-    # without a command's name: measure
+    # measure is the default command
     known = {"measure", "adapt-worker", "compile-worker", "--help"}
     if len(sys.argv) > 1 and sys.argv[1] not in known:
         sys.argv.insert(1, "measure")

@@ -1,10 +1,10 @@
-"""What adapting a model of a given size takes: seconds and peak memory of each stage.
+"""Cost of adapting a model of a given size: seconds and peak memory of each stage.
 
-In: a shape of ``bench.models`` (random weights) or a checkpoint, and numbers of calibration tokens: random ids, or a text. Out:
-a JSONL row per number of tokens, each from a process of its own: by stage of ``adapt`` ``seconds`` and ``gpu_gib``, the peak over
-what the model itself takes; the process's peak resident memory; and what the plan came to. Random weights have no structure:
-the plan's quality means nothing, what making it takes does. Stages: calibrate, gradients, decompose, allocate, build, attach;
-``solve`` is all between the first and the last.
+In: a shape of ``bench.models`` (random weights) or a checkpoint, and numbers of calibration tokens: random ids, or a text. Out: a
+JSONL row per number of tokens, each from a process of its own, and a table: ``seconds`` and ``gpu_gib`` by stage (peak GiB beyond
+the model's own memory), the peak resident memory of the process in GiB, and the kinds and expected budget of the plan. Random
+weights have no structure, so the plan's quality is meaningless; time and memory are not. Stages: calibrate, gradients, decompose,
+allocate, build, attach; ``solve`` covers all stages between calibrate and attach.
 
     python -m bench.speed.adapt_scale llama-2-7b --out bench/results/adapt-scale-llama-2-7b.jsonl --tokens 32000,256000
     python -m bench.speed.adapt_scale tiny --out rows.jsonl --tokens 2000 --context 64 --device cpu --dtype float32
@@ -44,7 +44,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @dataclass
 class Clock:
-    """Seconds and peak memory of what runs within it, by stage. ``own``: bytes of the model on the GPU."""
+    """Measures seconds and peak GPU memory by stage. ``own``: bytes of the model on the GPU."""
 
     device: torch.device
     own: int = 0
@@ -53,6 +53,7 @@ class Clock:
 
     @contextmanager
     def within(self, stage: str) -> Iterator[None]:
+        """Measure the code inside the context as ``stage``."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize()
@@ -72,7 +73,7 @@ def measure(
     model: Annotated[str, typer.Argument(help="A shape (llama-2-7b, llama-1b, tiny, ...) or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
     tokens: Annotated[str, typer.Option(help="Numbers of calibration tokens, by commas.")] = "32000,256000",
-    text: Annotated[str | None, typer.Option(help="CalibratedModel text of a checkpoint; default: random ids.")] = None,
+    text: Annotated[str | None, typer.Option(help="Calibration text for a checkpoint; default: random ids.")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe.")] = "rana",
     budget: Annotated[float, typer.Option(help="Budget.")] = 0.5,
     metric: Annotated[str, typer.Option(help="What the budget counts: flops or bytes.")] = "flops",
@@ -81,12 +82,12 @@ def measure(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
 ) -> None:
-    """Seconds and memory of the stages of adaptation, each number of tokens in a fresh process."""
+    """Seconds and memory of the stages of adapting, each number of tokens in a fresh process."""
     given = {
         "model": model, "text": text, "recipe": recipe, "budget": budget, "metric": metric, "context": context,
         "batch_size": batch_size, "dtype": dtype, "device": device,
     }  # fmt: skip
-    # the head says which device, not only that it is one
+    # head() has the name of the device, which replaces "cuda" or "cpu"
     common = given | head("adapt_scale") | {"model": Path(model).name, "text": None if text is None else Path(text).name}
     start(out)
     rows = []
@@ -104,13 +105,13 @@ def measure(
 
 @app.command(hidden=True)
 def worker(job: str) -> None:
-    """One adaptation, by the steps of ``rana_fx.adapt``, timed; its last line is the answer."""
+    """Measure the steps of ``rana_fx.adapt``; the last line of stdout is the result."""
     given = json.loads(job)
     clock = Clock(torch.device(given["device"]))
     row: dict[str, Any] = {"tokens": given["tokens"], "failed": None}
     try:
         row |= _adapt(given, clock)
-    except Exception as error:  # what was measured until then is worth its row
+    except Exception as error:  # stages that were measured before the failure still give a row
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     row |= {"seconds": clock.seconds, "gpu_gib": clock.gpu_gib, "model_gpu_gib": clock.own / _GIB}
     if clock.device.type == "cuda":
@@ -122,7 +123,7 @@ def _peak_gib() -> float:
     """Peak resident memory of this process."""
     status = Path("/proc/self/status")
     if status.exists():
-        # what getrusage says starts with the memory of the process that started this one
+        # ru_maxrss starts at the memory of the parent process
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         if "VmHWM" in fields:
             return int(fields["VmHWM"].split()[0]) / 2**20
@@ -162,7 +163,7 @@ def _adapt(given: dict[str, Any], clock: Clock) -> dict[str, Any]:
 
 
 def random_batches(tokens: int, context: int, batch_size: int, vocabulary: int) -> list[dict[str, Any]]:
-    """Random ids for a model that shall build no cache; the last batch may have fewer sequences."""
+    """Random ids, (batch_size, context) each, with ``use_cache=False``; the last batch may have fewer sequences."""
     sequences = max(1, tokens // context)
     ids_BT = torch.randint(vocabulary, (sequences, context), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": part, "use_cache": False} for part in ids_BT.split(batch_size)]
@@ -172,7 +173,7 @@ def _fresh(job: dict[str, Any]) -> dict[str, Any]:
     words = [sys.executable, "-m", "bench.speed.adapt_scale", "worker", json.dumps(job)]
     done = subprocess.run(words, cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        # killed, for want of host memory, say
+        # for example killed for lack of host memory
         failed = f"the process ended with {done.returncode}"
         return {"tokens": job["tokens"], "seconds": {}, "gpu_gib": {}, "peak_rss_gib": None, "failed": failed}
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -180,7 +181,7 @@ def _fresh(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # without a command's name: measure
+    # measure is the default command
     if len(sys.argv) > 1 and sys.argv[1] not in ("measure", "worker", "--help"):
         sys.argv.insert(1, "measure")
     app()

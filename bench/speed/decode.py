@@ -1,15 +1,17 @@
-"""Tokens per second of decoding: the dense model as users run it, int8 weights, and plans at several budgets.
+"""Tokens per second of decoding: the dense model (eager and compiled), int8 weights, and plans at several budgets.
 
-In: a shape of ``bench.models`` (random weights, plans without calibration) or a checkpoint. Out: JSONL rows, written as they
-come, and a table. The protocol is the paper's: contexts of 1 to 1000 tokens, drawn by a seed, 492 tokens decoded after each, one
-device, a static cache. Every version is compared with its reference first (``bench.speed.verify``): no time of a wrong result.
+In: a shape of ``bench.models`` (random weights, plans without calibration) or a checkpoint. Out: JSONL rows, each written at
+once, and a table: tokens/s, ms per token (p20, p50, p80), ratio to the fastest dense variant, GB/s of weights. The protocol is
+the paper's: contexts of 1 to 1000 tokens, drawn by a seed, 492 tokens decoded after each, one device, a static cache. The logits
+of every variant are compared with its reference first (``bench.speed.verify``): a variant with wrong results has no time.
 
     python -m bench.speed.decode llama-2-7b --out bench/results/decode-llama-2-7b.jsonl --variants reduce-overhead,rana \\
         --budgets 0.6,0.5,0.4 --sequences 10 --prefill 0 --seconds 480
     python -m bench.speed.decode llama-1b --out rows.jsonl --sequences 2 --new-tokens 16 --longest 32 --batches 1,4
 
-Kinds of rows: ``device`` (copy bandwidth, bytes of weights), ``decode``, ``prefill``, ``kernels`` (--profile), ``skipped`` (a
-failure, a refusal by the gate, no time left) with the reason. Compile time is that of the first three calls, capture included.
+Kinds of rows: ``device`` (copy bandwidth, bytes of weights), ``decode``, ``prefill``, ``kernels`` (--profile), ``skipped`` with
+the reason (an error, wrong logits, no time left). The key ``gate`` holds the comparison with the reference. Compile time is that
+of the first three calls, CUDA-graph capture included.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from bench.common.models import build
 from bench.common.record import head, start
 from bench.speed.decoding import contexts, copy_bandwidth
 from bench.speed.latency import Protocol, Run, compare, dense_ratio
-from bench.speed.random_plan import layout_of, menus
+from bench.speed.random_plan import layout_of, plan_configs
 from bench.speed.variants import variants
 from rana_fx.commands.record import show
 
@@ -39,37 +41,35 @@ def main(
     budgets: Annotated[str, typer.Option(help="Budgets of random plans, in bytes, by commas.")] = "0.8,0.6,0.5,0.4",
     plan: Annotated[list[Path] | None, typer.Option(help="Saved plan of the checkpoint; may be given several times.")] = None,
     mode: Annotated[str, typer.Option(help="Mode of torch.compile for rana.")] = "reduce-overhead",
-    prefill_mode: Annotated[
-        str, typer.Option(help="Option prefill of the backend: masked, dense, cheapest, factors.")
-    ] = "masked",
+    prefill_mode: Annotated[str, typer.Option(help="Backend option prefill: masked, dense, cheapest or factors.")] = "masked",
     density: Annotated[float, typer.Option(help="Kept fraction of a router's ranks in random plans.")] = 0.5,
     stacked: Annotated[bool, typer.Option(help="One rank adapter for gate and up in random plans.")] = True,
-    menu: Annotated[
+    config: Annotated[
         str,
         typer.Option(
             "--menus",
-            help="Random plans: rank (the paper's), neuron (masks of inputs alone), apart (one mask per linear), "
-            ":router/factor bits; by commas.",
+            help="Kinds of random plans, by commas: rank (the paper's), neuron (input masks, one for linears with one input), "
+            "apart (one input mask per linear); optionally with bits, as rank:ROUTER/FACTOR.",
         ),
     ] = "rank",
     batches: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1",
-    sequences: Annotated[int, typer.Option(help="Contexts to decode after.")] = 100,
+    sequences: Annotated[int, typer.Option(help="Number of contexts to decode after.")] = 100,
     longest: Annotated[int, typer.Option(help="Longest context, in tokens.")] = 1000,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.")] = 492,
-    prefill: Annotated[int, typer.Option(help="Tokens of the timed prefill; 0 for none (it is another compilation).")] = 512,
-    seconds: Annotated[float | None, typer.Option(help="Time for the whole run; sequences are left out to keep it.")] = None,
-    profile: Annotated[bool, typer.Option(help="Also time per kernel of a step.")] = False,
+    prefill: Annotated[int, typer.Option(help="Tokens of the timed prefill; 0 for none (it compiles another graph).")] = 512,
+    seconds: Annotated[float | None, typer.Option(help="Time limit of the run; sequences beyond it are left out.")] = None,
+    profile: Annotated[bool, typer.Option(help="Also measure the time per kernel of a step.")] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32; auto: float32 on a CPU, else bfloat16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; default: a GPU if there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, plans, contexts and tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, plans, contexts and tokens.")] = 0,
 ) -> None:
     """Tokens per second of MODEL, dense and adapted."""
     began = time.perf_counter()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
-    made = menus(menu, density=density, stacked=stacked)
+    made = plan_configs(config, density=density, stacked=stacked)
     chosen = variants(
-        names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, menus=made, prefill=prefill_mode
+        names, [float(value) for value in budgets.split(",") if value], plan or [], mode=mode, configs=made, prefill=prefill_mode
     )
     sizes = [int(value) for value in batches.split(",")]
     protocol = Protocol(contexts(sequences, longest, seed), new_tokens, prefill, sizes, seed, seconds, profile)
@@ -91,9 +91,9 @@ def main(
 
 
 def table(run: Run) -> None:
-    """One line per variant and batch size; ratios against the fastest dense variant of the whole run."""
+    """Print one line per variant and batch size; ratios to the fastest dense variant of the run."""
     columns = ("variant", "batch", "tokens/s", "ms p20", "p50", "p80", "x dense", "budget measured", "GB/s", "of copy",
-               "prefill ms", "compile s", "peak GB", "gate")  # fmt: skip
+               "prefill ms", "compile s", "peak GB", "RMSE")  # fmt: skip
     prefills = {(row["variant"], row["batch"]): row["prefill_ms"] for row in run.rows if row["kind"] == "prefill"}
     lines = []
     for row in run.rows:

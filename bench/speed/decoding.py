@@ -1,8 +1,8 @@
-"""Decoding by steps: a static cache, contexts of drawn lengths, times of single tokens.
+"""Step-by-step decoding with a static cache after contexts of random lengths, with the time of each token.
 
-In: a model and a batch size. Out: logits of fixed steps (for the gate), times of steps (for the rows), the time of a prefill. One
-cache serves every version of the model, since a compiled function is valid for the addresses it was captured with. The context
-is always read by the eager dense model and not timed: what is timed is decoding.
+In: a model and a batch size. Out: logits of fixed steps (for the comparison with the reference), times of steps in ms, the time
+of a prefill. All variants of the model share one cache, since a captured CUDA graph is valid for fixed addresses. The eager dense
+model always processes the context, untimed: only decoding is timed.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Decoder:
         return drawn.to(self.device)
 
     def script(self, context: int, steps: int) -> Script:
-        """Random tokens to decode by."""
+        """A script of random tokens."""
         return Script(self.tokens(context), self.tokens(steps))
 
     def read(self, tokens_BT: Tensor, forward: Forward | None = None) -> Tensor:
-        """Read a context into the empty cache. Returns the next token of each sequence, (batch, 1)."""
+        """Prefill the emptied cache with a context. Returns the next token of each sequence, (batch, 1)."""
         self.cache.reset()
         return self._next(self._call(forward or self.model.forward, tokens_BT, 0))
 
@@ -62,7 +62,7 @@ class Decoder:
         """Logits of single steps over the script's tokens after its context, (steps, batch, vocabulary), fp32."""
         self.read(script.context_BT)
         length = script.context_BT.shape[1]
-        # strides as those of a token from argmax, or the compiled function is compiled again
+        # the strides of a token from argmax: other strides would cause a recompilation
         columns = [column.clone(memory_format=torch.contiguous_format) for column in script.tokens_BT.split(1, dim=1)]
         return torch.stack([self._call(forward, column, length + i) for i, column in enumerate(columns)])
 
@@ -71,7 +71,7 @@ class Decoder:
         return self.steps(forward, self.read(self.tokens(length)), length, count)
 
     def steps(self, forward: Forward, token_B1: Tensor, length: int, count: int) -> tuple[list[float], float]:
-        """The same after a context that was just read. On a GPU the host never waits between steps."""
+        """The same after the context that the cache holds. On a GPU the host does not synchronise between steps."""
         position = torch.full((self.batch, 1), length, device=self.device)
         self.synchronize()
         began = time.perf_counter()
@@ -94,7 +94,7 @@ class Decoder:
             torch.cuda.synchronize(self.device)
 
     def _call(self, forward: Forward, tokens_BT: Tensor, position: int) -> Tensor:
-        """Logits of the last token, (batch, vocabulary), fp32, kept from being overwritten by the next replay."""
+        """Logits of the last token, (batch, vocabulary), fp32; a copy, since the next graph replay overwrites the output."""
         positions = torch.arange(position, position + tokens_BT.shape[1], device=self.device).expand(self.batch, -1).contiguous()
         output = forward(
             input_ids=tokens_BT, past_key_values=self.cache, position_ids=positions, use_cache=True, logits_to_keep=1
@@ -114,7 +114,7 @@ class Decoder:
 
 
 def contexts(count: int, longest: int, seed: int) -> list[int]:
-    """Lengths of contexts, uniform in 1..longest."""
+    """Random lengths of contexts, uniform in 1..longest."""
     return torch.randint(1, longest + 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -125,7 +125,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy of a large buffer reads and writes, median of ten."""
+    """Bytes per second, read and written, of a copy of a large buffer; median of ten."""
     source = torch.ones(_COPY_BYTES.get(device.type, 2**28) // 4, device=device)
     target = torch.empty_like(source)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -140,12 +140,13 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory used since ``forget_peak`` (on a CPU: since the process began)."""
+    """Peak memory in bytes since ``reset_peak`` (on a CPU: since the start of the process)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Restart the measurement of peak memory; no effect on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

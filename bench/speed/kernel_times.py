@@ -1,8 +1,8 @@
-"""Where a decode step goes: time per kernel, summed by name.
+"""Profile of a decode step: microseconds per kernel, summed by name (``bench.decode --profile``).
 
-In: a function that decodes some steps. Out: one fact per kernel name (operators on a CPU), largest first, and what is left of the
-step when no kernel runs. Kernels of a replayed CUDA graph are seen one by one; the profiler itself slows the host, so a step's
-time comes from the rows measured without it.
+In: a function that decodes some steps. Out: one entry per kernel name (operator name on a CPU), largest first, and a table with
+the sum of kernel times against the time of the step. The kernels of a replayed CUDA graph are recorded individually. The profiler
+slows the host, so the time of a step is measured without it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _SHOWN = 30
 
 
 def kernel_times(decode: Callable[[], object], *, steps: int, device: torch.device) -> list[dict[str, Any]]:
-    """``[{"kernel", "calls", "us", "share"}]`` per step over ``steps`` steps that ``decode`` makes; share of kernel time."""
+    """``[{"kernel", "calls", "us", "share"}]``, means per step; ``decode`` runs ``steps`` steps. share: of all kernel time."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    # without acc_events torch 2.11 warns, at a second profile, that events of the first are gone
+    # without acc_events torch 2.11 warns at a second profile that the events of the first are discarded
     with profile(activities=activities, acc_events=True) as profiler:
         decode()
     found = []
     for event in profiler.key_averages():
-        # annotations span kernels that are listed themselves
+        # annotations contain kernels that have their own entries
         if on_gpu and (event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False)):
             continue
         us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -39,7 +39,7 @@ def kernel_times(decode: Callable[[], object], *, steps: int, device: torch.devi
 
 
 def show_kernels(title: str, found: list[dict[str, Any]], step_ms: float) -> None:
-    """The largest ones as a table, and the sum against the step."""
+    """Print the largest entries, and the sum of kernel times against the time of the step."""
     lines = [(item["kernel"][:110], item["calls"], item["us"], item["share"]) for item in found[:_SHOWN]]
     busy = sum(item["us"] for item in found) / 1000
     note = f"{len(found)} names, {sum(item['calls'] for item in found):.0f} launches, {busy:.3f} ms of a step of {step_ms:.3f} ms"

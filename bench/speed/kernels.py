@@ -1,15 +1,15 @@
-"""Time of every kernel against the strongest dense product, the published kernel shape, and the memory itself.
+"""Time of every kernel against the fastest dense matmul, the published kind of kernel, and the copy bandwidth.
 
-In: nothing but a GPU; operands are random. Out: one JSONL row per operation, shape, share masked, tokens, storage and way to
-compute it (microseconds as p20, p50 and p80; GB/s of the weight bytes it needs, and that over what a large copy moves; error
-over its bound; whether two runs gave the same bits; speed-up over the fastest dense product; whether the cost model would
-choose it), and a table. Every result is compared with fp64 first, and what fails has no speed-up.
+In: a GPU; operands are random. Out: one JSONL row per operation, shape, masked fraction, number of tokens, storage and
+implementation, and a table: microseconds (p20, p50, p80), GB/s of the weight bytes it needs and their ratio to the bandwidth of a
+large copy, error over its bound, whether two runs are bit-identical, speed-up over the fastest dense matmul, whether the cost
+model prefers it. Every result is compared with fp64 first; a wrong result has no speed-up.
 
-Ours counts everything in: one launch from v to the finished y. A rank adapter's router is a row of its own.
+The time of this package's kernels is the complete launch from v to y. The router of a rank adapter has its own rows.
 
     python -m bench.speed.kernels --out bench/results/kernels-h200.jsonl
     python -m bench.speed.kernels --shapes llama-2-7b/qkv --masked 50 --tokens 1 --bits 16 --tune
-    python -m bench.speed.kernels --interpret                       # toy sizes without a GPU: whether it runs, no times
+    python -m bench.speed.kernels --interpret                       # toy sizes without a GPU: correctness only
 """
 
 from __future__ import annotations
@@ -28,47 +28,51 @@ from torch import Tensor
 
 from bench.common.record import append, head, start
 from bench.speed.shapes import Shape, shapes
-from bench.speed.timing import Call, Times, copies_of, copy_gbps, error_ratio, timed
+from bench.speed.timing import Call, Times, buffer_count, copy_gbps, error_ratio, timed
 from rana_fx.commands.record import show
 from rana_fx.errors import InvalidOption, RanaError
 from rana_fx.kernels.cost import prefers_masked
 
-# us of the fastest correct dense product, by shape and tokens
+# us of the fastest correct dense matmul, by shape and tokens
 Fastest = dict[tuple[str, int], float]
-RIVALS = ("cublas", "inductor", "published", "fallback")
+BASELINES = ("cublas", "inductor", "published", "fallback")
 
 
 def main(
-    names: Annotated[str, typer.Option("--shapes", help="Models or products, by commas.")] = "llama-2-7b",
+    names: Annotated[str, typer.Option("--shapes", help="Models or matmuls, by commas.")] = "llama-2-7b",
     masked: Annotated[str, typer.Option(help="Per cent of ranks masked, by commas.")] = "0,30,50,70,90",
     tokens: Annotated[str, typer.Option(help="Tokens at once, by commas.")] = "1,2,4,8,16",
     bits: Annotated[str, typer.Option(help="Bits per weight, by commas: 16, 8, 4.")] = "16,8,4",
-    rivals: Annotated[str, typer.Option(help="Of cublas, inductor, published, fallback; by commas.")] = ",".join(RIVALS),
-    seconds: Annotated[float, typer.Option(help="Start no new product after this long.")] = 480.0,
-    tune: Annotated[bool, typer.Option(help="Also try configs(...) and keep the fastest; the default config otherwise.")] = False,
+    baselines: Annotated[
+        str, typer.Option("--rivals", help="Baselines, by commas: some of cublas, inductor, published, fallback.")
+    ] = ",".join(BASELINES),
+    seconds: Annotated[float, typer.Option(help="Start no new matmul after this time.")] = 480.0,
+    tune: Annotated[
+        bool, typer.Option(help="Also time other configs and keep the fastest; otherwise the default config.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="JSONL file; overwritten.")] = None,
-    interpret: Annotated[bool, typer.Option(help="Toy sizes under Triton's interpreter, to see that it runs.")] = False,
+    interpret: Annotated[bool, typer.Option(help="Toy sizes under Triton's interpreter, without times.")] = False,
 ) -> None:
-    """Kernels against dense products, the published kernel and the roofline."""
+    """Time kernels against dense matmuls, the published kernel and the copy bandwidth."""
     if interpret and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads it when it is first imported, and that has happened
+        # Triton reads TRITON_INTERPRET on import, and is already imported
         command = [sys.executable, "-m", "bench.speed.kernels", *sys.argv[1:]]
         raise typer.Exit(subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode)
     try:
-        run(names, masked, tokens, bits, rivals, seconds, tune, out, interpret)
+        run(names, masked, tokens, bits, baselines, seconds, tune, out, interpret)
     except RanaError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
 def run(
-    names: str, masked: str, tokens: str, bits: str, rivals: str, seconds: float, tune: bool, out: Path | None, interpret: bool
+    names: str, masked: str, tokens: str, bits: str, baselines: str, seconds: float, tune: bool, out: Path | None, interpret: bool
 ) -> list[dict[str, Any]]:
-    """The rows. Raises InvalidOption, UnknownChoice."""
+    """Measure all cases, write their rows to ``out`` and return them. Raises InvalidOption, UnknownChoice."""
     shares, counts, widths = numbers("masked", masked, 0, 100), numbers("tokens", tokens, 1, 16), numbers("bits", bits, 4, 16)
-    known = set(rivals.split(",")) - {""}
-    if not known <= set(RIVALS):
-        raise InvalidOption(name="rivals", got=rivals, expected=f"some of {', '.join(RIVALS)}")
+    known = set(baselines.split(",")) - {""}
+    if not known <= set(BASELINES):
+        raise InvalidOption(name="rivals", got=baselines, expected=f"some of {', '.join(BASELINES)}")
     if not set(widths) <= {4, 8, 16}:
         raise InvalidOption(name="bits", got=bits, expected="some of 16, 8, 4")
     if interpret:
@@ -86,7 +90,7 @@ def run(
     cases = [(count, width, shape) for count in counts for width in widths for shape in chosen]
     for done, (count, width, shape) in enumerate(cases):
         if time.perf_counter() - began > seconds:
-            print(f"out of time: {len(cases) - done} of {len(cases)} products not started", file=sys.stderr)
+            print(f"out of time: {len(cases) - done} of {len(cases)} matmuls not started", file=sys.stderr)
             break
         for row in measure(shape, shares, count, width, known, tune, device, fastest):
             row = common | row | {"roofline": row["gbps"] / roofline if roofline else None}
@@ -102,30 +106,30 @@ def run(
 def measure(
     shape: Shape, shares: list[int], count: int, width: int, known: set[str], tune: bool, device: torch.device, fastest: Fastest
 ) -> list[dict[str, Any]]:
-    """Rows of one product: dense ways once for all widths, ours for each share masked."""
+    """Rows of one matmul: dense implementations once for all widths, the others for each masked fraction."""
     from bench.speed import operands
 
-    case = operands.make(shape, count, width, copies_of(shape.K * shape.N * width / 8, device), device)
+    case = operands.make_case(shape, count, width, buffer_count(shape.K * shape.N * width / 8, device), device)
     facts = {"op": shape.op, "shape": shape.name, "K": shape.K, "N": shape.N, "tokens": count}
     rows = []
     if (shape.name, count) not in fastest:
         for name in sorted(known & {"cublas", "inductor"}):
-            row = judged(case.dense(name), case.dense_bytes, device)
+            row = check_and_time(case.dense_trial(name), case.dense_bytes, device)
             rows.append(facts | {"impl": name, "bits": 16, "masked": 0} | row)
         fastest[shape.name, count] = min((row["us"]["p50"] for row in rows if row["passed"]), default=float("inf"))
     best = fastest[shape.name, count]
-    fall_back = shape.op == "masked_gemv" and width == 16 and "fallback" in known
-    fallbacks = case.fallback(shares) if fall_back else {}
+    has_fallback = shape.op == "masked_gemv" and width == 16 and "fallback" in known
+    fallbacks = case.fallback_trials(shares) if has_fallback else {}
     for share in [0] if shape.op == "router" else shares:
-        ways = case.ours(share, tune)
+        implementations = case.kernel_trials(share, tune)
         if shape.op == "masked_gemv" and count == 1 and width == 16 and "published" in known:
-            ways |= case.published(share)
+            implementations |= case.published_trials(share)
         if share in fallbacks:
-            ways["fallback"] = [fallbacks[share]]
-        for name, trials in ways.items():
-            found = [judged(trial, case.bytes_read(share), device) for trial in trials]
+            implementations["fallback"] = [fallbacks[share]]
+        for name, trials in implementations.items():
+            found = [check_and_time(trial, case.bytes_read(share), device) for trial in trials]
             row = min(found, key=lambda row: (not row["passed"], row["us"]["p50"]))
-            # a result that is wrong has no speed
+            # a wrong result has no speed-up
             row["speedup"] = best / row["us"]["p50"] if row["passed"] and 0 < best < float("inf") else None
             if name == "masked":
                 row["preferred"] = prefers_masked(shape.K, shape.N, count, 1 - share / 100, bits=width)
@@ -133,8 +137,8 @@ def measure(
     return rows
 
 
-def judged(trial: Any, bytes_read: float, device: torch.device) -> dict[str, Any]:
-    """Check, then time: one way to compute one product, over all its buffers."""
+def check_and_time(trial: Any, bytes_read: float, device: torch.device) -> dict[str, Any]:
+    """Compare a trial with fp64, then time it over all its buffers."""
     first: Callable[[], Tensor] = trial.calls[0]
     got, again = first().clone(), first().clone()
     error = error_ratio(got.reshape(trial.exact.shape), trial.exact, trial.magnitude, trial.terms, trial.roundings)
@@ -151,7 +155,7 @@ def judged(trial: Any, bytes_read: float, device: torch.device) -> dict[str, Any
 
 
 def numbers(name: str, text: str, low: int, high: int) -> list[int]:
-    """Integers by commas. Raises InvalidOption."""
+    """Integers separated by commas, from ``low`` to ``high``. Raises InvalidOption."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
@@ -162,7 +166,8 @@ def numbers(name: str, text: str, low: int, high: int) -> list[int]:
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    columns = ("shape", "tokens", "bits", "masked %", "way", "us", "GB/s", "of a copy", "speed-up", "correct", "same bits")
+    """Print one line per row."""
+    columns = ("shape", "tokens", "bits", "masked %", "kernel", "us", "GB/s", "of copy", "speed-up", "correct", "same bits")
     keys = ("shape", "tokens", "bits", "masked", "impl")
     lines = [
         (
@@ -177,7 +182,7 @@ def table(rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     if rows:
-        show(f"{rows[0]['device']}, a copy moves {rows[0]['copy_gbps']:.0f} GB/s", columns, lines)
+        show(f"{rows[0]['device']}, copy bandwidth {rows[0]['copy_gbps']:.0f} GB/s", columns, lines)
 
 
 if __name__ == "__main__":

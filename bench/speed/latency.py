@@ -1,7 +1,8 @@
-"""The decode protocol for one model: every variant at every batch size is checked, timed, and becomes a row.
+"""The measurements of ``bench.decode`` for one model: every variant at every batch size is verified and timed.
 
-In: a model, its layout, variants and a ``Protocol``. Out: rows, appended to a file as they come. For each variant and batch size:
-the reference's logits, compilation, the gate, sequences, a prefill, kernel times. What fails is a row with its reason.
+In: a model, its layout, variants and a ``Protocol``. Out: rows (ms per token, tokens/s, GB/s, GB), each appended to a file at
+once. For each variant and batch size: logits of the reference, compilation, comparison of logits, timed sequences, a prefill,
+kernel times. A failure gives a row with its reason.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch
 
 from bench.common.models import layers_of
 from bench.common.record import append
-from bench.speed.decoding import Decoder, Forward, forget_peak, peak_bytes, percentiles
+from bench.speed.decoding import Decoder, Forward, peak_bytes, percentiles, reset_peak
 from bench.speed.kernel_times import kernel_times, show_kernels
-from bench.speed.variants import GATE_CONTEXT, Prepared, Variant, on_model, reference
-from bench.speed.verify import bound, judge
+from bench.speed.variants import CHECK_CONTEXT, Prepared, Variant, on_model, reference
+from bench.speed.verify import bound, check_logits
 from rana_fx.calibration.layout import Layout
 from rana_fx.plan import Plan
 
@@ -34,7 +35,7 @@ _PREFILLS = 3
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is decoded. ``seconds``: for the whole run; None: as long as it takes."""
+    """What is decoded. ``lengths``: of contexts. ``seconds``: time limit of the run, None: no limit."""
 
     lengths: list[int]
     new_tokens: int
@@ -45,14 +46,14 @@ class Protocol:
     profile: bool
 
     def watched(self) -> list[int]:
-        """Four contexts as they are half-way through the decoding."""
+        """Four context lengths (quantiles), half of the new tokens included: thresholds are set after these."""
         ordered = sorted(self.lengths)
         return [ordered[(2 * i + 1) * len(ordered) // 8] + self.new_tokens // 2 for i in range(4)]
 
 
 @dataclass(eq=False)
 class Run:
-    """One process: rows go to ``out`` at once; ``bandwidth`` in bytes per second."""
+    """State of one run. ``bandwidth``: of a copy, bytes per second. ``rows`` are also written to ``out`` at once."""
 
     model: PreTrainedModel
     layout: Layout
@@ -65,16 +66,18 @@ class Run:
     decoders: dict[int, Decoder] = field(default_factory=dict)
 
     def add(self, kind: str, **facts: Any) -> dict[str, Any]:
+        """Write a row and return it."""
         row = {"kind": kind, **facts}
         append(self.out, self.common | row | {"elapsed_seconds": time.perf_counter() - self.began})
         self.rows.append(row)
         return row
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds left of the run."""
         return float("inf") if self.protocol.seconds is None else self.protocol.seconds - (time.perf_counter() - self.began)
 
     def decoder(self, batch: int) -> Decoder:
+        """The decoder of that batch size; only the last one is kept."""
         if batch not in self.decoders:
             self.decoders.clear()  # one cache at a time
             # thresholds are set over up to 64 steps from the middle of a decoding
@@ -83,7 +86,7 @@ class Run:
         return self.decoders[batch]
 
     def weight_bytes(self, variant: Variant, prepared: Prepared) -> float:
-        """Bytes of linears that a step of one sequence reads, by the measured densities."""
+        """Weight bytes of linears that a step of one sequence reads, from the measured densities."""
         sites = self.layout.sites.values()
         dense = sum(site.flops * site.weight.element_size() for site in sites)
         inside = sum(site.flops * site.weight.element_size() for site in sites if site.counted)
@@ -93,22 +96,22 @@ class Run:
 
 
 def compare(run: Run, chosen: list[Variant]) -> None:
-    """Every variant at every batch size. What fails is a row with its reason, and the next one follows."""
+    """Measure every variant at every batch size. A failure gives a row with its reason, and the next variant follows."""
     jobs = len(chosen) * len(run.protocol.batches)
     for variant in chosen:
         facts = {"variant": variant.label, "variant_kind": variant.kind, "mode": variant.mode, "budget": variant.budget}
-        # several may have one budget
+        # several plans may have one budget
         facts |= {} if variant.saved is None else {"plan": variant.saved.name}
         try:
             with on_model(variant, run.model, run.layout, seed=run.protocol.seed) as prepared:
                 for batch in run.protocol.batches:
-                    share, jobs = run.left() / jobs, jobs - 1
+                    share, jobs = run.seconds_left() / jobs, jobs - 1
                     if share <= 0:
                         run.add("skipped", **facts, batch=batch, reason="no time left")
                     else:
                         _one(run, variant, prepared, batch, time.perf_counter() + share, facts)
                     torch.compiler.reset()
-        except Exception as error:  # whatever a compiler raises on a machine we have not seen
+        except Exception as error:  # compilers raise many kinds of errors, and the other variants should still run
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             run.add("skipped", **facts, reason=reason)
             print(f"{variant.label}: {reason}", flush=True)
@@ -116,28 +119,30 @@ def compare(run: Run, chosen: list[Variant]) -> None:
 
 
 def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: float, facts: dict[str, Any]) -> None:
-    """One variant at one batch size, until about ``deadline``: gate, warm up, decode, prefill, profile."""
+    """Measure one variant at one batch size, until about ``deadline``: verify, warm up, decode, prefill, profile."""
     decoder, seed = run.decoder(batch), run.protocol.seed
-    forget_peak(decoder.device)
+    reset_peak(decoder.device)
     began = time.perf_counter()
     script, expected = reference(variant, prepared, decoder, watched=run.protocol.watched(), seed=seed)
     forward = variant.compiled(run.model)
     seconds = {"prepare_seconds": time.perf_counter() - began}
     began = time.perf_counter()
-    decoder.decode(forward, GATE_CONTEXT, _WARM_CALLS)
+    decoder.decode(forward, CHECK_CONTEXT, _WARM_CALLS)
     seconds["compile_seconds"] = time.perf_counter() - began
-    # what is checked is what is timed, and no compilation is timed
+    # an error on recompilation: the verified code is the timed code, and no compilation is timed
     with torch._dynamo.config.patch(error_on_recompile=True):
         limit = bound(run.model.dtype, layers_of(run.model), max(site.in_features for site in run.layout.sites.values()))
-        verdict = judge(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit, seed=seed)
-        facts = facts | {"batch": batch, "gate": verdict.facts()}
-        if not verdict.passed:
-            run.add("skipped", **facts, reason="the gate refused it: its logits are not those of its reference")
+        check = check_logits(lambda: decoder.logits(forward, script), prepared.plan, expected, limit=limit, seed=seed)
+        facts = facts | {"batch": batch, "gate": check.facts()}
+        if not check.passed:
+            run.add(
+                "skipped", **facts, reason="wrong result: its logits differ from those of its reference by more than the bound"
+            )
             return
         timed = _timed(run.protocol, decoder, forward, deadline)
     p50, read = timed["ms_per_token"]["p50"], run.weight_bytes(variant, prepared)
     timed |= {
-        # a batch of masks reads the union of their rows, which is not counted
+        # a batch reads the union of the rows that its masks keep, which is not measured
         "weight_gb_per_s": read / p50 / 1e6 if batch == 1 or prepared.plan is None else None,
         "dense_ratio": dense_ratio(run.rows, batch, p50),
         "peak_gb": peak_bytes(decoder.device) / 1e9,
@@ -145,20 +150,20 @@ def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: f
     run.add("decode", **facts, **_plan_facts(prepared), **timed, **seconds)
     print(f"{variant.label}, batch {batch}: {timed['tokens_per_s']:.1f} tokens/s, {p50:.3f} ms a step", flush=True)
     if run.protocol.profile:
-        token = decoder.read(decoder.tokens(GATE_CONTEXT))
-        decode = functools.partial(decoder.steps, forward, token, GATE_CONTEXT, _PROFILED_STEPS)
+        token = decoder.read(decoder.tokens(CHECK_CONTEXT))
+        decode = functools.partial(decoder.steps, forward, token, CHECK_CONTEXT, _PROFILED_STEPS)
         kernels = kernel_times(decode, steps=_PROFILED_STEPS, device=decoder.device)
         run.add("kernels", variant=variant.label, batch=batch, step_ms=p50, kernels=kernels)
         show_kernels(f"{variant.label}, batch {batch}", kernels, p50)
     if run.protocol.prefill:
-        # another shape is another compilation: only where there is time for it
+        # another shape needs another compilation
         late = time.perf_counter() + seconds["compile_seconds"] > deadline
         found = {"reason": "no time left for a prefill"} if late else _prefill(run.protocol.prefill, decoder, forward)
         run.add("skipped" if late else "prefill", variant=variant.label, batch=batch, **found)
 
 
 def _timed(protocol: Protocol, decoder: Decoder, forward: Forward, deadline: float) -> dict[str, Any]:
-    """Decode after each context until ``deadline``, after one at least."""
+    """Decode after each context until ``deadline``, at least after one."""
     steps: list[float] = []
     used: list[int] = []
     spent = 0.0
@@ -206,12 +211,12 @@ def _mean(index: int, found: list[tuple[float, float, int]]) -> float:
 
 
 def _bits(plan: Plan, key: str) -> list[int]:
-    """Of all matrices of that name that the plan stores."""
+    """Bits of all matrices of that name that the plan stores."""
     return sorted({adapter.bits()[key] for adapter in plan.adapters if key in adapter.bits()})
 
 
 def dense_ratio(rows: list[dict[str, Any]], batch: int, ms: float) -> float | None:
-    """Times faster than the fastest dense variant among the rows; None before there is one."""
+    """Time of the fastest dense variant among the rows over ``ms``; None if there is no dense row."""
     dense = [
         row["ms_per_token"]["p50"]
         for row in rows
@@ -221,7 +226,7 @@ def dense_ratio(rows: list[dict[str, Any]], batch: int, ms: float) -> float | No
 
 
 def _prefill(length: int, decoder: Decoder, forward: Forward) -> dict[str, Any]:
-    """Time of a compiled prefill."""
+    """Median time of a compiled prefill, ms, and the seconds of its first calls."""
     tokens, times = decoder.tokens(length), []
     for _ in range(_WARM_CALLS + _PREFILLS):
         decoder.synchronize()

@@ -1,7 +1,7 @@
-"""Random operands of one product on rotating buffers, its fp64 answer, and every way to compute it.
+"""Random operands of one matmul in rotating buffers, its fp64 result, and a ``Trial`` for every implementation.
 
-In: a shape, tokens, bits, how many buffers. Out: ``Trial``s, each a list of calls (one per buffer), the exact result of the
-first, and the sum of magnitudes that its error bound is relative to. Imports Triton, so after its interpreter was chosen.
+In: a shape, tokens, bits, number of buffers. Out: ``Trial``s, each a list of calls (one per buffer), the exact result of the
+first call, and the sum of magnitudes for its error bound. Imports Triton, so TRITON_INTERPRET must be set before.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.quality import rivals
+from bench.speed import baseline_kernels
 from bench.speed.shapes import Shape
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels import reference
 from rana_fx.kernels.cost import weight_bytes
-from rana_fx.kernels.triton import masked_gemv as product
-from rana_fx.kernels.triton import router
+from rana_fx.kernels.triton import masked_gemv, router
 from rana_fx.kernels.triton.config import Launch, configs, default_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One way to compute a product. terms: numbers added per output; roundings: to its dtype, on the way to an output."""
+    """One implementation of a matmul. terms: numbers added per output; roundings: roundings to its dtype per output."""
 
     calls: list[Callable[[], Tensor]]
     exact: Tensor
@@ -38,7 +37,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One per buffer: xs (T, K); plain, weights (K, N) or, for a router, (N, K), bf16; stored, the same as kernels take them."""
+    """Operands, one per buffer: xs (T, K); plain (K, N), for a router (N, K), both bf16; stored: (values, scale) in ``bits``."""
 
     shape: Shape
     bits: int
@@ -48,62 +47,66 @@ class Case:
 
     @property
     def dense_bytes(self) -> float:
+        """Bytes of the bf16 weight."""
         return self.shape.K * self.shape.N * 2.0
 
     def bytes_read(self, share: int) -> float:
-        """Weight bytes that the masks of the first buffer's tokens need."""
+        """Weight bytes of the rows that some token of the first buffer keeps. ``share``: per cent masked."""
         if self.shape.op == "router":
             return weight_bytes(self.shape.N, self.shape.K, self.bits)
         rows = int(reference.kept(self.xs[0], self.tau(share)).any(0).sum())
         return weight_bytes(rows, self.shape.N, self.bits)
 
     def tau(self, share: int) -> Tensor:
-        """(K,): the threshold that masks that per cent of all values."""
+        """(K,): the threshold that masks ``share`` per cent of all values."""
         squares = torch.cat(self.xs).float().square().flatten()
         level = squares.sort().values[min(int(squares.numel() * share / 100), squares.numel() - 1)] if share else 0.0
         return torch.full((self.shape.K,), float(level), device=self.xs[0].device)
 
-    def dense(self, name: str) -> Trial:
-        """F.linear, by cuBLAS or by Inductor, on weights (N, K); for a gated product the activation too."""
-        function = rivals.silu_of_linear if self.shape.op == "gated_gemv" else rivals.cublas_linear
-        dense = rivals.by_inductor(function, tuned=True) if name == "inductor" else function
+    def dense_trial(self, name: str) -> Trial:
+        """F.linear by cuBLAS or Inductor with weights (N, K); for a gated matmul including the activation."""
+        function = baseline_kernels.silu_of_linear if self.shape.op == "gated_gemv" else baseline_kernels.cublas_linear
+        dense = baseline_kernels.by_inductor(function, tuned=True) if name == "inductor" else function
         weights = [w if self.shape.op == "router" else w.t().contiguous() for w in self.plain]
         exact, magnitude = self._exact(self.xs[0], weights[0].t())
         calls = [functools.partial(dense, x, w) for x, w in zip(self.xs, weights, strict=True)]
-        # cuBLAS may add split sums in 16 bits
+        # cuBLAS may add split-K partial sums in 16 bits
         return Trial(calls, exact, magnitude, self.shape.K, roundings=4 if self.shape.op == "gated_gemv" else 2)
 
-    def ours(self, share: int, tune: bool) -> dict[str, list[Trial]]:
-        """Trials of our kernel by name; with ``tune`` one per config worth trying."""
+    def kernel_trials(self, share: int, tune: bool) -> dict[str, list[Trial]]:
+        """Trials of this package's kernel by name; with ``tune`` one per candidate config."""
         tokens = self.xs[0].shape[0]
         if self.shape.op == "router":
             exact, magnitude = self._exact(self.xs[0], unpack(*self.stored[0], torch.float64).t())
-            early = _early(self.xs[0])
-            some: list[Any] = [router.default_config(self.shape.N, self.shape.K, tokens, bits=self.bits, pdl=early)]
-            some += router.configs(self.shape.N, self.shape.K, bits=self.bits) if tune else []
-            return {"router": [self._router(config, exact, magnitude) for config in some]}
+            early = _early_launch(self.xs[0])
+            candidates: list[Any] = [router.default_config(self.shape.N, self.shape.K, tokens, bits=self.bits, pdl=early)]
+            candidates += router.configs(self.shape.N, self.shape.K, bits=self.bits) if tune else []
+            return {"router": [self._router(config, exact, magnitude) for config in candidates]}
         tau, density = self.tau(share), 1 - share / 100
         kept = self._kept(self.xs[0], tau)
         exact, magnitude = self._exact(kept, unpack(*self.stored[0], torch.float64))
-        some = [default_config(self.shape.K, self.shape.N, tokens, density, bits=self.bits)]
-        some += configs(self.shape.K, self.shape.N, tokens, density, bits=self.bits) if tune else []
+        candidates = [default_config(self.shape.K, self.shape.N, tokens, density, bits=self.bits)]
+        candidates += configs(self.shape.K, self.shape.N, tokens, density, bits=self.bits) if tune else []
         activation = "silu" if self.shape.op == "gated_gemv" else None
-        return {"masked": [self._masked(config, tau, activation, exact, magnitude) for config in some]}
+        return {"masked": [self._masked(config, tau, activation, exact, magnitude) for config in candidates]}
 
-    def published(self, share: int) -> dict[str, list[Trial]]:
+    def published_trials(self, share: int) -> dict[str, list[Trial]]:
+        """Trials of the published kernel, one per choice of block sizes."""
         tau = self.tau(share)
         exact, magnitude = self._exact(self._kept(self.xs[0], tau), self.plain[0].double())
         trials = []
-        for choice in rivals.PUBLISHED:
-            calls = [functools.partial(rivals.published, x, tau, w, choice) for x, w in zip(self.xs, self.plain, strict=True)]
+        for choice in baseline_kernels.PUBLISHED:
+            calls = [
+                functools.partial(baseline_kernels.published, x, tau, w, choice) for x, w in zip(self.xs, self.plain, strict=True)
+            ]
             names = dict(zip(("block_k", "block_n", "warps"), choice, strict=True))
             trials.append(Trial(calls, exact, magnitude, self.shape.K, names))
         return {"published": trials}
 
-    def fallback(self, shares: list[int]) -> dict[int, Trial]:
-        """Trials by share; one compilation."""
+    def fallback_trials(self, shares: list[int]) -> dict[int, Trial]:
+        """Trials of the dense fallback by masked per cent; one compilation."""
         cuda = self.xs[0].is_cuda
-        function = rivals.by_inductor(reference.masked_gemv, tuned=False) if cuda else reference.masked_gemv
+        function = baseline_kernels.by_inductor(reference.masked_gemv, tuned=False) if cuda else reference.masked_gemv
         trials = {}
         for share in shares:
             tau = self.tau(share)
@@ -114,8 +117,8 @@ class Case:
 
     def _masked(self, config: Any, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor) -> Trial:
         def call(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-            return product.masked_gemv(
-                x, tau, weight, None, scale, activation=activation, config=config, how=Launch(pdl=_early(x))
+            return masked_gemv.masked_gemv(
+                x, tau, weight, None, scale, activation=activation, config=config, how=Launch(pdl=_early_launch(x))
             )
 
         calls = [functools.partial(call, x, *stored) for x, stored in zip(self.xs, self.stored, strict=True)]
@@ -123,7 +126,7 @@ class Case:
 
     def _router(self, config: Any, exact: Tensor, magnitude: Tensor) -> Trial:
         calls = [
-            functools.partial(router.router, x, *stored, config=config, how=Launch(pdl=_early(x)))
+            functools.partial(router.router, x, *stored, config=config, how=Launch(pdl=_early_launch(x)))
             for x, stored in zip(self.xs, self.stored, strict=True)
         ]
         return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
@@ -132,7 +135,7 @@ class Case:
         return torch.where(reference.kept(x, tau), x, x.new_zeros(()))
 
     def _exact(self, x: Tensor, weight_KN: Tensor) -> tuple[Tensor, Tensor]:
-        """The product in fp64 and the sum of its terms' magnitudes."""
+        """The result in fp64, and the sum of the magnitudes of its terms."""
         y, magnitude = x.double() @ weight_KN.double(), x.double().abs() @ weight_KN.double().abs()
         if self.shape.op != "gated_gemv":
             return y, magnitude
@@ -141,13 +144,13 @@ class Case:
         return torch.nn.functional.silu(gate) * up, 1.1 * (a * up.abs() + b * gate.abs())
 
 
-def _early(x: Tensor) -> bool:
-    """Whether launches start before the previous one is done, as they do in compiled graphs."""
+def _early_launch(x: Tensor) -> bool:
+    """Whether a launch starts before the previous one is done (PDL), as in compiled graphs."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
-def make(shape: Shape, tokens: int, bits: int, buffers: int, device: torch.device) -> Case:
-    """Gaussian operands with a fixed seed, weights scaled so that outputs have size one."""
+def make_case(shape: Shape, tokens: int, bits: int, buffers: int, device: torch.device) -> Case:
+    """Gaussian operands with a fixed seed, weights scaled so that outputs have variance one."""
     generator = torch.Generator(device=device).manual_seed(0)
     size = (shape.N, shape.K) if shape.op == "router" else (shape.K, shape.N)
     xs, plain, stored = [], [], []

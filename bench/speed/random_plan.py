@@ -1,20 +1,20 @@
-"""Plans without calibration: adapters of the menu with random factors, and exactly the cost that was asked.
+"""Plans without calibration, for latency benches: adapters with random factors at exactly the target cost.
 
-In: a model, its layout and a budget in bytes. Out: a ``Plan`` like any other, on the model, with its thresholds set. A latency
-bench depends on ranks, densities and dtypes, not on what the factors mean. Every adapter costs one fraction p of its layers:
+In: a model, its layout and a budget in bytes. Out: an ordinary ``Plan``, attached, with its thresholds set. Latency depends on
+ranks, densities and dtypes, not on the values of factors. Every adapter costs one fraction p of its layers:
 
     rank    attention inputs over one tensor, stacked; up and gate, stacked (or each alone)
             r = min(p D / (R + density F), D / (R + F), o, i),  k = (p D - r R) / F      router r R + product k F = p D
-    neuron  attention output, down; of a menu of masks alone all of these, stacked or apart k = p D / F
+    neuron  attention output, down; with kinds "neuron" and "apart" all linears            k = p D / F
 
-D are the bytes of the dense layers, R those of a router's row and F those of a row of the factors (or of W^T), scales included;
-in 16 bits all round R = 2 i, F = 2 o, D = 2 o i. The second bound on r is the cap above which a batch, which needs every row,
-costs more than dense. The router has the scale of U^T W, and the rows of A^T have length one, so activations stay what they were;
-a W^T in 8 or 4 bits is the model's, rounded. Thresholds are the quantile of v^2 that keeps k of r, seen while the rewritten model
-decodes: what a layer reads depends on what the layers before it kept.
+D: bytes of the dense layers; R: bytes of a row of the router; F: bytes of a row of the factor (or of W^T); scales included. With
+16 bits throughout R = 2 i, F = 2 o, D = 2 o i. The second bound on r is the rank above which a batch, which needs every row,
+costs more than dense. The router has the scale of U^T W and the rows of A^T have norm one, so activations keep their scale; a W^T
+in 8 or 4 bits is the model's weight, quantised. Thresholds are the quantile of v^2 that keeps k of r, measured while the
+rewritten model decodes, since the input of a layer depends on the masks of the layers before it.
 
-Hashing the weights of a 7 B model and again its factors takes a minute a plan, and nobody will load this plan: sites have no
-digest of their weight, the plan's digest is over its facts and seed, and it is attached without the check ``attach`` makes.
+Hashing the weights of a 7 B model and its factors takes a minute per plan, and these plans are not saved: sites have no weight
+digest, the digest of the plan is over its facts and seed, and it is attached without the check of ``attach``.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from rana_fx.recipes import Problem, neuron_adapter, split_budget, stack_name
 from rana_fx.runtime import attachment
 from rana_fx.runtime.attachment import Factors
 
-_ALIGNED = 16  # ranks come in whole tiles where there are many
+_ALIGNED = 16  # large ranks are multiples of this
 RECIPE = "random"
 
 
 @dataclass(frozen=True)
-class Menu:
-    """How a budget is spent.
+class PlanConfig:
+    """Kind and storage of the adapters of a random plan.
 
-    kind: "rank", or "neuron" for masks of the input alone, one for all linears stacked, or "apart" for one each. density:
-    fraction of a router's ranks that is kept, where the cap on ranks allows it. stacked: one adapter for all up projections of a
-    block. router_bits, factor_bits: 8 or 4, or 16 for the model's dtype, of routers and of what is behind the masks: the factors
-    of rank adapters and the weights of neuron adapters.
+    kind: "rank" (rank and neuron adapters, as in the paper), "neuron" (input masks only, one for all stacked linears) or "apart"
+    (one input mask per linear). density: kept fraction of a router's ranks, unless the bound on ranks is reached. stacked: one
+    adapter for gate and up of a block. router_bits, factor_bits: 4, 8, or 16 for the model's dtype; bits of routers, and of
+    factors of rank adapters and weights of neuron adapters.
     """
 
     kind: str = "rank"
@@ -72,40 +72,40 @@ class Menu:
 
     @property
     def label(self) -> str:
-        """Short, for tables: "rank", "neuron", "rank:8/16"."""
+        """The kind, with bits unless both are 16: "rank", "neuron", "rank:8/16"."""
         return self.kind if self.router_bits == self.factor_bits == 16 else f"{self.kind}:{self.router_bits}/{self.factor_bits}"
 
 
-def menus(text: str, *, density: float, stacked: bool) -> list[Menu]:
-    """Of labels by commas. Raises InvalidOption."""
+def plan_configs(text: str, *, density: float, stacked: bool) -> list[PlanConfig]:
+    """Configs from labels separated by commas. Raises InvalidOption."""
     found = []
     for label in text.split(","):
         kind, _, widths = label.strip().partition(":")
         router, _, factor = (widths or "16/16").partition("/")
         if not (router.isdigit() and factor.isdigit()):
             raise InvalidOption(name="menus", got=label, expected="a kind, or kind:router bits/factor bits, such as rank:8/16")
-        found.append(Menu(kind=kind, density=density, stacked=stacked, router_bits=int(router), factor_bits=int(factor)))
+        found.append(PlanConfig(kind=kind, density=density, stacked=stacked, router_bits=int(router), factor_bits=int(factor)))
     return found
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Sites, stacks and blocks of a language model, from one traced call on four tokens."""
+    """The layout of a language model, from one traced call with four tokens."""
     ids_BT = torch.arange(4, device=device_of(model)).unsqueeze(0)
     batch = {"input_ids": ids_BT, "use_cache": False}
     return calibrate(model, [batch], wanted=lambda _: set(), capacity=4, progress=False).layout
 
 
-def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu | None = None, seed: int = 0) -> Plan:
-    """A plan whose expected cost in weight bytes is ``budget``, thresholds still zero; factors on the model's device.
+def random_plan(model: nn.Module, layout: Layout, budget: float, *, config: PlanConfig | None = None, seed: int = 0) -> Plan:
+    """A plan whose expected cost in weight bytes is ``budget``, with thresholds of zero; factors on the model's device.
 
     Raises:
         BudgetUnreachable, InvalidOption.
     """
-    menu = menu or Menu()
+    config = config or PlanConfig()
     problem = Problem(layout, {}, budget, "bytes", RECIPE, progress=False)
     ranked = layout.stacks()
     for block in layout.blocks:
-        ranked += [block.ups] if menu.stacked else [(up,) for up in block.ups]
+        ranked += [block.ups] if config.stacked else [(up,) for up in block.ups]
     masked = [site.name for site in layout.sites.values() if site.role == "attention_out"] + [b.down for b in layout.blocks]
     adapted = (*(name for names in ranked for name in names), *masked)
     left = split_budget(problem, adapted, why="some linears are neither of attention nor of an MLP block")
@@ -113,12 +113,12 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with torch.no_grad():
         masks = [(name,) for name in masked]
-        if menu.kind == "apart":
+        if config.kind == "apart":
             ranked, masks = [], [(name,) for name in adapted]
-        elif menu.kind == "neuron":
+        elif config.kind == "neuron":
             ranked, masks = [], [*ranked, *masks]
-        adapters = [_rank(problem, names, fraction, menu, generator) for names in ranked]
-        adapters += [_neuron(problem, names, fraction, menu) for names in masks]
+        adapters = [_rank(problem, names, fraction, config, generator) for names in ranked]
+        adapters += [_neuron(problem, names, fraction, config) for names in masks]
     order = {name: index for index, name in enumerate(layout.sites)}
     adapters.sort(key=lambda adapter: order[adapter.sites[0]])
     calibration = CalibratedModel(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False)
@@ -128,10 +128,10 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, menu: Menu |
 def ranks_for(
     out: int, width: int, fraction: float, density: float, *, router_bits: int = 16, factor_bits: int = 16, dense_bits: int = 16
 ) -> tuple[int, float]:
-    """(ranks r, expected kept k) of a rank adapter that costs ``fraction`` of the bytes of (out, width) in ``dense_bits``.
+    """(ranks r, expected kept ranks k) of a rank adapter with ``fraction`` of the bytes of (out, width) in ``dense_bits``.
 
     Raises:
-        InvalidOption: full ranks, all kept, cost less.
+        InvalidOption: the adapter of full rank with all ranks kept costs less.
     """
     dense = weight_bytes(width, out, dense_bits)
     router, factor = weight_bytes(1, width, router_bits), weight_bytes(1, out, factor_bits)
@@ -143,20 +143,20 @@ def ranks_for(
 
 
 def _check_affordable(fraction: float, most: float) -> None:
-    """Raises InvalidOption where a layer cannot cost what it shall: all of it, in few bits, costs less."""
+    """Raises InvalidOption if the most expensive adapter in these bits costs less than the target ``fraction``."""
     if fraction > most * (1 + 1e-9):
-        expected = f"at most {most:.3f} of a layer, which is what all of it costs in so few bits"
+        expected = f"at most {most:.3f} of a layer: the cost of full rank in so few bits"
         raise InvalidOption(name="budget", got=f"{fraction:.3f} of each layer", expected=expected)
 
 
 def attach_unchecked(model: nn.Module, plan: Plan) -> Plan:
-    """Attach without hashing weights. Returns the plan, whose tensors are the live factors: there is one copy."""
+    """Attach without hashing weights. Returns the plan; its tensors are the attached factors, not copies."""
     attachment.attach_unchecked(model, plan, copy=False)
     return plan
 
 
 def live_plan(plan: Plan, factors: Factors) -> Plan:
-    """The same plan with the tensors that are on a model instead of its own."""
+    """The same plan with the factors attached to a model in place of its own tensors."""
     live = [
         replace(adapter, **{key: getattr(factors, f"a{index}_{key}").detach() for key in adapter.tensors()})
         for index, adapter in enumerate(plan.adapters)
@@ -166,13 +166,13 @@ def live_plan(plan: Plan, factors: Factors) -> Plan:
     return found
 
 
-class Watch(Meter):
-    """A meter that also keeps v^2 of every masked product, while ``rows`` is a dict."""
+class RecordingMeter(Meter):
+    """A meter that also records v^2 of every masked matmul while ``rows`` is a dict."""
 
     rows: dict[str, list[Tensor]] | None = None
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Set all counts to zero."""
         self._kept, self._rows = {}, {}
 
     def _count(self, key: tuple[str, str], v: Tensor, tau: Tensor | None = None) -> None:
@@ -182,38 +182,38 @@ class Watch(Meter):
         super()._count(key, v, tau)
 
 
-def set_thresholds(watch: Watch, plan: Plan, decode: Callable[[], object], *, rounds: int = 3) -> None:
-    """Set every tau of the attached ``plan`` in place, so that its density is what is measured while ``decode`` runs.
+def set_thresholds(meter: RecordingMeter, plan: Plan, decode: Callable[[], object], *, rounds: int = 3) -> None:
+    """Set every tau of the attached ``plan`` in place, so that the density measured while ``decode`` runs is the expected one.
 
-    Starting from all kept, each round measures under the thresholds of the round before.
+    The first round keeps everything; each further round measures with the thresholds of the round before.
     """
     for _ in range(rounds):
-        watch.rows = {}
+        meter.rows = {}
         decode()
         for adapter in plan.adapters:
-            squares = torch.cat(watch.rows[adapter.name])
+            squares = torch.cat(meter.rows[adapter.name])
             kept = round(adapter.density * squares.numel())
             adapter.tau.fill_(squares.kthvalue(squares.numel() - kept + 1).values if kept else float("inf"))
-    watch.rows = None
-    watch.reset()
+    meter.rows = None
+    meter.reset()
 
 
-def _rank(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu, generator: torch.Generator) -> Adapter:
+def _rank(problem: Problem, names: tuple[str, ...], fraction: float, config: PlanConfig, generator: torch.Generator) -> Adapter:
     sites = [problem.layout.sites[name] for name in names]
     weight = sites[0].weight
     out, width = sum(site.out_features for site in sites), sites[0].in_features
-    bits = {"router_bits": _floating(menu.router_bits, weight), "factor_bits": _floating(menu.factor_bits, weight)}
-    ranks, kept = ranks_for(out, width, fraction, menu.density, **bits, dense_bits=8 * weight.element_size())
+    bits = {"router_bits": _floating(config.router_bits, weight), "factor_bits": _floating(config.factor_bits, weight)}
+    ranks, kept = ranks_for(out, width, fraction, config.density, **bits, dense_bits=8 * weight.element_size())
 
     def normal(rows: int, columns: int, scale: float, bits: int) -> tuple[Tensor, Tensor | None]:
         made = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
         return _stored(made.normal_(0, scale, generator=generator), bits)
 
-    # rows of U^T W share the energy of W, out * width * std^2, over min(out, width) components
+    # the min(out, width) rows of U^T W have the energy of W, out * width * std^2
     std = float(torch.stack([site.view.float().std() for site in sites]).mean())
     bias = problem.bias(names)
-    router, router_scale = normal(ranks, width, std * (out / min(out, width)) ** 0.5, menu.router_bits)
-    factor, factor_scale = normal(ranks, out, out**-0.5, menu.factor_bits)
+    router, router_scale = normal(ranks, width, std * (out / min(out, width)) ** 0.5, config.router_bits)
+    factor, factor_scale = normal(ranks, out, out**-0.5, config.factor_bits)
     adapter = Adapter(
         name=stack_name(names),
         kind="rank",
@@ -232,17 +232,17 @@ def _rank(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu,
     return adapter.costed()
 
 
-def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, menu: Menu) -> Adapter:
+def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, config: PlanConfig) -> Adapter:
     site = problem.layout.sites[names[0]]
     zeros = torch.zeros(site.in_features, device=site.weight.device)
     made = replace(neuron_adapter(problem, names[0], 0.0, torch.ones_like(zeros), fraction), tau=zeros)
-    if menu.factor_bits == 16 and len(names) == 1:
+    if config.factor_bits == 16 and len(names) == 1:
         return made
     out = sum(problem.layout.sites[name].out_features for name in names)
-    row, bias = weight_bytes(1, out, _floating(menu.factor_bits, site.weight)), problem.bias(names)
+    row, bias = weight_bytes(1, out, _floating(config.factor_bits, site.weight)), problem.bias(names)
     kept = fraction * problem.bytes(names) / site.uses / row
     _check_affordable(fraction, fraction * site.in_features / kept)
-    factor, scale = _stored(torch.cat([problem.layout.sites[name].view for name in names]).t().contiguous(), menu.factor_bits)
+    factor, scale = _stored(torch.cat([problem.layout.sites[name].view for name in names]).t().contiguous(), config.factor_bits)
     own = replace(
         made,
         name=stack_name(names),
@@ -262,11 +262,11 @@ def _stored(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _floating(bits: int, weight: Tensor) -> int:
-    """16 means as the model's weights are."""
+    """Actual bits: 16 stands for the dtype of the model's weights."""
     return 8 * weight.element_size() if bits == 16 else bits
 
 
 def _with_cheap_digest(plan: Plan) -> Plan:
-    """The digest of facts alone: random factors follow from them."""
+    """Set the digest of the facts only, which determine the random factors."""
     vars(plan)["_digest"] = hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()
     return plan

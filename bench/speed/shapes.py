@@ -1,6 +1,6 @@
-"""Products of one decoding step, derived from the sizes of a few models.
+"""Matmul shapes of one decoding step, from the sizes of a few models.
 
-In: names such as ``llama-2-7b``, or a product's ``llama-2-7b/qkv``. Out: K inputs (or ranks) and N outputs of each.
+In: names such as ``llama-2-7b``, or of one matmul ``llama-2-7b/qkv``. Out: K inputs (or ranks) and N outputs of each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from rana_fx.errors import UnknownChoice
 
 
 class Model(NamedTuple):
-    """hidden size, MLP size, width of all queries, width of all keys, whether the MLP has a gate."""
+    """Hidden size, MLP size, width of all query heads, width of all key heads, whether the MLP is gated."""
 
     hidden: int
     ffn: int
@@ -21,7 +21,7 @@ class Model(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """One product. op: masked_gemv, gated_gemv (the same with silu(gate) * up in its launch) or router."""
+    """One matmul. op: masked_gemv, gated_gemv (the same with silu(gate) * up fused) or router."""
 
     name: str
     op: str
@@ -39,7 +39,7 @@ MODELS = {
 
 
 def shapes_of(model: str) -> list[Shape]:
-    """qkv, gate+up (or up), the same with its activation, down, o, and a router of 11/16 of the ranks."""
+    """qkv, gate+up (or up), down, o, a router of 11/16 of the ranks and, if gated, gate+up with its activation."""
     size = MODELS[model]
     wide = size.ffn * (2 if size.gated else 1)
     found = [
@@ -55,7 +55,7 @@ def shapes_of(model: str) -> list[Shape]:
 
 
 def shapes(names: list[str]) -> list[Shape]:
-    """All products of the models named, or single ones. Raises UnknownChoice."""
+    """Shapes by model name (all matmuls) or by matmul name. Raises UnknownChoice."""
     known = {shape.name: shape for model in MODELS for shape in shapes_of(model)}
     chosen = []
     for name in names:

@@ -1,8 +1,8 @@
-"""Time GPU work the way decoding meets it: cold weights, no launch gaps of Python's, and the memory's own pace beside it.
+"""Time GPU kernels under the conditions of decoding: weights not in L2, no launch gaps from Python; and the copy bandwidth.
 
-In: callables, each on buffers of its own, together larger than L2. Out: microseconds per call as 20th, 50th and 80th percentile
-of CUDA-graph replays that make all calls once. Without a GPU (smoke tests under Triton's interpreter) calls are
-only made, and all times are zero.
+In: callables, each with buffers of its own, together larger than L2. Out: microseconds per call, as 20th, 50th and 80th
+percentile over replays of a CUDA graph of all calls. Without a GPU (tests under Triton's interpreter) each call runs once, and
+all times are zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# an H200 has 50 MiB of L2, and a replay must not find in it what the last one left
+# well above the L2 cache (50 MiB on an H200), so that a replay reads all weights from memory
 ROTATION_BYTES = 400e6
 
 Call = Callable[[], object]
@@ -27,13 +27,13 @@ class Times(NamedTuple):
     p80: float
 
 
-def copies_of(bytes_each: float, device: torch.device) -> int:
-    """How many buffers of that size to rotate over."""
+def buffer_count(bytes_each: float, device: torch.device) -> int:
+    """Number of buffers of that size to rotate over."""
     return 1 if device.type == "cpu" else max(2, -int(-ROTATION_BYTES // bytes_each))
 
 
 def timed(calls: list[Call], device: torch.device, *, replays: int = 25) -> Times:
-    """Each call is made once first, outside of what is timed: kernels compile and counters are allocated there."""
+    """Time the calls. Each runs once before, untimed, to compile kernels and allocate counters."""
     for call in calls:
         call()
     if device.type == "cpu":
@@ -58,9 +58,9 @@ def timed(calls: list[Call], device: torch.device, *, replays: int = 25) -> Time
 
 
 def copy_gbps(device: torch.device) -> float:
-    """What a large copy moves, read and written, in GB/s: the roofline of everything that streams weights.
+    """Bandwidth of a large copy, read and written, in GB/s: the roofline of matmuls of few tokens.
 
-    By a kernel: a graph's own copy node reaches two thirds of it (H200, torch 2.11).
+    Measured with a kernel: a copy node of a CUDA graph reaches two thirds of its bandwidth (H200, torch 2.11).
     """
     if device.type == "cpu":
         return 0.0
@@ -69,7 +69,7 @@ def copy_gbps(device: torch.device) -> float:
 
 
 def error_ratio(got: Tensor, exact: Tensor, magnitude: Tensor, terms: int, roundings: int = 1) -> float:
-    """RMS error of a product over what it may be: that many times half an eps of its dtype, and fp32 sums in any order."""
+    """RMS error of a matmul over its bound: ``roundings`` times eps / 2 of its dtype, plus fp32 sums in any order."""
     eps, rounding = torch.finfo(torch.float32).eps, roundings * torch.finfo(got.dtype).eps / 2
     if got.device.type == "cpu":
         rounding *= 2  # Triton's interpreter truncates to bfloat16

@@ -1,13 +1,13 @@
-"""What is compared: the dense model as users run it, int8 weights, and plans.
+"""The variants that ``bench.decode`` compares: the dense model (eager and compiled), int8 weights, and plans.
 
-In: names from the command line. Out: ``Variant`` objects, and a context for each in which the model is that variant: a plan is on
-it, its thresholds are set, or its weights are in 8 bits. int8 replaces the weights for good, so it comes last.
+In: names from the command line. Out: ``Variant`` objects, and for each a context in which the model is that variant: with a plan
+attached and its thresholds set, or with weights in 8 bits. int8 replaces the weights permanently, so it is the last variant.
 
     eager               the model's own forward
     reduce-overhead     torch.compile with that mode: Inductor and CUDA graphs
-    max-autotune        the same, tuned, with coordinate descent
+    max-autotune        torch.compile with that mode, which also measures kernel configs
     int8                int8 weight-only of torchao, then reduce-overhead
-    rana                rana_fx.backend with --mode, one variant per plan, or menu and budget
+    rana                rana_fx.backend with --mode; one variant per saved plan, or per random plan (config and budget)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import rana_fx
-from bench.speed.random_plan import Menu, Watch, attach_unchecked, live_plan, random_plan, set_thresholds
-from bench.speed.verify import Expected, expect
+from bench.speed.random_plan import PlanConfig, RecordingMeter, attach_unchecked, live_plan, random_plan, set_thresholds
+from bench.speed.verify import Expected, record_expected
 from rana_fx.calibration.batches import evaluating, observing
 from rana_fx.calibration.layout import Layout
 from rana_fx.errors import InvalidOption
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from bench.speed.decoding import Decoder, Script
 
 NAMES = ("eager", "reduce-overhead", "max-autotune", "int8", "rana")
-_GATE_STEPS = 4
-GATE_CONTEXT = 16
-_WATCHED_ROWS = 2**16  # values of the residual stream, over all watched steps
+_CHECK_STEPS = 4
+CHECK_CONTEXT = 16
+_RECORDED_VALUES = 2**16  # values of the residual stream over all recorded steps, at most
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Variant:
     mode: str | None
     budget: float | None = None
     saved: Path | None = None
-    menu: Menu = field(default_factory=Menu)
+    config: PlanConfig = field(default_factory=PlanConfig)
     prefill: str = "masked"
 
     @property
@@ -59,7 +59,7 @@ class Variant:
         return self.name if self.budget is None else f"{self.name} {self.budget:g}"
 
     def compiled(self, model: PreTrainedModel) -> Callable[..., Any]:
-        """The function that is timed. Every shape is compiled on its own."""
+        """The function that is timed; each shape is compiled separately."""
         forward: Callable[..., Any] = model.forward
         if self.mode is None:
             return forward
@@ -70,9 +70,9 @@ class Variant:
 
 
 def variants(
-    names: str, budgets: list[float], plans: list[Path], *, mode: str, menus: Sequence[Menu], prefill: str
+    names: str, budgets: list[float], plans: list[Path], *, mode: str, configs: Sequence[PlanConfig], prefill: str
 ) -> list[Variant]:
-    """Dense ones first, so that the others have something to be compared with; int8 last. Raises InvalidOption."""
+    """Variants by name: dense ones first, since ratios need their times; int8 last. Raises InvalidOption."""
     given = [name.strip() for name in names.split(",")]
     for name in given:
         if name not in NAMES:
@@ -80,15 +80,15 @@ def variants(
     found = [Variant(name, "dense", None if name == "eager" else name) for name in NAMES[:3] if name in given]
     if "rana" in given:
         found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
-        for menu in menus:
-            name = "rana" if menu.label == "rank" else f"rana {menu.label}"
-            found += [Variant(name, "rana", mode, budget, menu=menu, prefill=prefill) for budget in budgets]
+        for config in configs:
+            name = "rana" if config.label == "rank" else f"rana {config.label}"
+            found += [Variant(name, "rana", mode, budget, config=config, prefill=prefill) for budget in budgets]
     return found + [Variant("int8", "int8", "reduce-overhead") for name in given if name == "int8"]
 
 
 @dataclass(eq=False)
 class Prepared:
-    """A variant on the model. ``measured`` counts the steps after those that set the thresholds."""
+    """The plan attached for a variant. ``measured``: densities in steps after thresholds were set."""
 
     plan: Plan | None = None
     measured: Measurement | None = None
@@ -96,7 +96,7 @@ class Prepared:
 
 @contextmanager
 def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: int) -> Iterator[Prepared]:
-    """The model as the variant wants it, and (not int8) as it was afterwards. Nothing compiled is left over.
+    """Inside, the model is the variant; on exit it is restored (except int8) and compiled code is discarded.
 
     Raises:
         ImportError: int8 without torchao.
@@ -112,7 +112,7 @@ def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: 
         assert found is not None
         prepared.plan = live_plan(found.plan, found.factors)
     elif variant.budget is not None:
-        prepared.plan = attach_unchecked(model, random_plan(model, layout, variant.budget, menu=variant.menu, seed=seed))
+        prepared.plan = attach_unchecked(model, random_plan(model, layout, variant.budget, config=variant.config, seed=seed))
     try:
         yield prepared
     finally:
@@ -121,29 +121,29 @@ def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: 
 
 
 def reference(
-    variant: Variant, prepared: Prepared, decoder: Decoder, *, watched: Sequence[int] = (GATE_CONTEXT,), seed: int = 0
+    variant: Variant, prepared: Prepared, decoder: Decoder, *, watched: Sequence[int] = (CHECK_CONTEXT,), seed: int = 0
 ) -> tuple[Script, Expected]:
-    """What the variant has to reproduce: tokens, and the logits they shall have. Sets thresholds the first time.
+    """Tokens, and the reference logits that the variant must reproduce. Sets thresholds of random plans at the first call.
 
     Args:
-        watched: contexts to set thresholds after. With random weights the attention averages over the context, so the output
-            projection reads smaller values the longer it is.
+        watched: context lengths to set thresholds after. With random weights attention averages over the context, so inputs of
+            the output projection are smaller after a longer context.
     """
     model, plan = decoder.model, prepared.plan
-    script = decoder.script(GATE_CONTEXT, _GATE_STEPS)
+    script = decoder.script(CHECK_CONTEXT, _CHECK_STEPS)
     if plan is None:
-        return script, expect(lambda: decoder.logits(model.forward, script), model, None, dtype=model.dtype)
+        return script, record_expected(lambda: decoder.logits(model.forward, script), model, None, dtype=model.dtype)
     with implementation("reference"), evaluating(model), observing(model):
-        watch = Watch(model, plan)
+        meter = RecordingMeter(model, plan)
         if prepared.measured is None:
             width = model.config.get_text_config().hidden_size
-            steps = max(2, min(64, _WATCHED_ROWS // width // decoder.batch) // len(watched))
+            steps = max(2, min(64, _RECORDED_VALUES // width // decoder.batch) // len(watched))
             setting, measuring = ([decoder.script(length, steps) for length in watched] for _ in range(2))
             if variant.saved is None:
-                set_thresholds(watch, plan, lambda: [decoder.logits(watch, script) for script in setting])
+                set_thresholds(meter, plan, lambda: [decoder.logits(meter, script) for script in setting])
             for other in measuring:
-                decoder.logits(watch, other)
-            prepared.measured = watch.result()
-        # what is compiled leaves adapters out where a batch is too large for them
-        checked = watch if variant.prefill in ("masked", "factors") else Watch(model, plan, prefill=variant.prefill)
-        return script, expect(lambda: decoder.logits(checked, script), model, plan, dtype=model.dtype, seed=seed)
+                decoder.logits(meter, other)
+            prepared.measured = meter.result()
+        # compiled code leaves adapters out for batches above their token limit
+        checked = meter if variant.prefill in ("masked", "factors") else RecordingMeter(model, plan, prefill=variant.prefill)
+        return script, record_expected(lambda: decoder.logits(checked, script), model, plan, dtype=model.dtype, seed=seed)

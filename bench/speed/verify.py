@@ -1,17 +1,17 @@
-"""No speed of a wrong result: the compiled model against the same plan run by the reference, in the same process.
+"""Verify logits before timing: the compiled model against the same plan run by the reference, in the same process.
 
-In: a function that decodes a few fixed tokens from a fixed state and returns logits. Out: a ``Verdict``; ``passed`` or no row
-with a time. Two comparisons, both by relative RMSE of logits:
+In: a function that decodes a few fixed tokens from a fixed state and returns logits. Out: a ``CheckResult``; unless it
+``passed``, the variant has no time. Two comparisons, both by relative RMSE of logits:
 
-    fixed   thresholds replaced by 0 and infinity, drawn at the plan's densities: which rows count does not depend on rounding,
-            so every product, sum and index must agree to rounding
-    masked  the plan's own thresholds. A v^2 within rounding of its threshold may fall on either side, and the difference spreads
-            through the layers, so the bound is what such a step does to the reference: its vectors are moved by one eps, or by
-            1e-4, since in fp32 a step of one eps may cross no threshold where the compiled model crosses one
+    fixed   thresholds replaced by 0 and infinity, drawn at the plan's densities: masks do not depend on rounding, so all results
+            must agree to rounding
+    masked  the plan's own thresholds. A v^2 within rounding of its threshold may be kept or dropped, and the difference
+            propagates through the layers. The bound is the effect of a perturbation on the reference: its vectors are perturbed
+            by one eps, at least 1e-4, since in fp32 a perturbation of one eps may change no mask although compilation does
 
-Rounding errors add up as a random walk. A layer rounds about ten tensors, each by 0.2 eps of its size, in both versions: half as
-much again is eps sqrt(2 layers). Sums of K terms in fp32 add eps32 sqrt(K) each, which matters where the dtype is fp32. Measured
-in bf16 on a CPU with 22 layers: fixed 0.010 (bound 0.052); masked 0.26, where moving the reference by one eps makes 0.31.
+Rounding errors add up as a random walk. A layer rounds about ten tensors, each by 0.2 eps of its size, in both versions; 1.5
+times that is eps sqrt(2 layers). Sums of K terms in fp32 add eps32 sqrt(K) each, which matters for dtype fp32. Measured in bf16
+on a CPU with 22 layers: fixed 0.010 (bound 0.052); masked 0.26, against 0.31 for the reference perturbed by one eps.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from rana_fx.plan import Plan
 
 _TIMES_NOISE = 2.0
 _LEAST_STEP = 1e-4
-# two unrelated results differ by 1.4; near it a comparison says nothing
+# two unrelated results differ by 1.4; with a bound near that the comparison has no meaning
 _MEANINGFUL = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """The reference's logits, with the plan's masks and with fixed ones, and what rounding does to the former."""
+    """The reference's logits with the plan's masks and with fixed masks. ``noise``: change of the former by the perturbation."""
 
     masked: Tensor
     fixed: Tensor | None = None
@@ -43,8 +43,8 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Errors and their bounds; ``fixed_error`` is None without a plan, ``masked_bound`` None where rounding decides too much."""
+class CheckResult:
+    """Errors and bounds. ``fixed_error``: None without a plan. ``masked_bound``: None if rounding changes too many masks."""
 
     passed: bool
     masked_error: float
@@ -54,44 +54,47 @@ class Verdict:
     noise: float
 
     def facts(self) -> dict[str, Any]:
+        """The fields, for a row."""
         return asdict(self)
 
 
 def bound(dtype: torch.dtype, layers: int, terms: int) -> float:
-    """Relative RMSE of logits that two correct versions of one computation may differ by."""
+    """Largest relative RMSE between logits of two correct versions of one computation."""
     rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * terms**0.5)
     return float((2 * layers) ** 0.5 * rounding)
 
 
-def relative(got: Tensor, expected: Tensor) -> float:
+def relative_rmse(got: Tensor, expected: Tensor) -> float:
     """Relative RMSE; infinite where a value is not finite."""
     wide = expected.double()
     error = float((got.double() - wide).norm() / wide.norm())
     return error if error == error else inf
 
 
-def expect(run: Callable[[], Tensor], model: nn.Module, plan: Plan | None, *, dtype: torch.dtype, seed: int = 0) -> Expected:
-    """Record what the reference says. ``run`` must use it."""
+def record_expected(
+    run: Callable[[], Tensor], model: nn.Module, plan: Plan | None, *, dtype: torch.dtype, seed: int = 0
+) -> Expected:
+    """Record the reference's logits. ``run`` must run the reference."""
     masked = run()
     if plan is None:
         return Expected(masked)
     with fixed_masks(plan, seed=seed):
         fixed = run()
-    with moved(model, max(torch.finfo(dtype).eps, _LEAST_STEP), seed=seed):
-        noise = relative(run(), masked)
+    with perturbed(model, max(torch.finfo(dtype).eps, _LEAST_STEP), seed=seed):
+        noise = relative_rmse(run(), masked)
     return Expected(masked, fixed, noise)
 
 
-def judge(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, limit: float, seed: int = 0) -> Verdict:
-    """Compare ``run``, now of the version that is to be timed, with what the reference said under the same seed."""
-    masked_error = relative(run(), expected.masked)
+def check_logits(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, limit: float, seed: int = 0) -> CheckResult:
+    """Compare ``run`` of the version to be timed with the reference's logits for the same seed."""
+    masked_error = relative_rmse(run(), expected.masked)
     if plan is None or expected.fixed is None:
-        return Verdict(masked_error <= limit, masked_error, limit, None, limit, 0.0)
+        return CheckResult(masked_error <= limit, masked_error, limit, None, limit, 0.0)
     with fixed_masks(plan, seed=seed):
-        fixed_error = relative(run(), expected.fixed)
+        fixed_error = relative_rmse(run(), expected.fixed)
     allowed = _TIMES_NOISE * max(expected.noise, limit)
     within = masked_error <= allowed if allowed <= _MEANINGFUL else masked_error < inf
-    return Verdict(
+    return CheckResult(
         passed=fixed_error <= limit and within,
         masked_error=masked_error,
         masked_bound=allowed if allowed <= _MEANINGFUL else None,
@@ -103,11 +106,11 @@ def judge(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, l
 
 @contextmanager
 def fixed_masks(plan: Plan, *, seed: int) -> Iterator[None]:
-    """Thresholds of the attached plan, in place: 0 with the probability of the density, else infinity; on outputs, which may be
-    negative, minus infinity for 0.
+    """Inside, thresholds of the attached plan are 0 with the probability of the density, else infinity. Thresholds on outputs,
+    which may be negative, are minus infinity instead of 0.
     """
     masks = [(adapter.tau, adapter.density, 0.0) for adapter in plan.adapters]
-    # in front of routers
+    # masks in front of routers
     masks += [(adapter.router_tau, adapter.router_density, 0.0) for adapter in plan.adapters if adapter.router_tau is not None]
     masks += [(adapter.exact_tau, adapter.exact_density, -inf) for adapter in plan.adapters if adapter.exact_tau is not None]
     saved = [tau.clone() for tau, _, _ in masks]
@@ -123,8 +126,8 @@ def fixed_masks(plan: Plan, *, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def moved(model: nn.Module, step: float, *, seed: int) -> Iterator[None]:
-    """Every vector of the model (norms, biases) moved by ``step`` times a normal number, in place."""
+def perturbed(model: nn.Module, step: float, *, seed: int) -> Iterator[None]:
+    """Inside, ``step`` times normal noise is added to every vector of the model (norms, biases)."""
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     saved = [vector.detach().clone() for vector in vectors]
     try:

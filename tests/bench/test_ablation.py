@@ -1,4 +1,4 @@
-"""bench.ablation and bench.prefix on a model of two tiny blocks: rows of every variant and rule, and dense positions."""
+"""bench.ablation and bench.prefix on a model of two tiny blocks: rows of every variant and rule; dense positions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_variant_has_a_row_at_its_budget_and_a_plan_of_its_own(saved, tmp_path
         assert row["measured"][metric] == pytest.approx(budget, abs=0.03), row["variant"]
         assert row["interval"][0] <= row["delta"] <= row["interval"][1] and row["kl"] > 0
     assert len({row["digest"] for row in rows}) == len(rows)
-    assert "increase of the loss with one ingredient left out" in capsys.readouterr().out
+    assert "increase of the loss without one option of the recipe" in capsys.readouterr().out
 
 
 def test_variants_leave_out_one_ingredient():

@@ -1,4 +1,4 @@
-"""The scale bench: a row per number of tokens, every stage timed; and the recipe where not all rows can be kept."""
+"""bench.adapt_scale: a row per number of tokens, every stage timed; recipe rana with too little memory for all samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rana_fx.recipes.rana import recipe as rana
 CPU = torch.device("cpu")
 
 
-def test_a_row_has_every_stage_and_what_it_took(tmp_path):
+def test_a_row_has_the_time_of_every_stage(tmp_path):
     out = tmp_path / "rows.jsonl"
     measure(
         "tiny", out, tokens="2048", text=None, recipe="rana", budget=0.5, metric="bytes", context=64, batch_size=4,
@@ -49,17 +49,17 @@ def calibrated(model, wants):
     return Problem(found.layout, found.samples, 0.5, "flops", "rana", False, holdout=tee.holdout(model))
 
 
-def test_where_rows_are_too_many_their_moments_do_as_well(monkeypatch):
+def test_moments_replace_rows_where_memory_is_short(monkeypatch):
     model, recipe = build("tiny", device=CPU, dtype="float32"), RECIPES["rana"]
     whole = calibrated(model, counted_groups)
     assert recipe.wants(whole.layout) == dict.fromkeys(whole.samples, Keep())
     monkeypatch.setattr(rana, "_SAMPLES", 1e6)
     few = calibrated(model, recipe.wants)
     summed = {sites: sample for sites, sample in few.samples.items() if isinstance(sample, Summary)}
-    # down reads 160 and makes 64: its router would be as wide as half of it, so it has no basis
+    # down has 160 inputs and 64 outputs, fewer than half as many: it has no basis
     assert set(summed) == {sites for sites in few.samples if "down" not in sites[0]} and len(summed) == len(few.samples) - 2
     for sites, sample in summed.items():
-        # all rows of the eighth fit: they and the moment of the others are what all rows add up to
+        # rows of one token in eight are kept: their moment and that of the other rows add up to the moment of all rows
         eighth, every = sample.rows().double(), whole.samples[sites].rows().double()
         assert len(eighth) + sample.summed == len(every)
         found = sample.moment.double() + eighth.t() @ eighth
@@ -67,12 +67,12 @@ def test_where_rows_are_too_many_their_moments_do_as_well(monkeypatch):
     with torch.no_grad():
         made = [recipe.solve(problem) for problem in (whole, few)]
     total = whole.flops(tuple(whole.counted()))
-    # a layer without an adapter, such as the gate of a cut, is dense
+    # a layer without an adapter, such as the gate of a joint candidate, is dense
     saved = [sum(adapter.dense_flops - adapter.flops for adapter in found) / total for found in made]
     assert saved == pytest.approx([0.5, 0.5], abs=0.03)
     kinds = [{(adapter.name, adapter.kind) for adapter in found} for found in made]
     assert len(kinds[0] & kinds[1]) >= len(kinds[0]) * 3 // 4
-    # they are given back once they have served; a sample that could serve another budget is not
+    # they are released after use; a sample that other budgets may use is kept
     assert all(sample.moment is None and len(sample.rows()) == 0 for sample in summed.values())
     assert all(len(sample.rows()) for sample in whole.samples.values())
 

@@ -32,7 +32,7 @@ def problem_of(config, metric="flops"):
 
 
 def whole(problem, names):
-    """A neuron adapter of stacked sites that keeps everything: what ``rebuilt`` makes others of."""
+    """A neuron adapter of stacked sites that keeps all inputs, the input of ``rebuilt``."""
     first = problem.layout.sites[names[0]]
     made = neuron_adapter(problem, names[0], 0.0, torch.ones(first.in_features), 1.0)
     return replace(
@@ -42,7 +42,7 @@ def whole(problem, names):
 
 
 def reference(block, problem, weights, x):
-    """fp64, from matrices by site: (output, output without the bias of down)."""
+    """(output, output without the bias of down) of the block in fp64, from matrices by site."""
 
     def times(name, rows):
         bias = problem.bias((name,))
@@ -71,7 +71,7 @@ def test_errors_and_costs_of_every_storage(config, storage):
         exact, energy = reference(block, problem, {name: sites[name].matrix().double() for name in block.sites}, x)
         expected = float((got - exact).square().sum() / energy.square().sum())
         error, cost = score(problem, block, adapters)
-        # errors of the fp32 products are 2^-23 times a few hundred terms; what 4 bits do is above 1e-4
+        # errors of fp32 matmuls are 2^-23 times a few hundred terms; errors of 4 bits are above 1e-4
         assert error == pytest.approx(expected, rel=1e-3, abs=1e-10)
         assert (expected > 1e-6) == ("4" in storage or "8" in storage)
         assert cost == pytest.approx(sum(a.cost(metric, a.ranks, a.router_kept) for a in adapters) / problem.size(block.sites))

@@ -1,4 +1,4 @@
-"""bench.quality and bench.quality.mlp_error from a model's folder to their rows, on a model of one tiny block."""
+"""bench.quality and bench.quality.mlp_error from a model folder to rows, on a model of one tiny block."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_every_recipe_has_rows_at_its_budget(saved, tmp_path, metric, capsys):
     errors = {row["recipe"]: row for row in rows if row["kind"] == "mlp_error"}
     assert list(errors) == list(mlp_error.RECIPES_OF_BLOCKS)
     for recipe, row in errors.items():
-        # in bytes it may have no use for all of them: 8 bits everywhere cost little more than half
+        # in bytes it may cost less than the budget: 8 bits everywhere cost little more than half
         least = 0.5 if metric == "bytes" and "rana" in recipe else 0.55
         assert least < row["measured"] < 0.65, recipe
         assert 0 < row["error"] < 1, recipe
-    # it may choose what paper chooses, and more; and errors it is measured by are those it weighs
+    # its candidates include those of paper, and it minimises the error that is measured
     assert errors["rana_alone"]["error"] < errors["paper"]["error"]
     assert [row["basis"] for row in rows if row["kind"] == "rank_need"].count("neuron") == 2
     assert "rana_alone at 0.6" in capsys.readouterr().out
@@ -53,7 +53,7 @@ def quality_rows(saved, out, **options):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_rivals_have_rows_like_those_of_recipes(saved, tmp_path, capsys):
+def test_baselines_have_rows_like_those_of_recipes(saved, tmp_path, capsys):
     names = "dense,teal,slicegpt,int4-g64,gptq4-g64,int8"
     png = tmp_path / "plot.png"
     options = {"recipes": names, "budgets": "0.6,0.05", "metric": "bytes", "dtype": "bfloat16", "png": png}
@@ -94,7 +94,7 @@ def test_roundings_save_no_multiply_adds(saved, tmp_path, capsys):
     assert "left out, since they save no multiply-adds: int8" in capsys.readouterr().out
 
 
-def test_what_is_not_known_is_refused_before_work(saved, tmp_path, monkeypatch):
+def test_unknown_names_are_refused_before_calibration(saved, tmp_path, monkeypatch):
     with pytest.raises(typer.BadParameter, match="int9-g64.*slicegpt, int8"):
         quality_rows(saved, tmp_path / "rows.jsonl", recipes="dense,int9-g64")
     monkeypatch.setattr(quality, "calibrate_once", lambda *_, **__: pytest.fail("too late"))

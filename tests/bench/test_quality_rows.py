@@ -1,4 +1,4 @@
-"""What bench.quality measures and shows: documents of tokens, intervals over documents, ratios at equal budget, plots."""
+"""Rows of bench.quality: documents of tokens, intervals over documents, ratios at equal measured budget, plots."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_sequences_stand_in_where_there_are_no_documents(tmp_path, tokenizer):
 
 
 def test_an_interval_resamples_documents_not_tokens():
-    # two kinds of documents: the spread is between them, however long they are
+    # two kinds of documents: the variance is between documents, independent of their length
     few = interval(torch.tensor([0.0, 1000.0] * 4).double(), torch.full((8,), 1000.0).double())
     many = interval(torch.tensor([0.0, 1.0] * 4000).double(), torch.ones(8000).double())
     assert few[1] - few[0] > 0.5 and many[1] - many[0] < 0.03
@@ -124,7 +124,7 @@ def test_increases_are_compared_at_equal_measured_budget():
         pytest.approx(0.25),
         None,
     )
-    assert table.at([(0.5, 0.1)], 0.5) is None and table.at([(0.4, -0.1), (0.5, 0.1)], 0.45) is None
+    assert table.interpolated([(0.5, 0.1)], 0.5) is None and table.interpolated([(0.4, -0.1), (0.5, 0.1)], 0.45) is None
 
 
 def test_later_files_replace_points_and_other_benches_are_refused(tmp_path):

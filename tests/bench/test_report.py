@@ -1,4 +1,4 @@
-"""The report of bench.reproduce: what is left of an increase is told against the dense model trained alike, with its interval."""
+"""The report of bench.reproduce: the increase left is relative to the dense model trained with the same settings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from bench.common.result_store import Ledger, whole_rows
-from bench.quality.report import left, markdown, write_report
+from bench.common.result_store import ResultStore, whole_rows
+from bench.quality.report import increase_left, markdown, write_report
 
 HEAD = {"bench": "reproduce", "command_line": "python -m bench.quality.reproduce m", "commit": "a" * 40, "dirty": False,
         "versions": {"torch": "2.13"}, "device": "cpu", "model": "m"}  # fmt: skip
@@ -28,12 +28,12 @@ def row(recipe, budget, result, trained_as):
     return HEAD | facts | speed | {"trained_as": trained_as, "results": {"valid": result}}
 
 
-def test_what_is_left_is_the_loss_over_the_dense_model_after_the_same_training():
-    # every document 0.1 nats a token above the dense one: the interval has no width
-    increase, remains, low, high, share = left(losses(3.5, [31.0, 21.0]), losses(3.0, [30.0, 20.0]))
+def test_the_increase_left_is_relative_to_the_trained_dense_model():
+    # every document is 0.1 nats per token above the dense model: the interval has width zero
+    increase, remains, low, high, share = increase_left(losses(3.5, [31.0, 21.0]), losses(3.0, [30.0, 20.0]))
     assert (increase, remains, share) == pytest.approx((0.5, 0.1, 0.2))
     assert (low, high) == pytest.approx((0.1, 0.1))
-    _, remains, low, high, _ = left(losses(3.5, [33.0, 20.0]), losses(3.0, [30.0, 20.0]))
+    _, remains, low, high, _ = increase_left(losses(3.5, [33.0, 20.0]), losses(3.0, [30.0, 20.0]))
     assert remains == pytest.approx(0.15) and (low, high) == pytest.approx((0.0, 0.3))
 
 
@@ -41,13 +41,13 @@ def test_the_reference_is_the_dense_model_of_the_same_settings(tmp_path):
     rows = [
         row("dense", 1.0, losses(3.0, [28.0, 18.0]), "one"),
         row("paper", 0.5, losses(3.5, [31.0, 21.0]), "one"),
-        # a later dense run of other settings is nothing to compare with
+        # a later dense run with other settings is not a reference
         row("dense", 1.0, losses(3.0, [10.0, 10.0]), "two"),
     ]
     (line,) = [line for line in markdown(rows, None, "rows.jsonl").splitlines() if line.startswith("| valid | paper")]
     assert line.split(" | ")[6:] == ["0.5000", "0.3000", "0.3000", "0.3000", "0.6000 |"]
     assert "| paper | 0.5000 | 0.001 | 640 | 75.0000 | 0.7500 |" in markdown(rows, None, "rows.jsonl")
-    # two machines tell nothing of two models
+    # times of two machines are not comparable
     elsewhere = markdown([rows[0] | {"device": "another"}, *rows[1:]], None, "rows.jsonl")
     assert "| paper | 0.5000 | 0.001 | 640 | 75.0000 | - |" in elsewhere and "0.6000 |" in elsewhere
     (alone,) = [line for line in markdown(rows[1:], None, "x").splitlines() if line.startswith("| valid | paper")]
@@ -58,14 +58,14 @@ def test_the_reference_is_the_dense_model_of_the_same_settings(tmp_path):
 
 
 def test_a_report_without_rows_says_so(tmp_path):
-    assert "nothing yet" in write_report(tmp_path / "rows.jsonl").read_text()
+    assert "no rows yet" in write_report(tmp_path / "rows.jsonl").read_text()
     assert not (tmp_path / "rows.png").exists()
 
 
-def test_rows_count_by_settings_and_commit_and_half_a_line_does_not(tmp_path):
+def test_rows_are_valid_by_settings_and_commit_and_an_incomplete_line_is_not(tmp_path):
     path = tmp_path / "rows.jsonl"
-    ledger = Ledger(path, HEAD)
-    ledger.add("quality", {"recipe": "paper", "budget": 0.5}, {"delta": float("inf")})
+    store = ResultStore(path, HEAD)
+    store.add("quality", {"recipe": "paper", "budget": 0.5}, {"delta": float("inf")})
     path.write_text(path.read_text() + '{"bench": "repro')
     for common, any_commit, expected in (
         (HEAD, False, True),
@@ -73,8 +73,8 @@ def test_rows_count_by_settings_and_commit_and_half_a_line_does_not(tmp_path):
         (HEAD | {"dirty": True}, False, False),
         (HEAD | {"commit": "b" * 40}, True, True),
     ):
-        assert Ledger(path, common, any_commit=any_commit).has("quality", {"budget": 0.5, "recipe": "paper"}) == expected
-    again = Ledger(path, HEAD)
+        assert ResultStore(path, common, any_commit=any_commit).has("quality", {"budget": 0.5, "recipe": "paper"}) == expected
+    again = ResultStore(path, HEAD)
     assert not again.has("mlp", {"recipe": "paper", "budget": 0.5}) and not again.has(
         "quality", {"recipe": "paper", "budget": 0.4}
     )

@@ -1,4 +1,4 @@
-"""bench.reproduce from a model's folder to its report, on a model of one tiny block; a second run computes nothing again."""
+"""bench.reproduce from a model folder to its report, on a model of one tiny block; a second run adds no rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import rana_fx
 from bench.common.documents import read_text
 from bench.quality import finetuned, reproduce, study
 from bench.quality.divergence import by_document
-from bench.quality.report import left
+from bench.quality.report import increase_left
 from bench.speed import decode
 from rana_fx.commands.record import cell
 from rana_fx.evaluation.perplexity import evaluate, load_model
@@ -37,7 +37,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(saved, tmp_path_factory):
-    """Calls the bench with further options; its rows."""
+    """Calls the bench with further options and returns its rows."""
     model, text, tasks = saved
     folder = tmp_path_factory.mktemp("out")
 
@@ -57,7 +57,7 @@ def run(saved, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(run):
-    """What one run wrote, by stage; it was interrupted when the dense model had been trained, and started again."""
+    """Rows of one run by stage; the run was interrupted after the training of the dense model, and started again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetuned, "merge_lora", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -91,15 +91,15 @@ def test_training_lowers_the_loss_and_keeps_the_budget(rows):
     assert [row["resumed"] for row in rows["finetune"]] == [True, False]
     for row, asked in zip(rows["finetune"], (1.0, 0.6), strict=True):
         (result,) = row["results"].values()
-        # a random model, eight steps: any rate that trains at all is far from what it began with
+        # a random model, eight steps: any useful learning rate lowers its loss by much
         assert result["after"]["mean_loss"] < result["before"]["mean_loss"] - 0.1
         assert result["after"]["measured"]["flops"] == pytest.approx(asked, abs=0.05)
         assert row["rate"] == min((0.0001, 0.01), key=lambda rate: row["tried"][f"{rate:g}"])
         assert (row["steps"], row["tokens_trained"]) == (8, 64 * 4 * 8)
-        # a resumed training has no steps of its own to time here
+        # the resumed training has no further steps, so no time per step
         assert (row["tokens_per_s"] or 0) > 0 or row["resumed"]
         before = next(found for found in rows["quality"] if found["recipe"] == row["recipe"])
-        increase, remains, low, high, share = left(result, next(iter(dense["results"].values())))
+        increase, remains, low, high, share = increase_left(result, next(iter(dense["results"].values())))
         assert low <= remains <= high and increase == pytest.approx(before["delta"], abs=1e-6)
         assert share is None or share == pytest.approx(remains / increase)
 
@@ -117,7 +117,7 @@ def test_a_trained_model_is_where_tasks_find_it(rows, saved, run):
     assert quality.mean_loss == pytest.approx(next(iter(tuned["results"].values()))["after"]["mean_loss"], rel=1e-6)
 
 
-def test_what_has_a_row_is_not_computed_again(rows, run, monkeypatch):
+def test_existing_rows_are_not_computed_again(rows, run, monkeypatch):
     written = run.out.read_text()
     whole = written.splitlines()
     # cut off in the middle of the last row
@@ -128,7 +128,7 @@ def test_what_has_a_row_is_not_computed_again(rows, run, monkeypatch):
     run()
     assert run.out.read_text() == before
     monkeypatch.undo()
-    # another setting, and only that
+    # only rows with the changed setting
     more = run(stages="quality", budgets="0.6,0.2", recipes="cats")[len(whole) :]
     assert [(row["recipe"], row["budget"]) for row in more] == [("cats", 0.6), ("cats", 0.2)]
     assert "unreachable" in more[1] and "cats: budget=0.200 cannot be reached" in run.out.with_suffix(".md").read_text()
@@ -145,7 +145,7 @@ def test_rows_of_another_commit_are_computed_again_unless_asked(rows, run, monke
         run(stages="quality")
 
 
-def test_latency_hands_every_plan_to_the_bench_of_decoding(rows, run, monkeypatch):
+def test_latency_times_every_plan(rows, run, monkeypatch):
     calls = []
 
     def fake(model, **options):
@@ -164,7 +164,7 @@ def test_latency_hands_every_plan_to_the_bench_of_decoding(rows, run, monkeypatc
     assert "| paper 0.6 | 1 | 10.0000 |" in run.out.with_suffix(".md").read_text()
 
 
-def test_the_report_shows_what_the_rows_say(rows, run):
+def test_the_report_shows_values_of_the_rows(rows, run):
     run(stages="report")
     text = run.out.with_suffix(".md").read_text()
     for title in (
@@ -180,7 +180,7 @@ def test_the_report_shows_what_the_rows_say(rows, run):
     assert run.out.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_mistakes_are_told_before_work(run, monkeypatch):
+def test_wrong_options_are_refused_before_calibration(run, monkeypatch):
     monkeypatch.setattr(study, "load_model", lambda *_, **__: pytest.fail("too late"))
     for wrong, match in (
         ({"stages": "quality,speed"}, "unknown stages.*speed.*quality, mlp"),

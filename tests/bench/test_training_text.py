@@ -1,4 +1,4 @@
-"""Text that bench.reproduce trains on: packed as token_batches packs it, each sequence once before any twice; some held out."""
+"""Text that bench.reproduce trains on: packed as by token_batches, repeated only after a whole epoch; some held out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def made(given, tokens, *, held_out=CONTEXT * SIZE, seed=0):
 def test_sequences_are_those_of_token_batches_of_the_documents_in_some_order(given):
     source, tokenizer = given
     found = made(given, 10 * CONTEXT * SIZE)
-    # documents are framed alike: the same ids, document by document, whatever their order
+    # documents have the same special tokens: the same ids for each document, in any order
     end = tokenizer.eos_token_id
     ids = [i for row in rows(token_batches(load_texts(source), tokenizer, context=CONTEXT, batch_size=SIZE)) for i in row]
     trained = [i for row in sorted(rows(found.batches)) for i in row]
@@ -50,7 +50,7 @@ def test_sequences_are_those_of_token_batches_of_the_documents_in_some_order(giv
     assert len(documents) > 20 and set(documents) <= set(known)
 
 
-def test_a_short_text_is_gone_through_again_in_another_order(given):
+def test_a_short_text_is_repeated_in_another_order(given):
     once = made(given, 10 * CONTEXT * SIZE)
     sequences = len(once.batches.ids_ST)
     found = made(given, (2 * sequences + sequences // 2) // SIZE * CONTEXT * SIZE)
@@ -77,7 +77,7 @@ def test_slices_are_lists_of_batches(given):
         assert torch.equal(batch["input_ids"], batches[step]["input_ids"]) and batch["input_ids"].dtype == torch.int64
 
 
-def test_too_little_text_is_told(given):
+def test_too_little_text_is_an_error(given):
     with pytest.raises(TooLittleText, match="held out"):
         made(given, 4 * CONTEXT * SIZE, held_out=10**6)
     with pytest.raises(TooLittleText):

@@ -1,4 +1,4 @@
-"""What adapt accepts: wrapped and compiled models, every shape of batch, padding wherever it stands."""
+"""Inputs of adapt: wrapped and compiled models, batches of every type, padding in any position."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_wrapped_models_have_the_plan_of_the_model_itself(kind):
     rana_fx.attach(wrapped, plain)
     assert attached(model).plan is plain
     with torch.no_grad():
-        assert torch.equal(wrapped(**batch).logits, before)  # still compiled by whom it was
+        assert torch.equal(wrapped(**batch).logits, before)  # still compiled by the original backend
 
 
 @pytest.mark.usefixtures("graphs_as_rewritten")
@@ -101,7 +101,7 @@ def test_one_batch_is_not_many(batches):
 
 
 class Nested(nn.Module):
-    """Takes what it is given apart."""
+    """Unpacks a nested batch."""
 
     def __init__(self, take):
         super().__init__()
@@ -180,7 +180,7 @@ def test_padding_of_time_first_layers():
     padding = torch.zeros(3, 10, dtype=torch.bool)
     padding[0, 4:] = True
     x = torch.randn(10, 3, 16)
-    x[4:, 0] = 77.0  # what stands in the padding
+    x[4:, 0] = 77.0  # content of the padding
     found = calibrate(
         Encoder(), [{"x": x, "src_key_padding_mask": padding}], wanted=lambda layout: {layout.groups[0].sites}, progress=False
     )

@@ -1,4 +1,4 @@
-"""Batches that judge a choice are kept out of the sample that it was made from."""
+"""Batches that evaluate a choice are not part of the calibration sample."""
 
 from __future__ import annotations
 

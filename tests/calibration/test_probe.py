@@ -17,7 +17,7 @@ from rana_fx.recipes import RECIPES, Problem, needs_holdout
 
 
 class Mlp(nn.Module):
-    """relu between two linears, in place; both add to a stream."""
+    """An in-place relu between two linears, with a residual connection."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ def test_every_eighth_batch_is_held_out():
 
 
 class OldRecipe:
-    """As a third party wrote it against the release before: old names on purpose."""
+    """A third-party recipe for the previous release, with its old names."""
 
     name = "old"
     rehearses = True

@@ -1,4 +1,4 @@
-"""The command line, from adapting the embedded model to generating with it; its JSON files; its messages and exit codes."""
+"""The command line, from adapting the embedded model to generating with it: JSON files, messages, exit codes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def facts(path: Path, result: Result) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """Folder of a plan, facts of the command that made it, what it printed."""
+    """(folder of a plan, JSON facts of the command that made it, its output)."""
     folder = tmp_path_factory.mktemp("cli")
     out, record = folder / "plan", folder / "adapt.json"
     result = call(
@@ -184,7 +184,7 @@ def test_mistakes_end_with_one_message(
     args: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # few tokens, should a mistake be noticed late
+    # few tokens, in case an error is found late
     result = call(
         *args, *(("--tokens", 200) if args[0] in ("adapt", "eval") and "--context" not in args else ()), "--device", "cpu"
     )

@@ -1,4 +1,4 @@
-"""``rana-fx finetune``, from a plan to a better one that evaluates the same elsewhere; its messages."""
+"""``rana-fx finetune``: the written plan has a lower loss and evaluates the same in another process; messages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training graphs run as they are rewritten: compiling them takes a minute each, and
+    """Rewritten training graphs run eagerly: compiling one takes a minute, and
     tests/training/test_gradients.py does."""
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The golden model with every adapter written out in fp64, which also puts thresholds where rounding cannot reach them.
+"""An fp64 reference of the golden model with every adapter, which also moves thresholds away from all values.
 
-An output of a masked product jumps where rounding moves a number across its threshold. A golden output must not depend on that:
-``settle`` puts each threshold into the middle of the widest gap between the numbers that it meets on the fixed tokens, and
-``margin`` is how near a number comes to a threshold.
+An output of a masked matmul is discontinuous where rounding moves a value across its threshold. A golden output must not depend
+on that: ``settle`` moves each threshold to the middle of the widest gap between the values that are compared with it on the fixed
+tokens, and ``margin`` is the smallest distance of a value to its threshold.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.golden.model import Golden, ids, load
 
 
 def matrix_of(model: Golden, site: str) -> torch.Tensor:
-    """(out, in), whatever way it is stored."""
+    """(out, in), for any storage."""
     owner = model.get_parameter(site) if site in dict(model.named_parameters()) else model.get_submodule(site).weight
     return (owner.t() if site in ("blocks.0.v", "blocks.2.up") else owner).detach()
 
@@ -34,7 +34,7 @@ def bias_of(model: Golden, site: str) -> torch.Tensor | None:
 
 @dataclass
 class Hand:
-    """In: adapters and the model's dtype. ``adapters``: by their first site, settled ones after ``run(settle=True)``."""
+    """In: adapters and the model's dtype. ``adapters``: by first site; after ``run(settle=True)`` with moved thresholds."""
 
     adapters: dict[str, Adapter]
     dtype: torch.dtype
@@ -101,7 +101,7 @@ class Hand:
         return v @ (weight.t() if adapter.weight is None else unpack(adapter.weight, adapter.weight_scale, torch.float64))
 
     def _settle(self, first: str, x: torch.Tensor, dense: torch.Tensor, weight: torch.Tensor) -> None:
-        """Thresholds, and what they keep on average, from the numbers that they meet."""
+        """Thresholds, and their mean kept number, from the values that are compared with them."""
         adapter = self.adapters[first]
         made: dict[str, Any] = {}
         if adapter.router_tau is not None:
@@ -111,7 +111,7 @@ class Hand:
         if adapter.kind in ("rank", "neuron", "gated"):
             v = self.gates[adapter.gate].abs() if adapter.gate is not None else self._v(adapter, x).abs()
             tau = self._gaps(v.reshape(-1, 1) if len(adapter.tau) == 1 else v, 0.0).square().float()
-            if len(tau) > 4:  # one that always keeps and one that never does
+            if len(tau) > 4:  # one threshold that always keeps and one that never keeps
                 tau[1], tau[2] = 0, torch.inf
             adapter = replace(adapter, tau=tau, kept=float((v.square() >= tau).sum(-1).double().mean()))
         if adapter.exact_tau is not None:
@@ -124,8 +124,9 @@ class Hand:
         self.margin = float("inf")
 
     def _gaps(self, values: torch.Tensor, instead: float) -> torch.Tensor:
-        """The middle of the widest gap in each column, among those that leave a sixth of the numbers on either side; ``instead``
-        where rounding reaches across that."""
+        """The middle of the widest gap in each column, among gaps with a sixth of the values on either side; ``instead`` where
+        the
+        gap is within rounding."""
         ordered, _ = values.flatten(0, -2).sort(dim=0)
         skip = len(ordered) // 6
         inner = ordered[skip : len(ordered) - skip]
@@ -136,5 +137,5 @@ class Hand:
 
     @property
     def near(self) -> float:
-        """What ``margin`` must exceed: as much as numbers move by rounding, relative to their root mean square."""
+        """Lower bound for ``margin``: the rounding error of values, relative to their root mean square."""
         return torch.finfo(self.dtype).eps * (64 if self.dtype == torch.float32 else 4)

@@ -1,4 +1,4 @@
-"""What the maker of the golden files and the test of them compute alike, by names that users have."""
+"""Computations that the maker of the golden files and their test share, through the public API."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rana_fx.training import Settings, add_lora, train
 from tests.golden.model import FFN, FOLDER, Golden, ids, load
 
 EXPLAINED = ("gated-each", "hybrid-stored", "exact")
-# products one after another: q, attention twice, o, up, down in two blocks, up and down in the third, and the head
+# consecutive matmuls: q, attention twice, o, up, down in two blocks, up and down in the third, and the head
 _DEPTH = 13
-# results that are rounded to the model's dtype one after another: those, norms, activations, products by elements and sums
+# consecutive results that are rounded to the model's dtype: those, norms, activations, products by elements and sums
 _ROUNDINGS = 64
 
 
@@ -29,7 +29,7 @@ def distance(got: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def compiled(model: Golden) -> Any:
-    """The graph as it is rewritten, without Inductor. A model without a plan runs eagerly."""
+    """The model with its rewritten graph, without Inductor. A model without a plan runs eagerly."""
     torch._dynamo.reset()
     return torch.compile(model, backend=rewritten)
 
@@ -81,7 +81,7 @@ class _Stopped(list[Any]):
 
 
 def trained(folder: Path | None, *, resume: bool = False, stop: int | None = None) -> list[float]:
-    """Losses of four steps of LoRA on the plan "rank", always on the tokens that no rounding moves across a threshold."""
+    """Losses of four steps of LoRA on the plan "rank", on tokens whose values are not within rounding of a threshold."""
     model = adapted("rank")
     add_lora(model, lora_config())
     batches = _Stopped([ids()] * 4)

@@ -1,4 +1,4 @@
-"""What programs rely on besides plans: public names and their arguments, options of the command line, keys of its JSON files."""
+"""The public interface besides plans: names and their arguments, command-line options, keys of JSON files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def options() -> dict[str, dict[str, Any]]:
 
 def _options(command: Any) -> dict[str, Any]:
     spelled = {name: parameter.default for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    # libraries name what is missing in other ways
+    # libraries represent a missing default in different ways
     return {name: value if isinstance(value, str | int | float) else None for name, value in spelled.items()}
 
 
@@ -84,7 +84,7 @@ def keys(facts: dict[str, Any]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def shallow() -> Iterator[None]:
-    """Models are loaded with their first layer alone: for the demo, whose model is the embedded one."""
+    """Load only the first layer of models, for the demo with its embedded model."""
     load = transformers.AutoModelForCausalLM.from_pretrained
 
     def first(*args: Any, **given: Any) -> Any:
@@ -101,7 +101,7 @@ def shallow() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_inductor() -> Iterator[None]:
-    """Graphs run as they are, rewritten where our backend compiles them: keys do not depend on that, and it starts at once."""
+    """Rewritten graphs run eagerly, without compile time: JSON keys do not depend on Inductor."""
     compile_ = torch.compile
 
     @functools.wraps(compile_)

@@ -1,17 +1,17 @@
-"""Make golden files: what a version wrote and computed, which every later version must read and reproduce.
+"""Make golden files: files and results of one version, which every later version must read and reproduce.
 
     python -m tests.golden.make
 
-It only adds what is not there. Existing files are never made anew: they were made by the version that they stand for
-(``expected.json`` names it), and a file that today's version makes can only prove that today's version agrees with itself.
+It only adds missing files. Existing files are never made again: they are results of the version that ``expected.json`` names, and
+a file made by the current version would only be compared with the current version.
 
 weights.safetensors   the model's weights (tests/golden/model.py), in fp16, which fp32 holds exactly
 plans/NAME/           plans as ``Plan.save`` writes them: every kind of adapter and storage (``PLANS``), and two made by recipes
-outputs.safetensors   logits on fixed tokens: of the dense model in each dtype, of each plan, of LoRA and of what it is merged to
+outputs.safetensors   logits on fixed tokens: of the dense model in each dtype, of each plan, of LoRA and of merged LoRA
 expected.json         digests of plans and weights, formats, expected costs, merged digests, names of Parameters
 lora/                 LoRA on the plan "rank", as ``save_lora`` writes it
-checkpoint/           a training of that LoRA that stopped after 2 of 4 steps, and the losses of all
-explain.json          rows and totals of ``rana_fx.explain``, prose left out
+checkpoint/           a training of that LoRA interrupted after 2 of 4 steps, and the losses of all steps
+explain.json          rows and totals of ``rana_fx.explain``, without prose
 interface.json        public names and their arguments, options of the command line, and the keys and types of each JSON file that
                       the command line writes (tests/golden/interface.py)
 """
@@ -54,7 +54,7 @@ class Spec:
     hybrid: bool = False
     shift: bool = False
     exact: bool = False
-    bias: bool = False  # one of its own, also where the linears have none
+    bias: bool = False  # a bias of its own, also where the linears have none
     own: bool = True
     each: bool = True  # gated: a threshold per neuron
     error: float | None = None
@@ -117,7 +117,7 @@ def stored(matrix: torch.Tensor, bits: int, spec: Spec, dtype: torch.dtype) -> t
 
 
 def adapter_of(spec: Spec, plan: rana_fx.Plan, dtype: torch.dtype) -> Adapter:
-    """With thresholds that are put in their places later."""
+    """An adapter with preliminary thresholds."""
     model = load(dtype).double()
     sites = tuple(f"blocks.{site}" for site in spec.sites.split())
     records = [record for record in plan.sites if record.name in sites]
@@ -184,7 +184,7 @@ def make_plans(expected: dict[str, Any], outputs: dict[str, torch.Tensor]) -> No
         dense = check.logits(load(dtype))
         limit = check.tolerance(dtype)
         error, change = check.distance(got, right), check.distance(got, dense)
-        # what is kept does not depend on rounding, what is written is what the formulas say, and the plan changes the model
+        # masks do not depend on rounding, outputs equal the fp64 reference, and the plan changes the model
         print(f"{name:15} margin {hand.margin:.1e} of {hand.near:.1e}, error {error:.1e} of {limit:.1e}, change {change:.1e}")
         assert hand.margin > hand.near and error < limit < change / 4, name
         plan.save(folder)

@@ -1,4 +1,4 @@
-"""The model that the golden files are of: its weights lie beside it in ``weights.safetensors``, drawn once by numpy.
+"""The model of the golden files; its weights are in ``weights.safetensors`` beside it, drawn once by numpy.
 
 Linears are written in many forms: ``nn.Linear``, ``x @ W.T``, ``einsum``, ``x @ W`` and ``addmm`` with W stored (in, out), one
 weight that holds gate and up. Nothing here may change: the names and digests of the weights are in the golden plans.
@@ -20,7 +20,7 @@ WIDTH, FFN, VOCAB, HEADS = 8, 136, 24, 2  # FFN: more than one group of 128 colu
 
 
 class Block(nn.Module):
-    """``product`` is a method of its own so that the maker of the golden files can put adapters written out by hand there."""
+    """``product`` is a separate method so that the fp64 reference of adapters can replace it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class Fused(Block):
-    """Attention of bare Parameters; gate and up are one weight."""
+    """Attention with Parameters instead of linear modules; gate and up are one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Fused(Block):
 
 
 class Gated(Block):
-    """Linears of their own; those of attention have biases."""
+    """Separate linears for gate and up; the linears of attention have biases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Golden(nn.Module):
 
 
 def drawn(seed: int = 0) -> dict[str, torch.Tensor]:
-    """The weights: normal, scaled so that every product has outputs of about one. Norms, too, are no identity."""
+    """The weights: normal, scaled so that every matmul has outputs of about one. Gains of norms differ from one."""
     generator = np.random.Generator(np.random.PCG64(seed))
     weights = {}
     for name, parameter in Golden().state_dict().items():

@@ -1,4 +1,4 @@
-"""The one search over a graph, and what operations are called."""
+"""Searches over a graph, and names of operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rana_fx.graph.matmuls import operands_of
 
 @pytest.fixture
 def diamond():
-    """x -> a -> (b, c) -> d, and a size of b that c's copy is made from."""
+    """x -> a -> (b, c) -> d, and a copy of c that reads the size of b."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     a = graph.call_function(torch.relu, (x,))

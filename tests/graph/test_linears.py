@@ -20,7 +20,7 @@ REPLAYED = ["llama", "gpt2", "falcon", "t5", "nn_encoder", "plain", "apertus", "
 
 @pytest.mark.parametrize("name", REPLAYED)
 def test_dense_rows_replay_the_block(name):
-    """The extracted pointwise part gives the down projection's input, seen by a hook, on the same tokens."""
+    """The extracted pointwise part computes the input of the down projection, which a hook records, on the same tokens."""
     from rana_fx.recipes.mlp_rows import hidden_rows
     from rana_fx.recipes.problem import Problem
 
@@ -183,7 +183,7 @@ def test_rows_of_a_dataset_are_batches_of_one():
 
 
 def test_a_write_into_a_copy_is_no_write_into_its_source():
-    """Indexing by a tensor copies: linears around a write into the copy still read one tensor."""
+    """Indexing by a tensor copies: linears before and after a write into the copy still read one tensor."""
 
     class Gathered(nn.Module):
         def __init__(self):

@@ -1,5 +1,5 @@
-"""Every architecture, traced as seldom as will do: linears, groups, blocks and stacks are found by dataflow, their counts are
-functions of the depth, and a plan that keeps everything is the dense model.
+"""Every architecture, with few traces: linears, groups, blocks and stacks are found by dataflow, their counts are functions of
+the depth, and a plan that keeps everything equals the dense model.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def test_counts_of_one_layer(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_counts_of_two_layers_and_full_rank_equals_dense(name):
-    """Counts are linear in the depth: those at one and at two layers are all."""
+    """Counts are linear in the depth, so one and two layers determine them."""
     model, batch, layout, plan = full_rank(name, 2)
     assert counts(layout) == EVERY[name].expected(2)
     covered = {site for adapter in plan.adapters for site in adapter.sites}
-    # a layer with one output is narrower than a rank is cheap
+    # a rank of a layer with one output costs more than the layer
     assert covered == {site.name for site in plan.sites if site.counted and site.out_features > 1}
     with torch.no_grad():
         dense = output(call(model, batch))

@@ -45,7 +45,7 @@ def test_compiled_equals_reference(recipe, request):
 
 @pytest.mark.parametrize("name", ["packed", "head_einsums", "in_place", "shared_keys", "nn_transformer"])
 def test_parts_of_weights_through_a_saved_plan(name, tmp_path, request):
-    if name != "packed":  # a part of a weight is the same node to Inductor wherever the architecture has it
+    if name != "packed":  # Inductor gets the same node for a part of a weight in any architecture
         request.getfixturevalue("graphs_as_rewritten")
     model, batch, plan = adapted(name, budget=0.85, recipe="paper")
     plan.save(tmp_path / "plan")
@@ -59,7 +59,7 @@ def test_parts_of_weights_through_a_saved_plan(name, tmp_path, request):
 
 
 def test_rewrite_counts_and_operations():
-    """Per layer: qkv become one router and one product, up and gate one each, down one product."""
+    """Per layer: qkv become one router and one masked matmul, up and gate one of each, down one masked matmul."""
     for depth in (1, 3):
         model, batch, _ = adapted(depth=depth, budget=0.7)
         seen = []
@@ -189,7 +189,7 @@ def test_another_plan_recompiles_by_itself():
 @AS_REWRITTEN
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_prefill_dense(dynamic):
-    """A prompt is dense, a few tokens are adapted, and a graph for a varying number of tokens knows which side it is on."""
+    """A prompt is dense, a few tokens are adapted, also with graphs for a dynamic number of tokens."""
     model, _, _ = adapted(budget=0.75)
     compiled = torch.compile(model, backend=rana_fx.backend, options={"prefill": "dense"}, dynamic=dynamic or None)
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_prefill_dense(dynamic):
 
 @AS_REWRITTEN
 def test_a_plan_given_as_an_option(tmp_path):
-    """It needs no attached plan, finds weights also where names are relative, and refuses other weights."""
+    """The option needs no attached plan, finds weights also in parts of a model, and refuses other weights."""
     model, batch, plan = adapted(budget=0.75)
     with measuring(model) as meter:
         expected = output(meter.run(batch))
@@ -296,7 +296,7 @@ def test_generate(cache, request):
 
 @AS_REWRITTEN
 def test_generate_with_the_frameworks_own_compile_config():
-    """By its registered name; the prompt runs eagerly under CompileConfig, so dense, and decode adapted."""
+    """By the registered name of the backend; under CompileConfig the prompt runs eagerly, so dense, and decoding adapted."""
     from transformers import CompileConfig
 
     model, _, _ = adapted()
@@ -315,7 +315,7 @@ def test_generate_with_the_frameworks_own_compile_config():
 
     def config(backend):
         made = CompileConfig(backend=backend, mode=None)
-        made._compile_all_devices = True  # it leaves a CPU uncompiled otherwise
+        made._compile_all_devices = True  # on a CPU generate does not compile otherwise
         return made
 
     expected = model.generate(prompt, compile_config=config(reference), **settings)

@@ -1,4 +1,4 @@
-"""A plan of recipe ``cats`` through the backend: decoding reads kept rows of up and down, prompts and training are as before."""
+"""A plan of recipe ``cats`` through the backend: decoding reads kept rows of up and down; prompts and training are dense."""
 
 from __future__ import annotations
 

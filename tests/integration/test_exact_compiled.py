@@ -1,4 +1,4 @@
-"""Exact outputs, compiled: rows of the model's weight are read where tokens are few, and every mode gives what is written out."""
+"""Exact outputs, compiled: with few tokens rows of the model's weight are read, and every mode equals the reference."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.support.inductor import GEMV, ROUTER, ROWS, calls, compiled
 from tests.support.trained import compiled as as_compiled
 from tests.support.trained import gradients, relative
 
-FP32 = 1e-5  # two orders of summation over a hundred products each, in a few layers
+FP32 = 1e-5  # sums of about a hundred terms in two orders, in a few layers
 
 
-# every two of: how the weight is stored, how many tokens, in what dtype
+# all pairs of: storage of the weight, number of tokens, dtype
 @pytest.mark.parametrize(
     ("name", "tokens", "dtype"),
     [
@@ -32,7 +32,7 @@ FP32 = 1e-5  # two orders of summation over a hundred products each, in a few la
     ],
 )
 def test_rows_are_read_and_two_runs_are_equal(name, tokens, dtype):
-    # one output is exact, for any number of tokens: few enough rows that reading them pays
+    # one exact output for any number of tokens: few enough rows that reading them saves time
     tau = torch.where(torch.arange(40) == 3, -torch.inf, torch.inf)
     model, plan = mlp(FORMS[name], dtype=dtype, tau=tau)
     (adapter,) = plan.adapters
@@ -64,7 +64,7 @@ class Alone(nn.Module):
 
 
 def test_outputs_at_their_thresholds_are_one_or_the_other():
-    """Compiled, sums are compared before they are rounded, or after: what is selected must be what was read."""
+    """Compiled code may compare sums before or after rounding: the selected outputs must be those whose rows were read."""
     torch.manual_seed(0)
     model = Alone().bfloat16()
     batch = batch_of(1, torch.bfloat16)
@@ -73,7 +73,7 @@ def test_outputs_at_their_thresholds_are_one_or_the_other():
     with torch.no_grad():
         dense = model(**batch)
         y, _ = written_out(batch["x"], dense, replace(adapter, exact_tau=torch.full((FFN,), torch.inf)))
-        # half of the roundings were upwards
+        # half of the values were rounded upwards
         plan = replace(plan, adapters=(replace(adapter, exact_tau=y.float().flatten(), exact_kept=1.0),))
         rana_fx.attach(model, plan)
         got, code = compiled(model, batch["x"], backend=rana_fx.backend)
@@ -97,11 +97,11 @@ def test_any_number_of_tokens(name, request):
             assert relative(output(forward(**given)), expected) < FP32 < 1e-3 < relative(output(model(**given)), expected)
 
 
-# modes choose what is rewritten, and rows are lowered above
+# modes affect only the rewrite; lowerings of rows are tested above
 @pytest.mark.usefixtures("graphs_as_rewritten")
 @pytest.mark.parametrize("prefill", MODES)
 def test_prompts_and_single_tokens_in_every_mode(prefill):
-    """Two texts of 12 tokens are a prompt. The linear beside it has factors alone: its weight is freed where that is asked."""
+    """Two texts of 12 tokens are a prompt. The other linear has factors only: mode "factors" frees its weight."""
     model, batch = build("gpt_neox", 1)
     plan = plan_for(model, batch, ("dense_h_to_4h", "dense_4h_to_h"), ranks=8)
     exact, plain = plan.adapters[0], without(plan).adapters[1]

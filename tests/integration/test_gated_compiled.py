@@ -1,4 +1,4 @@
-"""A cut with a threshold for each neuron, compiled: what every MLP gives by hand, for any number of tokens and in every mode."""
+"""Gated adapters with a threshold per neuron, compiled: equal to the reference for any number of tokens and in every mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.architectures import FFN, ids, output
 from tests.support.gates import by_hand, per_neuron
 from tests.support.trained import relative
 
-FP32 = 1e-5  # two orders of summation over a hundred products each, in a few layers
+FP32 = 1e-5  # sums of about a hundred terms in two orders, in a few layers
 
 
 def test_any_number_of_tokens_is_what_every_mlp_gives_by_hand():
@@ -29,11 +29,11 @@ def test_any_number_of_tokens_is_what_every_mlp_gives_by_hand():
         assert density == pytest.approx({name: count / FFN for name, count in kept.items()}, rel=1e-6)
 
 
-# modes choose what is rewritten; through Inductor: above, and test_cats_compiled.py
+# modes affect only the rewrite; through Inductor: above, and test_cats_compiled.py
 @pytest.mark.usefixtures("graphs_as_rewritten")
 @pytest.mark.parametrize("prefill", MODES)
 def test_prompts_and_single_tokens_in_every_mode(prefill):
-    """Two texts of 12 tokens are a prompt, of 1 are not: a cut of many tokens is dense where that is asked."""
+    """Two texts of 12 tokens are a prompt, of 1 token are not: mode "dense" leaves the MLP dense in a prompt."""
     model, _, plan = per_neuron(depth=1)
     compiled = torch.compile(model, backend=rana_fx.backend, options={"prefill": prefill})
     for tokens in (12, 1, 12):

@@ -1,4 +1,4 @@
-"""The same path on a CUDA device: adapt there, compile with and without CUDA graphs, train, generate."""
+"""All steps on a CUDA device: adapt, compile with and without CUDA graphs, train, generate."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_decoded_token_of_a_gated_plan_reads_kept_rows(dtype):
         expected = output(meter.run(batch)).clone()
     with torch.no_grad():
         got, (code, *_) = run_and_get_code(torch.compile(model, backend=rana_fx.backend), **batch)
-    # one kernel per layer, or one for all layers that are alike
+    # one kernel per layer, or one for all equal layers
     assert "def masked_rows_kernel" in code and code.count("masked_rows_kernel") > 2
     # in bf16 a gate within rounding of its threshold may fall on either side
     assert relative(output(got), expected) < (1e-4 if dtype == torch.float32 else 0.1)

@@ -1,6 +1,6 @@
 """Every lowering of our operations through Inductor, in every storage: one graph of all of them against fp64.
 
-An operation that is registered with Inductor and is not in the graph fails the test, so a new one cannot go without.
+An operation that is registered with Inductor and is missing in the graph fails the test.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support.adapted import relative
 from tests.support.inductor import GEMV, ROUTER, ROWS, calls, compiled
 
 WIDTH, OUT = 96, 256
-SPARSE = 0.01  # a density at which kept rows are expected to win
+SPARSE = 0.01  # a density at which kept rows are expected to be faster
 PACKED = (ops.masked_gemv, ops.masked_gemv_add, ops.masked_gemv_gated, ops.router, ops.normed_router)
 
 
@@ -84,7 +84,7 @@ def test_every_lowering_computes_what_is_stored(tokens, bits, dtype):
     asked = {op for op, _, _ in given}
     assert asked == (set(PACKED) if bits < 16 else registered())
     few = tokens < 40
-    # a product for each of two parts; many tokens are a matrix product, or what eager mode runs of a quantised one
+    # a matmul for each of two parts; many tokens are a dense matmul, or the eager operation for a quantised weight
     assert calls(code, GEMV) == few * (5 if bits == 16 else 3)
     assert calls(code, ROUTER) == few * 2
     assert calls(code, ROWS) == few * (bits == 16)

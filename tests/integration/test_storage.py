@@ -1,4 +1,4 @@
-"""Plans in 8 and 4 bits through the rewrite and the compiler: what is computed is what is stored, wherever it is stored."""
+"""Plans in 8 and 4 bits through the rewrite and the compiler: results are those of the stored values, in any storage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def relative(got, expected):
 
 
 def unpacked(model, batch, plan):
-    """The dense model in fp64 with the matrices that the plan stands for."""
+    """The dense model in fp64 with the dequantised matrices of the plan."""
     twin = copy.deepcopy(model)
     sites = sites_of(twin, batch)
     with torch.no_grad():
@@ -46,8 +46,7 @@ def wide(batch):
 LOWERED = ("rank, router 8", "hybrid, router 4, factors 4", "neuron, own weight")
 
 
-# every storage on gpt2 (whose weights lie transposed), and the others in turn: how a model is traced and how an adapter stores
-# meet in a few lines only
+# every storage on gpt2 (whose weights are transposed), one each on the others: tracing and storage interact in a few lines only
 OTHERS = [
     (name, storage) for name, storage in zip(itertools.cycle(["llama", "gpt_neox", "bert", "phi3"]), STORAGES, strict=False)
 ]
@@ -87,7 +86,7 @@ def test_what_is_stored_is_the_weight_within_half_a_step(name, storage):
             if adapter.router_tau is not None:
                 router, router_off = router.t(), router_off.t()
             bound = off.t() @ (router.abs() + router_off) + weight.t().abs() @ router_off
-        eps = torch.finfo(torch.float32).eps  # of the fp32 numbers that were rounded
+        eps = torch.finfo(torch.float32).eps  # rounding of the fp32 numbers
         slack = 4 * eps * (dense.abs() + weight.shape[0] * weight.abs().max())
         assert ((stored_matrix(adapter) - dense).abs() <= bound + slack).all()
 
@@ -107,7 +106,7 @@ def backend_for(storage):
 
 
 def with_masks(plan, density, seed=0):
-    """Thresholds of zero and infinity: which rows count does not depend on rounding."""
+    """Thresholds of zero and infinity: masks do not depend on rounding."""
     generator = torch.Generator().manual_seed(seed)
 
     def mask(length):
@@ -123,7 +122,7 @@ def with_masks(plan, density, seed=0):
 
 
 def masked_matrices(plan):
-    """The plan in fp64 without any storage: floating matrices, rows that are masked set to zero."""
+    """The plan as fp64 matrices, with masked rows set to zero."""
     adapters = []
     for adapter in plan.adapters:
         keep = (adapter.tau == 0).double().unsqueeze(1)
@@ -145,7 +144,7 @@ def test_masked_and_compiled_equals_fp64(storage, shift):
     twin = copy.deepcopy(model).double()
     attach_unchecked(twin, masked_matrices(plan))
     rana_fx.attach(model, plan)
-    few = {"input_ids": batch["input_ids"][:1, :3]}  # few tokens have kernels of their own
+    few = {"input_ids": batch["input_ids"][:1, :3]}  # few tokens have separate kernels
     for tokens, how in ((batch, rewritten), (few, rana_fx.backend)):
         with measuring(twin) as meter:
             expected = output(meter.run(tokens))
@@ -158,7 +157,7 @@ def test_masked_and_compiled_equals_fp64(storage, shift):
 
 
 def test_the_models_own_weight_with_a_shift():
-    """c takes the place of the linear's own bias: W (x - mu) + (b + W mu)."""
+    """The bias of the adapter replaces the linear's bias: W (x - mu) + (b + W mu)."""
     model, batch, plan = stored_plan("gpt2", 1, "stored, 8", shift=0.2)
     sites = sites_of(model, batch)
     single = [adapter for adapter in plan.adapters if len(adapter.sites) == 1]
@@ -173,7 +172,7 @@ def test_the_models_own_weight_with_a_shift():
     rana_fx.attach(model, replace(plan, adapters=tuple(adapters)))
     with measuring(model) as meter:
         assert relative(output(meter.run(batch)), dense) < 1e-5
-    # a shift decides what is small
+    # the shift changes which values are small
     large = tuple(replace(a, tau=torch.full_like(a.tau, float("inf"))) for a in adapters)
     rana_fx.attach(model, replace(plan, adapters=large))
     with measuring(model) as meter:
@@ -248,7 +247,7 @@ def test_a_plan_given_as_an_option():
 
 
 class Attention(torch.nn.Module):
-    """Its linears can be called by themselves: a graph with only some of them."""
+    """Its linears can be called separately, for graphs with only some of them."""
 
     def __init__(self, q, k, v):
         super().__init__()
@@ -302,7 +301,7 @@ def test_some_of_the_linears_are_in_the_graph(storage, sizes):
                 found.append(torch.compile(some, backend=rana_fx.backend)(x))
         ((replaced, products),) = seen
         assert replaced == len(asked)
-        # all of them, in any order: one product. Else one each, or one for those whose columns are no piece of memory
+        # all of them, in any order: one matmul. Otherwise one for each, or one for all whose columns are not contiguous
         apart = [in_one_piece(adapter, sizes, names.index(name)) for name in asked]
         expected = 1 if set(asked) == set(names) else sum(apart) + (not all(apart))
         assert products == expected + (adapter.router_tau is not None)
@@ -313,6 +312,6 @@ def test_some_of_the_linears_are_in_the_graph(storage, sizes):
 
 
 def in_one_piece(adapter, sizes, index):
-    """Whether the columns of a site begin and end with groups of 64, or need not."""
+    """Whether the columns of a site can be sliced: with 4 bits they must begin and end at groups of 64."""
     start, stop = sum(sizes[:index]), sum(sizes[: index + 1])
     return adapter.weight.dtype != torch.uint8 or (start % 64 == 0 and (stop % 64 == 0 or stop == sum(sizes)))

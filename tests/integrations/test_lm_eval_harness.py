@@ -1,5 +1,5 @@
-"""Tasks of lm-evaluation-harness: dense plans score like lm_eval's own model, adapted ones as the adapted model predicts, and
-mistakes are told. Tasks and model are made here; nothing is fetched.
+"""Tasks of lm-evaluation-harness: dense plans have the scores of lm_eval's own model, adapted plans those of the adapted model;
+errors. Tasks and model are local; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_a_dense_plan_scores_as_the_dense_model(tiny):
     assert scores[0] == scores[1]
     assert set(scores[0]) == set(TASKS)
     assert {"acc", "acc_stderr", "acc_norm"} <= set(scores[0]["local_choice"])
-    # a model that knows nothing gives each token about log(4096) nats, a word at least one token
+    # a random model has about log(4096) nats per token, and a word has at least one token
     assert scores[0]["local_text"]["word_perplexity"] > 1000
 
 
@@ -124,7 +124,7 @@ def test_the_model_is_registered_and_takes_arguments_as_text(tiny):
     made = RanaLM.create_from_arg_string(f"pretrained={model},plan={plan},compile=false,prefill=dense", {"device": "cpu"})
     loaded = rana_fx.load_plan(plan)
     assert made.plan.digest() == loaded.digest()
-    # the checkpoint's own dtype or lm_eval's would be that of another plan
+    # the dtype of the checkpoint or of lm_eval would not fit the plan
     assert str(made.model.dtype) == f"torch.{loaded.sites[0].dtype}"
     info = made.get_model_info()
     assert (info["plan_digest"], info["plan_recipe"], info["plan_budget"]) == (loaded.digest(), "paper", 0.6)
@@ -132,7 +132,7 @@ def test_the_model_is_registered_and_takes_arguments_as_text(tiny):
 
 def test_prompts_left_dense_score_as_the_dense_model(tiny):
     model, _, plan, tasks = tiny
-    # longer than what is decoded step by step
+    # longer than calls with masks
     pairs = [(" ".join([start] * 5), end) for start, end in requests(tasks)]
     ask = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     dense = HFLM(model, device="cpu", dtype="float32", batch_size=1).loglikelihood(ask, disable_tqdm=True)
@@ -141,7 +141,7 @@ def test_prompts_left_dense_score_as_the_dense_model(tiny):
     assert RanaLM(model, plan, **given).loglikelihood(ask, disable_tqdm=True) != dense
 
 
-def test_mistakes_are_told(tiny, tmp_path, monkeypatch):
+def test_invalid_arguments_raise(tiny, tmp_path, monkeypatch):
     model, _, plan, tasks = tiny
     with pytest.raises(PlanFileError, match="is not a readable plan"):
         RanaLM("no/such/model", tmp_path / "nothing")
@@ -180,7 +180,7 @@ def test_lm_evals_own_command_line_knows_the_model(tiny, tmp_path, monkeypatch, 
     words = ["--model", "rana", "--model_args", f"pretrained={model},plan={plan},compile=false", "--device", "cpu"]
     words += ["--tasks", "local_choice", "--include_path", str(tasks), "--limit", "2", "--output_path", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
-    # reading the task files that lm_eval brings takes longer than everything else here
+    # reading the task files of lm_eval takes longer than the rest of this file
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
     lm_evals_command_line()
     assert "|local_choice|" in capsys.readouterr().out

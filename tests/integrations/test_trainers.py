@@ -1,4 +1,4 @@
-"""Trainers of others: a model compiled in place, the Trainer of transformers, a loop of accelerate. All but Inductor is real."""
+"""Other trainers: a model compiled in place, the Trainer of transformers, a loop of accelerate; only Inductor is replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS = [{"input_ids": row, "labels": row} for batch in texts(8) for row in batch
 
 @pytest.fixture
 def graphs(graphs_as_rewritten):
-    """Graphs that "rana" was asked to compile; they run as they are rewritten."""
+    """Graphs that the backend "rana" compiles; the rewritten graphs run eagerly."""
     yield graphs_as_rewritten
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -1,4 +1,4 @@
-"""Choices by measurement: the fastest is taken, remembered for a bucket and a file, and what fails is left out."""
+"""Autotuning: the fastest choice is cached by bucket in a file; choices that fail are left out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def test_the_fastest_is_remembered_across_processes(tmp_path):
     def never(choice):
         raise AssertionError(choice)
 
-    # another process has nothing but the file
+    # another process only has the file
     assert fastest("key", list("abc"), never, file=file) == "b"
     assert json.loads(file.read_text()) == {"key of 3": 1}
-    # other shapes and other numbers of choices are measured for themselves
+    # other shapes and other numbers of choices are measured separately
     assert fastest("other", list("ac"), TIMES.__getitem__, file=file) == "c"
     assert fastest("key", list("ab"), {"a": 0.0, "b": 1.0}.__getitem__, file=file) == "a"
     assert set(json.loads(file.read_text())) == {"key of 3", "other of 2", "key of 2"}

@@ -1,4 +1,4 @@
-"""The cost model against what was measured, and the properties that decisions rely on; configs and their slices."""
+"""The cost model against measurements, and properties that decisions depend on; configs and their slices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rana_fx.kernels.cost import (
 )
 from rana_fx.kernels.triton.config import GROUP, Config, cdiv, configs, default_config, row_warps_of
 
-# K, N, then medians in us on an H200 (bf16, one token): a dense product with the rank-major weight; the best masked launch of a
+# K, N, then medians in us on an H200 (bf16, one token): a dense matmul with the rank-major weight; the best masked launch of a
 # sweep at 0, 50 and 70 % masked
 MEASURED = [
     (4096, 12288, 28.6, 28.8, 18.3, 13.4),

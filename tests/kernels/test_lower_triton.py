@@ -1,5 +1,6 @@
-"""What Inductor writes for a GPU, without one: which kernels a decoded token launches, and what is fused into them; and, on a
-GPU, what they compute."""
+"""Code that Inductor generates for a GPU, without one: the kernels that a decoded token launches, and fusions; on a GPU, also
+their
+results."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ pytest.importorskip("triton")
 
 
 def launches(code):
-    """Names of the kernels that the written module calls, in order."""
+    """Names of the kernels that the generated module calls, in order."""
     return re.findall(r"^\s+(\w+?)(?:_\d+)?\.run\(|^\s+(extern_kernels\.\w+)\(", code[code.index("def call") :], re.M)
 
 
 def options(code):
-    """What each of our launches was compiled with, in order: constants of the kernel and options of the compiler."""
+    """Constants of the kernel and compiler options of each of our launches, in order."""
     body = code[code.index("def call") :]
     order = [name for name in re.findall(r"^\s+(\w+)\.run\(", body, re.M) if not name.startswith("triton")]
     sources = re.split(r"^(\w+) = async_compile\.triton\(", code, flags=re.M)
@@ -42,7 +43,7 @@ REQUESTS = ("1,1,ranks", "1,3,ranks", "64,1,ranks", "1,2,masks", "1,2,gate", "4,
 
 @pytest.fixture(scope="module")
 def written():
-    """What Inductor writes, by tokens, layers and kind."""
+    """Generated code by tokens, layers and kind."""
     rows = map(json.loads, run("tests/support/lowered.py", *REQUESTS).splitlines())
     return {row["request"]: row["code"] for row in rows}
 
@@ -58,7 +59,7 @@ def test_a_decoded_token_launches_one_kernel_per_product_and_nothing_else(writte
     assert (router["NORM"], router["HAS_GAIN"]) == ("True", "True")
     assert (first["ACT"], first["HAS_RESIDUAL"]) == ("1", "False")
     assert (second["ACT"], second["HAS_RESIDUAL"]) == ("0", "True")
-    # what ran before the first launch of a graph is not known
+    # the kernel before the first launch of a graph is unknown
     assert [launch["PDL"] for launch in (router, first, second)] == ["False", "True", "True"]
     assert [launch.get("launch_pdl", "False") for launch in (router, first, second)] == ["False", "True", "True"]
 
@@ -78,7 +79,7 @@ def test_masks_of_one_tensor_are_one_launch(written):
     assert ours == ["masked_parts_kernel", "masked_gemv_kernel"] * 2
     first, second, *_ = options(code)
     assert (first["PDL"], second["PDL"]) == ("True", "True")
-    # no weight is copied, and both halves are read where the launch left them
+    # no weight is copied, and both halves are read from the output of the launch
     assert not re.search(
         r"\(4096, 11008\)|\(11008, 4096\)", "".join(line for line in code.splitlines() if "empty_strided" in line)
     )
@@ -88,7 +89,7 @@ def test_a_masked_gate_reads_kept_rows_of_up_and_down(written):
     code = written["1,2,gate"]
     names = [first or second for first, second in launches(code)]
     ours = [name for name in names if not name.startswith("triton")]
-    # the gate's product is dense and decides what the others read
+    # the matmul of the gate is dense, and its output masks the others
     assert ours == ["extern_kernels.mm", "masked_rows_kernel", "masked_gemv_kernel"] * 2
     assert [launch["PDL"] for launch in options(code)] == ["True"] * 4
     assert [launch.get("launch_pdl") for launch in options(code)] == ["True"] * 4
@@ -164,7 +165,7 @@ def test_compiled_masked_gate_matches_fp64(tokens, bias, dtype):
     x, r = randn(1, tokens, width), randn(1, tokens, width)
     w_g, w_u = randn(ffn, width, scale=width**-0.5), randn(ffn, width, scale=width**-0.5)
     w2, c = randn(ffn, width, scale=ffn**-0.5), randn(ffn) if bias else None
-    # about a fifth of the gates are that large
+    # about a fifth of the gates reach the threshold
     level, tiny = 0.46**2, torch.full((ffn,), torch.finfo(torch.float32).tiny, device="cuda")
 
     def layer(x, r):
@@ -214,7 +215,7 @@ def test_max_autotune_measures_a_shape_once_and_computes_the_same(bits, tmp_path
     assert _rmse(y, reference.masked_gemv(v.double() * 2, tau, exact)) < 2 * eps
     assert _rmse(z, reference.masked_gemv(y[:, :ranks].double() * 2**-5, tau, exact)) < 2 * eps
     known = json.loads(file.read_text())
-    assert len(known) == 1  # both products are in one bucket
+    assert len(known) == 1  # both matmuls are in one bucket
     assert len(measured) == len(configs(ranks, width, 1, 0.5, bits=bits))
     assert all(0 < time < 1e3 for time in measured)
     torch.compiler.reset()
@@ -228,7 +229,7 @@ def _rmse(got, exact):
 
 
 def _flipped(h, tau, w, eps):
-    """What elements within rounding of their threshold can change: the product saw h before it was rounded."""
+    """Largest effect of elements within rounding of their threshold: the fused matmul reads h before rounding."""
     near = (h.double().square() - tau).abs() < 4 * eps * tau
     delta = reference.masked_gemv(h.double() * near, tau * 0, w.double())
     return float(delta.norm() / math.sqrt(h.shape[-2])) + 1e-6

@@ -1,4 +1,4 @@
-"""The C++ template of the masked product through Inductor: numerics, all that may be fused into it, where it steps aside."""
+"""The C++ template of the masked matmul through Inductor: numerics, fusions, and cases that it declines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def operands(tokens, ranks, outputs, dtype, *, bits=16, density=0.5, seed=0):
 @settings(max_examples=2)
 @given(data=st.data())
 def test_matches_fp64(bits, data):
-    """Any strides, in the storage's own numbers; a floating weight whose rows lie apart is left to a matrix product."""
+    """Any strides, any storage; a floating weight with rows that are not contiguous is multiplied by a dense matmul."""
     # four in a graph: two graphs are compiled instead of eight
     cases = [data.draw(products(bits=bits, tokens=(1, 2, 3, MAX_TOKENS))) for _ in range(4)]
     with poisoned():
@@ -69,7 +69,7 @@ def test_matches_fp64_in_several_blocks(bits, data):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_threads_change_no_bit(bits):
-    """Nor does another run. 2,000 columns are no whole number of grains, let alone of shares."""
+    """Nor does another run. 2,000 columns are not a multiple of the grain size or of the columns per thread."""
     given = operands(3, 250, 2000, torch.float32, bits=bits)
     results = []
     for threads in (1, 3):
@@ -139,8 +139,8 @@ USERS = (_gated, _gelu, _two_users, _residual, _heads)
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 16), (torch.float32, 8), (torch.bfloat16, 4), (torch.bfloat16, 16)])
 def test_fused_users(dtype, bits):
-    """The scheduler fuses pointwise users into any template, also into one that ignores them and leaves garbage behind."""
-    # in one graph, of operands of their own: equal products would be computed once
+    """The scheduler fuses pointwise users into any template; a template that ignores them would give wrong results."""
+    # in one graph, with different operands: equal matmuls would be computed once
     cases = [operands(3, 61, 128, dtype, bits=bits, seed=seed) for seed in range(len(USERS))]
     sizes = [len(case) for case in cases]
 
@@ -167,7 +167,7 @@ def test_epilogue_is_in_the_same_kernel(bits):
 
 
 def test_steps_aside():
-    """More tokens, or a weight whose rows are not contiguous, make it a matrix product; so does a varying token count."""
+    """More tokens, a dynamic number of tokens, or a weight whose rows are not contiguous, give a dense matmul."""
     many, tau, weight, bias, _ = operands(MAX_TOKENS + 1, 31, 64, torch.float32)
     for v, w in [(many, weight), (many[:1], weight.t().contiguous().t())]:
         got, code = compiled(masked_gemv, v, tau, w, bias)

@@ -1,4 +1,4 @@
-"""The C++ template of kept rows through Inductor: numerics, that it skips, what is fused into it, where it steps aside."""
+"""The C++ template of masked_rows through Inductor: numerics, skipped rows, fusions, and cases that it declines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rana_fx.kernels.ops import masked_gemv, masked_rows
 from tests.support.inductor import GEMV, ROWS, calls, compiled, each, poisoned
 from tests.support.products import SIZES, Product, Rows, masked_by, row_products
 
-SPARSE = 0.01  # a density at which the template is expected to win, however many tokens there are
+SPARSE = 0.01  # a density at which the template is expected to be faster, for any number of tokens
 
 
 def case(tokens, rows, width, *, density=0.5, dtype=torch.float32):
@@ -26,7 +26,7 @@ def case(tokens, rows, width, *, density=0.5, dtype=torch.float32):
 @settings(max_examples=3)
 @given(data=st.data())
 def test_matches_fp64(data):
-    """Any strides; a weight whose rows lie apart is left to a matrix product."""
+    """Any strides; a weight with rows that are not contiguous is multiplied by a dense matmul."""
     # four in a graph: three graphs are compiled instead of twelve
     cases = [data.draw(row_products(tokens=(1, 2, 5, MAX_TOKENS), rows=[*SIZES, 530])) for _ in range(4)]
     with poisoned():
@@ -39,7 +39,7 @@ def test_matches_fp64(data):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_dropped_rows_are_not_multiplied(monkeypatch, tokens):
-    """Without the selection behind the sums, a NaN in a dropped row would reach the result if the row were multiplied."""
+    """A NaN in a dropped row would reach the result if the row were multiplied."""
     selection = "a != 0.0f ? a * (up{{bias}}) : 0.0f"
     assert MaskedRowsTemplate.body.count(selection) == 1
     monkeypatch.setattr(MaskedRowsTemplate, "body", MaskedRowsTemplate.body.replace(selection, "a * (up{{bias}})"))
@@ -72,7 +72,7 @@ def test_cast_and_users_are_in_the_same_kernel():
 
 
 def test_up_and_down_of_a_gated_mlp():
-    """Both skip what the gate drops; the gate's shape has a dimension that x has not."""
+    """Both skip neurons that the gate drops; the gate has one more dimension than x."""
     rows, tau = case(2, 61, 128), torch.full((61,), torch.finfo(torch.float32).tiny)
     down = torch.randn(61, 30) / 8
     (h, y), code = compiled(
@@ -87,7 +87,7 @@ def test_up_and_down_of_a_gated_mlp():
     ("tokens", "density", "dtype"), [(MAX_TOKENS + 1, SPARSE, torch.float32), (2, 0.9, torch.bfloat16), (8, 0.9, torch.float32)]
 )
 def test_steps_aside(tokens, density, dtype):
-    """More tokens, or masks that cover too much: a matrix product, rounded before it is multiplied by the gate and after."""
+    """More tokens, or masks that keep too much: a dense matmul, rounded before and after the multiplication by the gate."""
     rows = case(tokens, 31, 64, density=density, dtype=dtype)
     h, code = compiled(masked_rows, *rows.poisoned().operands, density)
     assert ROWS not in code and "torch.ops.rana" not in code

@@ -1,4 +1,4 @@
-"""Of a tensor whose mean square is as small as eps, the norm in front of a router is what eps makes of it."""
+"""The norm in front of a router adds eps, which matters for a tensor with a mean square as small as eps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The declared ops beyond plain weights: quantised storage, the router, who computes them, and what autograd gives."""
+"""The declared ops beyond floating weights: quantised storage, the router, implementations, gradients."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_gradcheck_router():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck_masked_rows(bias):
-    """The mask is a constant: where a was dropped, nothing reaches it."""
+    """The mask is a constant: dropped elements of a have no gradient."""
     generator = torch.Generator().manual_seed(0)
     shapes = (6, 5), (2, 3, 4), (4, 5), (4,)
     x, a, weight, c = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)

@@ -1,5 +1,5 @@
-"""The table of implementations: a toy backend from outside of the package, why rows are passed over, and that the choice on a GPU
-is the cost model's."""
+"""The table of implementations: a toy backend from outside of the package, reasons why rows are not selected, and on a GPU the
+choice by the cost model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOY = "torch.ops.toy_backend.gemv"
 SHAPES = {"K": st.integers(1, 65536), "N": st.integers(1, 65536), "T": st.integers(1, 16), "density": st.floats(0, 1)}
 
 
-# ---- a backend: what somebody writes to add one
+# ---- an example backend
 
 
 @torch.library.custom_op("toy_backend::gemv", mutates_args=())
@@ -43,7 +43,7 @@ def _(v, tau, weight):
 
 
 class Toy:
-    """``rana::masked_gemv`` on a CPU for two tokens in float32; ``launched`` and ``asked`` record what it met."""
+    """``rana::masked_gemv`` on a CPU for two tokens in float32; ``launched`` and ``asked`` record its calls."""
 
     def __init__(self):
         self.launched, self.asked = [], []
@@ -76,7 +76,7 @@ class Toy:
 def toy():
     backend = Toy()
     unregister = register_implementation(backend.row())
-    # graphs that were compiled by other rows are not met again
+    # graphs compiled with other rows are not reused
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         yield backend
     unregister()
@@ -93,13 +93,13 @@ def test_a_backend_from_outside_computes_in_eager_mode(toy):
     with implementation("toy"):
         two.check(masked_gemv(two.v, two.tau, two.weight, two.bias))
         assert toy.launched == [(2, 31)]
-        # what it does not accept, the reference computes
+        # the reference computes calls that the backend does not accept
         three = case(3)
         three.check(masked_gemv(three.v, three.tau, three.weight, three.bias))
     with implementation("reference"):
         masked_gemv(two.v, two.tau, two.weight)
     assert toy.launched == [(2, 31)]
-    # in front of all others it is also the first choice without a name
+    # in front of all others it is the default choice, too
     masked_gemv(two.v[None], two.tau, two.weight)
     assert toy.launched == [(2, 31), (1, 2, 31)]
 
@@ -147,7 +147,7 @@ def test_reasons_are_given_and_logged(toy, caplog):
         ("toy", "takes two tokens, not 3"),
         ("triton", "is for cuda, the operands are on cpu"),
     ]
-    # nothing stands before the first
+    # no row is before the first
     assert registry.why(dataclasses.replace(problem, tokens=2)) == []
 
 
@@ -160,7 +160,7 @@ def test_order_and_names_follow_the_table(toy):
         assert registry.launchable() == ("late", "reference", "toy", "triton")
     finally:
         undo()
-        undo()  # once more does nothing
+        undo()  # a second call has no effect
     assert registry.launchable() == ("reference", "toy", "triton")
 
 
@@ -190,7 +190,7 @@ def test_impossible_rows_are_refused(toy):
 
 
 def test_the_cache_key_depends_on_what_is_registered(tmp_path):
-    """Compiled code of one table, or of another version of a backend, is not met by another."""
+    """Compiled code is not reused with another table or another version of a backend."""
     source, seen = tmp_path / "other_backend.py", set()
     key = _PostGrad(types.SimpleNamespace(matches=types.SimpleNamespace(attachments=())))
     for text in ("def lower(*operands): return 1\n", "def lower(*operands): return 2\n"):
@@ -219,7 +219,7 @@ def test_every_row_names_code_that_exists(op):
                 assert callable(row.code(compiled=compiled_mode))
 
 
-# ---- on a GPU that is not there
+# ---- choices for a GPU, without one
 
 
 def on_gpu(op, rows, columns, tokens, density, *, bits=16, **facts):
@@ -306,7 +306,7 @@ def test_eager_mode_launches_for_few_tokens_whatever_the_density(h200):
         for op in ("masked_gemv", "router"):
             problem = dataclasses.replace(on_gpu(op, 256, 256, tokens, 1.0, bits=bits), compiled=False, contiguous_rows=False)
             assert registry.choose(problem).name == wanted
-    # by name, wherever it can
+    # selected by name, for every call that it accepts
     problem = dataclasses.replace(on_gpu("masked_gemv", 256, 256, 16, 1.0), compiled=False, device=torch.device("cpu"))
     assert registry.choose(problem).name == "reference"
     assert registry.choose(problem, name="triton").name == "triton"

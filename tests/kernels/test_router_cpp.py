@@ -1,4 +1,4 @@
-"""The C++ template of the router through Inductor: numerics in every storage, what is fused into it, where it steps aside."""
+"""The C++ template of the router through Inductor: numerics in every storage, fusions, and cases that it declines."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_cast_and_users_are_in_the_same_kernel(bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_whole_adapter_reads_stored_numbers_alone(bits):
-    """Router and product, quantised, in one graph: two kernels and no fallback."""
+    """Quantised router and matmul in one graph: two kernels and no fallback."""
     x, weight, scale = operands(2, 61, 128, torch.float32, bits)
     x = x[None]
     down, down_scale = pack(torch.randn(61, 64) / 8, bits)

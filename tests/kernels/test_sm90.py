@@ -1,5 +1,5 @@
-"""What Triton makes of the kernels for sm_90, found without a GPU: they compile, read weights 16 bytes at a time, and a launch
-can be left in a graph for Inductor."""
+"""Kernels compiled for sm_90 without a GPU: they compile, load weights 16 bytes at a time, and a traced launch stays in a graph
+for Inductor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments):
-    """stdout of a process that compiles where this one may interpret."""
+    """stdout of a process that compiles Triton kernels, since this process may interpret them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
@@ -27,7 +27,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """(what each variant compiles to, what a traced function calls), from one process."""
+    """(compiled code of each variant, calls of a traced function), from one process."""
     lines = run("tests/support/compiled.py", str(tmp_path_factory.mktemp("pasted"))).splitlines()
     *variants, traced = map(json.loads, lines)
     return {row["name"]: row for row in variants}, traced["targets"]

@@ -1,4 +1,4 @@
-"""A value exactly at its threshold is kept, whoever computes: squares of small integers are exact in every dtype."""
+"""All implementations keep a value exactly at its threshold: squares of small integers are exact in every dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The masked product's kernels against fp64, in every storage, and the sum inside the launch. Interpreted without a GPU."""
+"""Kernels of the masked matmul against fp64, in every storage, with the split-K reduction. Interpreted without a GPU."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_activation(device, name, data):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_of_large_arguments(device, name):
-    """Nothing overflows on the way."""
+    """No intermediate value overflows."""
     v = torch.tensor([[1.0]], device=device)
     gate = torch.tensor([-3e4, -200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0, 3e4], device=device)
     weight = torch.cat([gate, torch.ones_like(gate)])[None]

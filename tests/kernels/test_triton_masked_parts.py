@@ -1,4 +1,4 @@
-"""Products of one tensor under masks of their own, in one launch, against fp64: under Triton's interpreter, and on a GPU."""
+"""Matmuls of one tensor with different masks in one launch, against fp64: under Triton's interpreter, and on a GPU."""
 
 from __future__ import annotations
 

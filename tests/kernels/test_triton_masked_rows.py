@@ -1,4 +1,4 @@
-"""The kernel of kept rows against fp64, and that it reads no other row. Interpreted without a GPU."""
+"""The kernel of masked_rows against fp64; it reads only kept rows. Interpreted without a GPU."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_default_config(device, tokens, density):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_one_token_drops_does_not_reach_the_others(device, value):
-    """A row is read for one token and dropped by the other, whose input is anything."""
+    """A row is kept by one token and dropped by the other, whose input may have any value."""
     rows = case(2, 31, 16, 1.0, device)
     rows.a[1, ::2] = 0
     rows.x[1] = value
@@ -67,7 +67,7 @@ def test_what_one_token_drops_does_not_reach_the_others(device, value):
 
 
 def test_leading_dimensions_are_those_of_the_gate(device):
-    """What a linear makes of flattened tokens is multiplied as it is, whatever the gate's shape."""
+    """The output for flattened tokens has the shape of the gate."""
     rows = case(6, 13, 16, 0.5, device)
     h = masked_rows(rows.x.view(3, 2, 16), rows.a.view(1, 6, 13), rows.weight, rows.bias)
     assert h.shape == (1, 6, 13)

@@ -1,4 +1,4 @@
-"""One deliberate mistake: a text in one source file, what replaces it, and the tests that have to fail then."""
+"""One deliberate defect: a text in one source file, its replacement, and the tests that have to fail then."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Mutation:
     """``old`` occurs once in ``file`` (relative to the repository). ``tests``: arguments of pytest, split as a shell does."""
 
     name: str
-    wrong: str  # what the code does then, in one sentence
+    wrong: str  # the wrong behaviour, in one sentence
     file: str
     old: str
     new: str

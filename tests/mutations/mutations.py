@@ -1,6 +1,6 @@
-"""All mutations. Each is a mistake that somebody could make, which compiles and runs, and which named tests have to notice.
+"""All mutations. Each is a plausible defect that compiles and runs, and that named tests have to detect.
 
-They measure the tests, not the code: when tests are rewritten, whatever was killed before has to be killed afterwards
+They measure the tests, not the code: after tests are rewritten, they have to kill every mutation that was killed before
 (``python -m tests.mutations.run``; ``before.json`` holds the test that killed each one before the last restructure).
 """
 

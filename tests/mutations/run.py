@@ -2,7 +2,7 @@
 
 In: names of mutations (all if none). Out: a table, with --out also JSON; exit code 1 if one survived or could not be tried.
 Each file is replaced in one step and always restored, also on Ctrl-C; a file with uncommitted changes is refused. Tests run in a
-process of their own. ``--unchanged`` runs the same tests without any mutation: all must pass, or "killed" would prove nothing.
+process of their own. ``--unchanged`` runs the same tests without any mutation: all must pass, otherwise "killed" has no meaning.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLED, SURVIVED, UNTRIED = "killed", "survived", "not applicable"
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.mutations.without_shrinking")
 _PRELOADED = ("pytest", "torch._dynamo", "torch._inductor.compile_fx", "transformers", "peft", "safetensors.torch")
-_REWRITTEN = "ignore::pytest.PytestAssertRewriteWarning"  # that a plugin nobody tests was imported before
+_REWRITTEN = "ignore::pytest.PytestAssertRewriteWarning"  # the plugin was imported before pytest could rewrite its asserts
 _FAILED, _NOTHING_FAILED = 1, 0  # exit codes of pytest; others mean that no test ran
 
 
@@ -41,7 +41,7 @@ class NotApplicableError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """``by``: the test that failed, or why there is no result. ``seconds``: of the tests."""
+    """``by``: the test that failed, or the reason why there is no result. ``seconds``: of the tests."""
 
     name: str
     result: str
@@ -64,7 +64,7 @@ def located(mutation: Mutation) -> str:
 
 
 def replace(path: Path, text: str, times_ns: tuple[int, int] | None = None) -> None:
-    """Replace a file in one step; its mode stays, its time of modification is now or as given."""
+    """Replace a file atomically with the same mode; its modification time is now, or ``times_ns``."""
     beside = path.with_name(f".{path.name}.mutation")
     try:
         beside.write_text(text)
@@ -87,7 +87,7 @@ def applied(mutation: Mutation) -> Iterator[None]:
         replace(path, text.replace(mutation.old, mutation.new))
         yield
     finally:
-        # compiled bytecode is told from the source by its time of modification
+        # Python detects stale bytecode by the modification time of the source
         replace(path, text, (status.st_atime_ns, status.st_mtime_ns))
 
 
@@ -127,7 +127,7 @@ def preload() -> None:
 
 
 def forked(arguments: Sequence[str], timeout: float) -> tuple[int | None, str]:
-    """As ``pytest``, in a fork of this process, which has imported everything but this repository."""
+    """Like ``pytest``, in a fork of this process, which has imported all other packages."""
     with tempfile.TemporaryFile() as file:
         child = os.fork()
         if not child:

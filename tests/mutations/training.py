@@ -1,4 +1,4 @@
-"""Mutations of training: what is trained, LoRA, the loop, checkpoints; and of benches."""
+"""Mutations of training: trained parameters, LoRA, the loop, checkpoints; and of benches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MUTATIONS = (
     M("warm-up-from-zero", "The first step has a learning rate of zero.",
       "rana_fx/training/settings.py", "self.rate * (step + 1) / rising", "self.rate * step / rising",
       f"{_T_LOOP}::test_rates_rise_and_fall"),
-    M("foreign-checkpoint-accepted", "A training goes on from the checkpoint of another one.",
+    M("foreign-checkpoint-accepted", "A training resumes from the checkpoint of another one.",
       "rana_fx/training/checkpoint.py", "if found.get(key) != value:", "if False:",
       f"{_T_LOOP}::test_a_checkpoint_of_something_else_is_refused"),
     M("dead-weights-trained", "Weights that the adapted model does not read are trained.",
@@ -39,7 +39,7 @@ MUTATIONS = (
       "live = is_plain(parameter) and id(parameter) not in replaced",
       "live = is_plain(parameter)",
       "tests/training/test_gradients.py::test_what_is_trained"),
-    M("trained-code-not-renewed", "Code that was compiled before does not notice what is trained now.",
+    M("trained-code-not-renewed", "Code compiled before is not recompiled when other parameters are trained.",
       "rana_fx/training/parameters.py",
       "            parameter.requires_grad_(id(parameter) in kept)\n    invalidate_guards(model)",
       "            parameter.requires_grad_(id(parameter) in kept)",

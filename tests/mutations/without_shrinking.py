@@ -1,4 +1,4 @@
-"""A plugin of pytest: Hypothesis ends with the first example that fails, since nobody reads a smaller one here."""
+"""A plugin of pytest: Hypothesis stops at the first failing example without shrinking it, since only the failure matters here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests are found where no optional extra is installed: ``pytest -m gpu`` has to start on a bare machine with a GPU."""
+"""Tests can be collected without optional extras: ``pytest -m gpu`` has to start on a machine without them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_collection_needs_no_extra():
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "tests/kernels/" in done.stdout
-    # tests of extras say what they miss; nothing else is left out
+    # tests of extras are skipped with the missing package as reason; no other test is left out
     skipped = set(re.findall(r"^SKIPPED \[1\] tests/(\S+?):", done.stdout, re.M))
     assert skipped == {"training/test_lora.py", "integrations/test_trainers.py", "integrations/test_lm_eval_harness.py"}

@@ -1,7 +1,7 @@
-"""What is installed works where users run it: from a wheel, from a checkout, next to transformers.
+"""The installed package works from a wheel, from a checkout and next to transformers.
 
-The wheel is built from a copy of the checkout, in which the build leaves nothing behind, installed into a folder of its own
-and imported by a fresh interpreter in another directory.
+The wheel is built from a copy of the checkout, so that the checkout stays clean, installed into a separate folder and imported by
+a new interpreter in another directory.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pip(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built without fetching anything."""
+    """The wheel, built without network access."""
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -132,7 +132,7 @@ def test_transformers_does_not_take_our_kernels_for_the_package_of_that_name(tmp
         "print(*(getattr(sys.modules[name], '__file__', None) for name in sys.modules if name.split('.')[0] == 'kernels'))"
     )
     available, files = python(code, cwd=tmp_path, path=ROOT)
-    # an empty namespace of that name is harmless, a file of ours run under it registers its operators a second time
+    # an empty namespace of that name is harmless; importing a file through it would register its operators a second time
     assert str(ROOT) not in files
     if not has_distribution("kernels"):
         assert available == "False"

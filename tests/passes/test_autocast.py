@@ -1,4 +1,4 @@
-"""Under autocast an adapter's products run in the dtype that the linears they replace would have made."""
+"""Under autocast an adapter's matmuls run in the dtype that the replaced linears would have."""
 
 from __future__ import annotations
 

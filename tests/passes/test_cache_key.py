@@ -1,4 +1,4 @@
-"""What Inductor's cache key contains: the plan, and the pass of the user, which runs (sources: test_sources.py)."""
+"""Inductor's cache key contains the plan and the user's pass, which also runs (sources: test_sources.py)."""
 
 from __future__ import annotations
 

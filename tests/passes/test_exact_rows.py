@@ -1,4 +1,4 @@
-"""Rank adapters that compute their large outputs exactly: in graphs, against the same written out, and at their extremes."""
+"""Rank adapters that compute large outputs exactly: rewritten graphs against a reference, and extreme thresholds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def graph_of(model, batch):
 
 
 def readers(nodes, name):
-    """What a Parameter of the graph ends in, views seen through."""
+    """Nodes that read a Parameter of the graph, through views."""
     found, todo = set(), [node for node in nodes if node.op == "placeholder" and name in node.name]
     assert todo
     for node in todo:
@@ -57,7 +57,7 @@ def test_large_outputs_are_the_models_own(name, activation):
     assert 0.1 < kept["up"] / FFN < 0.9
     targets = [node.target for node in nodes]
     assert (targets.count(router), targets.count(masked_gemv), targets.count(masked_rows)) == (1, 1, 1)
-    # down is all that is left, and rows are all that is read of up
+    # only down is a dense matmul, and of up only rows are read
     assert sum(getattr(target, "__name__", target) in ("linear", "addmm", "matmul", "einsum") for target in targets) == 1
     assert readers(nodes, "up_parameters_weight") == {masked_rows}
     (rows,) = [node for node in nodes if node.target is masked_rows]
@@ -116,7 +116,7 @@ def test_the_extremes_are_the_dense_linear_and_the_plain_adapter(name, dtype):
 
 @given(st.integers(1, 9), st.sampled_from([1, 3, 16]), st.floats(-3, 3), st.integers(0, 99))
 def test_the_operations_for_any_shape(tokens, ranks, level, seed):
-    """What the graph holds, run by itself: rows that are not read leave no trace, were they infinite."""
+    """The operations of the graph alone: rows that are not read have no effect, even if infinite."""
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(tokens, size, generator=generator) for size in (ranks, 7))
     weight, bias = torch.randn(7, ranks, generator=generator), torch.randn(7, generator=generator)

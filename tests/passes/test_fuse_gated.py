@@ -1,4 +1,4 @@
-"""act(first half) * second half of a masked product: told by values, in any spelling; everything else is left alone."""
+"""act(first half) * second half of a masked matmul is recognised in any form, by values; other graphs are unchanged."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check(got, name, v, tau, w, bias):
 
 
 def combinations():
-    """Every spelling and every way to take halves, not all pairs."""
+    """Every form of the activation and every way to take halves, not all pairs."""
     spellings = [(name, key) for name, known in SPELLINGS.items() for key in known]
     return [(*spelling, halves) for spelling, halves in zip(spellings, itertools.cycle(HALVES), strict=False)]
 

@@ -1,4 +1,4 @@
-"""Norms into routers: which spellings are taken, which are left and why, and that values stay."""
+"""Fusion of norms into routers: forms that are fused, forms that are not and the reasons, and unchanged values."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_norm_is_taken_into_its_router(name, dtype):
     assert sum(node.op == "call_function" for node in module.graph.nodes) == 1
     x = h.double() / (h.double().square().mean(-1, keepdim=True) + EPS).sqrt()
     x = x * {"gemma": 1 + g.double(), "without_gain": 1.0}.get(name, g.double())
-    # the sum of the norm errs as the sum of the product does
+    # the error of the norm's sum has the same bound as that of the matmul
     magnitude = 2 * x.abs() @ b.double().abs().t()
     assert_close("z", module(h, g, b), x @ b.double().t(), magnitude, terms=WIDTH)
 
@@ -96,7 +96,7 @@ def test_every_router_of_a_norm_takes_it():
 
 
 def test_a_norm_that_changes_the_dtype_is_left():
-    """The fused router gives what it reads, so its result would be wider than the router's."""
+    """The fused router returns the dtype of its input, which would be wider than the router's."""
     h, g, b = norm_operands(torch.bfloat16)
     given = h.float(), g.float(), b
     module, counts = fused(lambda h, g, b: router(llama(h, g).to(b.dtype), b), *given)
@@ -106,7 +106,7 @@ def test_a_norm_that_changes_the_dtype_is_left():
 
 
 LEFT = {
-    # a rounding that was asked for
+    # an explicit rounding
     "fp8 in between": lambda h, g, b: router(llama(h, g).to(torch.float8_e4m3fn).to(b.dtype), b),
     "layer norm": lambda h, g, b: router(layer_norm(h, (WIDTH,), g, g, EPS), b),
     "another reader": lambda h, g, b: (router(x := llama(h, g), b), x + 1),

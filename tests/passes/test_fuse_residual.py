@@ -1,4 +1,4 @@
-"""Residuals into masked matmuls: which sums are taken, which are left and why, and that values stay."""
+"""Fusion of residuals into masked matmuls: sums that are fused, sums that are not and the reasons, and unchanged values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of one tensor in one launch: which are taken together, which are left apart, and that values stay."""
+"""Matmuls of one tensor in one launch: which are combined, which are not, and unchanged values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ K, SIZES = 48, (32, 16, 16)
 
 
 def weights(dtype=torch.float32, sizes=SIZES):
-    """(out, in) stored by columns, as a plan stores what its masks select from."""
+    """(out, in), column-major, as a plan stores weights of neuron adapters."""
     return [(torch.randn(K, size) / K**0.5).to(dtype).t() for size in sizes]
 
 
@@ -108,7 +108,7 @@ def test_five_of_one_tensor_are_two_launches():
 
 
 def model(layers):
-    """(function, inputs): layers of q, k, v and of gate and up under masks of their own, with products behind them."""
+    """(function, inputs): layers of q, k, v and of gate and up with different masks, followed by further matmuls."""
 
     def parameters():
         widths = (*SIZES, 24, 24)

@@ -1,4 +1,4 @@
-"""All fusing passes in a row: where kernels take few tokens, in the order of ``POST_GRAD``, and through Inductor."""
+"""All fusing passes in the order of ``POST_GRAD``, for calls with few tokens, and through Inductor."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_another_device_is_left():
 
 
 def test_what_is_dead_shares_no_launch():
-    """The matmul behind a gate has no reader once the gate is in its launch, and another one of its tensor stays alone."""
+    """A matmul without users after the fusion of a gate is not combined with another matmul of its tensor."""
     v, tau, w, other = torch.randn(1, RANKS), mask(RANKS), torch.randn(RANKS, 2 * FFN), torch.randn(RANKS, WIDTH)
 
     def parallel(v, tau, w, other):

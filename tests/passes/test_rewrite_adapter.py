@@ -1,6 +1,6 @@
-"""What is simulated is what is rewritten: one definition of an adapter, run inside the dense model and recorded into its graph.
+"""The simulated adapter equals the rewritten graph: one definition, run inside the dense model and recorded into its graph.
 
-Both are the definition's own word; what is right is tested against oracles of their own (test_storage, test_exact_rows,
+Both results come from that definition; its correctness is tested against independent references (test_storage, test_exact_rows,
 test_rewrite_gated).
 """
 
@@ -84,7 +84,7 @@ def both(model, batch, plan, context=contextlib.nullcontext):
 
 @functools.cache
 def found(name):
-    """``both`` of a case, and what the dense model yields."""
+    """``both`` of a case, and the output of the dense model."""
     model, batch, plan = case(name)
     with torch.no_grad():
         dense = output(model(**batch, use_cache=False))
@@ -158,7 +158,7 @@ def stacked(widths, storage):
 
 
 def parts_of(model, x, use):
-    """(what each linear yields, nodes of the rewritten graph)."""
+    """(output of each linear, nodes of the rewritten graph)."""
     nodes = []
     torch.compiler.reset()
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_some_linears_of_a_stack_yield_what_they_yield_with_the_others(storage, 
     for use in ("qv", "k", "v"):
         parts, nodes = parts_of(model, x, use)
         targets = [node.target for node in nodes]
-        # 4 bits: a linear whose columns begin or end inside a group takes them from the product of the whole, which is made once
+        # 4 bits: a linear whose columns begin or end inside a group slices the result of the whole stack, which is computed once
         alone = [not packed or widths == (64, 128, 64) or name == "q" for name in use]
         assert targets.count(masked_gemv) == sum(alone) + (not all(alone)) + storage.startswith("hybrid")
         assert targets.count(router) == (STORAGES[storage][1] is not None and not storage.startswith("hybrid"))

@@ -1,4 +1,4 @@
-"""The pass for gated adapters: which graphs read only kept rows of up, that numbers stay, and what is left as it was."""
+"""The pass for gated adapters: graphs that read only kept rows of up, unchanged values, and graphs that are not rewritten."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def batches(count=3, tokens=24):
 
 
 def planned(form, **kwargs):
-    """The MLP with a plan of recipe ``cats``, made for the plain form of the same weights where its own shows no block."""
+    """The MLP with a plan of recipe ``cats``, made for the plain form of the same weights where its own form is no MLP block."""
     model = Mlp(form, **kwargs)
     plan = rana_fx.adapt(model, batches(), budget=0.7, recipe="cats", progress=False)
     assert [adapter.kind for adapter in plan.adapters] == ["gated"]
@@ -137,7 +137,7 @@ def rewritten(model, batch):
 
 
 def expected(model, x):
-    """Of the form itself, in fp64, with its gate masked."""
+    """Output of the form in fp64 with its gate masked."""
     twin = copy.deepcopy(model).double()
     (tau,) = (value.double() for name, value in attached(model).factors.named_buffers() if name.endswith("tau"))
     silu = F.silu
@@ -155,7 +155,7 @@ def test_rows_of_up_are_skipped(name, bias):
         right = expected(model, batch["x"])
     assert replaced == 1
     assert (targets.count(masked_rows), targets.count(masked_gemv), targets.count(gate_mask)) == (1, 1, 1)
-    # the gate is all that is left
+    # only the gate is a dense matmul
     assert sum(getattr(target, "__name__", target) in ("linear", "addmm", "mm", "matmul") for target in targets) == 1
     assert relative(got, right) < 100 * EPS
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_counts_per_layer(depth):
 
 
 def test_measured_as_before():
-    """What the plan counts is what the rewritten graph keeps."""
+    """The measured counts equal the kept elements in the rewritten graph."""
     model, batch = adapted("cats", depth=1)
     with measuring(model) as meter:
         meter.run(batch)

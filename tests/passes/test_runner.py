@@ -1,4 +1,4 @@
-"""The order of all passes, and what the runner does around each: results, times, dumps, verification, dead code."""
+"""The order of all passes, and the work of the runner for each: results, times, dumps, verification, dead code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_order():
 
 
 def drop_double_negation(graph_module, context):
-    """A pass as somebody outside of the package writes it: -(-x) becomes x."""
+    """An example of a pass from outside of the package: -(-x) becomes x."""
     count, declined = 0, []
     for node in graph_module.graph.find_nodes(op="call_function", target=_aten.neg.default):
         (inner,) = node.args
@@ -69,7 +69,7 @@ def test_a_pass_from_outside_runs_with_ours(tmp_path, monkeypatch):
         ("fuse_same_input", 0),
         ("drop_double_negation", 1),
     ]
-    # what nobody reads any more is gone, and the module runs what the graph says
+    # dead code is removed, and the module is recompiled from the graph
     assert [node.target for node in module.graph.nodes if node.op == "call_function"] == [torch.ops.rana.masked_gemv_add.default]
     torch.testing.assert_close(module(*inputs), expected)
     assert runner.declined()[-1] == ("drop_double_negation", Declined("neg", "it negates arg0_1, on ('cpu',)"))
@@ -132,12 +132,12 @@ def test_a_pass_that_breaks_a_graph_is_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(AssertionError, match=rf"after {wrong.__name__}: (.|\n)*{message}"):
             Runner().run((*POST_GRAD, wrong), sums()[0], PostGrad(()), past_autograd=True)
-        # the graph that failed is what one wants to see
+        # the invalid graph is dumped
         assert len(list(tmp_path.glob(f"*.04.{wrong.__name__}.after.py"))) == 1
 
 
 def test_dead_code_stays_before_autograd():
-    """A Dynamo graph writes in place, which does not show in who reads what."""
+    """A Dynamo graph has in-place writes, which the users of nodes do not show."""
 
     def orphan(graph_module, context):
         (node,) = graph_module.graph.find_nodes(op="call_function", target=_aten.add.Tensor)

@@ -1,4 +1,4 @@
-"""What is hashed into Inductor's cache key: every file that passes and kernels import, subfolders included."""
+"""Files that are hashed into Inductor's cache key: all files that passes and kernels import, subfolders included."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE, PASSES, KERNELS = sources.FOLDERS
 
 
 def file_of(module):
-    """The source file of a module of the package; None for a folder without one, or for what is no module."""
+    """The source file of a module of the package; None for a folder without one, or for a name that is no module."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
@@ -44,12 +44,12 @@ def test_everything_that_passes_and_kernels_reach_is_hashed():
         path = todo.pop()
         if path not in reached:
             reached.add(path)
-            # not the package itself: it imports everything, and what is meant are its modules
+            # not the package itself, which imports everything: only its modules
             todo += [found for name in imported(path) if name != "rana_fx" and (found := file_of(name)) is not None]
     hashed = {Path(name) for name in sources.hashed_files()}
     assert len(reached) > 40 and reached <= hashed, sorted(map(str, reached - hashed))
     assert {path.parent.name for path in hashed} >= {"rana_fx", "graph", "passes", "kernels", "triton", "cpp", "runtime"}
-    # files beside the compiler: an edit of one of them compiles nothing anew
+    # files that do not affect generated code: editing one causes no recompilation
     assert not any(part in path.parts for path in hashed for part in ("commands", "training", "recipes", "calibration"))
 
 
@@ -67,7 +67,7 @@ def copied(tmp_path, monkeypatch):
 
 
 def forget():
-    """As in a new process: the hash is taken once, and Inductor's function keeps it, too."""
+    """Clear the cached hash here and in Inductor, as in a new process."""
     sources.sources_hash.cache_clear()
     get_hash_for_files.cache_clear()
 

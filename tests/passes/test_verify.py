@@ -1,4 +1,4 @@
-"""Graphs with metadata that is wrong on purpose, each found; and graphs that look odd and are right."""
+"""The verifier reports graphs with wrong metadata, and accepts unusual graphs that are correct."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fake(*shape, dtype=torch.float32, device="cpu", strides=None):
 
 
 class Built:
-    """x (2, 4) and w (4, 4) in, y = linear(x, w) out; and a verifier that has seen it."""
+    """x (2, 4) and w (4, 4) in, y = linear(x, w) out; and a verifier made from the graph."""
 
     def __init__(self, *, past_autograd=False, key=None, before=None):
         self.key = key or ("val" if past_autograd else "example_value")
@@ -46,7 +46,7 @@ class Built:
         return node
 
     def put(self, node, place=0):
-        """Return ``node`` instead of what is returned."""
+        """Make ``node`` the output of the graph."""
         self.results[place] = node
         self.output.args = (tuple(self.results),)
 
@@ -135,7 +135,7 @@ def test_a_replaced_value_is_looked_at():
 
 
 def test_what_no_pass_touched_is_not_run():
-    """Its value is not ours: whoever traced the graph may know better, and running everything takes time."""
+    """Values of nodes that no pass changed are trusted, and running all nodes takes time."""
     built = Built(before=lambda b: [b.call(torch.relu, b.y, value=fake(9, 9))])
     built.put(built.call(torch.neg, built.y, value=fake(2, 4)))
     built.verifier.verify()
@@ -212,7 +212,7 @@ def test_an_attribute_has_the_value_it_has():
 
 
 class TestMemory:
-    """No output may come to share memory with an input or another output."""
+    """A pass must not make an output share memory with an input or another output."""
 
     def test_an_input_is_returned(self):
         built = Built()
@@ -275,7 +275,7 @@ class TestMemory:
             built.verifier.verify()
 
     def test_an_old_view_of_a_new_tensor(self):
-        """Replacing what is viewed, as every rewrite of a linear does, makes no output share more than before."""
+        """Replacing the base of a view, as every rewrite of a linear does, adds no aliasing of outputs."""
 
         def viewed(built):
             return [built.call(torch.ops.aten.view.default, built.y, [8], value=built.y.meta["example_value"].view(8))]
@@ -327,7 +327,7 @@ def test_autocast_of_the_graph_holds(place):
 
 
 def test_varying_sizes():
-    """One number of tokens at compile time is no reason to think that it holds always, nor to add a guard."""
+    """Verification neither specialises a symbolic number of tokens nor adds a guard."""
     checked = []
 
     def backend(gm, _):

@@ -1,4 +1,4 @@
-"""Of the allocations that recipe rana tries, the plan is the one that moves the output less on held-out batches."""
+"""Recipe rana selects the allocation with the smaller change of the output on held-out batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every mistake a caller of adapt can make has its own error, which says what to do."""
+"""Every invalid call of adapt raises its own error, with a remedy."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_too_few_tokens_says_how_many(model):
 
 
 def test_layers_quantised_out_of_sight_are_reported():
-    """Packed by torch.ao, or as integer buffers of a library's own: no Parameter is left to find in a graph."""
+    """Weights packed by torch.ao, or integer buffers of another library: the graph has no Parameter of them."""
 
     class Packed(nn.Module):
         def __init__(self):
@@ -90,7 +90,7 @@ def test_layers_quantised_out_of_sight_are_reported():
 
 
 class Pooled(nn.Module):
-    """Blocks over every token, and an attention over one learned query a sequence."""
+    """Blocks over all tokens, and attention with one learned query per sequence."""
 
     def __init__(self):
         super().__init__()
@@ -203,7 +203,7 @@ def test_quantised_weights_are_skipped_with_a_reason():
 
 
 def test_infeasible_group_stays_dense_and_says_so():
-    """At a fraction that lets no rank through, the group is left dense and the rest pays for it."""
+    """If no rank is feasible, the group stays dense and its cost reduces the budget of the others."""
 
     class Narrow(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""What is measured on held-out text is what was asked, for every recipe, on a trained model."""
+"""The budget measured on held-out text is the target budget, for every recipe, on a trained model."""
 
 from __future__ import annotations
 

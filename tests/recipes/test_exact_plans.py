@@ -1,4 +1,4 @@
-"""Plans with exact outputs: saved, explained, tried before there is a plan, trained, their thresholds left alone."""
+"""Plans with exact outputs: saved, explained, simulated and trained; their thresholds are not moved."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_round_trip_and_digest(made, tmp_path):
 
 
 def test_plans_without_exact_outputs_are_what_they_were(made, tmp_path):
-    """Written as before, so that an older version reads them, and with the same digest."""
+    """They are written in format 2, which older versions read, with the same digest."""
     plan = without(made[1])
     plan.save(tmp_path)
     header = header_of(tmp_path)
@@ -73,7 +73,7 @@ def test_files_that_do_not_fit_are_refused(made, tmp_path, change, error, text):
         rana_fx.load_plan(tmp_path)
 
 
-def test_people_are_told(made):
+def test_reports_show_exact_outputs(made):
     model, plan = made
     rows = {row.site: row for row in rana_fx.explain(model, batch_of()).rows}
     assert f", {FFN / 4:.1f} of {FFN} outputs exact" in rows["up"].detail
@@ -119,7 +119,7 @@ def test_trial_keeps_and_loses_what_the_attached_plan_does():
     assert {a.name: outcome.kept[a.name].ranks / a.ranks for a in plan.adapters} == pytest.approx(measured.density, rel=1e-6)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), got.log_softmax(-1)
     assert outcome.divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
-    # the cost that refine stores with an adapter is that of the model
+    # the cost that refine stores in an adapter equals that of the model
     found = replace(plan, adapters=tuple(as_simulated(adapter, outcome) for adapter in plan.adapters))
     assert [adapter.exact_kept for adapter in found.adapters] == [kept.outputs for kept in outcome.kept.values()]
     assert found.expected_budget("flops") == pytest.approx(measured.budget_flops, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Rounding that minds the inputs loses less than rounding to nearest, and is stored in the same format."""
+"""Rounding with error feedback has less output error than rounding to nearest, in the same format."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_zero_group_is_stored_as_zeros():
 
 
 def test_all_sixteen_numbers_are_used():
-    """A group that reaches further to one side has its largest number at -8 steps, whatever its sign."""
+    """The largest number of an asymmetric group is at -8 steps, for either sign."""
     weight = torch.linspace(-1, 0.875, 64)
     for side in (weight, -weight):
         found = quantize(side.expand(3, 64).contiguous(), 4)

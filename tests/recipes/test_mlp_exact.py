@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import gelu, relu, silu
 
 import rana_fx
-from bench.speed.random_plan import Watch
+from bench.speed.random_plan import RecordingMeter
 from rana_fx.evaluation.measure import measuring
 from rana_fx.recipes import RECIPES
 from rana_fx.recipes.rana.candidates import UnitCandidates
@@ -28,7 +28,7 @@ FFN = 40
 
 
 class Plain(Classifier):
-    """Two blocks, the activation as given."""
+    """Two blocks with the given activation."""
 
     def __init__(self, activation=gelu):
         super().__init__(WIDTH)
@@ -49,7 +49,7 @@ def seeded(**options):
 def joint_of(problem):
     """(the joint candidate of the first block, rows it is measured on, the loss metric of down)."""
     (first, _) = eligible_mlps(problem.layout, units_of(problem.layout))
-    rows = problem.rows(first.up)[:1024]  # as many as it is measured on
+    rows = problem.rows(first.up)[:1024]  # the number of rows that the candidate is measured on
     weight = problem.matrix((first.up,))
     metric = loss_metric(weight, None)
     candidates = UnitCandidates(metric, loss_basis(metric, rows.t() @ rows / len(rows)), rows, [unquantized(1.0)])
@@ -79,7 +79,7 @@ def test_operating_points_cost_and_lose_what_they_predict(activation):
         mask = mixed.square() >= down.tau
         changed = hidden - mixed * mask
         lost = changed @ of_down.right_DI.double().t()
-        # in fp32 some scores lie on the other side of a threshold
+        # in fp32 some scores are on the other side of a threshold
         near = 2 * FFN / len(rows)
         assert made.exact_kept == pytest.approx(float(exact.sum(1).double().mean()), abs=near)
         assert lead.kept == pytest.approx(float(mask.sum(1).double().mean()), abs=near)
@@ -114,7 +114,7 @@ def test_a_threshold_lies_between_values_that_differ_by_more_than_rounding():
     joint, _, _ = joint_of(problem_of(model))
     multiplier = math.exp(joint._measured[len(joint._measured) // 2].log_multiplier)
     dense = joint._dense()
-    # few different tokens, as in a first layer, each many times and differently rounded
+    # few distinct tokens, as in a first layer, repeated with different rounding
     some = torch.randint(0, 20, (len(dense.x_TI),), generator=torch.Generator().manual_seed(0))
     noise = torch.Generator().manual_seed(1)
     repeated = MlpRows(dense.x_TI[some], [dense.ups[0][some]], dense.hidden_TF[some])
@@ -146,11 +146,11 @@ def test_the_plan_meets_the_budget_and_does_what_was_simulated(budget, monkeypat
     assert plan.expected_budget() == pytest.approx(measured.budget_flops, rel=1e-6)
     log_p, log_q = dense[0]["logits"].log_softmax(-1), got.log_softmax(-1)
     assert outcome.divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
-    # benches that watch decoding count it alike
-    watch = Watch(model, plan)
-    watch.rows = {}
-    watch.run(problem.holdout.held[0])
-    assert watch.result() == measured and watch.rows.keys() == measured.density.keys()
+    # the meter of the benches has the same counts
+    meter = RecordingMeter(model, plan)
+    meter.rows = {}
+    meter.run(problem.holdout.held[0])
+    assert meter.result() == measured and meter.rows.keys() == measured.density.keys()
     plan.save(tmp_path)
     assert rana_fx.load_plan(tmp_path).digest() == plan.digest()
 

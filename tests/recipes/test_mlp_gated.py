@@ -29,7 +29,7 @@ WIDTH, FFN = 16, 40
 
 
 class Gated(Classifier):
-    """Two gated blocks; activations and what follows the product as given."""
+    """Two gated blocks with the given activation and the given operation after the product."""
 
     def __init__(self, activation=gelu, scale=None, bias=False):
         super().__init__(WIDTH)
@@ -58,7 +58,7 @@ def problem_of(model, *, metric="flops", budget=0.6):
 def joint_of(problem, *, shared=True, gates=True):
     """(the joint candidate of the first block, rows it is measured on, the loss metric of down)."""
     (first, _) = eligible_mlps(problem.layout, units_of(problem.layout, shared=shared))
-    rows = problem.rows(first.gate)[:1024]  # as many as it is measured on
+    rows = problem.rows(first.gate)[:1024]  # the number of rows that the candidate is measured on
     gradients = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 1, WIDTH)
     metric = loss_metric(problem.matrix((first.down,)), gradients.t() @ gradients / 400)
     return GatedMlp(problem, first, gate_candidates(problem, first.gate, rows, adapted=gates), rows, metric), rows, metric
@@ -98,14 +98,14 @@ def test_operating_points_cost_and_lose_what_they_predict(activation, bias, metr
         of_down_unit, of_gate_unit = points[joint.mlp.down_unit], points[joint.mlp.gate_unit]
         found, bias_O = joint.adapted(of_down_unit)
         torch.testing.assert_close(found.tau_F.double(), 2 * multiplier * neuron_cost / importance, rtol=1e-4, atol=0)
-        # the gate as its adapter would make it
+        # the gate as computed by its adapter
         adapters = joint.adapters(joint.mlp.gate_unit, of_gate_unit)
         gate = model.gates[0](rows).detach() if not adapters else acts(adapters[0], rows, model.gates[0])
         mask = activation(gate).double().square() >= found.tau_F
         changed = hidden - activation(gate).double() * up * mask
         lost = changed @ of_down.right_DI.double().t()
         together = float((lost - lost.mean(0)).square().sum(1).mean()) / 2
-        # in fp32 some scores lie on the other side of a threshold
+        # in fp32 some scores are on the other side of a threshold
         assert of_down_unit.kept == pytest.approx(float(mask.sum(1).double().mean()), abs=2 * FFN / len(rows))
         assert of_down_unit.cost == neuron_cost * of_down_unit.kept
         assert of_down_unit.loss == pytest.approx(together, rel=2e-2, abs=1e-9)
@@ -117,7 +117,7 @@ def test_operating_points_cost_and_lose_what_they_predict(activation, bias, metr
         down = model.downs[0]
         mean = (down.weight.double() @ changed.mean(0) + down.bias).detach()
         torch.testing.assert_close(bias_O.double(), mean, rtol=0, atol=1e-3 * float(mean.abs().max()))
-    # between two of them: between what was measured there
+    # between two multipliers: between the values measured there
     for low, high in zip(joint._measured, joint._measured[1:], strict=False):
         point = joint.point(joint.mlp.down_unit, math.exp((low.log_multiplier + high.log_multiplier) / 2))
         assert point.kept == pytest.approx((low.kept + high.kept) / 2)
@@ -125,7 +125,7 @@ def test_operating_points_cost_and_lose_what_they_predict(activation, bias, metr
 
 
 def acts(adapter, rows, linear):
-    """An adapter's outputs, from its own tensors."""
+    """Outputs of an adapter, computed from its tensors."""
     v = rows
     if adapter.router is not None:
         if adapter.router_tau is not None:
@@ -154,14 +154,14 @@ def eligible(model, *, shared=True):
 def test_a_joint_candidate_needs_the_product_in_front_of_down_and_units_of_its_own():
     assert eligible(seeded()) == ["downs.0", "downs.1"]
     assert eligible(seeded(), shared=False) == ["downs.0", "downs.1"]
-    # what follows the product may turn zeros into anything, and the rewrite masks a factor of what down reads
+    # an operation after the product may map zero to any value, and the rewrite masks a factor of down's input
     assert eligible(seeded(scale=1.5)) == []
     layout = problem_of(Classifier()).layout
     kinds = [eligible_mlps(layout, units_of(layout), given) for given in (("gated", "exact"), ("exact",), ("gated",))]
     assert [[found.kind for found in mlps] for mlps in kinds] == [["exact", "exact"], ["exact", "exact"], []]
 
     class Parallel(Gated):
-        """Another linear reads what gate and up read."""
+        """Another linear reads the input of gate and up."""
 
         def __init__(self):
             super().__init__()
@@ -182,7 +182,7 @@ def test_with_units_of_their_own_the_gate_is_counted_once():
 
 
 def joint_decisions(scales):
-    """Two MLPs, of masks alone and a joint candidate each; ``scales``: isotropic scale of the loss metric in each block."""
+    """Two MLPs, each with input masks and a joint candidate; ``scales``: isotropic scale of the loss metric in each block."""
     problem = problem_of(seeded())
     decisions = []
     for mlp, scale in zip(eligible_mlps(problem.layout, units_of(problem.layout)), scales, strict=True):
@@ -264,9 +264,9 @@ def test_a_correction_moves_a_block_away_from_its_joint_candidate():
 @pytest.mark.parametrize(
     ("whole", "apart", "expected"),
     [
-        # masks lose half as much again as predicted, and so do joint candidates
+        # the loss of masks is 1.5 times the prediction, and so is that of joint candidates
         ((1.0, 2.0, 4.5), (5.0, 7.5), 1.0),
-        # what is more than that is theirs: (6 / 1.5 - 1) / 2
+        # only the excess is attributed to joint candidates: (6 / 1.5 - 1) / 2
         ((1.0, 2.0, 6.0), (5.0, 7.5), 1.5),
         ((1.0, 2.0, 60.0), (5.0, 7.5), 4.0),
         ((1.0, 0.0, 6.0), (5.0, 7.5), 1.0),

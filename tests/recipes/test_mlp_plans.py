@@ -1,4 +1,4 @@
-"""Plans with gated MLPs, a threshold for each neuron: simulated, saved, explained, measured, their thresholds moved."""
+"""Plans with gated MLPs and a threshold per neuron: simulated, saved, explained, measured, re-estimated thresholds."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def test_one_fraction_for_all_may_be_the_joint_candidate_in_every_block():
     with torch.no_grad():
         made = replace(MASKS_AND_GATED, allocations=("fraction",), refine_lambda=False).solve(problem)
     assert [adapter.kind for adapter in made] == ["gated", "gated"]
-    # a third is for the gates
+    # a third of the cost is the gates'
     assert all(adapter.flops == pytest.approx((0.6 - 1 / 3) * 3 / 2 * adapter.dense_flops, rel=0.02) for adapter in made)
     problem = problem_of(seeded(activation=relu), budget=0.3)
     with torch.no_grad():
         made = replace(MASKS_AND_GATED, allocations=("fraction",)).solve(problem)
-    # which is too much here
+    # which exceeds the budget here
     assert {adapter.kind for adapter in made} == {"neuron"}
 
 
@@ -112,6 +112,6 @@ def test_thresholds_of_neurons_move_together_to_where_they_keep_what_was_planned
     ratios = moved.tau[plain] / adapter.tau[plain]
     torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
     assert abs(float(ratios[0]) - 1) > 0.01
-    # what is never kept, and what always is, stays so
+    # neurons that are never or always kept remain so
     assert moved.tau[2] == torch.inf and moved.tau[5] == 0
     assert attached(model).plan.expected_budget() == plan.expected_budget()

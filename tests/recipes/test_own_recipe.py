@@ -1,4 +1,4 @@
-"""The recipe of docs/recipes.md runs as it is written there; names and methods of earlier versions work, with a warning."""
+"""The recipe of docs/recipes.md runs unchanged; names and methods of earlier versions work with a warning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 @pytest.fixture
 def half():
-    """Registers the documented recipe; its source."""
+    """Registers the documented recipe and returns its source."""
     (source,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     before = dict(RECIPES)
     exec(compile(source, str(DOCS), "exec"), {})

@@ -18,7 +18,7 @@ from tests.support import oracle
 BUDGET, DEPTH = 0.6, 2
 # a threshold comes from a histogram of 1024 bins to an octave, the oracle's from sorting
 THRESHOLD = 2e-3
-# a score this close to its threshold may fall on either side in fp32: the tokens it can reach are left out
+# a score this close to its threshold may be kept or dropped in fp32: tokens that it can affect are left out
 NEAR = 1e-5
 _SIZES = {
     "vocab_size": 96,
@@ -89,7 +89,7 @@ FAMILIES = {
 
 @dataclass
 class Case:
-    """One family: the model with its plan attached, and what the oracle makes of the same tokens."""
+    """One model family: the model with its plan attached, and the oracle's results on the same tokens."""
 
     model: Any
     batches: list[dict[str, torch.Tensor]]
@@ -110,7 +110,7 @@ def case(request):
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.15)
         elif parameter is not None and parameter.dim() == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)  # biases and norms that matter
+            parameter.data += 0.1 * torch.randn_like(parameter)  # biases and gains of norms that affect the output
     batches = [{"input_ids": torch.randint(3, 93, (4, 25)), "use_cache": False} for _ in range(4)]
 
     layers = [family.layer.format(index) for index in range(DEPTH)]
@@ -166,7 +166,7 @@ def test_basis_up_to_sign(case):
     for sites, rank in case.ranks.items():
         adapter = case.plan.adapter_of(sites[0])
         for found, expected in ((adapter.router, rank.b), (adapter.weight.t(), rank.a)):
-            # summed over out or in, each component's product with its counterpart is plus or minus its energy
+            # the inner product of each component with its counterpart is plus or minus its energy
             axis = 1 if found.shape == rank.b.shape and found is adapter.router else 0
             overlap = (found.double() * expected).sum(axis).abs() / expected.square().sum(axis)
             assert overlap.tolist() == pytest.approx([1.0] * rank.rank, abs=1e-4), sites
@@ -209,14 +209,14 @@ def test_logits(case):
         for batch in case.batches:
             near.clear()
             expected.append(double(**batch).logits)
-            # a flipped component reaches all later tokens of its sequence
+            # a flipped mask affects all later tokens of its sequence
             sound.append(torch.stack(near).any(0).cumsum(1) == 0)
     keep = torch.cat(sound)
     assert keep.double().mean() > 0.5
     error = (torch.cat(got).double() - torch.cat(expected))[keep]
-    # fp32 through a dozen products, each of relative error about sqrt(64) * 2^-24 = 5e-7
+    # fp32 through a dozen matmuls, each of relative error about sqrt(64) * 2^-24 = 5e-7
     assert float(error.norm() / torch.cat(expected)[keep].norm()) < 1e-5
 
-    # the first attention reads what it read in the dense model, so it keeps exactly what was asked
+    # the input of the first attention is that of the dense model, so its density is the target
     first = case.plan.adapter_of(case.stacks[0][0])
     assert meter.result().density[first.name] * first.ranks == pytest.approx(first.kept, rel=5e-3)

@@ -49,7 +49,7 @@ def test_the_loss_metric_weights_errors_by_their_gradients(out, width):
     output_moment = (gradients.t() @ gradients / len(gradients)).double()
     error = (x[:50] @ weight.t()).double()
     given = torch.einsum("to,op,tp->t", error, output_moment, error)
-    # a tenth of the weight is spread evenly over the outputs, or over what W makes of the inputs
+    # a tenth of the metric is isotropic over the outputs, or over W times the inputs
     trace = output_moment.diagonal().sum() / out
     if out > width:
         wide = weight.double()
@@ -104,7 +104,7 @@ def test_operating_points_cost_and_lose_what_they_predict(kind, place):
         sides = [candidates.point(kind, multiplier * math.exp(GRID_STEP * step)).loss for step in (-place, 1 - place)]
         assert min(sides) <= point.loss <= max(sides)
     else:
-        # how inputs dropped together add up is measured at a few thresholds only
+        # correlations of dropped inputs are measured at a few thresholds only
         assert point.loss == pytest.approx(lost, rel=0.05 if kind == "neuron" else 1e-3, abs=1e-6)
 
 
@@ -128,7 +128,7 @@ def test_components_survive_16_bits_however_small_an_error_is_in_units_of_loss(s
     components = candidates.components
     lengths = torch.linalg.vector_norm(components.factor_DO.float(), dim=1)
     assert lengths.min() > 0.7 and lengths.max() < 1.42
-    # fp16 rounds each of the two by at most 2^-11, and 10 products are added
+    # fp16 rounds both by at most 2^-11, and 10 products are added
     bound = 2 * 2**-11 * components.factor_DO.t().float().abs() @ components.router_DI.float().abs()
     assert ((components.factor_DO.t().float() @ components.router_DI.float() - weight).abs() <= bound + 1e-5).all()
     # rows, components and their energies are those of the loss
@@ -167,7 +167,7 @@ def test_one_multiplier_meets_the_target_and_loses_less_than_one_fraction(fracti
     decisions = three_decisions()
     target = fraction * sum(decision.dense_cost for decision in decisions)
     points = allocate(decisions, target).points(decisions)
-    # components are whole rows of a router
+    # a component adds a whole row of the router
     assert cost_of(points) == pytest.approx(target, rel=0.05)
     uniform = sum(loss_of(allocate([one], fraction * one.dense_cost).points([one])) for one in decisions)
     assert loss_of(points) <= uniform * 1.05
@@ -175,7 +175,7 @@ def test_one_multiplier_meets_the_target_and_loses_less_than_one_fraction(fracti
 
 def test_each_linear_of_a_unit_has_thresholds_of_its_own():
     weight, x, gradients = draw(24, 10)
-    gradients[:, :12] *= 0.01  # nothing depends on the first linear
+    gradients[:, :12] *= 0.01  # the output does not depend on the first linear
     found = loss_metric(weight, moment_of(weight, gradients))
     sites = [UnitSite(12, (gradients[:, part] @ weight[part]).square().mean(0)) for part in (slice(0, 12), slice(12, 24))]
     candidates = UnitCandidates(found, None, x, [unquantized(1.0)], sites)
@@ -186,7 +186,7 @@ def test_each_linear_of_a_unit_has_thresholds_of_its_own():
 
 
 class Classifier(nn.Module):
-    """Two blocks of a residual stream and a head, as small as a model can be that has all roles."""
+    """Two residual blocks and a head: the smallest model with all roles."""
 
     def __init__(self, width=16, classes=6):
         super().__init__()
@@ -345,7 +345,7 @@ def test_ingredients_that_are_left_out_are_not_in_the_plan():
     # a multiplier fitted once costs what was predicted on the dense model's inputs
     (predicted, refined) = (sum(a.flops for a in solved(refine_lambda=value)) for value in (False, True))
     assert predicted != refined
-    # one fraction for all: no unit costs more than it
+    # one fraction for all: no unit exceeds it
     even = solved(kinds=("dense", "neuron"), allocations=("fraction",), refine_lambda=False)
     assert all(adapter.flops == pytest.approx(0.5 * adapter.dense_flops, rel=0.1) for adapter in even)
 

@@ -1,4 +1,4 @@
-"""Recipe rana where something is missing: gradients, memory, rows, or a way to keep so little. What it did is said."""
+"""Recipe rana without gradients, memory, rows or a feasible budget; notes of the plan report this."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def batches(count=9, rows=4, tokens=128):
 
 
 class Integer(Classifier):
-    """Nothing differentiable comes out."""
+    """A model with an output that is not differentiable."""
 
     def forward(self, x):
         return super().forward(x)["logits"].argmax(-1)
@@ -30,7 +30,7 @@ class Integer(Classifier):
 
 @torch.library.custom_op("rana_test::opaque", mutates_args=())
 def opaque(x: torch.Tensor) -> torch.Tensor:
-    """Known to no derivative."""
+    """An operation without a derivative."""
     return x.clone()
 
 
@@ -38,14 +38,14 @@ opaque.register_fake(lambda x: torch.empty_like(x))
 
 
 class OneWay(Classifier):
-    """Its backward pass fails."""
+    """A model with a backward pass that fails."""
 
     def forward(self, x):
         return {"logits": opaque(super().forward(x)["logits"])}
 
 
 class Infinite(Classifier):
-    """Its gradients are not finite."""
+    """A model with gradients that are not finite."""
 
     def forward(self, x):
         logits = super().forward(x)["logits"]
@@ -53,7 +53,7 @@ class Infinite(Classifier):
 
 
 class Cut(Classifier):
-    """No gradient reaches its first block."""
+    """A model without gradients in its first block."""
 
     def forward(self, x):
         h = self.stem(x)
@@ -97,7 +97,7 @@ def test_a_backward_pass_that_works_needs_no_note():
 
 
 def short_of_memory(stage, most):
-    """The stage, on a device that holds so many texts."""
+    """The stage, with an out-of-memory error for batches above that many texts."""
     sizes, run = [], stage.run
 
     def limited(batch, step=None):
@@ -143,7 +143,7 @@ def test_large_batches_of_texts_are_run_in_pieces():
     holdout = tee.holdout(nn.Linear(1, 1))
     assert [tuple(piece["input_ids"].shape) for piece in holdout.batches] == [(4, 512)] * 8
     assert [int(piece["input_ids"][0, 0]) for piece in holdout.held] == [7, 7]
-    # of one batch that is all there is, as many pieces as of four
+    # a single batch gives as many pieces as four
     tee = Tee([{"input_ids": torch.zeros(64, 512, dtype=torch.long)}])
     list(tee)
     assert len(tee.holdout(nn.Linear(1, 1)).batches) == 8
@@ -165,7 +165,7 @@ def test_a_budget_that_the_adapted_model_does_not_keep_is_unreachable(monkeypatc
 
 
 class Biased(Classifier):
-    """One of its linears reads the same for every token."""
+    """A model with a linear whose input is the same for every token."""
 
     def forward(self, x):
         h = self.stem(x)
@@ -190,7 +190,7 @@ def test_where_nothing_changes_no_plan_is_made_up(batch):
 
 
 class Narrow(Classifier):
-    """A tower whose blocks read four directions of 64."""
+    """A model whose blocks read inputs that span four directions of 64."""
 
     def __init__(self):
         super().__init__(width=64)

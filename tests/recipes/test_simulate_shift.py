@@ -1,4 +1,4 @@
-"""An adapter with a shift does the same where a recipe tries it as where a plan applies it."""
+"""An adapter with a shift has the same output in the simulation as in an attached plan."""
 
 from __future__ import annotations
 

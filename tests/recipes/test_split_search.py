@@ -1,4 +1,4 @@
-"""Successive elimination of splits finds what scoring every split on every token finds, also where a few tokens decide."""
+"""Successive elimination of splits finds the best split of an exhaustive search, also if a few tokens have most energy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights stored by columns: the same values and shapes, only where nothing else sees the memory, and back again."""
+"""Column-major weights: same values and shapes, only for memory that is not shared, and restored on detach."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_values_shapes_and_memory_stay():
     assert weight.stride() == (1, 5)
     assert torch.equal(weight, before)
     assert weight.untyped_storage().nbytes() == before.untyped_storage().nbytes()
-    assert by_columns_([weight], among=[weight]) == []  # already so
+    assert by_columns_([weight], among=[weight]) == []  # already column-major
     by_rows_([weight])
     assert weight.stride() == (7, 1)
     assert torch.equal(weight, before)

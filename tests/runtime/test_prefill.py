@@ -1,4 +1,4 @@
-"""Modes of the option "prefill": what a prompt is multiplied by, and what stays in memory."""
+"""Modes of the option "prefill": weights that a prompt reads, and weights in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def masked(model, batches):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_factors_frees_what_they_replace(dynamic, request):
-    """Prompt and decode, in the order they come; each again; and the same numbers as before."""
+    """Prompt, then decoding; each twice; the same results as before."""
     if dynamic:
         request.getfixturevalue("graphs_as_rewritten")
     model, _, plan = adapted(depth=2 if dynamic else 1, budget=0.75)
@@ -53,7 +53,7 @@ def test_factors_frees_what_they_replace(dynamic, request):
     replaced = {site for adapter in plan.adapters if adapter.router is not None for site in adapter.sites}
     assert {name.rsplit(".", 1)[-1] for name in replaced} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     assert {name for name, weight in weights.items() if is_freed(weight)} == replaced
-    # one number stays of each
+    # one element of each remains
     saved = sum(weights[name].numel() - 1 for name in replaced) * 4
     assert before - bytes_of(model) == saved
     facts = report.memory
@@ -71,7 +71,7 @@ def test_a_freed_model_runs_by_its_plan_alone():
         assert "nan" in repr(weight)  # guards print Parameters
         assert model.state_dict()[name].isnan().all()
         assert output(model(**batch)).isnan().all()
-    # measured like before, also compiled in another mode that needs no dense weight
+    # measured as before, also after compilation in another mode without dense weights
     assert relative(masked(model, [batch])[0], expected) < 1e-5
     with torch.no_grad():
         assert relative(output(torch.compile(model, backend=rana_fx.backend)(**batch)), expected) < 1e-5
@@ -86,7 +86,7 @@ def test_a_freed_model_runs_by_its_plan_alone():
     assert attached(model) is not None
     with pytest.raises(RuntimeError, match="more than one element"):
         model.load_state_dict(saved)
-    # whole weights in place of what was freed make it a whole model again
+    # loading the weights restores the model
     model.load_state_dict(saved, assign=True)
     assert not any(map(is_freed, model.parameters()))
 
@@ -108,7 +108,7 @@ def test_factors_by_pieces_of_a_model():
 @AS_REWRITTEN
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "albert", "t5"])
 def test_factors_in_other_architectures(name):
-    """Weights stored (in, out), fused ones, one weight for all layers, biases: by the graph alone."""
+    """Weights stored (in, out), fused weights, one weight for all layers, biases: found from the graph only."""
     model, batch = make(EVERY[name], 2)
     rana_fx.adapt(model, [batch, *(EVERY[name].inputs() for _ in range(4))], budget=0.8, recipe="paper", progress=False)
     (expected,) = masked(model, [batch])
@@ -152,11 +152,11 @@ def test_factors_needs_an_attached_plan_and_no_gradients():
 
 
 @AS_REWRITTEN
-def test_cheapest_leaves_what_ranks_make_dearer():
+def test_cheapest_leaves_linears_dense_whose_ranks_cost_more():
     model, _, plan = adapted(budget=0.9)
     dear = {adapter.name for adapter in plan.adapters if costs_more(plan, adapter)}
     assert dear
-    # the same plan, in which those adapters do not exist
+    # the same plan without those adapters
     rest = replace(plan, adapters=tuple(adapter for adapter in plan.adapters if adapter.name not in dear))
     few, many = ids(2), ids(12)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_memory_in_the_report():
 
 @AS_REWRITTEN
 def test_second_process_frees_too(tmp_path):
-    """Weights by name from a file, a plan from a folder: nothing is left over from the process that adapted."""
+    """Weights from a file, a plan from a folder: no state of the process that adapted."""
     model, batch, plan = adapted(budget=0.75)
     (expected,) = masked(model, [batch])
     rana_fx.detach(model)

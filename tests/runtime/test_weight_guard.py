@@ -1,4 +1,4 @@
-"""A function of a weight, compiled once, recompiles for another weight of the same shape: each has factors of its own."""
+"""A function of a weight, compiled once, recompiles for another weight of the same shape, which has other factors."""
 
 from __future__ import annotations
 

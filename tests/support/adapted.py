@@ -1,4 +1,4 @@
-"""Tiny models with plans, each calibrated once per process, and the layout that ``adapt`` found in them."""
+"""Tiny models with plans, each calibrated once per process, and their layouts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVERY = ARCHITECTURES | FURTHER
 
 @contextlib.contextmanager
 def layouts() -> Iterator[list[Layout]]:
-    """The layouts of all models that are adapted inside: tracing a model again to have one takes seconds."""
+    """Records the layouts of all models adapted inside the context; tracing a model again takes seconds."""
     seen: list[Layout] = []
     calibrate = adaptation.calibrate
 

@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, with the counts that must be found in them as functions of the depth."""
+"""Tiny random models of many architectures, with the expected counts as functions of the depth."""
 
 from __future__ import annotations
 
@@ -196,12 +196,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def build(name: str, depth: int = 2) -> tuple[nn.Module, Any]:
-    """A model with weights large enough to matter, and a batch."""
+    """A model, with weights large enough to affect the output, and a batch."""
     return make(ARCHITECTURES[name], depth)
 
 
 def make(architecture: Architecture, depth: int = 2) -> tuple[nn.Module, Any]:
-    """The same for any architecture."""
+    """``build`` for any architecture."""
     torch.manual_seed(0)
     model = architecture.build(depth).eval()
     for parameter in model.parameters():

@@ -1,7 +1,7 @@
 """Compiles the kernels for sm_90, which needs no GPU, and prints one line of JSON per variant, and one for a graph of traced
 launches. A program, not a test: it must import Triton without its interpreter, so test_sm90.py runs it in a process of its own.
 
-Each kernel is compiled from the source that Inductor would copy, and as the launchers would specialise it for aligned operands.
+Each kernel is compiled from the source that Inductor would copy, and specialised for aligned operands as by the launchers.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ VARIANTS = {
 
 
 def pasted(kernel, folder):
-    """The kernel from the source that Inductor writes into its own module."""
+    """The kernel from the source that Inductor copies into a generated module."""
     path = Path(folder, f"{kernel.__name__}.py")
     path.write_text(f"import triton\nimport triton.language as tl\n@triton.jit\n{closure_of(kernel)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -118,7 +118,7 @@ def compiled(kernel, weight, choices):
 
 
 def traced():
-    """What a graph calls whose launches are left to Inductor."""
+    """Calls of a graph whose launches are left to Inductor."""
 
     def function(x, b, tau, w, counters):
         z = router(x, b, how=Launch(traced=True))

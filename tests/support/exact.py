@@ -1,4 +1,4 @@
-"""Models whose up projections have rank adapters with exact outputs, and the same written out by hand."""
+"""Models whose up projections have rank adapters with exact outputs, and a reference for them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Up(nn.Module):
 
 
 class Mlp(nn.Module):
-    """With a residual, so that an output is as large as its input."""
+    """An MLP with a residual, so that its output is as large as its input."""
 
     def __init__(self, form=linear, activation=F.gelu):
         super().__init__()
@@ -73,7 +73,7 @@ def batch_of(tokens=12, dtype=torch.float32, *, seed=0):
 
 
 def adapter_for(record, site, *, ranks, tau=None):
-    """Of the largest singular values, with a bias of its own; thresholds on outputs from never to always."""
+    """A rank adapter of the largest singular values with a bias; thresholds on outputs from never to always exact."""
     matrix = site.matrix().double()
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     bias = torch.zeros(site.out_features) if site.bias is None else site.bias.detach()
@@ -138,7 +138,7 @@ def written_out(x, dense, adapter, get=None):
 
 
 def by_hand(model, plan, batch):
-    """The output of the eager model with every adapter written out, and exact outputs per real token by adapter."""
+    """Reference: the output of the eager model with every adapter, and exact outputs per token by adapter."""
     twin = copy.deepcopy(model)
     rana_fx.detach(twin)
     masks, seen = padding_masks(batch), {}

@@ -1,4 +1,4 @@
-"""Constructions that the first table lacks: attention and MLP in other shapes, weights kept and used in other ways.
+"""Architectures beside the first table: other forms of attention and MLP, other storage and use of weights.
 
 Only the layout and the exactness of a full-rank plan are tested on these.
 """
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class HeadEinsums(Block):
-    """Heads are dimensions of the weights; the weight may stand first, and several dimensions may be summed."""
+    """Einsums with heads as dimensions of weights, either operand order, and several summed dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class FusedIn(Block):
 
 
 class Chained(Block):
-    """Linears that follow each other directly (a low-rank bypass), and an attention gate that reads what q, k, v read."""
+    """Consecutive linears (a low-rank bypass), and an attention gate that reads the input of q, k, v."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Chained(Block):
 
 
 class Unusual(Block):
-    """Weights that cannot be adapted, each for another reason: computed, cast, used transposed too, multiplied from the left."""
+    """Weights that cannot be adapted: computed, cast, also used transposed, multiplied from the left."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Unusual(Block):
 
 
 class SharedKeys(Block):
-    """Keys of tokens and of a table of positions come from one weight; heads and MLP in post-norm order."""
+    """Keys of tokens and of a table of positions use one weight; post-norm order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Language(nn.Module):
 
 
 class CrossWidths(nn.Module):
-    """nn.MultiheadAttention over a memory of another width."""
+    """nn.MultiheadAttention with keys and values of another width."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()

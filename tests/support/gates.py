@@ -1,4 +1,4 @@
-"""Tiny models whose MLPs are cut at thresholds of their own for each neuron, and the same written out by hand."""
+"""Tiny models whose MLPs have gated adapters with a threshold per neuron, and a reference for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.architectures import WIDTH, build, ids, output
 
 
 def per_neuron(name="gemma", *, depth=2, dtype=torch.float32):
-    """(a model with attention dense and every MLP cut, a batch, its plan): thresholds from zero to infinite, and biases."""
+    """(model with dense attention and gated adapters in all MLPs, batch, plan): thresholds from zero to infinity, biases."""
     model, batch = build(name, depth)
     model = model.to(dtype)
     plan = rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.8, recipe="cats", progress=False)
@@ -27,7 +27,7 @@ def per_neuron(name="gemma", *, depth=2, dtype=torch.float32):
 
 
 def by_hand(model, plan, batch):
-    """The output of the model with every MLP written out, and the neurons kept by adapter."""
+    """Reference: the output of the model with every adapted MLP, and kept neurons by adapter."""
     rana_fx.detach(model)
     seen = {}
     handles = []

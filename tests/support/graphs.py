@@ -1,4 +1,4 @@
-"""Aten graphs as Inductor's post-grad passes get them, made of plain PyTorch functions, before and after ``POST_GRAD``."""
+"""Aten graphs of PyTorch functions, in the form of Inductor's post-grad passes, before and after ``POST_GRAD``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NONE = {"norm": 0, "residual": 0, "gated": 0, "same_input": 0}
 
 
 def fuse(graph_module: fx.GraphModule, devices: tuple[str, ...] = ("cpu",)) -> dict[str, int]:
-    """How many places each fusing pass changed, in place."""
+    """Run all fusing passes in place and return the number of changes of each."""
     return {name: record.result.count for name, record in records(graph_module, devices).items()}
 
 
 def reasons(graph_module: fx.GraphModule, devices: tuple[str, ...] = ("cpu",)) -> dict[str, list[str]]:
-    """Why each fusing pass left what it left, in the order of nodes."""
+    """Reasons of each fusing pass for matches that it left unchanged, in the order of nodes."""
     return {
         name: [declined.reason for declined in record.result.declined] for name, record in records(graph_module, devices).items()
     }
@@ -37,12 +37,12 @@ def records(graph_module, devices):
 def traced(function, *inputs) -> fx.GraphModule:
     """The aten graph of ``function`` with fake values."""
     module = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*inputs)
-    # a decomposition may write in place
+    # decompositions may contain in-place writes
     return make_fx(functionalize(module), tracing_mode="fake")(*inputs)
 
 
 def fused(function, *inputs) -> tuple[fx.GraphModule, dict[str, int]]:
-    """The rewritten graph of ``function`` and how many of each were fused; a second run finds nothing more."""
+    """The rewritten graph of ``function`` and the number of fusions of each pass; a second run must find no more."""
     module = traced(function, *inputs)
     counts = fuse(module)
     assert fuse(module) == NONE
@@ -50,7 +50,7 @@ def fused(function, *inputs) -> tuple[fx.GraphModule, dict[str, int]]:
 
 
 class Fusing(CustomGraphPass):
-    """The pass where Inductor runs it; ``counted``: what each graph had."""
+    """The fusing passes at their place in Inductor; ``counted``: numbers of fusions of each graph."""
 
     def __init__(self):
         self.counted = []
@@ -69,12 +69,12 @@ def ops_of(module: fx.GraphModule) -> list[str]:
 
 
 def mask(ranks: int) -> torch.Tensor:
-    """Thresholds that keep every other rank, whatever rounding does to its value."""
+    """Thresholds that keep every other rank, independent of rounding."""
     return torch.where(torch.arange(ranks) % 2 == 0, 0.0, torch.inf)
 
 
 def recording(nodes):
-    """A backend that rewrites a graph, adds its nodes to ``nodes``, and runs it as it then is."""
+    """A backend that rewrites a graph, adds its nodes to ``nodes``, and runs it eagerly."""
 
     def rewrite_and_run(gm, example_inputs):
         run(gm, example_inputs)

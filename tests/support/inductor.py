@@ -1,4 +1,4 @@
-"""Compile a function through Inductor with the package's lowerings, and look at what it wrote."""
+"""Compile a function through Inductor with the package's lowerings, and return the generated code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def each(function, operands, **settings):
 
 @contextlib.contextmanager
 def poisoned():
-    """What the templates and Inductor's wrapper leave uninitialised is NaN inside, and kernels are compiled anew."""
+    """Inside, memory that templates and Inductor's wrapper allocate is filled with NaN, and kernels are recompiled."""
     allocate = torch._C._dynamo.guards._empty_strided_cpu
 
     def empty(*args):
@@ -57,7 +57,7 @@ def poisoned():
 
 
 def calls(code, marker):
-    """How often the written module calls a kernel whose source has the marker: kernels that are alike are written once."""
+    """Number of calls of kernels whose source has the marker; equal kernels are generated once."""
     pieces = re.split(r"^(\w+) = async_compile\.cpp_pybinding\(", code, flags=re.M)
     names = [name for name, source in zip(pieces[1::2], pieces[2::2], strict=True) if marker in source.partition("''')")[0]]
     return sum(len(re.findall(rf"^\s+{name}\(", code, re.M)) for name in names)

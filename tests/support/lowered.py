@@ -1,5 +1,5 @@
-"""Prints the code Inductor writes for a GPU that is not there, a line of JSON for each argument "tokens,layers,kind". A program,
-not a test: it pretends there is an H200 and must import Triton without its interpreter, so test_lower_triton.py runs it in one
+"""Prints code that Inductor generates for a GPU, without one: a line of JSON for each argument "tokens,layers,kind". A program,
+not a test: it patches in an H200 and must import Triton without its interpreter, so test_lower_triton.py runs it in one
 process of its own for all requests.
 
     out = r + (silu(g) * u) W2   with   [g, u] = mask(router(norm(r))) W
@@ -59,7 +59,7 @@ def layer_of_a_gate(gain, w_g, w_u, tau2, w2, r):
 
 
 class Driver:
-    """What Inductor asks Triton's driver while it writes code."""
+    """The parts of Triton's driver that Inductor uses during code generation."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -78,11 +78,11 @@ class Driver:
 
 
 class Written(Exception):
-    """Stops the compile where the code would be loaded."""
+    """Ends the compilation before the generated code is loaded."""
 
 
 def pretend(stack):
-    """Patch what would look for a GPU."""
+    """Patch functions that query a GPU."""
     sizes = dict(multi_processor_count=132, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, warp_size=32)
     known = sizes | dict(type="cuda", index=0, cc=90, major=9, max_threads_per_block=1024)
     kind = hints.DeviceProperties
@@ -151,7 +151,7 @@ def written(tokens, count, kind):
         try:
             with V.set_fake_mode(mode):
                 compile_fx_inner(graph, inputs, is_inference=True, static_input_idxs=range(1, len(inputs)))
-        except Exception:  # Written, in whatever Inductor wraps it
+        except Exception:  # Written, wrapped in an exception of Inductor
             if not code:
                 raise
     return getattr(code[0], "value", code[0])

@@ -1,8 +1,8 @@
-"""The published algorithms once more, in plain fp64, sharing no code with the package: what its recipe is held against.
+"""An independent fp64 implementation of the published algorithms, the reference of recipe ``paper``.
 
 In: weights, captured inputs of the dense model and a target fraction. Out: rank, threshold and kept components of every
 linear, the split of an MLP's budget, and hooks that mask a model's linears. Thresholds come from sorting every score,
-bases from an SVD of the outputs, and every split is scored on every token: slow, and with nothing to go wrong.
+bases from an SVD of the outputs, and every split is scored on every token: slow but simple.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def inputs(model: nn.Module, names: Iterable[str], batches: Iterable[Mapping[str
 
 @contextmanager
 def masked(model: nn.Module, outputs: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, each named linear's output is what its function makes of its input (the bias is added here)."""
+    """Inside, the output of each named linear is its function of the input plus the bias."""
 
     def replace(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:

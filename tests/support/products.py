@@ -1,6 +1,6 @@
-"""Operands for kernel tests, their fp64 answer, and how far from it a kernel may be.
+"""Operands for kernel tests, their fp64 result, and a bound on the error of a kernel.
 
-The bound on the error's RMS has two terms, each relative to what can cause it: rounding the result (half an eps of its dtype,
+The bound on the RMS error has two terms, each relative to its cause: rounding the result (half an eps of its dtype,
 of the result; a whole one where Triton's interpreter, which truncates to bfloat16, stands in for a GPU, which rounds) and fp32
 products and sums in any order (4 eps * sqrt(log2 K + 1), of the sum of magnitudes).
 """
@@ -23,7 +23,7 @@ THRESHOLDS = {"zero": 0.0, "tiny": 1e-38, "some": 0.5, "most": 2.5, "huge": 1e30
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Operands of one masked product. v (T, K), tau (K,), weight as stored, bias (N,) or None."""
+    """Operands of one masked matmul. v (T, K), tau (K,), weight as stored, bias (N,) or None."""
 
     v: torch.Tensor
     tau: torch.Tensor
@@ -36,7 +36,7 @@ class Product:
         return dataclasses.replace(self, **tensors)
 
     def sums(self):
-        """The masked product and the sum of its magnitudes, fp64."""
+        """The masked matmul and the sum of the magnitudes of its terms, fp64."""
         kept = self.v.float().square() >= self.tau
         v = torch.where(kept, self.v, self.v.new_zeros(())).double()
         w = unpack(self.weight, self.scale, torch.float64)
@@ -44,16 +44,16 @@ class Product:
         return v @ w + bias, v.abs() @ w.abs() + bias.abs()
 
     def check(self, y, residual=0.0):
-        """y is the masked product (and a residual) in v's dtype, within the bound."""
+        """Assert that y is the masked matmul (plus a residual) in v's dtype, within the bound."""
         exact, magnitude = self.sums()
         more = torch.as_tensor(residual, dtype=torch.float64)
         assert y.dtype == self.v.dtype
         assert_close("y", y, exact + more, magnitude + more.abs(), terms=self.v.shape[-1])
 
     def check_gated(self, y, activation):
-        """y is activation(first half) * second half of the masked product.
+        """Assert that y is activation(first half) * second half of the masked matmul.
 
-        Slopes of the known activations are at most 1.13; their own arithmetic errs in proportion to their argument.
+        Slopes of the known activations are at most 1.13; the error of their arithmetic is proportional to their argument.
         """
         (first, second), magnitudes = (sums.chunk(2, -1) for sums in self.sums())
         acted = activation(first)
@@ -64,7 +64,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Operands of one product of kept rows. x (T, K), a (T, N), weight (N, K), bias (N,) or None."""
+    """Operands of masked_rows. x (T, K), a (T, N), weight (N, K), bias (N,) or None."""
 
     x: torch.Tensor
     a: torch.Tensor
@@ -90,7 +90,7 @@ class Rows:
         return dataclasses.replace(self, weight=weight)
 
     def check(self, h):
-        """h is the product in x's dtype, within the bound, and zero where a is."""
+        """Assert that h is the result in x's dtype, within the bound, and zero where a is zero."""
         w, bias = self.weight.double(), torch.zeros((), dtype=torch.float64, device=h.device)
         bias = bias if self.bias is None else self.bias.double()
         a, zero = self.a.double(), torch.zeros((), dtype=torch.float64, device=h.device)
@@ -105,7 +105,7 @@ def assert_close(name, got, exact, magnitude, *, terms):
     eps, rounded = torch.finfo(torch.float32).eps, torch.finfo(got.dtype)
     step = rounded.eps if got.dtype == torch.bfloat16 and got.device.type == "cpu" else rounded.eps / 2
     error = (got.double() - exact).norm().item()
-    # below the normal numbers the step no longer shrinks with the value
+    # subnormal numbers have a constant step
     rounding = step * exact.norm().item() + rounded.tiny * math.sqrt(exact.numel())
     bound = rounding + 4 * eps * math.sqrt(math.log2(terms) + 1) * magnitude.norm().item()
     assert got.shape == exact.shape
@@ -136,7 +136,7 @@ def every_number(weight, scale, generator):
 
 @st.composite
 def products(draw, *, bits=16, tokens=(1, 2, 3, 4, 5, 16), halves=False):
-    """With halves, N is two times whole words and groups."""
+    """Operands of masked matmuls. With halves, each half of N has whole words and groups."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     t, k = draw(st.sampled_from(tokens)), draw(st.sampled_from(SIZES))
     n = draw(st.sampled_from([size for size in SIZES if bits != 4 or size % 2 == 0]))
@@ -159,14 +159,14 @@ def products(draw, *, bits=16, tokens=(1, 2, 3, 4, 5, 16), halves=False):
 
 
 def masked_by(density, *shape, generator):
-    """Values of which about that share is not zero."""
+    """Random values; about that fraction is not zero."""
     a = torch.randn(shape, generator=generator)
     return torch.where(torch.rand(shape, generator=generator) < density, a, 0.0)
 
 
 @st.composite
 def row_products(draw, *, tokens=(1, 2, 3, 4, 5, 16), rows=SIZES):
-    """NaN lies in every row of the weight that no token keeps."""
+    """Operands of masked_rows with NaN in every row of the weight that no token keeps."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     t, n, k = draw(st.sampled_from(tokens)), draw(st.sampled_from(rows)), draw(st.sampled_from(SIZES))
     dtype = draw(st.sampled_from(DTYPES))

@@ -1,6 +1,6 @@
-"""Plans that keep every rank and input, in every way a plan can store what it multiplies by.
+"""Plans that keep every rank and input, in every storage of factors and weights.
 
-In: a model and a batch. Out: a plan whose adapters cover all linears of the blocks, and the matrices that its storage stands for.
+In: a model and a batch. Out: a plan whose adapters cover all linears of the blocks, and the dequantised matrices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rana_fx.formats import pack, unpack
 from tests.support.adapted import EVERY, layouts
 from tests.support.architectures import make
 
-# what masks, bits of the router (or None), bits of the weight
+# kind of mask, bits of the router (or None), bits of the weight
 STORAGES = {
     "rank, router 8": ("rank", 8, 32),
     "rank, router 4, factors 8": ("rank", 4, 8),
@@ -34,7 +34,7 @@ STORAGES = {
 
 
 def stored(matrix, bits):
-    """(matrix, scale) in that many bits; 32 for as it is. An odd number of columns cannot be packed to 4."""
+    """(values, scale) in that many bits; 32: unchanged. An odd number of columns cannot be packed to 4 bits."""
     matrix = matrix.contiguous()
     return (matrix, None) if bits >= 16 else pack(matrix, 8 if matrix.shape[1] % 2 else bits)
 
@@ -44,7 +44,7 @@ def sites_of(model, batch):
 
 
 def rebuilt(adapter, sites, storage, *, shift=0.0):
-    """The adapter with full ranks and thresholds of zero, stored as asked. ``shift``: of every component of v."""
+    """The adapter with full ranks and thresholds of zero, in the given storage. ``shift``: of every component of v."""
     what, router_bits, bits = STORAGES[storage]
     matrix = torch.cat([sites[name].matrix() for name in adapter.sites]).double()
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -77,7 +77,7 @@ def rebuilt(adapter, sites, storage, *, shift=0.0):
 
 
 def stored_matrix(adapter: Adapter, dtype=torch.float64):
-    """(out, in): what the adapter multiplies by when it keeps everything."""
+    """(out, in): the matrix of the adapter when it keeps everything."""
     weight = unpack(adapter.weight, adapter.weight_scale, dtype).t()
     if adapter.router is None:
         return weight

@@ -1,4 +1,4 @@
-"""A model of tiny blocks on disk, with the embedded tokenizer, and the embedded text: what a bench reads from folders."""
+"""A model of tiny blocks on disk with the embedded tokenizer, and the embedded text, as input files of benches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapted tiny models to train, each calibrated once per process, and ways to run them without Inductor."""
+"""Adapted tiny models for training tests, each calibrated once per process, and helpers to run them without Inductor."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def relative(got, expected):
 
 
 def texts(count=8):
-    """Batches of a rule that can be learnt."""
+    """Batches of sequences with a learnable rule."""
     generator = torch.Generator().manual_seed(1)
     start = torch.randint(3, 90, (2 * count, 1), generator=generator)
     rows = (start + 7 * torch.arange(12)) % 90 + 3

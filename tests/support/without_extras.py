@@ -1,5 +1,5 @@
 """A plugin of pytest (``-p tests.support.without_extras``): packages of the optional extras cannot be imported, as if they were
-not installed. ``test`` and ``lint`` are what tests themselves need."""
+not installed. ``test`` and ``lint`` are extras that tests need."""
 
 from __future__ import annotations
 

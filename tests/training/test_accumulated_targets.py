@@ -1,4 +1,4 @@
-"""The loss of a step is the mean over all its targets, however they are spread over batches."""
+"""The loss of a step is the mean over all its targets, for any distribution of targets over batches."""
 
 from __future__ import annotations
 

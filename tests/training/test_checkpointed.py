@@ -1,4 +1,4 @@
-"""Gradient checkpointing: linears in its regions are found, the same is trained, and less is kept."""
+"""Gradient checkpointing: linears in its regions are found, training is unchanged, and fewer activations are stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.trained import EPS, adapted, compiled, gradients, relative
 
 
 def partitioned(kept, products):
-    """A backend that splits the joint graph as Inductor does; it counts what is kept, and masked products."""
+    """A backend that partitions the joint graph as Inductor does, and counts saved tensors and masked matmuls."""
 
     def how(gm, example_inputs):
         rewrite(gm, example_inputs)
@@ -36,7 +36,7 @@ def partitioned(kept, products):
 
 
 def test_it_trains_the_same_and_keeps_less():
-    """Also what LoRA drops: recomputed from other random numbers, gradients would be of another model."""
+    """Also with LoRA dropout: recomputation with other random numbers would give other gradients."""
     model, batch = adapted(depth=1)
     add_lora(model, lora_config(rank=4, dropout=0.3))
     for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def test_it_trains_the_same_and_keeps_less():
     assert "rana_fx.a0_router" in got and sum("lora_" in name for name in got) > 8
     for name, grad in got.items():
         assert relative(grad, expected[name]) < 1e4 * EPS, name
-    # per layer only what enters it, as PyTorch's own checkpoints of the dense model keep
+    # per layer only its input, as with PyTorch's checkpoints of the dense model
     assert kept[1] < kept[0]
 
 
@@ -65,7 +65,7 @@ def policy():
 
 
 class Regions(nn.Module):
-    """A region in a region, two results, a region without a user, one with a policy of its own."""
+    """Nested regions, a region with two results, one without users, one with its own policy."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ def test_regions_are_opened_in_order_and_compute_the_same():
     assert opened == [3]
     linears = [node for node in graphs[0].graph.nodes if "linear" in str(node.target)]
     assert len(linears) == 3 and all(node.meta["recompute"] == CheckpointPolicy.PREFER_RECOMPUTE for node in linears)
-    # a, b, a: the inner region first, the outer one around both its own; each has a number, later ones a greater
+    # a, b, a: the inner region between the operations of the outer one; numbers of regions increase
     regions = [node.meta["ac_graph_id"] for node in linears]
     assert len(set(regions)) == 3 and max(regions) == regions[2]
-    assert open_checkpoints(graphs[0]) == 0  # nothing is left to open
+    assert open_checkpoints(graphs[0]) == 0  # no region is left

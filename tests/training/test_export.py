@@ -1,4 +1,4 @@
-"""A trained model becomes a plan that compiles to what the model computed; thresholds are moved to keep the budget."""
+"""The plan of a trained model compiles to the same outputs; thresholds are re-estimated to keep the budget."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_thresholds_go_where_they_keep_what_was_planned(recipe):
     model, _ = adapted(recipe, depth=1, budget=0.8)
     batches = [ids() for _ in range(8)]
     plan = attached(model).plan
-    with torch.no_grad():  # as training might: everything grows
+    with torch.no_grad():  # as after training: all values are larger
         model.get_input_embeddings().weight.mul_(1.5)
         for layer in model.model.layers:
             layer.input_layernorm.weight.mul_(1.7)
@@ -71,12 +71,12 @@ def test_thresholds_go_where_they_keep_what_was_planned(recipe):
     result = rethreshold(model, batches)
     assert abs(result.budget_flops - plan.expected_budget("flops")) < min(0.02, off)
     assert any(not torch.equal(new.tau, old.tau) for new, old in zip(trained_plan(model).adapters, plan.adapters, strict=True))
-    with measuring(model) as meter:  # a plan of it keeps the same
+    with measuring(model) as meter:  # a plan of the model keeps the same number
         rana_fx.attach(model, trained_plan(model))
     assert attached(model).plan.expected_budget() == plan.expected_budget()
 
 
-def test_mistakes_are_told():
+def test_invalid_calls_raise():
     plain, _ = build("llama", 1)
     with pytest.raises(NoPlan):
         trained_plan(plain)

@@ -1,4 +1,4 @@
-"""Gradients of an adapted model: which there are, and that they are those of the model written out."""
+"""Gradients of an adapted model: which parameters have one, and comparison with a reference model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.trained import EPS, adapted, compiled, gradients, relative
 
 
 class Site(nn.Module):
-    """One linear of an adapter as the paper writes it, apart from everything that rewrites graphs."""
+    """One linear of an adapter by the paper's formula, independent of graph rewriting."""
 
     def __init__(self, adapter, factors, index, span, linear):
         super().__init__()
@@ -66,14 +66,14 @@ def test_gradients_equal_those_of_the_written_out_model(recipe):
     assert loss == pytest.approx(expected_loss, rel=1e-12)
     for name, grad in got.items():
         assert relative(grad, expected[name]) < 1e-9, name
-    # in fp32 too, as far as no z^2 lies within rounding of its threshold: hence the share of gradients, not every one
+    # in fp32 a z^2 within rounding of its threshold changes a mask: most gradients agree, not all
     _, single = gradients(model, compiled(model), batch)
     worst = sorted(relative(single[name], expected[name]) for name in single)
     assert worst[len(worst) // 2] < 1e5 * EPS
 
 
 class Small(nn.Module):
-    """One MLP: ranks and masked inputs, in few kernels to compile."""
+    """One MLP with rank and neuron adapters, so that few kernels are compiled."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Small(nn.Module):
 
 @pytest.mark.slow
 def test_gradients_through_inductor():
-    """Of factors, weights and LoRA with its dropout, in one graph."""
+    """Gradients of factors, weights and LoRA with dropout, in one graph."""
     model, batch = Small(), {"x": torch.randn(2, 4, 16)}
     rana_fx.adapt(model, [batch, *({"x": torch.randn(8, 16, 16)} for _ in range(4))], budget=0.7, recipe="paper", progress=False)
     add_lora(model, lora_config(rank=4, dropout=0.2))
@@ -96,7 +96,7 @@ def test_gradients_through_inductor():
             nn.init.normal_(parameter, std=0.1)
     invalidate_guards(model)
     found = []
-    # numbers drawn as in eager mode, so that the same inputs are dropped
+    # the random numbers of eager mode, so that the same inputs are dropped
     with torch._inductor.config.patch(fallback_random=True):
         for how in (rewritten, "rana"):
             torch.manual_seed(1)
@@ -117,7 +117,7 @@ def test_what_is_trained():
     assert set(got) == set(factors)
     everything = trainable(model, what="all")
     assert set(factors) < set(everything)
-    # what factors stand for is not read, and not trained
+    # weights that factors replace are neither read nor trained
     assert not any("q_proj" in name or "gate_proj" in name for name in everything)
     _, got = gradients(model, compiled(model), batch)
     assert set(got) == set(everything)
@@ -169,7 +169,7 @@ def test_quantised_factors_are_not_trained():
     assert trainable(model, what="all")
 
 
-def test_mistakes_are_told():
+def test_invalid_calls_raise():
     plain, _ = build("llama", 1)
     with pytest.raises(NoPlan):
         trainable(plain)

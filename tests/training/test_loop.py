@@ -1,4 +1,4 @@
-"""The training loop: it lowers the loss, accumulates, distils, resumes exactly, stops at what is not finite, finds a rate."""
+"""The training loop: lower loss, accumulation, distillation, exact resume, stop at a loss that is not finite, rate search."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_accumulation_is_one_batch_of_all():
         train(compiled(model), batches, settings=replace(SETTINGS, accumulate=accumulate, warmup=0.0), progress=False)
         results.append({name: p.detach() for name, p in model.named_parameters()})
     for name, value in results[0].items():
-        # Adam divides a gradient by its size: where it is rounding, so is the direction
+        # Adam normalises gradients: a gradient of rounding size has a random direction
         assert relative(results[1][name], value) < 2e-3, name
 
 
@@ -67,10 +67,10 @@ def test_resuming_is_exact(tmp_path):
     def fresh():
         torch.manual_seed(0)
         model, _ = adapted(depth=1)
-        model.config.attention_dropout = 0.1  # the state of the random numbers counts
+        model.config.attention_dropout = 0.1  # the random state must be restored
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.1
-        add_lora(model)  # its dropout draws numbers, too
+        add_lora(model)  # dropout uses random numbers, too
         return model
 
     class Stop(Exception):
@@ -188,7 +188,7 @@ def test_rates_rise_and_fall():
 
 
 def test_the_teacher_is_dense_where_the_model_is_compiled_in_place():
-    """A model compiled in place is adapted wherever it is called: it would be its own teacher, with nothing to learn."""
+    """A model compiled in place is adapted at every call: as its own teacher the KL would be zero."""
     for choose in (add_lora, trainable):
         model, _ = adapted(depth=1)
         choose(model)
@@ -201,7 +201,7 @@ def test_the_teacher_is_dense_where_the_model_is_compiled_in_place():
         assert losses == pytest.approx(expected, rel=1e-4) and losses[0] > 1e-3
 
 
-def test_mistakes_are_told():
+def test_invalid_calls_raise():
     model, _ = adapted(depth=1)
     model.requires_grad_(False)
     with pytest.raises(NothingToTrain, match="frozen"):

@@ -1,4 +1,4 @@
-"""LoRA by peft: starts as the plan, trains alone behind the masks, drops out inputs, merges exactly, is saved as peft does."""
+"""LoRA by peft: no effect at first, only LoRA is trained, same masks, dropout of inputs, exact merge, peft's file format."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.support.architectures import build, ids, output
 from tests.support.gates import per_neuron
 from tests.support.trained import SETTINGS, adapted, compiled, gradients, relative, texts
 
-# peft 0.21 asks transformers 5.23 by an old name
+# peft 0.21 uses a deprecated name of transformers 5.23
 PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
 def moved(model, std=0.05):
-    """As if it had been trained: both matrices of every layer are something."""
+    """Set both LoRA matrices of every layer to nonzero values, as after training."""
     with torch.no_grad():
         for parameter in attached(model).factors.lowrank.parameters():
             parameter.normal_(0, std)
@@ -47,7 +47,7 @@ def test_it_starts_as_the_plan_and_trains_alone():
     before, dense = run(forward, batch), run(model, batch)
     added = add_lora(model)
     assert {"rana_fx.a0_router", "rana_fx.a0_weight", "model.layers.0.self_attn.o_proj", "lm_head"} <= names(added)
-    assert not any("q_proj" in name for name in names(added))  # factors stand for it
+    assert not any("q_proj" in name for name in names(added))  # factors replace it
     shapes = {tuple(p.shape) for name, p in added.items() if "o_proj" in name}
     assert shapes == {(64, 32), (32, 64)}
     torch.testing.assert_close(run(forward, batch), before, rtol=0, atol=0)
@@ -56,11 +56,11 @@ def test_it_starts_as_the_plan_and_trains_alone():
     assert set(got) == set(added)
     moved(model)
     assert relative(run(forward, batch), before) > 1e-4
-    torch.testing.assert_close(run(model, batch), dense, rtol=0, atol=0)  # eager: the dense model, untouched
+    torch.testing.assert_close(run(model, batch), dense, rtol=0, atol=0)  # eager: the dense model, unchanged
 
 
 class Reader(nn.Module):
-    """Reads the weight of its head in another way as well, which no product is."""
+    """The weight of its head has another use, which is no matmul."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ CASES = {
     "inputs": lambda: adapted("wina", depth=1, dtype=torch.float64),
     "gates": lambda: adapted("cats", depth=1, dtype=torch.float64),
     "cuts": lambda: per_neuron(depth=1, dtype=torch.float64)[:2],
-    "tied": lambda: adapted("teal", depth=1, dtype=torch.float64, name="gemma"),  # one matrix as table and as head
+    "tied": lambda: adapted("teal", depth=1, dtype=torch.float64, name="gemma"),  # one matrix as embedding and as head
     "transposed": lambda: adapted("teal", depth=1, dtype=torch.float64, name="gpt2"),  # stored (in, out)
     "other reads": reader,
 }
@@ -90,7 +90,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_merging_is_exact(case):
-    """Every mask sees the same before and after: in fp64 only the order of sums differs, and norms in fp32 hide even that."""
+    """Masks have the same inputs before and after: in fp64 only the order of sums differs, and fp32 norms hide that."""
     model, batch = CASES[case]()
     model.eval()
     forward = compiled(model)
@@ -104,7 +104,7 @@ def test_merging_is_exact(case):
 
 
 def test_a_linear_compiled_apart_reads_its_part_of_the_sum():
-    """q, k and v share an adapter: alone, each takes columns of its factor, and with them a part of what is added."""
+    """q, k and v share an adapter: compiled alone, each uses columns of its factor and of the LoRA term."""
     model, _ = adapted(depth=1, dtype=torch.float64)
     model.eval()
     linear, x = model.model.layers[0].self_attn.k_proj, {"input": torch.randn(3, 32, dtype=torch.float64)}
@@ -119,7 +119,7 @@ def test_a_linear_compiled_apart_reads_its_part_of_the_sum():
 
 
 def test_gradients_are_those_of_the_matrix():
-    """d/d B of f(W + s B A) is s G A^T, with G the gradient of W, behind a mask as in front of it."""
+    """d/d B of f(W + s B A) is s G A^T, with G the gradient of W, with and without a mask."""
     model, batch = adapted(depth=1, dtype=torch.float64)
     trainable(model, what="all")
     forward = compiled(model)
@@ -142,15 +142,15 @@ def test_dropout_is_on_the_input_and_in_training_alone():
     add_lora(model, LoraConfig(r=32, lora_alpha=32, lora_dropout=0.25, target_modules=["head"]))
     moved(model)
     head = next(attached(model).factors.lowrank.additions())
-    back = torch.linalg.pinv(head.value())  # the input of the head, from what is added to its output
+    back = torch.linalg.pinv(head.value())  # the input of the head, from the LoRA term of its output
 
     def read(result):
         return (result.detach() - before) @ back.t()
 
     x = read(run(forward, batch))
-    assert relative(read(output(forward(**batch))), x) < 1e-6  # evaluating with gradients drops nothing
+    assert relative(read(output(forward(**batch))), x) < 1e-6  # no dropout in evaluation mode with gradients
     model.train()
-    assert relative(read(run(forward, batch)), x) < 1e-6  # where none are taken there is nothing to train
+    assert relative(read(run(forward, batch)), x) < 1e-6  # without gradients there is nothing to train
     ratio = read(output(forward(**batch))) / x
     dropped = ratio.abs() < 1e-3
     torch.testing.assert_close(ratio[~dropped], torch.full_like(ratio[~dropped], 1 / 0.75), rtol=1e-3, atol=0)
@@ -184,7 +184,7 @@ def test_autocast_multiplies_in_bf16():
         assert output(forward(**batch, use_cache=False)).dtype == torch.bfloat16
         _, got = gradients(model, forward, batch)
     assert got.keys() == expected.keys() and all(grad.dtype == torch.float32 for grad in got.values())
-    # a bf16 product is off by 2^-9 of its size, and some masks fall otherwise
+    # a bf16 matmul has an error of 2^-9 of its size, and some masks differ
     errors = sorted(relative(grad, expected[name]) for name, grad in got.items())
     assert errors[len(errors) // 2] < 0.1
 
@@ -253,7 +253,7 @@ def test_targets_are_found_as_peft_finds_them(targets, more, expected):
     model, _ = adapted()
     config = LoraConfig(r=2, target_modules=targets, **more)
     assert names(add_lora(model, config)) == expected
-    assert set(config.target_modules) == set(targets)  # the caller's is as it was
+    assert set(config.target_modules) == set(targets)  # the caller's config is unchanged
     merge_lora(model)
     everything = names(add_lora(model, LoraConfig(r=2, target_modules="all-linear")))
     merge_lora(model)
@@ -277,7 +277,7 @@ def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
     merged = wrapped.merge_and_unload()
     plan = trained_plan(merged)
     rana_fx.attach(merged, plan)
-    assert relative(run(compiled(merged), batch), expected) < 1e-3  # merged in fp32; masks see its rounding
+    assert relative(run(compiled(merged), batch), expected) < 1e-3  # merged in fp32; masks depend on its rounding
 
 
 @PEFT
@@ -292,7 +292,7 @@ def test_an_adapter_of_pefts_own_beside_a_mask_is_refused():
         assert "use rana_fx.training.add_lora" in str(error)
 
 
-def test_mistakes_are_told(monkeypatch):
+def test_invalid_calls_raise(monkeypatch):
     plain, _ = build("llama", 1)
     with pytest.raises(NoPlan):
         add_lora(plain)

@@ -1,4 +1,4 @@
-"""Code that was compiled before LoRA was added has it afterwards, also where nothing else of the model tells the difference."""
+"""Code compiled before LoRA was added recompiles, also where no other guard of the model changes."""
 
 from __future__ import annotations
 

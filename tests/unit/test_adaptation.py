@@ -23,7 +23,7 @@ def test_steps_make_the_same_plan(recipe):
     problem = calibration.problem(budget=0.8, metric="flops", recipe=recipe)
     plan = planned(calibration, problem, solved(problem, RECIPES[recipe]))
     assert plan.digest() == expected.digest()
-    assert attached(model) is None  # attaching is a step of its own
+    assert attached(model) is None  # attaching is a separate step
     assert any("residual join" in skip.reason for skip in plan.left)  # the head
 
 

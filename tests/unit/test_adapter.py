@@ -1,4 +1,4 @@
-"""Adapters: what may be stored together, what it costs, and that casts leave stored numbers alone."""
+"""Adapters: valid combinations of tensors, costs, and casts that leave quantised values unchanged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rank(router_bits=16, bits=16, *, hybrid=False, **changes):
 
 
 def row_bytes(columns, bits):
-    """By hand: a scale in fp32 for a row in 8 bits, for each group of 64 in 4."""
+    """Expected bytes of a row: one fp32 scale per row in 8 bits, one per group of 64 in 4 bits."""
     return {16: 2 * columns, 8: columns + 4, 4: columns / 2 + -(-columns // 64) * 4}[bits]
 
 
@@ -54,7 +54,7 @@ def exact(**changes):
 )
 def test_costs_are_what_is_read(router_bits, bits, hybrid, kept, inputs, rows):
     adapter = rank(router_bits, bits, hybrid=hybrid, **({} if rows is None else exact()))
-    uses = 2  # from the dense cost
+    uses = 2  # relative to the dense cost
     if hybrid:
         flops, read = inputs * RANKS, inputs * row_bytes(RANKS, router_bits)
     else:
@@ -75,7 +75,7 @@ def test_costed_and_cost_agree(hybrid, more):
             adapter.cost(metric) == said == adapter.cost(metric, adapter.kept) == adapter.cost(metric, None, adapter.router_kept)
         )
         assert adapter.cost(metric, None, None, adapter.exact_kept) == said
-    # what the maker counted stays what it counted
+    # costs given at construction are unchanged
     changed = replace(adapter, bytes=7.0)
     assert changed.cost("bytes") == 7.0
     assert changed.cost() == changed.cost(Kept()) == changed.expected_cost == Cost(adapter.flops, 7.0)

@@ -1,4 +1,4 @@
-"""What a budget leaves for the layers that are adapted."""
+"""The part of a budget that remains for the adapted layers."""
 
 from __future__ import annotations
 

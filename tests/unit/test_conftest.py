@@ -1,4 +1,4 @@
-"""The net under the other tests holds: poisoned memory is seen, in eager and compiled code, and compilation works under it."""
+"""Fixtures of tests/conftest.py: uninitialised memory is NaN in eager and compiled code, and compilation works with them."""
 
 from __future__ import annotations
 

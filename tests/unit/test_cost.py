@@ -1,4 +1,4 @@
-"""Cost is a vector of two metrics; Kept fills what is not given from what is expected."""
+"""Cost is a vector of two metrics; Kept takes missing values from the expected ones."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The same bytes in another dtype are another plan."""
+"""Plans with the same bytes in different dtypes have different digests."""
 
 from __future__ import annotations
 

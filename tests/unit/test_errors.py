@@ -1,7 +1,7 @@
 """Every exception of the package: its message is complete, keeps its facts, and survives a process boundary.
 
 EXAMPLES has one entry per class of rana_fx.errors and is compared with what that module defines, so that a new class
-without an entry fails here. The package's own ``raise`` statements are read too: each must give the facts its message needs.
+without an entry fails here. The package's ``raise`` statements are parsed, too: each must give the facts of its message.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ PLACES = (Path(errors.__file__).parent, Path(rana_fx.passes.__path__[0]), Path(n
 
 
 def fields(cls):
-    """The names a message needs: ``{site}`` -> site."""
+    """Names in a message: ``{site}`` -> site."""
     return {name for _, name, _, _ in string.Formatter().parse(cls.message) if name}
 
 

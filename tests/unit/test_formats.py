@@ -1,4 +1,4 @@
-"""Storage in 8 and 4 bits: what is stored is what unpack says, within half a step of what was given."""
+"""Storage in 8 and 4 bits: unpacked values are within half a step of the given ones."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_packed_numbers_are_within_the_bound_of_the_format(case, stored):
     got = matrix.dequantize()
     assert ((got - weight).abs() <= kind.error_bound(matrix)).all()
     assert torch.equal(got, unpack(matrix.values, matrix.scale))
-    # bounds are of use: no more than a step of the row's largest number, which the format's limit is
+    # bounds are tight: at most a step at the largest number of the row, the format's limit
     limit = {"floating": torch.inf, "int8": 127, "int4": 7}[kind.name]
     assert (kind.error_bound(matrix) <= weight.abs().amax(1, keepdim=True) / limit + torch.finfo(torch.float32).tiny).all()
 

@@ -1,4 +1,4 @@
-"""Golden files (tests/golden/make.py): what an earlier version wrote is read and gives the numbers, names and keys of then."""
+"""Golden files (tests/golden/make.py): files of an earlier version are read and give the same values, names and keys."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_digests_of_weights():
 
 
 def fitting(columns, scales):
-    """Lengths of groups that give a row so many scales."""
+    """Group lengths that give a row that many scales."""
     return [length for length in (64, 128) if -(-columns // length) == scales]
 
 
@@ -196,6 +196,6 @@ def test_json_files_keep_their_keys(name, folder, tmp_path, monkeypatch):
     for path, given in INTERFACE["json"][name].items():
         assert path in now, f"{name}: {path} is gone"
         before, after = set(given.split()), set(now[path].split())
-        # null then may be anything now, and anything then may now be null at times
+        # a null of one version may have any type in the other
         if before != {"NoneType"}:
             assert before & after and after - before <= {"NoneType"}, f"{name}: {path} was {given}, is {now[path]}"

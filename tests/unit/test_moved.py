@@ -1,4 +1,4 @@
-"""Modules that moved are found under their old names, with a warning that says where they are; nothing is found twice."""
+"""Moved modules are imported under their old names, with a warning that gives the new name; no module exists twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans: round trip, digest, atomic saving, and every way a file can be wrong."""
+"""Plans: round trip, digest, atomic saving, and errors for all kinds of damaged files."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_thousands_of_adapters(plan, tmp_path):
 
 
 def test_a_second_save_waits_for_the_first(plan, tmp_path, monkeypatch):
-    """Without the lock the first one's clean-up removes tensors that the second has written and not yet named."""
+    """Without the lock, the clean-up of the first save removes tensors of the second, whose header is not yet written."""
     other = make(budget=0.8)[1]
     replaced = planfile._replace
     threads = []
@@ -253,7 +253,7 @@ def test_a_second_save_waits_for_the_first(plan, tmp_path, monkeypatch):
         if path.name == planfile.HEADER and not threads:
             threads.append(threading.Thread(target=other.save, args=(tmp_path,)))
             threads[0].start()
-            threads[0].join(0.5)  # as far as it gets while the first save is in progress
+            threads[0].join(0.5)  # the second save waits while the first is in progress
             assert threads[0].is_alive()
 
     monkeypatch.setattr(planfile, "_replace", slow)
@@ -263,7 +263,7 @@ def test_a_second_save_waits_for_the_first(plan, tmp_path, monkeypatch):
 
 
 def test_loading_while_another_process_saves(plan, tmp_path, monkeypatch):
-    """The tensors of a header that was just read are gone: the new header is read."""
+    """If the tensors of a header are already removed, the new header is read."""
     plan.save(tmp_path)
     other = make(budget=0.8)[1]
     read = planfile._header

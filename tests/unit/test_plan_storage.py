@@ -1,4 +1,4 @@
-"""Plans in few bits on disk and on a model: every storage survives saving, copying and casts; wrong files are refused."""
+"""Quantised plans on disk and on a model: saving, copying and casts keep every storage; invalid files are refused."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def saved():
 
 
 def retensored(folder, change):
-    """Other tensors, with a header that names them: what only a check of shapes and dtypes finds."""
+    """Replace tensors and the header: only a check of shapes and dtypes detects the change."""
     path = next(folder.glob("*.safetensors"))
     tensors = safetensors.torch.load(path.read_bytes())
     change(tensors)
@@ -227,5 +227,5 @@ def test_explain_says_how_it_is_stored(storage):
         assert f"weights {bits['weight']} bit" in row.detail
     assert ("which reads 32.0 of 32 inputs" in row.detail) == ("hybrid" in storage)
     assert row.bytes == pytest.approx(plan.adapters[0].bytes / plan.adapters[0].dense_bytes)
-    # the factors on the model are no quantised layer of it
+    # attached factors are not reported as quantised layers
     assert not any(row.site.startswith("rana_fx") for row in report.rows)

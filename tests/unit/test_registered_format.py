@@ -1,4 +1,4 @@
-"""A storage format that this file registers, from packing to the rewritten model: nothing in the package knows it."""
+"""A storage format from outside of the package, from packing to the rewritten model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_name_and_a_dtype_belong_to_one_format(pairs):
     with pytest.raises(InvalidOption, match=r"torch.int8.*belongs to int8"):
         formats.register_format(other)
     assert formats.registered()[-1] is pairs
-    assert __file__ in formats.sources()  # code compiled for it is another's once this file changes
+    assert __file__ in formats.sources()  # a change of this file invalidates compiled code
 
 
 def test_it_is_found_by_its_dtype(pairs):
@@ -96,7 +96,7 @@ def test_it_is_found_by_its_dtype(pairs):
     with pytest.raises(BadOperand, match=r"scale is None: expected \(3,\)"):
         Matrix.of(made.values)
     with pytest.raises(BadOperand, match=r"torch.int16 \(pairs of 6 bits\)"):
-        formats.format_of(torch.int32)  # an error names every format there is
+        formats.format_of(torch.int32)  # the error names all formats
 
 
 def adapter_of(weight: torch.Tensor, stored: Matrix, name: str = "site") -> Adapter:
@@ -143,7 +143,7 @@ def test_plans_keep_it(pairs, tmp_path):
     assert torch.equal(loaded.adapters[0].matrix("weight").dequantize(), stored.dequantize())
     assert loaded.expected_budget() == plan.expected_budget() == plan.adapters[0].bytes / plan.adapters[0].dense_bytes
     assert "weights 6 bit" in plan.summary(all=True)
-    base._FORMATS.pop(pairs.name)  # where nobody registers it, the plan is refused by what it holds
+    base._FORMATS.pop(pairs.name)  # without the registration the plan is refused, with its dtype in the error
     try:
         with pytest.raises(rana_fx.errors.PlanFileError, match=r"weight is torch.int16: expected floating"):
             rana_fx.load_plan(tmp_path)

@@ -1,4 +1,4 @@
-"""Skips and notes: two types in memory, one list of pairs on disk."""
+"""Skips and notes: two types in memory, stored as one list of pairs on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans for people: one line, a few lines, or a line for each adapter."""
+"""Summaries of plans: one line, a few lines, or a line for each adapter."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What the masked product has to beat: the strongest dense products, and the kernel shape that others published.
+"""Baselines for the masked matmul in ``bench.kernels``: dense matmuls, and the kind of kernel that others published.
 
-    cublas      F.linear on the dense weight (N, K)
-    inductor    the same, torch.compile with max-autotune and coordinate descent
-    published   masked loads, split-K, fp32 atomics into a zeroed output: what TEAL, WINA and CATS ship, for one token
-    fallback    the product this package makes where masks do not pay: dense, on the masked input, compiled
+    cublas      F.linear with the dense weight (N, K)
+    inductor    the same, by torch.compile with max-autotune and coordinate descent
+    published   masked loads, split-K, fp32 atomic additions to a zeroed output, as in TEAL, WINA and CATS; one token
+    fallback    the matmul of this package where masks are not expected to save time: dense, with the masked input, compiled
 
-The published kernel is written anew here from its shape, with the best of a few block sizes, and left in fp32: the cast that
-somebody must make is not charged to it.
+The published kernel is reimplemented here, with the best of a few block sizes. Its output stays fp32: the time of the cast to the
+model's dtype is not included.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def published_kernel(v, tau, w, y, K, N, s_wk, BK: tl.constexpr, BN: tl.constexp
     tl.atomic_add(y + o_n, tl.sum(b_w * tl.where(m_v, b_v, 0.0)[:, None], 0), mask=m_n)
 
 
-# few programs share an output: every one of them adds to it atomically
+# (block_k, block_n, warps); large block_k, so that few programs add to one output atomically
 PUBLISHED = [(64, 128, 4), (128, 64, 4), (128, 128, 8), (256, 32, 4), (256, 64, 8), (512, 16, 4)]
 
 
 def published(v: Tensor, tau: Tensor, weight: Tensor, choice: tuple[int, int, int]) -> Tensor:
-    """(1, K), (K,), (K, N) -> (1, N) fp32."""
+    """The published kernel: v (1, K), tau (K,), weight (K, N) -> (1, N) fp32. ``choice``: an entry of ``PUBLISHED``."""
     block_k, block_n, warps = choice
     ranks, columns = weight.shape
     y = torch.zeros((1, columns), dtype=torch.float32, device=v.device)
@@ -47,18 +47,19 @@ def published(v: Tensor, tau: Tensor, weight: Tensor, choice: tuple[int, int, in
 
 
 def cublas_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (T, K), weight (N, K) -> (T, N)."""
     return torch.nn.functional.linear(x, weight)
 
 
 def silu_of_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """silu(gate) * up: eager, two more launches."""
+    """silu(gate) * up with gate and up the halves of the product: two more launches in eager mode."""
     gate, up = torch.nn.functional.linear(x, weight).chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
 
 
 def by_inductor(function: Callable[..., Tensor], *, tuned: bool) -> Callable[..., Tensor]:
-    """The function as Inductor compiles it at its first call; tuned: told to try hard."""
-    # compiled code is kept by code object, and turns dynamic, or eager, after a few shapes
+    """The function, compiled by Inductor at its first call. ``tuned``: max-autotune with coordinate descent."""
+    # Dynamo caches by code object, and falls back to dynamic shapes or eager mode after a few shapes
     torch._dynamo.reset()
     options: dict[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True} if tuned else {}
     return torch.compile(function, dynamic=False, options={**options, "triton.cudagraphs": False})

@@ -1,4 +1,4 @@
-"""The rivals of bench.quality: what roundings store and cost, and that an emulated SliceGPT is the sliced model itself."""
+"""The baselines of bench.quality: stored values and cost of roundings; the emulated SliceGPT equals a sliced model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.common.calibrated import calibrate_once
-from bench.quality.methods import Maker, Planned, Rounded, swapped
+from bench.quality.methods import MethodBuilder, Planned, Rounded, swapped
 from bench.quality.quantised import Rounder, rounded, rounding_of
 from bench.quality.slicegpt import Sliced, _kept, sliced, stream_of
 from rana_fx.calibration.calibrate import calibrate
@@ -28,7 +28,7 @@ def model(kind="Llama", **extra):
     made = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            # gains and biases must matter
+            # gains and biases that affect the output
             parameter.normal_(1.0 if parameter.dim() == 1 and "weight" in name else 0.0, 0.3)
     return made
 
@@ -114,28 +114,28 @@ def test_gptq_loses_less_than_nearest_on_its_inputs(suffix):
     assert loss("gptq3-g64") < 0.5 * loss("int3-g64")
 
 
-def test_rounded_weights_are_the_counted_ones_and_leave_no_trace(device):
+def test_only_counted_weights_are_rounded_and_they_are_restored(device):
     dense, batch = model("GPTNeoX").to(device), batches(1, device)[0]
     calibrated = calibrate_once(dense, batches())
-    maker = Maker(dense, calibrated, batches(), metric="bytes", progress=False)
+    builder = MethodBuilder(dense, calibrated, batches(), metric="bytes", progress=False)
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     expected = dense(**batch).logits
-    plan = maker.at("teal", 0.5)
+    plan = builder.at_budget("teal", 0.5)
     assert isinstance(plan, Planned)
-    with plan.on(dense):  # stores weights anew
+    with plan.on(dense):  # changes the storage of weights
         pass
-    entrant = maker.rounded(rounding_of("gptq2-g64"))
-    assert isinstance(entrant, Rounded)
+    method = builder.rounded(rounding_of("gptq2-g64"))
+    assert isinstance(method, Rounded)
     names = {id(parameter): name for name, parameter in dense.named_parameters()}
     inside = {f"{site.name}.weight" for site in calibrated.layout.sites.values() if site.counted}
-    assert {names[id(parameter)] for parameter in entrant.weights} == inside and len(inside) == 8
-    with entrant.on(dense) as running:
+    assert {names[id(parameter)] for parameter in method.weights} == inside and len(inside) == 8
+    with method.on(dense) as running:
         moved = running.adapted(**batch).logits
         assert float((moved - expected.detach()).abs().max()) > 0.01
         torch.testing.assert_close(running.dense(**batch).logits, expected, rtol=0, atol=0)
-        assert running.measured() == {"flops": 1.0, "bytes": entrant.bytes}
-    with swapped(entrant.weights):
-        for parameter, value in entrant.weights.items():
+        assert running.measured() == {"flops": 1.0, "bytes": method.bytes}
+    with swapped(method.weights):
+        for parameter, value in method.weights.items():
             site = calibrated.layout.sites[names[id(parameter)].removesuffix(".weight")]
             assert parameter.data_ptr() == value.data_ptr()
             # 2 bits, symmetric: three numbers, and one scale per group of 64
@@ -153,7 +153,7 @@ def test_a_transposed_weight_is_rounded_along_its_inputs():
     torch.testing.assert_close(found.t(), rounded(weight.detach().t(), rounding_of("int4"), None))
     assert rounder.bytes_kept(rounding_of("int4")) == (4 / 32 + 16 / 32 / 32)
     site.view = site.view.contiguous()
-    with pytest.raises(InvalidOption, match="c is copied first"):
+    with pytest.raises(InvalidOption, match="c reads a copy"):
         Rounder(problem).weights(rounding_of("int4"))
 
 
@@ -177,7 +177,7 @@ def test_all_dimensions_are_the_dense_model(kind, device):
 
 
 def test_projecting_is_slicing(device):
-    """Against a Llama whose matrices are sliced, as the paper builds it."""
+    """Against a Llama with sliced matrices, as in the paper."""
     dense, batch = model().to(device), batches(1, device)[0]
     found = sliced(dense, layout_of(dense), budget=0.7, batches=batches(3))
     with torch.no_grad(), found.acting():
