@@ -156,10 +156,9 @@ def _tables(title: str, rows: list[dict[str, Any]]) -> None:
     show(f"{title}: increase of the loss by dense positions", columns, lines)
     whole = [row for row in rows if "by_position" in row]
     edges = [f"from {edge}" for edge in whole[0]["by_position"]]
+    by_position = [(str(row["budget"]), *row["by_position"].values()) for row in whole]
     show(
-        f"{title}: increase by position, all adapted",
-        ("budget", *edges),
-        [(str(r["budget"]), *r["by_position"].values()) for r in whole],
+        f"{title}: increase by position", ("budget", *edges), by_position, notes=["increase of the loss with all tokens adapted"]
     )
 
 

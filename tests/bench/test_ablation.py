@@ -69,7 +69,7 @@ def test_dense_positions_are_those_of_the_dense_model(saved, tmp_path, capsys):
     for row in rows.values():
         spent = row["measured"]
         assert row["cost"] == pytest.approx(spent + (1 - spent) * row["dense_positions"] / 64)
-    assert "by position, all adapted" in capsys.readouterr().out
+    assert "increase by position" in capsys.readouterr().out
     model, text = saved
     network, tokenizer = load_model(model)
     held = read_text(text, tokenizer, tokens=640, context=64)
