@@ -97,7 +97,7 @@ def _extent(tensor: Tensor) -> tuple[int, ...]:
     if not all(isinstance(number, int) for number in (*sizes, *strides, offset)):
         return ()
     last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if tensor.numel() else -1
-    return offset * tensor.element_size(), (offset + last + 1) * tensor.element_size()
+    return int(offset) * tensor.element_size(), int(offset + last + 1) * tensor.element_size()
 
 
 def _steps(tensor: Tensor) -> list[tuple[int, int]]:
