@@ -12,7 +12,7 @@ MUTATIONS = (
       "rana_fx/graph/einsums.py", "x_order = form.kept_x + form.summed", "x_order = form.summed + form.kept_x",
       "tests/integration/test_architectures.py::test_counts_of_one_layer -k einsum"),
     M("write-in-place-unseen", "A view of memory that was written in between counts as the same tensor.",
-      "rana_fx/graph/functionalize.py", "self._last[self.root(target)] = node", "self._last[node] = node",
+      "rana_fx/graph/functionalize.py", "self._last[root] = now, node", "self._last[node] = now, node",
       f"{_T_SITES} -k 'in_place or data_is_written or write'"),
     M("head-inside-the-budget", "The output head counts as a linear of the blocks.",
       "rana_fx/calibration/layout.py", 'OUTSIDE = ("head", "stem", "constant")', 'OUTSIDE = ("stem", "constant")',
