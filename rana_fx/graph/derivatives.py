@@ -1,9 +1,9 @@
 """Whether the backward pass of an ``autograd.Function`` is the derivative of its forward pass, found by computing both.
 
 In: a call of ``autograd_function_apply`` and the two graphs it holds. Out: which inputs its backward pass gives no gradient; or
-``Unlike``, with the reason. Both passes run on random inputs of the shapes that were traced, with small and with large gradients of the outputs, so
-that a backward pass that clips, scales or reverses is told from the derivative; a forward pass that draws random numbers never
-agrees with itself. Nothing of it reaches the model: neither its weights nor the state of a random number generator is used.
+``Unlike``, with the reason. Both passes run on random inputs of the shapes that were traced, with small and with large gradients
+of the outputs, so that a backward pass that clips, scales or reverses is told from the derivative; a forward pass that draws
+random numbers never agrees with itself. Neither the model's weights nor the state of its random number generators are used.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ call's target and by shapes, strides, dtypes, devices and constants of its argum
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,7 @@ class _Watcher(TorchDispatchMode):
     """Which of some tensors the overloads that are dispatched inside write into, by the memory they lie in."""
 
     def __init__(self, owners: dict[int, set[int]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._owners = owners
         self.written: set[int] = set()
         self.multiplies = False
@@ -141,7 +142,7 @@ class _Watcher(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _written_arguments(overload: OpOverload, args: Any, kwargs: Any) -> Iterator[object]:
+def _written_arguments(overload: OpOverload, args: Any, kwargs: Any) -> Iterator[Any]:
     """The arguments that an overload writes by its schema."""
     if not overload._schema.is_mutable:
         return
@@ -152,12 +153,26 @@ def _written_arguments(overload: OpOverload, args: Any, kwargs: Any) -> Iterator
 
 def owners_of(value: object, owners: dict[int, set[int]]) -> set[int]:
     """The owners of the memory that the tensors of a value lie in."""
+    return set().union(*(owners.get(_memory(leaf), ()) for leaf in tensors_of(value)))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of a value, which may be nested."""
     leaves: list[Any] = optree.tree_leaves(value)
-    return set().union(*(owners.get(_memory(leaf), ()) for leaf in leaves if isinstance(leaf, Tensor)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _owners(values: list[object]) -> dict[int, set[int]]:
+    """Memory -> the positions of the values that lie in it."""
+    found: dict[int, set[int]] = {}
+    for position, value in enumerate(values):
+        for tensor in tensors_of(value):
+            found.setdefault(_memory(tensor), set()).add(position)
+    return found
 
 
 def _by_running(node: fx.Node, values: list[object]) -> Effect:
@@ -168,29 +183,22 @@ def _by_running(node: fx.Node, values: list[object]) -> Effect:
             given = [_alike(value) for value in values]
     except Exception:  # a layout without strides, a subclass
         return named
-    owners: dict[int, set[int]] = {}
-    for position, value in enumerate(given):
-        for leaf in optree.tree_leaves(value):
-            if isinstance(leaf, Tensor):
-                owners.setdefault(_memory(leaf), set()).add(position)
+    owners = _owners(given)
     place = dict(zip(node.all_input_nodes, given, strict=True))
     watcher = _Watcher(owners)
     try:
-        with mode, torch.no_grad(), watcher:
+        with mode, torch.no_grad(), watcher, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model's own run gives them
             result = _call(node, place.__getitem__)
     except Exception:  # it needs data, or its place's autocast
         writes = watcher.written | set(named.writes) | _by_schema(node)
         return Effect(frozenset(writes), named.aliases, watcher.multiplies or named.multiplies)
-    same = {position for position, value in enumerate(given) if any(leaf is value for leaf in optree.tree_leaves(result))}
+    same = {position for position, value in enumerate(given) if any(leaf is value for leaf in tensors_of(result))}
     shared = owners_of(result, owners) | same
     # ``x.set_(y)``: from then on x lies in the memory of y
-    moved = {position for position, value in enumerate(given) if position not in owners_of(value, owners) and _lies(value)}
+    moved = {position for position, value in enumerate(given) if tensors_of(value) and position not in owners_of(value, owners)}
     shared |= moved | owners_of([given[position] for position in moved], owners)
     return Effect(frozenset(watcher.written | _by_schema(node)), frozenset(shared), watcher.multiplies)
-
-
-def _lies(value: object) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(value))
 
 
 def _call(node: fx.Node, values: Callable[[fx.Node], Any]) -> Any:
@@ -207,7 +215,7 @@ def _alike(value: object) -> object:
         sizes, strides = [_known(size) for size in value.shape], [_known(stride) for stride in value.stride()]
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
     if isinstance(value, (tuple, list)):
-        parts = [_alike(part) for part in value]
+        parts: list[Any] = [_alike(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return _known(value) if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
@@ -286,7 +294,8 @@ def _written_by_triton(node: fx.Node) -> list[str]:
     from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
 
     given: Any = dict(node.kwargs)
-    arguments = fx.node.map_arg(given["kwargs"], value_of)
+    over: Any = fx.node.map_arg  # its type knows no values
+    arguments = over(given["kwargs"], value_of)
     try:
         return list(
             get_mutated_tensors(given["kernel_idx"], given["constant_args_idx"], arguments, given["tma_descriptor_metadata"])
@@ -300,10 +309,6 @@ def _written_in(node: fx.Node, body: fx.GraphModule) -> list[fx.Node]:
     targets = [target for inner in body.graph.nodes for target in written(inner)]
     if not targets:
         return []
-    owners: dict[int, set[int]] = {}
     sources = node.all_input_nodes
-    for position, source in enumerate(sources):
-        for leaf in optree.tree_leaves(value_of(source)):
-            if isinstance(leaf, Tensor):
-                owners.setdefault(_memory(leaf), set()).add(position)
+    owners = _owners([value_of(source) for source in sources])
     return [sources[position] for target in targets for position in owners_of(value_of(target), owners)]

@@ -80,7 +80,7 @@ class Einsum:
 
 
 def parse(node: fx.Node) -> Einsum | None:
-    """The einsum that a node is, or that says the same (tensordot, inner, mv); None where it is another one than of two tensors."""
+    """The einsum of two tensors that a node is, also as tensordot, inner or mv, or None."""
     if not is_call(node):
         return None
     name = op_name(node)
@@ -100,7 +100,7 @@ def parse(node: fx.Node) -> Einsum | None:
 
 
 def _contraction(operands: list[Any], ranks: list[int], dims: Any) -> Einsum | None:
-    """The sum over dimensions of two tensors: the last ``dims`` of one with the first of the other, or dimensions listed for each."""
+    """A sum over the last ``dims`` dimensions of one tensor and the first of another, or over those listed for each."""
     if isinstance(dims, int):
         dims = range(ranks[0] - dims, ranks[0]), range(dims)
     if not isinstance(dims, (tuple, list)) or len(dims) != 2:

@@ -14,15 +14,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterable
 
-import optree
 import torch
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rana_fx.graph.dataflow import is_row_view, statically_equal, value_of
-from rana_fx.graph.effects import effect_of, written
+from rana_fx.graph.effects import effect_of, tensors_of, written
 from rana_fx.graph.fake_values import fake_run
-from rana_fx.graph.ops import is_call
+from rana_fx.graph.ops import is_call, op_name
 from rana_fx.graph.record import VALUES
 
 __all__ = ["Writes", "hidden_edges", "redirect", "separate_outputs", "written"]
@@ -83,12 +82,14 @@ def redirect(graph_module: fx.GraphModule) -> int:
     Where that is a copy of another tensor, what only reads reads the other tensor, as long as neither changes.
     """
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+    # ``x.set_(y)`` moves x, of which fake values only know where it lies in the end: its uses stay, and ``Writes`` sees to them
+    moved = {node.args[0] for node in position if is_call(node) and op_name(node) == "set" and node.args}
     changed = 0
     for node in graph_module.graph.nodes:
         effect, sources = effect_of(node), node.all_input_nodes
         for place in effect.writes & effect.aliases:
             target = sources[place]
-            if not _same_tensor(node, target):
+            if target in moved or not _same_tensor(node, target):
                 continue
             for user in list(target.users):
                 if position[user] > position[node]:
@@ -208,8 +209,7 @@ def _cells(node: fx.Node) -> Iterable[Hashable]:
     value = value_of(node)
     if value is None:
         return (node,)
-    leaves = optree.tree_leaves(value)  # type: ignore[arg-type]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = tensors_of(value)
     if all(leaf.layout is torch.strided and torch._C._has_storage(leaf) for leaf in tensors):
         return [StorageWeakRef(leaf.untyped_storage()) for leaf in tensors]
     return (node,)

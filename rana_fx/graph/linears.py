@@ -8,24 +8,26 @@ A weight is recognised by identity, through views; names come from the model or 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
 from rana_fx.formats import is_plain
-from rana_fx.graph.dataflow import ancestors, reads_values, row_source, tensor_inputs, value_of
-from rana_fx.graph.effects import bodies_of, multiplies, written
+from rana_fx.graph.dataflow import ancestors, reads_values, row_source, value_of
+from rana_fx.graph.effects import written
 from rana_fx.graph.functionalize import Writes
 from rana_fx.graph.matmuls import Operands, operands_of
+from rana_fx.graph.names import site_name as site_name
+from rana_fx.graph.names import source_name as source_name
+from rana_fx.graph.names import source_text as source_text
 from rana_fx.graph.operands import Operand, operand
-from rana_fx.graph.ops import CASTS, CLOSED, COPIES, INDEXING, MOVEMENT, TRANSPOSES, is_call, is_matmul, op_name
+from rana_fx.graph.ops import is_call, is_matmul, op_name
+from rana_fx.graph.unadapted import COMPUTED, Unadapted, is_convolution
 from rana_fx.skips import Skip as Skip
 
 DEVICES = ("cpu", "cuda", "xpu")  # where Inductor lowers the rewritten graph
-_COMPUTED = "its weight is computed in the forward pass"
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,26 +113,6 @@ def parameters_of(graph_module: fx.GraphModule, example_inputs: Sequence[object]
     return found
 
 
-def source_text(node: fx.Node) -> str:
-    """Dynamo's source of a graph input as it writes it, or ""."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return ""
-    return str(source.name() if callable(source.name) else source.name)
-
-
-def source_name(node: fx.Node) -> str:
-    """Dotted name of a graph input, from Dynamo's source (relative to the compiled callable) or the attribute."""
-    text = source_text(node)
-    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
-    return site_name(".".join(parts) or str(node.target))
-
-
-def site_name(parameter_name: str) -> str:
-    """A site is called after its weight, without a final ``.weight``: ``model.layers.0.mlp.up_proj``."""
-    return parameter_name.removesuffix(".weight")
-
-
 def find_linears(graph_module: fx.GraphModule, example_inputs: Sequence[object], names: Mapping[int, str]) -> Scan:
     """All linears of one graph in execution order. ``names``: id of a Parameter -> its name in the model."""
     scan = Scan(weights=parameters_of(graph_module, example_inputs))
@@ -150,10 +132,10 @@ def find_linears(graph_module: fx.GraphModule, example_inputs: Sequence[object],
         if not isinstance(match, Linear):
             for skip in match:
                 skipped.setdefault(skip.site, skip)
-    inside = ancestors(matcher.computed) & {linear.node for linear in scan.linears if linear.node in scan.constant}
+    inside = ancestors(matcher.unadapted.computed) & {linear.node for linear in scan.linears if linear.node in scan.constant}
     for linear in [linear for linear in scan.linears if linear.node in inside]:
         scan.linears.remove(linear)
-        skipped.setdefault(linear.name, Skip(linear.name, _COMPUTED))
+        skipped.setdefault(linear.name, Skip(linear.name, COMPUTED))
     scan.skips = list(skipped.values())
     return scan
 
@@ -195,16 +177,16 @@ class _Matcher:
     """Decides of one node after the other whether it is a linear; ``writes`` has to follow the graph."""
 
     def __init__(self, scan: Scan, names: Mapping[int, str], origins: Mapping[fx.Node, set[fx.Node]]) -> None:
-        self._weights, self._constant, self._names, self._origins = scan.weights, scan.constant, names, origins
+        self._weights, self._names = scan.weights, names
         self.writes = Writes()
-        self.computed: list[fx.Node] = []  # matrices of linears that are computed from weights
+        self.unadapted = Unadapted(scan.weights, scan.constant, origins, self._name)
 
     def match(self, node: fx.Node) -> Linear | list[Skip]:
         """The linear; or the weights in a product that cannot be adapted; none where no weight is multiplied."""
         operands = operands_of(node)
         found = None if operands is None else operand(operands.matrix, self._weights)
         if operands is None or found is None or (isinstance(found, Operand) and found.value.dim() != 2):
-            return self._other(node, operands)
+            return self.unadapted.skips(node, operands)
         if isinstance(found, str):
             assert isinstance(operands.matrix, fx.Node)
             origin = self._origin(operands.matrix)
@@ -228,24 +210,6 @@ class _Matcher:
             return f"its result is written into an argument ({op_name(node)})"
         return None if self.writes.last(source) is None else "its weight or bias is written in the forward pass"
 
-    def _other(self, node: fx.Node, operands: Operands | None) -> list[Skip]:
-        """The weights of a product that is no linear."""
-        if not multiplies(node):
-            return []
-        name = op_name(node)
-        bodies = bodies_of(node)
-        if bodies:
-            return self._inside(node, [body for _, body in bodies])
-        if any(word in name for word in CLOSED):
-            return self._all(node, f"inside a fused operator ({name})")
-        if is_convolution(node):
-            return self._all(node, f"a convolution ({name})")
-        if name == "bilinear":
-            return self._all(node, f"a product of two activations with a weight ({name})")
-        if "attention" in name:
-            return []  # a product of activations; one of them may be learned
-        return self._expert(node) or self._computed(node, operands)
-
     def _linear(self, node: fx.Node, operands: Operands, found: Operand, site: str, bias: torch.Tensor | None) -> Linear:
         assert isinstance(operands.x, fx.Node)
         return Linear(
@@ -260,80 +224,6 @@ class _Matcher:
             name=site,
             version=self.writes.version(operands.x),
         )
-
-    def _all(self, node: fx.Node, reason: str) -> list[Skip]:
-        """All weights of an operator, which is not taken apart."""
-        leaves = (leaf for source in node.all_input_nodes for leaf in self._constant.get(source, ()))
-        return [Skip(self._name(leaf), reason) for leaf in leaves if self._weights[leaf].dim() > 1]
-
-    def _inside(self, node: fx.Node, bodies: list[fx.GraphModule]) -> list[Skip]:
-        """The weights that are multiplied in graphs that an operator calls, another number of times than once."""
-        reason = f"inside {op_name(node)}, whose graphs are not rewritten"
-        known = {source: leaf for source in node.all_input_nodes for leaf in self._constant.get(source, ())}
-        return [Skip(self._name(leaf), reason) for leaf in _multiplied(bodies, known) if self._weights[leaf].dim() > 1]
-
-    def _expert(self, node: fx.Node) -> list[Skip]:
-        """A matmul with a weight of three dimensions (experts), or any use of a quantised matrix."""
-        for source in node.all_input_nodes:
-            found = self._through_indexing(source)
-            if found is None:
-                continue
-            parameter = self._weights[found]
-            site = self._name(found)
-            if parameter.dim() == 3:
-                count, *matrix = parameter.shape
-                kind = f"3-D weight, as of experts: {count} matrices of {tuple(matrix)} ({op_name(node)})"
-                return [Skip(site, f"{kind}; not adapted, not in the budget")]
-            if not is_plain(parameter):
-                return [Skip(site, f"quantised weight ({parameter.dtype})")]
-        return []
-
-    def _computed(self, node: fx.Node, operands: Operands | None) -> list[Skip]:
-        """A product of data with what is computed from Parameters alone, or from the left: reported, not adapted."""
-        inputs = list(tensor_inputs(node))
-        if all(item in self._constant for item in inputs):
-            return []  # depends on no data: computed once, not a layer
-        matrix = operands.matrix if operands is not None else None
-        if isinstance(matrix, fx.Node) and matrix in self._constant and not self._constant[matrix]:
-            return self._made_of_weights(matrix)
-        found = [self._largest(item) for item in inputs]
-        sites = list(dict.fromkeys(self._name(leaf) for leaf in found if leaf is not None))
-        shown = [operand(item, self._weights) for item in inputs]
-        if any(isinstance(one, Operand) and one.value.dim() > 1 for one in shown):
-            return [Skip(site, f"its product with the activation is not one over the last dimension ({op_name(node)})") for site in sites]
-        return [Skip(site, _COMPUTED) for site in sites]
-
-    def _largest(self, item: fx.Node) -> fx.Node | None:
-        leaves = [leaf for leaf in self._constant.get(item, ()) if self._weights[leaf].dim() > 1]
-        return max(leaves, key=lambda leaf: self._weights[leaf].numel(), default=None)
-
-    def _made_of_weights(self, matrix: fx.Node) -> list[Skip]:
-        """A product of Parameters, in the place of a linear's matrix; a product of heads or positions is an activation."""
-        value = value_of(matrix)
-        if not isinstance(value, torch.Tensor) or value.dim() != 2:
-            return []
-        leaves = [leaf for leaf in self._origins[matrix] if self._weights[leaf].dim() > 1]
-        if not leaves:
-            return self._buffer(matrix)
-        self.computed.append(matrix)
-        return [Skip(self._name(leaf), _COMPUTED) for leaf in leaves]
-
-    def _buffer(self, matrix: fx.Node) -> list[Skip]:
-        source = matrix
-        while is_call(source) and op_name(source) in MOVEMENT | CASTS and isinstance(source.args[0], fx.Node):
-            source = source.args[0]
-        found = source.op in ("placeholder", "get_attr")
-        return [Skip(source_name(source), "its matrix is a buffer, and no Parameter")] if found else []
-
-    def _through_indexing(self, node: fx.Node) -> fx.Node | None:
-        """The Parameter that a node shows, cast, transposed or indexed by whatever."""
-        while node not in self._weights:
-            if not is_call(node) or op_name(node) not in TRANSPOSES | CASTS | INDEXING | COPIES:
-                return None
-            if not node.args or not isinstance(node.args[0], fx.Node):
-                return None
-            node = node.args[0]
-        return node
 
     def _origin(self, node: fx.Node) -> fx.Node:
         while node not in self._weights:
@@ -357,28 +247,3 @@ def _unsupported(node: fx.Node, x: object, weight: nn.Parameter) -> str | None:
     if op_name(node) in ("addmm", "addmv") and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
         return f"{op_name(node)} with alpha or beta other than 1"
     return None
-
-
-def is_convolution(node: fx.Node) -> bool:
-    """Whether a node convolves."""
-    return is_call(node) and op_name(node).lstrip("_").startswith(("conv1d", "conv2d", "conv3d", "conv_", "convolution"))
-
-
-def _multiplied(bodies: Sequence[fx.GraphModule], operands: Mapping[fx.Node, fx.Node]) -> Iterator[fx.Node]:
-    """Weights that a product reads in a body. ``operands``: what bodies get of weights -> the weight.
-
-    An input of a body is a weight where both lie in one piece of memory.
-    """
-    writes = Writes()
-    for body in bodies:
-        held: dict[fx.Node, fx.Node] = {}
-        for inner in body.graph.nodes:
-            if inner.op == "placeholder":
-                found = next((leaf for source, leaf in operands.items() if writes.shares(inner, source)), None)
-            else:
-                sources = [source for source in inner.all_input_nodes if source in held]
-                found = held[sources[0]] if sources and op_name(inner) in TRANSPOSES | CASTS | INDEXING | COPIES else None
-                if multiplies(inner):
-                    yield from (held[source] for source in sources)
-            if found is not None:
-                held[inner] = found

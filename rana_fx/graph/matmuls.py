@@ -1,7 +1,7 @@
 """What a matmul multiplies, however the graph spells it.
 
-In: a node that may be a linear layer: ``linear``, ``addmm``, ``addmv``, ``matmul``, ``mm`` or an einsum over the last dimension. Out: its
-operands by name, among them whether the matrix is stored (out, in), as ``linear`` takes it, or (in, out).
+In: a node that may be a linear layer: ``linear``, ``addmm``, ``addmv``, ``matmul``, ``mm`` or an einsum over the last dimension.
+Out: its operands by name, among them whether the matrix is stored (out, in), as ``linear`` takes it, or (in, out).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def operands_of(node: fx.Node) -> Operands | None:
         return Operands(x, weight, bias if isinstance(bias, fx.Node) else None, out_first=True)
     if name in ("addmm", "addmv"):
         names = ("input", "mat1", "mat2") if name == "addmm" else ("input", "mat", "vec")
-        bias, first, second = _given(node, *names)
-        held = bias if isinstance(bias, fx.Node) else None
+        given, first, second = _given(node, *names)
+        held = given if isinstance(given, fx.Node) else None
         if name == "addmv":  # the matrix comes first
             return Operands(second, first, held, out_first=True)
         return None if second is None else Operands(first, second, held, out_first=False)
     if name in ("matmul", "mm"):
-        x, matrix = _given(node, "input", "other" if name == "matmul" else "mat2")
-        return None if matrix is None else Operands(x, matrix, None, out_first=False)
+        first, second = _given(node, "input", "other" if name == "matmul" else "mat2")
+        return None if second is None else Operands(first, second, None, out_first=False)
     einsum = parse(node) if name == "einsum" else None
     if einsum is not None:
         form, x, matrix = next(einsum.contractions())  # the matrix comes second, as in ``mm``

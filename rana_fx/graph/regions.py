@@ -3,16 +3,16 @@
     y = autograd_function_apply(forward, backward, x, w)[0]        becomes        the nodes of forward
     y = invoke_subgraph(body, "0", x, w)[0], wrap(body, x, w)      becomes        the nodes of body
 
-In: a Dynamo graph and its Parameters. Out: one flat graph. A region is inlined where a Parameter of it enters a product, so that a
-region without linears stays what it was. Bodies that run another number of times than once (cond, while_loop, scan, map) stay;
-linears in them are reported (rana_fx.graph.linears).
+In: a Dynamo graph and its Parameters. Out: one flat graph. A region is inlined where it gets a matrix and multiplies, so that
+a region without linears stays what it was. Bodies that run another number of times than once (cond, while_loop, scan, map)
+stay; linears in them are reported (rana_fx.graph.unadapted).
 
 An ``autograd.Function`` becomes an operator where gradients flow. Its linears are replaced by adapters, and its own backward pass
 computes gradients of the linears that were there before: of a dense product, and none of the factors. So autograd
 differentiates the inlined forward pass instead, which is right where the backward pass that was written is the derivative of
 the forward pass (a kernel of its own, less memory), and wrong where it is another one on purpose (a straight-through estimator,
-reversed or clipped gradients). That is decided by computing both (rana_fx.graph.derivatives). Inputs that get no gradient from the
-backward pass get none from the inlined one.
+reversed or clipped gradients). That is decided by computing both (rana_fx.graph.derivatives). Inputs that get no gradient from
+the backward pass get none from the inlined one.
 """
 
 from __future__ import annotations
