@@ -112,6 +112,8 @@ def _offset(node: fx.Node) -> object:
 
 
 def _read_what_was_copied(graph: fx.Graph) -> int:
+    if not graph.find_nodes(op="call_method", target="copy_"):
+        return 0
     copies: dict[fx.Node, fx.Node] = {}  # ``c = t.copy_(s)`` -> s, while both hold the same values
     writes, changed = Writes(), 0
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""Every way to write a tensor leads to the right version of it: programs of reads and writes, rewritten, against the same programs
+"""Every way to write a tensor leads to the right version of it: programs of reads and writes, rewritten, against the same ones
 run eagerly, each linear of an adapted weight replaced by its adapter."""
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ def check(program, planned):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=200, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.given(program=programs())
 def test_rewritten_programs_read_what_eager_ones_read(program, planned):
@@ -188,6 +189,13 @@ def test_a_write_between_two_readers(write, planned):
             "k = F.linear(a, w1)",
         ]
         check("\n".join([*lines, "return [q, k, a]"]), planned)
+
+
+def test_a_copy_has_the_version_that_was_copied(planned):
+    """Copies are rows of what they are made of: before a write through a view, after it, and written themselves."""
+    lines = ["a = x * 1.0", "b = a.clone()", "q = F.linear(a, w0)", "a[0] = 2.0", "c = a.clone()", "k = F.linear(c, w1)"]
+    lines += ["p = F.linear(b, w1)", "b[1] = 3.0", "r = F.linear(b, w0)", "u = F.linear(b, w1)"]
+    check("\n".join([*lines, "return [q, k, p, r, u]"]), planned)
 
 
 @pytest.mark.parametrize("write", WRITES)
