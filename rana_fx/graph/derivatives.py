@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.effects import described, frozen, hashable
 
+_MOST_KNOWN = 256
+_known: dict[object, frozenset[int] | Unlike] = {}
 _SCALES = (1.0, 64.0)  # of the gradients of outputs
 # relative error of a chain of rounded products, either way of ordering them: far below what another formula makes
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -37,6 +40,43 @@ def undifferentiated(
     Raises:
         Unlike.
     """
+    key = _key(node, forward, backward)
+    if key is not None and key in _known:
+        found = _known[key]
+        if isinstance(found, Unlike):
+            raise found
+        return found
+    try:
+        found = _tried(node, forward, backward, switches)
+    except Unlike as unlike:
+        found = unlike
+    if key is not None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = found
+    if isinstance(found, Unlike):
+        raise found
+    return found
+
+
+def _key(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule) -> object:
+    """What the comparison depends on, so that a Function of many layers is compared once; None where it holds constants."""
+    if any(inner.op == "get_attr" for body in (forward, backward) for inner in body.graph.nodes):
+        return None
+    fixed: Any = node.kwargs["non_differentiable_idx"]
+    operands = tuple(described(value_of(item) if isinstance(item, fx.Node) else item) for item in node.args[2:])
+    return hashable((_form(forward), _form(backward), operands, tuple(fixed)))
+
+
+def _form(body: fx.GraphModule) -> object:
+    place = {inner: position for position, inner in enumerate(body.graph.nodes)}
+    return tuple(
+        (inner.op, None if inner.op == "placeholder" else inner.target, frozen((inner.args, inner.kwargs), place))
+        for inner in place
+    )
+
+
+def _tried(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule, switches: Collection[fx.Node]) -> frozenset[int]:
     constant: set[int] = set()
     for seed, scale in enumerate(_SCALES):
         generator = torch.Generator().manual_seed(seed)

@@ -89,27 +89,38 @@ def multiplies(node: fx.Node) -> bool:
 
 def _signature(node: fx.Node, values: list[object]) -> object:
     place = {source: position for position, source in enumerate(node.all_input_nodes)}
-    return node.op, node.target, _frozen((node.args, node.kwargs), place), tuple(_described(value) for value in values)
+    return hashable((node.op, node.target, frozen((node.args, node.kwargs), place), tuple(map(described, values))))
 
 
-def _frozen(item: object, place: dict[fx.Node, int]) -> object:
+def hashable(key: object) -> object:
+    """The key, or None where it holds what has no hash, such as a symbolic size."""
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def frozen(item: object, place: dict[fx.Node, int]) -> object:
+    """Arguments of a node as a key: other nodes by their place, constants with their types."""
     if isinstance(item, fx.Node):
         return fx.Node, place[item]
     if isinstance(item, (tuple, list)):
-        return type(item), tuple(_frozen(part, place) for part in item)
+        return type(item), tuple(frozen(part, place) for part in item)
     if isinstance(item, dict):
-        return dict, tuple((key, _frozen(part, place)) for key, part in item.items())
+        return dict, tuple((key, frozen(part, place)) for key, part in item.items())
     if isinstance(item, slice):
-        return slice, tuple(_frozen(part, place) for part in (item.start, item.stop, item.step))
+        return slice, tuple(frozen(part, place) for part in (item.start, item.stop, item.step))
     return type(item), item if type(item).__hash__ is not None else repr(item)
 
 
-def _described(value: object) -> object:
+def described(value: object) -> object:
+    """A value as a key: of tensors what can be known without data."""
     if isinstance(value, Tensor):
         sizes, strides = tuple(map(_known, value.shape)), tuple(map(_known, value.stride()))
         return value.dtype, value.device, value.layout, sizes, strides
     if isinstance(value, (tuple, list)):
-        return type(value), tuple(_described(part) for part in value)
+        return type(value), tuple(described(part) for part in value)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return _known(value)
     return type(value), value if type(value).__hash__ is not None else repr(value)

@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from rana_fx.graph.dataflow import shape_of, statically_equal
 from rana_fx.graph.operands import Operand, operand
-from rana_fx.graph.ops import is_call, op_name
+from rana_fx.graph.ops import is_call, op_name, opaque
 
 _SECOND = ("b", "other", "vec", "vec2", "mat2", "tensor2")  # how the second operand is called
 SPELLINGS = ("einsum", "tensordot", "inner", "mv", "matmul")  # what ``parse`` may know
@@ -81,7 +81,7 @@ class Einsum:
 
 def parse(node: fx.Node) -> Einsum | None:
     """The einsum of two tensors that a node is, also as tensordot, inner or mv, or None."""
-    if not is_call(node):
+    if not is_call(node) or opaque(node) is not None:
         return None
     name = op_name(node)
     if name == "einsum":

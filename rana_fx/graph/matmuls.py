@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from rana_fx.graph.einsums import parse
-from rana_fx.graph.ops import op_name
+from rana_fx.graph.ops import op_name, opaque
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class Operands:
 def operands_of(node: fx.Node) -> Operands | None:
     """The operands of a matmul that may be a linear layer, or None."""
     name = op_name(node)
-    if node.kwargs.get("out") is not None:
-        return None  # what it is written into has another shape or dtype (rana_fx.graph.functionalize)
+    if node.kwargs.get("out") is not None or opaque(node) is not None:
+        return None  # what it is written into has another shape or dtype; what has the name of a matmul, and is none
     if name == "linear":
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         x = node.args[0] if node.args else node.kwargs.get("input")

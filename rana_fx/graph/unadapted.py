@@ -19,7 +19,7 @@ from rana_fx.graph.functionalize import Writes
 from rana_fx.graph.matmuls import Operands
 from rana_fx.graph.names import source_name
 from rana_fx.graph.operands import Operand, operand
-from rana_fx.graph.ops import CASTS, CLOSED, COPIES, INDEXING, MOVEMENT, TRANSPOSES, is_call, op_name
+from rana_fx.graph.ops import CASTS, CLOSED, COPIES, INDEXING, MOVEMENT, TRANSPOSES, is_call, op_name, opaque
 from rana_fx.skips import Skip
 
 COMPUTED = "its weight is computed in the forward pass"
@@ -46,6 +46,9 @@ class Unadapted:
 
     def skips(self, node: fx.Node, operands: Operands | None) -> list[Skip]:
         """The weights of a product that is no linear."""
+        unknown = opaque(node)
+        if unknown is not None:
+            return self._all(node, f"inside an operator whose parts are not known ({unknown})")
         if not multiplies(node):
             return []
         name = op_name(node)
@@ -65,7 +68,8 @@ class Unadapted:
     def _all(self, node: fx.Node, reason: str) -> list[Skip]:
         """All weights of an operator, which is not taken apart."""
         leaves = (leaf for source in node.all_input_nodes for leaf in self._constant.get(source, ()))
-        return [Skip(self._name_of(leaf), reason) for leaf in leaves if self._weights[leaf].dim() > 1]
+        matrices = {self._name_of(leaf): self._weights[leaf] for leaf in leaves if self._weights[leaf].dim() > 1}
+        return [Skip(name, reason if is_plain(one) else f"quantised weight ({one.dtype})") for name, one in matrices.items()]
 
     def _inside(self, node: fx.Node, bodies: list[fx.GraphModule]) -> list[Skip]:
         """The weights that are multiplied in graphs that an operator calls, another number of times than once."""

@@ -164,6 +164,35 @@ REPORTED = {
 }
 
 
+@torch.library.custom_op("rana_fx_tests::linear", mutates_args=())
+def custom_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x @ w
+
+
+@custom_linear.register_fake
+def _(x, w):
+    return x.new_empty(*x.shape[:-1], w.shape[1])
+
+
+@torch.compiler.allow_in_graph
+def matmul(x, w):
+    return F.linear(x, w) * 2
+
+
+OPAQUE = {
+    "rana_fx_tests::linear": lambda x, w: torch.ops.rana_fx_tests.linear(x, w),
+    f"{__name__}.matmul": lambda x, w: matmul(x, w),
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_an_operator_that_only_has_the_name_of_a_product_is_none(name):
+    layout = layout_of(Spelled(OPAQUE[name], (8, 8)), torch.randn(2, 3, 8))
+    assert set(layout.sites) == {"up", "down"}
+    reason = f"inside an operator whose parts are not known ({name})"
+    assert [(skip.site, skip.reason) for skip in layout.skips] == [("w.0", reason)]
+
+
 def layout_of(model, x):
     return calibrate(model, [x], wanted=lambda _: set(), progress=False).layout
 
