@@ -8,7 +8,7 @@ it: prefill, decode, a piece between two graph breaks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,7 @@ def match_plan(
         attachments = [] if given is None else [given]
     names = {key: name for attachment in attachments for key, name in attachment.names.items()}
     scan = find_linears(graph_module, example_inputs, names)
-    gathered: dict[tuple[Attachment, int, fx.Node], list[Linear]] = {}
+    gathered: dict[tuple[Attachment, int, fx.Node, Hashable], list[Linear]] = {}
     declined: list[Declined] = []
     for linear in scan.linears:
         attachment = attachment_of(linear.weight) if plan is None else given
@@ -93,13 +93,17 @@ def match_plan(
         elif prefill == "cheapest" and costs_more(attachment.plan, adapter) and not _at_most(linear.x, MAX_TOKENS):
             reason = f"prefill=cheapest, more than {MAX_TOKENS} tokens, and its factors take more multiply-adds than it"
         if reason is None:
-            gathered.setdefault((attachment, index, linear.x), []).append(linear)
+            gathered.setdefault((attachment, index, linear.x, linear.version), []).append(linear)
         else:
             declined.append(Declined(linear.name, reason))
+    for skip in scan.skips:
+        # found as a linear when the plan was made, in another graph
+        if any(attachment.adapter(skip.site) is not None for attachment in attachments):
+            declined.append(Declined(skip.site, skip.reason))
     named = {linear.node: linear.name for linear in scan.linears}
     found = tuple(
         Match(attachment, index, attachment.plan.adapters[index], tuple(linears), named)
-        for (attachment, index, _), linears in gathered.items()
+        for (attachment, index, *_), linears in gathered.items()
     )
     missing = scan.linears[0].name if scan.linears and not attachments else None
     return Matches(scan, tuple(attachments), found, missing, tuple(declined))

@@ -29,7 +29,8 @@ from rana_fx.graph.dataflow import (
     value_of,
     walk,
 )
-from rana_fx.graph.functionalize import Writes, written
+from rana_fx.graph.effects import written
+from rana_fx.graph.functionalize import Writes
 from rana_fx.graph.linears import Linear
 from rana_fx.graph.matmuls import operands_of
 from rana_fx.graph.ops import is_call, is_pointwise, op_name
@@ -64,7 +65,7 @@ def _chain_to_up(product: fx.Node, masked: fx.Node, match: Match) -> list[fx.Nod
     """The other factor of the product and the chain of reshapes to up's linear; empty where up must stay dense."""
     others = [node for node in product.args if node is not masked]
     value = value_of(product)
-    if len(others) != 1 or product.kwargs or written(product) is not None or not isinstance(value, torch.Tensor):
+    if len(others) != 1 or product.kwargs or written(product) or not isinstance(value, torch.Tensor):
         return []
     if gradients_flow(match, product):
         return []

@@ -22,8 +22,8 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
 from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.effects import written
 from rana_fx.graph.fake_values import fake_run, mode_of
-from rana_fx.graph.functionalize import written
 from rana_fx.kernels import ops
 from rana_fx.passes.aliasing import Aliases, storages
 from rana_fx.passes.snapshot import Snapshot
@@ -130,8 +130,7 @@ def _copied(mode: FakeTensorMode) -> Any:
 
 
 def _mutates(node: fx.Node) -> bool:
-    mutable = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-    return mutable or "out" in node.kwargs or written(node) is not None
+    return bool(written(node))
 
 
 def _difference(value: object, found: object, *, strides: bool) -> str | None:

@@ -6,7 +6,7 @@ nothing downstream depends on how the model happened to be traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.linears import Skip
 from rana_fx.graph.mlp_blocks import Rowwise, TracedMlp
-from rana_fx.graph.ops import writes_first
 from rana_fx.graph.roles import Occurrence, TracedGraph
 
 OUTSIDE = ("head", "stem", "constant")
@@ -161,9 +160,9 @@ def _groups(graphs: Sequence[Sequence[Occurrence]]) -> tuple[Group, ...]:
     return tuple(groups.values())
 
 
-def observed_together(found: Sequence[Occurrence]) -> dict[tuple[fx.Node, fx.Node | None], tuple[str, ...]]:
+def observed_together(found: Sequence[Occurrence]) -> dict[tuple[fx.Node, Hashable], tuple[str, ...]]:
     """Tensor read -> names of the linears of one graph that read it, in order."""
-    names: dict[tuple[fx.Node, fx.Node | None], dict[str, None]] = {}
+    names: dict[tuple[fx.Node, Hashable], dict[str, None]] = {}
     for occurrence in found:
         names.setdefault(occurrence.linear.source, {})[occurrence.linear.name] = None
     return {source: tuple(readers) for source, readers in names.items()}
@@ -252,12 +251,11 @@ def _block(block: TracedMlp, values: Mapping[fx.Node, Tensor]) -> MlpBlock:
 def _bound(chain: Rowwise, values: Mapping[fx.Node, Tensor]) -> Callable[..., Tensor]:
     """A chain of operations with its constants (such as learned scales) bound to the tensors they are."""
     constants = [_constant(node, values) for node in chain.constants]
-    writes = any(writes_first(node) for node in chain.module.graph.nodes)
 
     def run(*rows: Tensor) -> Tensor:
         with torch.no_grad():
             # in-place operations of the chain must not reach the caller's rows
-            return chain.module(*(row.clone() if writes else row for row in rows), *constants)  # type: ignore[no-any-return]
+            return chain.module(*(row.clone() if chain.writes else row for row in rows), *constants)  # type: ignore[no-any-return]
 
     return run
 

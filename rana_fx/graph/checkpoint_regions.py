@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import itertools
 import operator
-from typing import Any
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
+
+from rana_fx.graph.inline import inline_body, module_at, replace_items
 
 # of regions, in order: what a later one reads of an earlier one is kept. PyTorch counts its own from zero
 _regions = itertools.count(1 << 32)
@@ -40,31 +41,15 @@ def _only_indexed(node: fx.Node) -> bool:
 
 def _open(graph_module: fx.GraphModule, node: fx.Node) -> int:
     """Inline one region; returns how many regions lay in it."""
-    graph, reference = graph_module.graph, node.args[0]
+    reference = node.args[0]
     assert isinstance(reference, fx.Node)
-    body: Any = getattr(graph_module, str(reference.target))
-    region, made = next(_regions), dict[fx.Node, Any]()
+    body = module_at(graph_module, str(reference.target))
+    region = next(_regions)
     nested = open_checkpoints(body)
-    operands = iter(node.args[1:])
-    results: Any = ()
-    with graph.inserting_before(node):
-        for inner in body.graph.nodes:
-            if inner.op == "placeholder":
-                made[inner] = next(operands)
-            elif inner.op == "output":
-                results = fx.map_arg(inner.args[0], made.__getitem__)
-            else:
-                made[inner] = graph.node_copy(inner, made.__getitem__)
-                if inner.op == "get_attr":
-                    made[inner].target = f"{reference.target}.{inner.target}"  # the body's attributes stay in the body
-                # nodes of a nested region have tags already, which stay
-                made[inner].meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
-                made[inner].meta.setdefault("ac_graph_id", region)
-    for user in list(node.users):
-        index: Any = user.args[1]
-        user.replace_all_uses_with(results[index])
-        graph.erase_node(user)
-    graph.erase_node(node)
-    if not reference.users:
-        graph.erase_node(reference)
+    made, results = inline_body(node, reference, body, node.args[1:])
+    for inner in made:
+        # nodes of a nested region have tags already, which stay
+        inner.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+        inner.meta.setdefault("ac_graph_id", region)
+    replace_items(node, results)
     return nested

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rana_fx.graph.dataflow import value_of
-from rana_fx.graph.einsums import as_linear
+from rana_fx.graph.einsums import SPELLINGS, as_linear
 from rana_fx.graph.graph_pass import Declined, PassResult
-from rana_fx.graph.ops import op_name
+from rana_fx.graph.ops import is_call, op_name
 from rana_fx.graph.record import Recorder
 
 _MHA = "multi_head_attention_forward"
@@ -44,11 +44,13 @@ def unfuse(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]
     """Open every operator that can be opened exactly. ``weights``: the graph's Parameters."""
     opened, declined = 0, []
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_function":
+        if not is_call(node):
             continue
         name = op_name(node)
-        if name == "einsum":
+        if name in SPELLINGS:
             found = as_linear(node, weights)
+            if found is None and name != "einsum":
+                continue
             reason = None if found is not None else "it is no linear"
             if found is not None:
                 _splice(node, found[0], found[1], item=False)

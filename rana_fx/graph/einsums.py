@@ -1,27 +1,32 @@
-"""Write an einsum of an activation with a Parameter as the linear layer it is.
+"""Write an einsum of an activation with a Parameter, or a product that is one (tensordot, inner, mv), as the linear layer it is.
 
     q = einsum("ibh,hnd->ibnd", x, w)
   becomes
     q = linear(x, w.permute(1, 2, 0).reshape(n * d, h)).unflatten(-1, (n, d))
 
 Attention heads kept as dimensions of the weight, contractions over several of them (the output projection) and weights
-that stand first are all of this kind. An index that all three have chooses a matrix per element (experts): not a
-linear, left as it is.
+that stand first are all of this kind, in any spelling: with an ellipsis, without an output, dimensions as numbers. An index
+that all three have chooses a matrix per element (experts): not a linear, left as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from rana_fx.graph.dataflow import shape_of
+from rana_fx.graph.dataflow import shape_of, statically_equal
 from rana_fx.graph.operands import Operand, operand
-from rana_fx.graph.ops import op_name
+from rana_fx.graph.ops import is_call, op_name, opaque
+
+_SECOND = ("b", "other", "vec", "vec2", "mat2", "tensor2")  # how the second operand is called
+SPELLINGS = ("einsum", "tensordot", "inner", "mv", "matmul")  # what ``parse`` may know
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,13 @@ class Contraction:
         """Every letter occurs once on each side, summed letters are not in the output and all others are."""
         distinct = all(len(set(letters)) == len(letters) for letters in (self.x, self.w, self.output))
         complete = sorted(self.output) == sorted(self.kept_x + self.kept_w)
-        return distinct and complete and bool(self.summed and self.kept_x and self.kept_w)
+        return distinct and complete and bool(self.summed and self.kept_w)
 
     @property
     def over_last(self) -> bool:
         """``ti,oi->to`` or ``ti,io->to``: a 2-D weight over the last dimension of x, nothing to permute."""
         plain = len(self.w) == 2 and self.x == self.kept_x + self.summed and self.output == self.kept_x + self.kept_w
-        return self.linear and plain
+        return self.linear and plain and bool(self.kept_x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +80,92 @@ class Einsum:
 
 
 def parse(node: fx.Node) -> Einsum | None:
-    """The einsum a node is; None where it is something else, or has an ellipsis or another number of operands."""
-    if node.op != "call_function" or op_name(node) != "einsum" or node.kwargs:
+    """The einsum of two tensors that a node is, also as tensordot, inner or mv, or None."""
+    if not is_call(node) or opaque(node) is not None:
         return None
-    equation = node.args[0]
-    operands = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:
+    name = op_name(node)
+    if name == "einsum":
+        return _parsed(node)
+    operands = [*node.args, *(node.kwargs[key] for key in _SECOND if key in node.kwargs)][:2]
+    ranks = [len(shape) if (shape := shape_of(item)) is not None else 0 for item in operands if isinstance(item, fx.Node)]
+    if len(ranks) != 2 or not all(ranks):
         return None
-    inputs, output = equation.replace(" ", "").split("->")
-    left, right = inputs.split(",")
+    if name == "tensordot":
+        return _contraction(operands, ranks, node.kwargs.get("dims", node.args[2] if len(node.args) > 2 else 2))
+    if name == "inner":
+        return _contraction(operands, ranks, ([-1], [-1]))
+    if name == "mv" or (name == "matmul" and ranks == [2, 1]):
+        return _contraction(operands, ranks, 1)
+    return None
+
+
+def _contraction(operands: list[Any], ranks: list[int], dims: Any) -> Einsum | None:
+    """A sum over the last ``dims`` dimensions of one tensor and the first of another, or over those listed for each."""
+    if isinstance(dims, int):
+        dims = range(ranks[0] - dims, ranks[0]), range(dims)
+    if not isinstance(dims, (tuple, list)) or len(dims) != 2:
+        return None
+    summed = [[dim % rank for dim in side] for side, rank in zip(dims, ranks, strict=True)]
+    left = string.ascii_lowercase[: ranks[0]]
+    right = list(string.ascii_uppercase[: ranks[1]])
+    for one, other in zip(*summed, strict=True):
+        right[other] = left[one]
+    output = "".join(letter for letter in (*left, *right) if (letter in left) != (letter in right))
+    return Einsum(left, "".join(right), output, operands[0], operands[1])
+
+
+def _parsed(node: fx.Node) -> Einsum | None:
+    """Of an equation or of lists of dimensions, with or without an ellipsis, spaces and an output."""
+    if node.kwargs or not node.args:
+        return None
+    if isinstance(node.args[0], str):
+        operands = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        inputs, _, output = node.args[0].replace(" ", "").partition("->")
+        terms: list[str] = inputs.split(",")
+        result: str | None = output if "->" in node.args[0] else None
+    else:  # x, [0, 1], w, [2, 1], [0, 2]
+        operands = node.args[: len(node.args) // 2 * 2 : 2]
+        lists = [_letters(item) for item in (*node.args[1::2], *node.args[len(node.args) // 2 * 2 :])]
+        if any(item is None for item in lists):
+            return None
+        terms = [item or "" for item in lists[: len(operands)]]
+        result = lists[len(operands)] if len(lists) > len(operands) else None
+    if len(operands) != 2 or len(terms) != 2 or not all(isinstance(item, fx.Node) for item in operands):
+        return None
     first, second = operands
-    return Einsum(left, right, output, first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
+    if any("." in term for term in (*terms, result or "")):
+        expanded = _without_ellipsis(terms, result, [shape_of(first), shape_of(second)])  # type: ignore[arg-type]
+        return None if expanded is None else Einsum(*expanded, first, second)  # type: ignore[arg-type]
+    return Einsum(terms[0], terms[1], _implied(terms) if result is None else result, first, second)  # type: ignore[arg-type]
+
+
+def _letters(dimensions: object) -> str | None:
+    if not isinstance(dimensions, (tuple, list)):
+        return None
+    known = string.ascii_uppercase + string.ascii_lowercase  # as PyTorch numbers them
+    return "".join("..." if item is Ellipsis else known[item] for item in dimensions)
+
+
+def _implied(terms: Sequence[str]) -> str:
+    """The output of an equation without one: letters that occur once, in order."""
+    return "".join(sorted(letter for letter in "".join(terms) if letter != "." and "".join(terms).count(letter) == 1))
+
+
+def _without_ellipsis(
+    terms: Sequence[str], result: str | None, shapes: Sequence[torch.Size | None]
+) -> tuple[str, str, str] | None:
+    """(left, right, output) with letters for what an ellipsis stands for; None where that is broadcast or not known."""
+    spare = [letter for letter in string.ascii_letters if letter not in "".join((*terms, result or ""))]
+    counts = [0 if "..." not in t or s is None else len(s) - len(t) + 3 for t, s in zip(terms, shapes, strict=True)]
+    if any(shape is None for shape in shapes) or min(counts) < 0 or max(counts) > len(spare):
+        return None
+    extra = spare[: max(counts)]
+    hidden = [[*shape][term.index(".") :][:count] for term, shape, count in zip(terms, shapes, counts, strict=True) if count]  # type: ignore[misc]
+    if len(hidden) == 2 and not all(statically_equal(a, b) for a, b in zip(*(sizes[::-1] for sizes in hidden), strict=False)):
+        return None
+    output = "..." + _implied(terms) if result is None else result
+    left, right = (t.replace("...", "".join(extra[len(extra) - n :])) for t, n in zip(terms, counts, strict=True))
+    return left, right, output.replace("...", "".join(extra))
 
 
 def as_linear(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> tuple[Any, list[fx.Node]] | None:

@@ -8,19 +8,23 @@ A weight is recognised by identity, through views; names come from the model or 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
 from rana_fx.formats import is_plain
-from rana_fx.graph.dataflow import reads_values, row_source, tensor_inputs, value_of
-from rana_fx.graph.functionalize import Writes, written
+from rana_fx.graph.dataflow import ancestors, reads_values, row_source, value_of
+from rana_fx.graph.effects import written
+from rana_fx.graph.functionalize import Writes
 from rana_fx.graph.matmuls import Operands, operands_of
+from rana_fx.graph.names import site_name as site_name
+from rana_fx.graph.names import source_name as source_name
+from rana_fx.graph.names import source_text as source_text
 from rana_fx.graph.operands import Operand, operand
-from rana_fx.graph.ops import CASTS, CLOSED, COPIES, INDEXING, TRANSPOSES, contains_matmul, is_call, is_matmul, op_name
+from rana_fx.graph.ops import is_call, is_matmul, op_name
+from rana_fx.graph.unadapted import COMPUTED, Unadapted, is_convolution
 from rana_fx.skips import Skip as Skip
 
 DEVICES = ("cpu", "cuda", "xpu")  # where Inductor lowers the rewritten graph
@@ -39,7 +43,7 @@ class Linear:
     bias: torch.Tensor | None
     bias_node: fx.Node | None
     name: str
-    version: fx.Node | None = None  # what last wrote into the memory of x before this linear
+    version: Hashable = None  # tells what x holds at this linear from what it holds at other times (``Writes.version``)
 
     @property
     def x(self) -> fx.Node:
@@ -61,7 +65,7 @@ class Linear:
         return self.matrix.shape[1]
 
     @property
-    def source(self) -> tuple[fx.Node, fx.Node | None]:
+    def source(self) -> tuple[fx.Node, Hashable]:
         """The tensor read, row views removed, and its version: linears with one ``source`` can share a router."""
         return row_source(self.x), self.version
 
@@ -88,6 +92,8 @@ class Scan:
     weights: dict[fx.Node, nn.Parameter] = field(default_factory=dict)
     constant: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)  # see ``constants``
     products: set[fx.Node] = field(default_factory=set)  # nodes that multiply an activation by a weight, linears or not
+    convolutions: set[fx.Node] = field(default_factory=set)  # nodes that convolve with a weight
+    unseen: set[fx.Node] = field(default_factory=set)  # nodes that read what was written through another name of the memory
 
 
 def parameters_of(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> dict[fx.Node, nn.Parameter]:
@@ -107,65 +113,51 @@ def parameters_of(graph_module: fx.GraphModule, example_inputs: Sequence[object]
     return found
 
 
-def source_text(node: fx.Node) -> str:
-    """Dynamo's source of a graph input as it writes it, or ""."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return ""
-    return str(source.name() if callable(source.name) else source.name)
-
-
-def source_name(node: fx.Node) -> str:
-    """Dotted name of a graph input, from Dynamo's source (relative to the compiled callable) or the attribute."""
-    text = source_text(node)
-    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
-    return site_name(".".join(parts) or str(node.target))
-
-
-def site_name(parameter_name: str) -> str:
-    """A site is called after its weight, without a final ``.weight``: ``model.layers.0.mlp.up_proj``."""
-    return parameter_name.removesuffix(".weight")
-
-
 def find_linears(graph_module: fx.GraphModule, example_inputs: Sequence[object], names: Mapping[int, str]) -> Scan:
     """All linears of one graph in execution order. ``names``: id of a Parameter -> its name in the model."""
     scan = Scan(weights=parameters_of(graph_module, example_inputs))
-    scan.constant = constants(graph_module, scan.weights)
-    matcher = _Matcher(scan, names)
-    seen: set[str] = set()
+    origins: dict[fx.Node, set[fx.Node]] = {}
+    scan.constant = constants(graph_module, scan.weights, origins)
+    matcher = _Matcher(scan, names, origins)
+    skipped: dict[str, Skip] = {}
     for node in graph_module.graph.nodes:
+        if any(matcher.writes.unseen(source) is not None for source in node.all_input_nodes):
+            scan.unseen.add(node)
+        match = matcher.match(node) if is_call(node) else ()
         matcher.writes.add(node)
-        if not is_call(node):
-            continue
-        match = matcher.match(node)
-        if match is None and any(word in op_name(node) for word in CLOSED):
-            hidden = matcher.hidden(node)
-            scan.skips += hidden
-            if hidden:
-                scan.products.add(node)
-        if match is not None:
-            scan.products.add(node)
         if isinstance(match, Linear):
             scan.linears.append(match)
-        elif isinstance(match, Skip) and match.site not in seen:
-            seen.add(match.site)
-            scan.skips.append(match)
+        if isinstance(match, Linear) or match:
+            (scan.convolutions if is_convolution(node) else scan.products).add(node)
+        if not isinstance(match, Linear):
+            for skip in match:
+                skipped.setdefault(skip.site, skip)
+    inside = ancestors(matcher.unadapted.computed) & {linear.node for linear in scan.linears if linear.node in scan.constant}
+    for linear in [linear for linear in scan.linears if linear.node in inside]:
+        scan.linears.remove(linear)
+        skipped.setdefault(linear.name, Skip(linear.name, COMPUTED))
+    scan.skips = list(skipped.values())
     return scan
 
 
-def constants(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]) -> dict[fx.Node, set[fx.Node]]:
+def constants(
+    graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter], origins: dict[fx.Node, set[fx.Node]] | None = None
+) -> dict[fx.Node, set[fx.Node]]:
     """Tensors that no data of the batch goes into (weights, buffers, what is computed from them) -> the weights in each.
 
     The output of a constant matmul (keys of a table of positions) holds no weight: it is an activation that never changes.
+    ``origins`` gets all weights that went into each, those of constant matmuls included.
     """
+    origins = {} if origins is None else origins
     found: dict[fx.Node, set[fx.Node]] = {}
     writes = Writes()
     for node in graph_module.graph.nodes:
         writes.add(node)
-        target = written(node)
-        if target is not None and not all(item in found for item in node.all_input_nodes):
+        origins[node] = {node} if node in weights else set().union(*(origins[item] for item in node.all_input_nodes))
+        targets = written(node)
+        if targets and not all(item in found for item in node.all_input_nodes):
             # data is written into what was an empty buffer
-            for item in [item for item in found if writes.root(item) is writes.root(target)]:
+            for item in [item for item in found if any(writes.shares(item, target) for target in targets)]:
                 del found[item]
         elif node in weights:
             found[node] = {node}
@@ -184,22 +176,23 @@ def constants(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Paramet
 class _Matcher:
     """Decides of one node after the other whether it is a linear; ``writes`` has to follow the graph."""
 
-    def __init__(self, scan: Scan, names: Mapping[int, str]) -> None:
-        self._weights, self._constant, self._names = scan.weights, scan.constant, names
+    def __init__(self, scan: Scan, names: Mapping[int, str], origins: Mapping[fx.Node, set[fx.Node]]) -> None:
+        self._weights, self._names = scan.weights, names
         self.writes = Writes()
+        self.unadapted = Unadapted(scan.weights, scan.constant, origins, self._name)
 
-    def match(self, node: fx.Node) -> Linear | Skip | None:
-        """The linear; or the weight in a matmul that cannot be adapted; or None where no weight is multiplied."""
+    def match(self, node: fx.Node) -> Linear | list[Skip]:
+        """The linear; or the weights in a product that cannot be adapted; none where no weight is multiplied."""
         operands = operands_of(node)
         found = None if operands is None else operand(operands.matrix, self._weights)
         if operands is None or found is None or (isinstance(found, Operand) and found.value.dim() != 2):
-            return self._expert(node) or self._computed(node)
+            return self.unadapted.skips(node, operands)
         if isinstance(found, str):
             assert isinstance(operands.matrix, fx.Node)
             origin = self._origin(operands.matrix)
-            return Skip(self._name(origin), _unsupported(node, operands.x, self._weights[origin]) or found)
+            return [Skip(self._name(origin), _unsupported(node, operands.x, self._weights[origin]) or found)]
         site = self._name(found.source) + found.part
-        reason = _unsupported(node, operands.x, found.parameter)
+        reason = _unsupported(node, operands.x, found.parameter) or self._changed(node, found.source)
         bias = None
         if operands.bias is not None and reason is None:
             held = operand(operands.bias, self._weights)
@@ -207,10 +200,15 @@ class _Matcher:
                 cast = isinstance(held, str)
                 reason = "its bias is cast in the forward pass" if cast else "its bias is an activation or is computed"
             else:
-                bias = held.value
+                bias, reason = held.value, self._changed(node, held.source)
         if reason is not None:
-            return Skip(site, reason)
+            return [Skip(site, reason)]
         return self._linear(node, operands, found, site, bias)
+
+    def _changed(self, node: fx.Node, source: fx.Node) -> str | None:
+        if written(node):
+            return f"its result is written into an argument ({op_name(node)})"
+        return None if self.writes.last(source) is None else "its weight or bias is written in the forward pass"
 
     def _linear(self, node: fx.Node, operands: Operands, found: Operand, site: str, bias: torch.Tensor | None) -> Linear:
         assert isinstance(operands.x, fx.Node)
@@ -224,59 +222,8 @@ class _Matcher:
             bias=bias,
             bias_node=operands.bias,
             name=site,
-            version=self.writes.last(operands.x),
+            version=self.writes.version(operands.x),
         )
-
-    def hidden(self, node: fx.Node) -> list[Skip]:
-        """The weights inside an operator that could not be taken apart."""
-        leaves = (leaf for source in node.all_input_nodes for leaf in self._constant.get(source, ()))
-        reason = f"inside a fused operator ({op_name(node)})"
-        return [Skip(self._name(leaf), reason) for leaf in leaves if self._weights[leaf].dim() > 1]
-
-    def _expert(self, node: fx.Node) -> Skip | None:
-        """A matmul with a weight of three dimensions (experts), or any use of a quantised matrix."""
-        if not contains_matmul(op_name(node)):
-            return None
-        for source in node.all_input_nodes:
-            found = self._through_indexing(source)
-            if found is None:
-                continue
-            parameter = self._weights[found]
-            site = self._name(found)
-            if parameter.dim() == 3:
-                count, *matrix = parameter.shape
-                kind = f"3-D weight, as of experts: {count} matrices of {tuple(matrix)} ({op_name(node)})"
-                return Skip(site, f"{kind}; not adapted, not in the budget")
-            if not is_plain(parameter):
-                return Skip(site, f"quantised weight ({parameter.dtype})")
-        return None
-
-    def _computed(self, node: fx.Node) -> Skip | None:
-        """A matmul of data with what is computed from Parameters alone, or from the left: reported, not adapted."""
-        if not is_matmul(op_name(node)):
-            return None
-        inputs = list(tensor_inputs(node))
-        if all(item in self._constant for item in inputs):
-            return None  # depends on no data: computed once, not a layer
-        leaves = (leaf for item in inputs for leaf in self._constant.get(item, ()))
-        matrices = [(self._weights[leaf].numel(), leaf) for leaf in leaves if self._weights[leaf].dim() > 1]
-        if not matrices:
-            return None
-        site = self._name(max(matrices, key=lambda pair: pair[0])[1])
-        operands = [operand(item, self._weights) for item in inputs]
-        if any(isinstance(found, Operand) and found.value.dim() > 1 for found in operands):
-            return Skip(site, f"its product with the activation is not one over the last dimension ({op_name(node)})")
-        return Skip(site, "its weight is computed in the forward pass")
-
-    def _through_indexing(self, node: fx.Node) -> fx.Node | None:
-        """The Parameter that a node shows, cast, transposed or indexed by whatever."""
-        while node not in self._weights:
-            if not is_call(node) or op_name(node) not in TRANSPOSES | CASTS | INDEXING | COPIES:
-                return None
-            if not node.args or not isinstance(node.args[0], fx.Node):
-                return None
-            node = node.args[0]
-        return node
 
     def _origin(self, node: fx.Node) -> fx.Node:
         while node not in self._weights:
@@ -297,6 +244,6 @@ def _unsupported(node: fx.Node, x: object, weight: nn.Parameter) -> str | None:
         return f"quantised weight ({weight.dtype})"
     if weight.device.type not in DEVICES:
         return f"unsupported device {weight.device.type} (supported: {', '.join(DEVICES)})"
-    if op_name(node) == "addmm" and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
-        return "addmm with alpha or beta other than 1"
+    if op_name(node) in ("addmm", "addmv") and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
+        return f"{op_name(node)} with alpha or beta other than 1"
     return None

@@ -26,6 +26,7 @@ from rana_fx.graph.dataflow import (
     unbinds_parts,
     walk,
 )
+from rana_fx.graph.effects import written
 from rana_fx.graph.linears import Linear, Scan
 from rana_fx.graph.ops import ARITHMETIC, SCALINGS, is_pointwise, op_name
 
@@ -36,6 +37,7 @@ class Rowwise:
 
     module: fx.GraphModule
     constants: tuple[fx.Node, ...]  # nodes of the traced graph, in the order in which the module takes their values
+    writes: bool = False  # whether it may write into its inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,7 @@ class _Chain:
                 return None
             mapped[node] = copy
         graph.output(mapped[result])
-        return Rowwise(fx.GraphModule({}, graph), self.constants)
+        return Rowwise(fx.GraphModule({}, graph), self.constants, any(written(node) for node in nodes))
 
 
 def _chain_before(down: Linear, linears: dict[fx.Node, Linear], scan: Scan) -> _Chain | None:
@@ -117,7 +119,11 @@ def _chain_before(down: Linear, linears: dict[fx.Node, Linear], scan: Scan) -> _
         if is_column_slice(node) and op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
             yield node.args[0]
 
+    if down.node in scan.unseen:
+        return None
     for node in walk([down.x], sources):
+        if node in scan.unseen and node not in linears:
+            return None  # what it reads was written under another name
         if node in linears:
             leaves.append(node)
         elif node.op in ("placeholder", "get_attr"):

@@ -1,7 +1,8 @@
 """``NORMALIZE``: what is done to every Dynamo graph before linears are looked for, so that all stages find the same ones.
 
-In: a graph and its inputs. Out: the same graph, in which regions of gradient checkpointing are inlined, tensors written in place
-have the name of their last write, and fused operations are linears and what lies between them.
+In: a graph and its inputs. Out: the same graph, in which regions that hold linears are inlined, results are computed before they
+are written into given tensors, tensors written in place have the name of their last write, and fused operations are linears and
+what lies between them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from torch import fx
 
 from rana_fx.graph.checkpoint_regions import open_checkpoints
 from rana_fx.graph.decompose_fused import unfuse
-from rana_fx.graph.functionalize import redirect
+from rana_fx.graph.functionalize import redirect, separate_outputs
 from rana_fx.graph.graph_pass import Declined, Pass, PassResult
 from rana_fx.graph.linears import parameters_of
+from rana_fx.graph.regions import open_regions
 
 
 def inline_checkpoint_regions(graph_module: fx.GraphModule, _: Sequence[object]) -> PassResult:
@@ -24,6 +26,16 @@ def inline_checkpoint_regions(graph_module: fx.GraphModule, _: Sequence[object])
     count = open_checkpoints(graph_module)
     left = graph_module.graph.find_nodes(op="call_function", target=tag_activation_checkpoint)
     return PassResult(count, tuple(Declined(node.name, "its results are read as a whole") for node in left))
+
+
+def inline_regions(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> PassResult:
+    """Other regions that hold linears, among them the forward pass of an autograd.Function, become part of the graph."""
+    return open_regions(graph_module, parameters_of(graph_module, example_inputs))
+
+
+def separate_results(graph_module: fx.GraphModule, _: Sequence[object]) -> PassResult:
+    """What is computed into a given tensor (``out=``) is computed first, and written then."""
+    return PassResult(separate_outputs(graph_module))
 
 
 def redirect_reads(graph_module: fx.GraphModule, _: Sequence[object]) -> PassResult:
@@ -38,8 +50,11 @@ def decompose_fused(graph_module: fx.GraphModule, example_inputs: Sequence[objec
 
 # context: the graph's inputs
 NORMALIZE: tuple[Pass[Sequence[object]], ...] = (
-    # first: the other two look at one flat graph
+    # first: the others look at one flat graph
     inline_checkpoint_regions,
+    inline_regions,
+    # before the reads: a result that is written into a tensor has a name of its own, which they may get
+    separate_results,
     # before operations are taken apart: their parts then read what the whole would have read
     redirect_reads,
     decompose_fused,

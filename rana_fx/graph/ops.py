@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import types
 
 import torch
 from torch import fx
@@ -71,6 +72,9 @@ CLOSED = ("multi_head_attention_forward", "encoder_layer_fwd")
 # choose among experts
 SELECTIONS = {"topk", "argmax", "multinomial", "sort", "one_hot"}
 
+# of operators whose meaning is known, or that move data between devices
+_NAMESPACES = {"aten", "prims", "rana", "inductor", "fsdp", "c10d", "c10d_functional", "_c10d_functional"}
+
 # ---- aten after autograd
 
 _aten = torch.ops.aten
@@ -119,6 +123,18 @@ def op_name(node: fx.Node) -> str:
     if name.endswith("_") and not name.startswith("_"):
         name = name[:-1]
     return _FUNCTION_OF.get(name, name)
+
+
+def opaque(node: fx.Node) -> str | None:
+    """The name of an operation that is not PyTorch's: a custom operator, a Triton kernel, a function that was not traced into."""
+    target = node.target
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name = target._schema.name if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+        return None if name.split("::")[0] in _NAMESPACES else name
+    if isinstance(target, types.FunctionType):
+        known = (target.__module__ or "").partition(".")[0] in ("torch", "rana_fx")
+        return None if known else f"{target.__module__}.{target.__qualname__}"
+    return "a Triton kernel" if target is torch.ops.higher_order.triton_kernel_wrapper_mutation else None
 
 
 def writes_first(node: fx.Node) -> bool:

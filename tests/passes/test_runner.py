@@ -25,7 +25,13 @@ def names(passes):
 
 
 def test_order():
-    assert names(NORMALIZE) == ["inline_checkpoint_regions", "redirect_reads", "decompose_fused"]
+    assert names(NORMALIZE) == [
+        "inline_checkpoint_regions",
+        "inline_regions",
+        "separate_results",
+        "redirect_reads",
+        "decompose_fused",
+    ]
     assert names(PRE_GRAD) == [
         "check_foreign_lora",
         "rewrite_gated",

@@ -144,6 +144,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _lm("GPTJForCausalLM", "GPTJConfig", **_GPT, rotary_dim=4), ids, lambda n: Counts(6 * n + 1, 3 * n + 1, n, n)
     ),
     "bert": Architecture(_lm("BertForMaskedLM", "BertConfig", **_LLAMA), ids, lambda n: Counts(6 * n + 2, 4 * n + 2, n, n)),
+    # the convolution that embeds patches is skipped
     "vit": Architecture(
         lambda depth: hf.ViTForImageClassification(
             hf.ViTConfig(
@@ -157,7 +158,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             )
         ),
         lambda: {"pixel_values": torch.randn(3, 3, 16, 16)},
-        lambda n: Counts(6 * n + 1, 4 * n + 1, n, n),
+        lambda n: Counts(6 * n + 1, 4 * n + 1, n, n, 1),
     ),
     # the keys and values of every decoder layer read one tensor: the encoder's output
     "t5": Architecture(

@@ -272,9 +272,11 @@ FURTHER: dict[str, Architecture] = {
         lambda: {**ids(), "decoder_input_ids": torch.randint(3, VOCAB - 3, (2, 7))},
         lambda n: Counts(16 * n + 1, 10 * n + 2, 2 * n, 3 * n + n),
     ),
-    # two towers, each with a projection into the space they share
+    # two towers, each with a projection into the space they share; one embeds patches by a convolution, which is skipped
     "clip": Architecture(
-        _clip, lambda: {**ids(), "pixel_values": torch.randn(2, 3, 16, 16)}, lambda n: Counts(12 * n + 2, 8 * n + 2, 2 * n, 2 * n)
+        _clip,
+        lambda: {**ids(), "pixel_values": torch.randn(2, 3, 16, 16)},
+        lambda n: Counts(12 * n + 2, 8 * n + 2, 2 * n, 2 * n, 1),
     ),
     # q and kv of cross-attention are parts of one weight; the kv of all layers read one memory
     "nn_transformer": Architecture(

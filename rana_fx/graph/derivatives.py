@@ -1,0 +1,170 @@
+"""Whether the backward pass of an ``autograd.Function`` is the derivative of its forward pass, found by computing both.
+
+In: a call of ``autograd_function_apply`` and the two graphs it holds. Out: which inputs its backward pass gives no gradient; or
+``Unlike``, with the reason. Both passes run on random inputs of the shapes that were traced, with small and with large gradients
+of the outputs, so that a backward pass that clips, scales or reverses is told from the derivative; a forward pass that draws
+random numbers never agrees with itself. Neither the model's weights nor the state of its random number generators are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.effects import described, frozen, hashable
+
+_MOST_KNOWN = 256
+_known: dict[object, frozenset[int] | Unlike] = {}
+_SCALES = (1.0, 64.0)  # of the gradients of outputs
+# relative error of a chain of rounded products, either way of ordering them: far below what another formula makes
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+class Unlike(Exception):  # noqa: N818
+    """The backward pass is not the derivative, or that cannot be found out. The text continues "an autograd.Function"."""
+
+
+def undifferentiated(
+    node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule, switches: Collection[fx.Node]
+) -> frozenset[int]:
+    """Positions among the inputs of ``forward`` that ``backward`` gives no gradient.
+
+    Args:
+        switches: nodes of ``forward`` that turn gradients off and on.
+
+    Raises:
+        Unlike.
+    """
+    key = _key(node, forward, backward)
+    if key is not None and key in _known:
+        found = _known[key]
+        if isinstance(found, Unlike):
+            raise found
+        return found
+    try:
+        found = _tried(node, forward, backward, switches)
+    except Unlike as unlike:
+        found = unlike
+    if key is not None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = found
+    if isinstance(found, Unlike):
+        raise found
+    return found
+
+
+def _key(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule) -> object:
+    """What the comparison depends on, so that a Function of many layers is compared once; None where it holds constants."""
+    if any(inner.op == "get_attr" for body in (forward, backward) for inner in body.graph.nodes):
+        return None
+    fixed: Any = node.kwargs["non_differentiable_idx"]
+    operands = tuple(described(value_of(item) if isinstance(item, fx.Node) else item) for item in node.args[2:])
+    return hashable((_form(forward), _form(backward), operands, tuple(fixed)))
+
+
+def _form(body: fx.GraphModule) -> object:
+    place = {inner: position for position, inner in enumerate(body.graph.nodes)}
+    return tuple(
+        (inner.op, None if inner.op == "placeholder" else inner.target, frozen((inner.args, inner.kwargs), place))
+        for inner in place
+    )
+
+
+def _tried(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule, switches: Collection[fx.Node]) -> frozenset[int]:
+    constant: set[int] = set()
+    for seed, scale in enumerate(_SCALES):
+        generator = torch.Generator().manual_seed(seed)
+        operands = node.args[2:]
+        try:
+            given = [_drawn(operand, generator) for operand in operands]
+            fixed: Any = node.kwargs["non_differentiable_idx"]
+            devices = {leaf.device for leaf in given if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
+            with torch.random.fork_rng(devices):
+                constant = _compared(given, forward, backward, switches, scale, generator, fixed)
+        except Unlike:
+            raise
+        except Exception as error:  # whatever the code of the Function raises on numbers that are not the model's
+            reason = str(error).split("\n")[0][:100]
+            raise Unlike(f"whose passes cannot be compared ({type(error).__name__}: {reason})") from error
+    return frozenset(constant)
+
+
+def _drawn(operand: Any, generator: torch.Generator) -> Any:
+    """Random numbers, or zeros, which index anything, for what a node yields."""
+    value = value_of(operand) if isinstance(operand, fx.Node) else operand
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value.node.hint
+    if not isinstance(value, Tensor):
+        return value
+    shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    if not value.is_floating_point():
+        return torch.zeros(shape, dtype=value.dtype, device=value.device)
+    drawn = torch.randn(shape, generator=generator) / math.sqrt(shape[-1] if len(shape) > 1 else 1)
+    return drawn.to(value.device, value.dtype)
+
+
+def _compared(
+    given: Sequence[Any],
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    switches: Collection[fx.Node],
+    scale: float,
+    generator: torch.Generator,
+    fixed: Collection[int],
+) -> set[int]:
+    with torch.no_grad():
+        outputs, saved = fx.Interpreter(forward).run(*given)
+        gradients = [_gradient_of(y, place in fixed, scale, generator) for place, y in enumerate(outputs)]
+        theirs = fx.Interpreter(backward).run(*gradients, *saved)
+    leaves = [leaf.requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in given]
+    with torch.enable_grad():
+        again, _ = _WithGradients(forward, switches).run(*leaves)
+    if not all(_close(one, other) for one, other in zip(outputs, again, strict=True) if isinstance(one, Tensor)):
+        raise Unlike("whose forward pass is not the same each time")
+    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    flowing = [(y, g) for y, g in zip(again, gradients, strict=True) if g is not None and y.requires_grad]
+    ours = torch.autograd.grad([y for y, _ in flowing], wanted, [g for _, g in flowing], allow_unused=True) if flowing else ()
+    found = {id(leaf): gradient for leaf, gradient in zip(wanted, ours, strict=False)}
+    constant = set()
+    for place, (leaf, gradient) in enumerate(zip(leaves, theirs, strict=True)):
+        if not isinstance(leaf, Tensor) or gradient is None:
+            constant.add(place)
+            continue
+        mine = found.get(id(leaf))
+        if not _close(gradient, torch.zeros_like(gradient) if mine is None else mine):
+            raise Unlike("whose backward pass is not the derivative of its forward pass")
+    return constant
+
+
+class _WithGradients(fx.Interpreter):
+    """Runs a graph without the nodes that turn gradients off and on."""
+
+    def __init__(self, graph_module: fx.GraphModule, switches: Collection[fx.Node]) -> None:
+        super().__init__(graph_module)
+        self._switches = switches
+
+    def run_node(self, n: fx.Node) -> Any:
+        return None if n in self._switches else super().run_node(n)
+
+
+def _gradient_of(y: object, fixed: bool, scale: float, generator: torch.Generator) -> Tensor | None:
+    if not isinstance(y, Tensor):
+        return None
+    if fixed or not y.is_floating_point():
+        return torch.zeros_like(y)
+    return (scale * torch.randn(y.shape, generator=generator)).to(y.device, y.dtype)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    first, second = one.detach().double(), other.detach().double()
+    if not (first.isfinite().all() and second.isfinite().all()):
+        raise Unlike("whose passes are not finite on random inputs, so that they cannot be compared")
+    return bool((first - second).norm() <= _TOLERANCE.get(one.dtype, 0.0) * second.norm())
