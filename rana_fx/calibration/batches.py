@@ -218,7 +218,8 @@ def observing(model: nn.Module) -> Iterator[None]:
         for module, _ in compiled:
             module._compiled_call_impl = None
         for module, forward in forwards:
-            module.forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+            if not getattr(forward, "_torchdynamo_disable", False):  # torch.compiler.disable: it stays out of graphs
+                module.forward = getattr(forward, "_torchdynamo_orig_callable", forward)
         with torch._dynamo.config.patch(recompile_limit=64):
             yield
     finally:

@@ -24,7 +24,7 @@ from rana_fx.calibration.probe import Probe, call_before, probing
 from rana_fx.calibration.samples import CAPACITY, Keep, Reservoir
 from rana_fx.calibration.unread import UnreadMatrices
 from rana_fx.dense_memory import is_freed
-from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
+from rana_fx.errors import CompilationDisabled, NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
 from rana_fx.graph.guards import guard_weights
 from rana_fx.graph.linears import Scan, Skip, find_linears
 from rana_fx.graph.normalize import prepare
@@ -235,11 +235,11 @@ def _values(graph: fx.Graph, example_inputs: Sequence[Any]) -> dict[fx.Node, Ten
 
 
 def _run(model: nn.Module, probe: Probe, batch: Any, index: int) -> None:
-    """Raises NonFinite, WeightsFreed, TraceFailed."""
+    """Raises CompilationDisabled, NonFinite, WeightsFreed, TraceFailed."""
     try:
         probe.run(batch)
     except Exception as error:
-        ours = _cause(error, (NonFinite, WeightsFreed))
+        ours = _cause(error, (CompilationDisabled, NonFinite, WeightsFreed))
         if ours is not None:
             raise ours from None
         part, reason = failing_part(model, error)

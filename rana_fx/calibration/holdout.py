@@ -67,8 +67,8 @@ class Holdout:
 class Tee:
     """Iterates over batches for calibration, keeps a few of them, and holds every eighth out.
 
-    Told by ``ran`` what each batch ran: where batches run different linears, it keeps some of each kind, by their content, so that
-    the order of batches does not matter; calibration then samples what is held out as well.
+    Told by ``ran`` what each batch ran: where batches run different linears, it keeps some of each kind, by their content, so
+    that the order of batches does not matter; calibration then samples what is held out as well.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -76,7 +76,9 @@ class Tee:
         self._kept: list[Any] = []
         self._held: list[Any] = []
         self._last: Any = None  # the batch that came last
-        self._kinds: dict[frozenset[str], dict[str, Any]] = {}  # linears -> digest -> a batch that runs these
+        # linears that run together -> digest -> a batch that runs them
+        # linears that run together -> digest -> a batch that runs them
+        self._kinds: dict[frozenset[str], dict[str, Any]] = {}
 
     def __iter__(self) -> Iterator[Any]:
         for index, batch in enumerate(self._batches):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Collection
 from typing import Any
 
 import optree
@@ -79,13 +78,14 @@ class UnreadMatrices:
 class _Arguments(TorchFunctionMode):
     """Collects the ids of those tensors, of some, that any operation is called with."""
 
-    def __init__(self, wanted: Collection[int]) -> None:
+    def __init__(self, wanted: set[int]) -> None:
         super().__init__()
         self._wanted = wanted
         self.found: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
-        leaves = optree.tree_leaves((args, kwargs or {}))  # type: ignore[arg-type]
+        given: Any = (args, kwargs or {})
+        leaves: list[Any] = optree.tree_leaves(given)
         self.found |= {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)} & self._wanted
         return func(*args, **(kwargs or {}))
 

@@ -1,4 +1,4 @@
-"""Which nodes of a graph run inside of a transform of ``torch.func``: grad, vjp, jvp, vmap and what is made of them.
+"""Which nodes of a graph run inside of a transform of ``torch.func``: grad, vjp, jvp, vmap and what is made of them, or on duals.
 
     level = _vmap_increment_nesting(3, "error"); b = _add_batch_dim(x, 0, level); y = linear(b, w); ...; _vmap_decrement_nesting()
 
@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rana_fx.graph.dataflow import descendants
 from rana_fx.graph.ops import is_call, op_name
 
 _MODULES = ("torch._functorch", "torch._C._functorch", "torch.autograd.forward_ad")
 _DUAL = frozenset({"_make_dual", "_unpack_dual", "_enter_dual_level", "_exit_dual_level", "_set_fwd_grad_enabled"})
+_MAKE_DUAL = frozenset({"_make_dual", "make_dual"})
 _OPENS, _CLOSES = "increment_nesting", "decrement_nesting"
 
 
 def transformed(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes at a level of a transform."""
+    """All nodes at a level of a transform, and what is computed from dual numbers that the graph makes."""
     depth = 0
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -32,7 +34,8 @@ def transformed(graph: fx.Graph) -> set[fx.Node]:
             found.add(node)
         if name.endswith(_OPENS) and "autocast" not in name:
             depth += 1
-    return found
+    duals = [node for node in graph.nodes if is_call(node) and op_name(node) in _MAKE_DUAL]
+    return found | descendants(duals)
 
 
 def is_plumbing(node: fx.Node) -> bool:
