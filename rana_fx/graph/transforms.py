@@ -53,8 +53,7 @@ def plain(value: Any) -> Any:
     inner = value
     while is_wrapped(inner):
         inner = torch._C._functorch.get_unwrapped(inner)
-    made = inner.new_empty(value.shape)
-    return made.requires_grad_(value.requires_grad) if made.is_floating_point() else made
+    return inner.new_empty(value.shape, requires_grad=value.requires_grad)
 
 
 def is_wrapped(value: Tensor) -> bool:

@@ -158,10 +158,11 @@ def test_a_plain_value_stands_for_a_wrapped_one():
     seen = []
 
     def look(x):
-        assert is_wrapped(x)
-        seen.append(plain((x, 3)))
+        seen.append(x)
         return x
 
-    vmap(look, in_dims=1)(torch.ones(2, 5, 4, dtype=torch.float64))
-    (made, number), shape = seen[0], (2, 4)
-    assert made.shape == shape and made.dtype == torch.float64 and not is_wrapped(made) and number == 3
+    vmap(grad(lambda x: look(x).sum()), in_dims=1)(torch.ones(2, 5, 4, dtype=torch.float64))
+    (made, number) = plain((seen[0], 3))
+    assert is_wrapped(seen[0]) and not is_wrapped(made) and number == 3
+    assert made.shape == (2, 4) and made.dtype == torch.float64 and made.requires_grad
+    assert plain(made) is made
