@@ -15,6 +15,8 @@ from rana_fx.passes.base import EachMatch, Pass, PostGrad, PreGrad
 from rana_fx.passes.check_foreign_lora import check_foreign_lora
 from rana_fx.passes.check_freed import check_freed
 from rana_fx.passes.check_rewritten import check_rewritten
+from rana_fx.passes.decompose_transformed import decompose_transformed
+from rana_fx.passes.drop_recompute_tags import drop_recompute_tags
 from rana_fx.passes.fuse_gated import fuse_gated
 from rana_fx.passes.fuse_norm import fuse_norm
 from rana_fx.passes.fuse_residual import fuse_residual
@@ -33,6 +35,10 @@ PRE_GRAD: tuple[Pass[PreGrad], ...] = (
     check_rewritten,
     # after the rewrites, which find linears by their weight: it adds LoRA's term to every use of a matrix that is left
     rewrite_lora,
+    # after the rewrites, which make operations and find each other's
+    decompose_transformed,
+    # after what tags nodes, and with all that may be trained in the graph
+    drop_recompute_tags,
     # last: only the final graph shows which weights are still read
     check_freed,
 )

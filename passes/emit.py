@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import LocalSource
 
 from rana_fx.adapter import TENSORS
 from rana_fx.apply import NONZERO, nonzero_tau
 from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.fake_values import mode_of
 from rana_fx.graph.record import Recorder, dtype_of, inherit
+from rana_fx.graph.transforms import plain
 from rana_fx.passes.match import Match
 
 __all__ = ["Annotation", "Emitter", "Factors", "annotate", "dtype_of"]
@@ -73,9 +74,9 @@ class Emitter:
                 # AOTAutograd rejects attributes that Dynamo did not create, unless they have a source
                 sources[name] = LocalSource(f"__rana_fx_{name}")
         node = self.record.create_node("get_attr", name, (), {})
-        like = next((v for v in map(value_of, self._at.all_input_nodes) if isinstance(v, torch._subclasses.FakeTensor)), None)
-        if like is not None:
-            node.meta["example_value"] = like.fake_mode.from_tensor(value, static_shapes=True)
+        mode = mode_of([plain(value_of(source)) for source in self._at.all_input_nodes])
+        if mode is not None:
+            node.meta["example_value"] = mode.from_tensor(value, static_shapes=True)
         return node
 
 

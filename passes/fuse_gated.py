@@ -148,8 +148,8 @@ def _fitting(y: fx.Node, steps: list[fx.Node], shape: torch.Size) -> str | None:
 @functools.cache
 def _arguments() -> Tensor:
     """Arguments to compare activations at: dense where their curvature is large, and up to the fp16 range for clamped ones."""
-    far = torch.logspace(math.log10(12), math.log10(65_000), 200, dtype=torch.float64)
-    return torch.cat([torch.linspace(-12, 12, 1000, dtype=torch.float64), far, -far])
+    far = torch.logspace(math.log10(12), math.log10(65_000), 200, dtype=torch.float64, device="cpu")
+    return torch.cat([torch.linspace(-12, 12, 1000, dtype=torch.float64, device="cpu"), far, -far])
 
 
 def _samples(count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -157,8 +157,8 @@ def _samples(count: int) -> Iterator[tuple[Tensor, Tensor]]:
     everything = _arguments()
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(everything), count):
-        index = (start + torch.arange(count)) % len(everything)
-        uniform = 2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1
+        index = (start + torch.arange(count, device="cpu")) % len(everything)
+        uniform = 2 * torch.rand(count, generator=generator, dtype=torch.float64, device="cpu") - 1
         # 1e-3 ... 65000 of either sign
         yield everything[index], uniform.sign() * 10 ** (7.8 * uniform.abs() - 3)
 

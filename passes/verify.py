@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, f
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.effects import written
 from rana_fx.graph.fake_values import fake_run, mode_of
+from rana_fx.graph.transforms import is_plumbing
 from rana_fx.kernels import ops
 from rana_fx.passes.aliasing import Aliases, storages
 from rana_fx.passes.snapshot import Snapshot
@@ -100,7 +101,7 @@ def _is_run(node: fx.Node) -> bool:
     """Whether the value of a node follows from those of its inputs, and all of these have one."""
     if node.op == "get_attr":
         return True
-    if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
+    if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator) or is_plumbing(node):
         return False
     # modules, constants and nodes that were not traced have no fake value
     return node.target not in _NOT_RUN and all(value_of(source) is not None for source in node.all_input_nodes)

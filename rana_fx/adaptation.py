@@ -25,7 +25,7 @@ from rana_fx.adapter import Adapter
 from rana_fx.calibration.batches import check_batches
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.holdout import Holdout, Tee
-from rana_fx.calibration.layout import Layout
+from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Layout, Unread
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.cost import METRICS
 from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, UnknownMetric, UnknownRecipe
@@ -34,6 +34,8 @@ from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.recipes import RECIPES, Problem, Recipe, needs_holdout
 from rana_fx.runtime.attachment import attach, attached
 from rana_fx.skips import Note, Skip, typed
+
+_NAMED = 5  # modules that one note names
 
 
 def adapt(
@@ -68,7 +70,7 @@ def adapt(
 
     Raises:
         BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, AlreadyAdapted, NoBatches, NoLinears,
-        TooFewTokens, NonFinite, TraceFailed, InvalidOption (``batches`` is one batch).
+        TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, InvalidOption (``batches`` is one batch).
 
     Example:
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
@@ -196,4 +198,17 @@ def _skips(layout: Layout, chosen: Sequence[Skip | Note]) -> tuple[Skip | Note, 
         "router": "its output selects experts",
     }
     outside = [Skip(site.name, reasons[site.role]) for site in layout.sites.values() if site.role in reasons]
-    return tuple(dict.fromkeys([*layout.skips, *outside, *map(typed, chosen)]))
+    return tuple(dict.fromkeys([*layout.skips, *outside, *map(typed, chosen), *_unread(layout.unread)]))
+
+
+def _unread(unread: Sequence[Unread]) -> list[Skip | Note]:
+    """An entry for each module whose matrices no graph reads, and a note on the plan that names the first of them."""
+    found: list[Skip | Note] = []
+    for eager, fate in ((False, "ran in no batch"), (True, OUTSIDE_OF_GRAPHS)):
+        modules = [item for item in unread if item.eager == eager]
+        if modules:
+            more = f" and of {len(modules) - _NAMED} more modules" if len(modules) > _NAMED else ""
+            named = ", ".join(item.linears for item in modules[:_NAMED])
+            found.append(Note("", f"{named}{more} {fate}: they stay dense, outside of the budget"))
+        found += [Skip(item.module, f"{item.linears} {fate}" if item.count > 1 else fate) for item in modules]
+    return found

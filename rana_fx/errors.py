@@ -100,6 +100,13 @@ class TraceFailed(RanaError, RuntimeError):
     )
 
 
+class CompilationDisabled(RanaError, RuntimeError):
+    message = (
+        "torch.compile is switched off: {reason}. Calibration, explain and measuring read the graphs that it traces, and it "
+        "applies the plan: expected it to be on. {todo}."
+    )
+
+
 class AlreadyAdapted(RanaError, RuntimeError):
     message = (
         "{model} already has a plan attached (recipe={recipe!r}, budget={budget}, digest {digest}). "

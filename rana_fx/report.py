@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.layout import Site
+from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Site, Unread
 from rana_fx.modules import unwrap
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import attached
@@ -91,6 +91,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         NonFinite: a weight or an input of a linear has NaN or Inf values.
         TraceFailed: the model does not run, or cannot be traced, on this batch.
         WeightsFreed: the model was compiled with ``prefill="factors"``.
+        CompilationDisabled: torch.compile is switched off.
     """
     layout = calibrate(model, [example_inputs], wanted=lambda _: set(), progress=False).layout
     found = attached(model)
@@ -100,6 +101,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
     rows += [
         Row(skip.site, "-", "-", (), "skipped", skip.reason, 1.0, 1.0, None) for skip in layout.skips if skip.site not in known
     ]
+    rows += [Row(item.module, "-", "-", (), "skipped", _unread(item), 1.0, 1.0, None) for item in layout.unread]
     return Report(
         model=type(unwrap(model)).__name__,
         plan=None if plan is None else plan.digest()[:12],
@@ -159,5 +161,9 @@ def _row(site: Site, plan: Plan | None) -> Row:
 def _reason(site: Site, plan: Plan | None) -> str:
     if plan is None:
         return "no plan attached" if site.counted else f"outside the budget ({site.role})"
-    reasons = [skip.reason for skip in plan.left if skip.site == site.name]
+    reasons = [skip.reason for skip in plan.left if f"{site.name}.".startswith(f"{skip.site}.")]
     return "; ".join(reasons) or "not adapted by the recipe"
+
+
+def _unread(item: Unread) -> str:
+    return f"{item.linears} {OUTSIDE_OF_GRAPHS if item.eager else 'did not run in this batch'}"

@@ -7,6 +7,7 @@ contexts in which a model is observed: evaluation mode, nothing else compiled.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rana_fx.errors import InvalidOption
+from rana_fx.plan import tensor_bytes
 
 
 def check_batches(batches: object) -> Iterable[Any]:
@@ -116,6 +118,15 @@ def failing_part(model: nn.Module, error: BaseException) -> tuple[str, str]:
     return part, f"{type(root).__name__}: {text.removeprefix('Explanation: ')}".rstrip(".")
 
 
+def digest_of(batch: Any) -> str:
+    """SHA-256 of the names and values of a batch's tensors."""
+    state = hashlib.sha256()
+    for name, value in _named_tensors(to_device(batch, torch.device("cpu"))):
+        state.update(f"{name}/{value.dtype}/{tuple(value.shape)}".encode())
+        state.update(tensor_bytes(value))
+    return state.hexdigest()
+
+
 def leading(batch: Any) -> int | None:
     """The first dimension that all tensors of a batch share, if they do."""
     sizes = {value.shape[0] if value.dim() else None for _, value in _named_tensors(batch)}
@@ -207,7 +218,8 @@ def observing(model: nn.Module) -> Iterator[None]:
         for module, _ in compiled:
             module._compiled_call_impl = None
         for module, forward in forwards:
-            module.forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+            if not getattr(forward, "_torchdynamo_disable", False):  # torch.compiler.disable: it stays out of graphs
+                module.forward = getattr(forward, "_torchdynamo_orig_callable", forward)
         with torch._dynamo.config.patch(recompile_limit=64):
             yield
     finally:

@@ -3,7 +3,7 @@
 In: a model and batches (any pytree the model accepts). Out: a ``Calibration``: the model's ``Layout`` and, for every group of
 sites, a uniform sample of the tensor it reads. A ``Probe`` runs the model: each traced graph is read once, and before the first
 linear of a group its input is added to the group's reservoir. Memory does not grow with the number of tokens. Padding is not
-sampled.
+sampled. The layout grows with every batch that makes the model run what earlier ones did not (an image, an expert's first token).
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from rana_fx.calibration.batches import check_batches, failing_part, real_rows
-from rana_fx.calibration.layout import Group, Layout, merge, observed_together
+from rana_fx.calibration.forward_passes import ForwardPasses
+from rana_fx.calibration.holdout import Tee
+from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Group, Layout, merge, observed_together
 from rana_fx.calibration.probe import Probe, call_before, probing
 from rana_fx.calibration.samples import CAPACITY, Keep, Reservoir
+from rana_fx.calibration.unread import UnreadMatrices
 from rana_fx.dense_memory import is_freed
-from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
+from rana_fx.errors import CompilationDisabled, NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
 from rana_fx.graph.guards import guard_weights
 from rana_fx.graph.linears import Scan, Skip, find_linears
 from rana_fx.graph.normalize import prepare
-from rana_fx.graph.roles import Occurrence, TracedGraph, read_graph
+from rana_fx.graph.roles import Occurrence, read_graph
 from rana_fx.modules import names_of, quantised_modules, unwrap
 
-_MOST_SEEN = 4096  # tokens of the first batch whose rows are kept before ``wanted`` has been called
+_MOST_SEEN = 4096  # tokens of a batch whose rows are kept before ``wanted`` has been called for what it runs first
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
@@ -54,24 +57,31 @@ class _Sampler:
         self.probe = Probe(model, self._instrument)
         self._names = names_of(model)
         self._capacity, self._seed = capacity, seed
-        self.graphs: list[TracedGraph] = []  # until the layout is settled
+        self.passes = ForwardPasses()
+        self.unread = UnreadMatrices(model)
         self.nodes = 0  # of all graphs
         self.samples: dict[tuple[str, ...], Reservoir] = {}  # by the sites of a group
-        self.layout_only = False  # keep no rows
-        self._unsettled: dict[frozenset[str], Reservoir] = {}  # by the sites that read a tensor, until the layout is settled
-        self._wanted: dict[Group, Keep] | None = None  # None: not settled yet, keep all
+        self.layout_only = False  # keep no rows of what is new
+        self.left_out: frozenset[frozenset[str]] = frozenset()  # sets of sites whose input is not sampled in this run
+        self.known: frozenset[frozenset[str]] = frozenset()  # sets of sites that read a tensor, in the layout as it is settled
+        self._unsettled: dict[frozenset[str], Reservoir] = {}  # of sets that are not known yet
+        self._together: set[frozenset[str]] = set()  # all sets of sites that read a tensor
+        self._wanted: dict[Group, Keep] = {}
 
     def settle(self, wanted: Mapping[Group, Keep]) -> None:
-        """From now on sample only these; what was sampled so far counts."""
-        self._wanted, self.layout_only = dict(wanted), False
+        """From now on sample only these; what was sampled of their sites so far counts."""
+        before = {name: sample for sites, sample in self.samples.items() for name in sites}
+        self._wanted, self.samples = dict(wanted), {}
         for group, keep in self._wanted.items():
+            if group.sites[0] in before:
+                # groups only ever divide: all sites of this one were in one group
+                self.samples[group.sites] = keep.continued(before[group.sites[0]], seed=self._seed)
             for key in sorted(group.seen_with & self._unsettled.keys(), key=sorted):
                 if len(group.seen_with) == 1 and keep == Keep(self._capacity):
                     self.samples[group.sites] = self._unsettled[key]
                 else:
                     self._sample(group, keep).add(self._unsettled[key].rows())
-        self._unsettled = {}
-        self.graphs = []
+        self._unsettled, self.known = {}, frozenset(self._together)
 
     def _instrument(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         prepare(graph_module, example_inputs)
@@ -79,40 +89,44 @@ class _Sampler:
         _check_weights(scan)
         traced = read_graph(scan, _values(graph_module.graph, example_inputs))
         self.nodes += len(graph_module.graph.nodes)
-        if self._wanted is None:
-            self.graphs.append(traced)
+        self.unread.read |= {id(value) for value in (*example_inputs, *scan.weights.values())}
         guard_weights([linear.weight_node for linear in scan.linears], attachment=False)
         readers: dict[Any, list[Occurrence]] = {}
         for occurrence in traced.occurrences:
             readers.setdefault(occurrence.linear.source, []).append(occurrence)
         for source, names in observed_together(traced.occurrences).items():
+            self._together.add(frozenset(names))
             inputs = (name for reader in readers[source] for name in reader.inputs)
             decoder = any(word in name for name in inputs for word in _DECODER_INPUTS)
             first = readers[source][0].linear
             call_before(first.node, self._observe, names, decoder, first.x)
+        start = next(node for node in graph_module.graph.nodes if node.op != "placeholder")
+        call_before(start, self.passes.ran, self.passes.add(traced))
 
     def _observe(self, names: tuple[str, ...], decoder: bool, x: Tensor) -> None:
         key = frozenset(names)
-        known = self._unsettled.get(key)
-        if known is not None and known.features not in (None, x.shape[-1]):
-            return  # a weight used transposed as well; the layout leaves it out
-        groups = [(group, keep) for group, keep in (self._wanted or {}).items() if key in group.seen_with]
-        if self._wanted is not None and not groups:
+        if key in self.left_out:
             return
+        new = key not in self.known
+        groups = [(group, keep) for group, keep in self._wanted.items() if key in group.seen_with]
+        if not new and not groups:
+            return
+        held = [self._unsettled.get(key), *(self.samples.get(group.sites) for group, _ in groups)]
+        if any(sample is not None and sample.features not in (None, x.shape[-1]) for sample in held):
+            return  # a weight used transposed as well; the layout leaves it out
         rows = real_rows(x, self.probe.masks.get("decoder_" if decoder else ""))
         finite = torch.isfinite(rows)
         if not finite.all():
             count = int((~finite).sum())
             raise NonFinite(site=names[0], count=count, what="input activations", shape=tuple(x.shape))
-        if self._wanted is None and not self.layout_only:
+        if new and not self.layout_only:
             self._unsettled.setdefault(key, Reservoir(self._capacity, seed=self._seed)).add(rows)
         for group, keep in groups:
             self._sample(group, keep).add(rows)
 
-    @property
-    def wants_rows(self) -> bool:
-        """Whether any group is sampled, once settled."""
-        return bool(self._wanted)
+    def wants(self, sets: Collection[frozenset[str]]) -> bool:
+        """Whether any group that reads a tensor as one of these sets of sites is sampled."""
+        return any(not group.seen_with.isdisjoint(sets) for group in self._wanted)
 
     def _sample(self, group: Group, keep: Keep) -> Reservoir:
         if group.sites not in self.samples:
@@ -132,33 +146,85 @@ def calibrate(
     """Layout of the model, samples per group and the number of tokens seen.
 
     Args:
-        wanted: given the layout (after the first batch), the groups (by their site names) whose inputs to sample; a
-            mapping says what to ``Keep`` of each. A large first batch runs twice: the first time, the groups are not known.
+        batches: a ``Tee`` is told which linears each batch ran, and what it holds out is sampled only for linears that no other
+            batch runs.
+        wanted: given the layout, the groups (by their site names) whose inputs to sample; a mapping says what to ``Keep`` of
+            each. Called after the first batch with linears, and again whenever a batch runs what none did before. Such a batch
+            runs twice where it is large: the first time, the groups are not known.
         capacity: rows kept per group where ``wanted`` is no mapping.
 
     Raises:
-        NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, InvalidOption: ``batches`` is one batch.
+        NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, CompilationDisabled, InvalidOption: ``batches`` is one batch.
     """
     model = unwrap(model)
-    sampler = _Sampler(model, capacity=capacity, seed=seed)
-    layout: Layout | None = None
-    tokens = 0
+    calibrating = _Calibrating(model, _Sampler(model, capacity=capacity, seed=seed), wanted, Keep(capacity))
+    tee = batches if isinstance(batches, Tee) else None
+    index, tokens = -1, 0
     with probing(model), torch.no_grad():
         for index, batch in enumerate(tqdm(check_batches(batches), desc="calibrate", unit="batch", disable=not progress)):
-            batch = sampler.probe.load(batch)
-            count = sampler.probe.tokens(batch)
+            count, ran = calibrating.take(batch, index)
             tokens += count
-            sampler.layout_only = layout is None and count > _MOST_SEEN
-            _run(model, sampler.probe, batch, index)
-            if layout is None:
-                layout = _settle(model, sampler)
-                again = sampler.layout_only
-                sampler.settle(_keeps(layout, wanted(layout), Keep(capacity)))
-                if again and sampler.wants_rows:
-                    _run(model, sampler.probe, batch, index)
-    if layout is None:
+            if tee is not None:
+                tee.ran(ran)
+        if tee is not None:
+            tokens += calibrating.take_held_out(tee, index + 1)
+    if index < 0:
         raise NoBatches(hint=f"forward of {type(model).__name__}")
-    return Calibration(layout, sampler.samples, tokens)
+    return Calibration(calibrating.result(), calibrating.sampler.samples, tokens)
+
+
+class _Calibrating:
+    """A model that takes one batch after the other, and the layout that they make up."""
+
+    def __init__(
+        self, model: nn.Module, sampler: _Sampler, wanted: Callable[[Layout], Collection[tuple[str, ...]]], keep: Keep
+    ) -> None:
+        self._model, self.sampler, self._wanted, self._keep = model, sampler, wanted, keep
+        self._layout = Layout({}, (), (), (), 0)
+
+    def take(self, batch: Any, index: int, *, held_out: bool = False) -> tuple[int, frozenset[str]]:
+        """Run a batch; returns its tokens, padding not counted, and the names of the linears that it ran.
+
+        held_out: sample only what no batch ran before it.
+        """
+        sampler, known = self.sampler, self.sampler.known
+        batch = sampler.probe.load(batch)
+        count = sampler.probe.tokens(batch)
+        sampler.layout_only = count > _MOST_SEEN
+        new, ran = self._run(batch, index, left_out=known if held_out else frozenset())
+        if new:
+            self._layout = merge(sampler.passes.kinds())
+            if any(site.counted for site in self._layout.sites.values()):
+                sampler.settle(_keeps(self._layout, self._wanted(self._layout), self._keep))
+                if sampler.layout_only and sampler.wants(sampler.known - known):
+                    self._run(batch, index, left_out=known)
+            sampler.unread.run_eagerly(batch)
+        return count, ran
+
+    def take_held_out(self, tee: Tee, index: int) -> int:
+        """Run what a tee holds out, and sample it where batches are mixed; returns the tokens that were sampled."""
+        counted = 0
+        sampled: list[tuple[Any, int, frozenset[frozenset[str]]]] = []
+        for batch in tee.held_out():
+            known = self.sampler.known
+            count, ran = self.take(batch, index, held_out=True)
+            tee.ran(ran)
+            sampled.append((batch, count, self.sampler.known - known))
+        for batch, count, new in sampled if tee.mixed else ():
+            self._run(batch, index, left_out=new)
+            counted += count
+        return counted
+
+    def _run(self, batch: Any, index: int, *, left_out: frozenset[frozenset[str]]) -> tuple[bool, frozenset[str]]:
+        """(whether it is a new kind of forward pass, names of the linears). Raises NonFinite, WeightsFreed, TraceFailed."""
+        self.sampler.left_out = left_out
+        self.sampler.passes.begin()
+        _run(self._model, self.sampler.probe, batch, index)
+        return self.sampler.passes.end()
+
+    def result(self) -> Layout:
+        """With what nothing read. Raises NoLinears."""
+        return _complete(self._model, self._layout, self.sampler)
 
 
 def _values(graph: fx.Graph, example_inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
@@ -169,11 +235,11 @@ def _values(graph: fx.Graph, example_inputs: Sequence[Any]) -> dict[fx.Node, Ten
 
 
 def _run(model: nn.Module, probe: Probe, batch: Any, index: int) -> None:
-    """Raises NonFinite, WeightsFreed, TraceFailed."""
+    """Raises CompilationDisabled, NonFinite, WeightsFreed, TraceFailed."""
     try:
         probe.run(batch)
     except Exception as error:
-        ours = _cause(error, (NonFinite, WeightsFreed))
+        ours = _cause(error, (CompilationDisabled, NonFinite, WeightsFreed))
         if ours is not None:
             raise ours from None
         part, reason = failing_part(model, error)
@@ -185,19 +251,19 @@ def _keeps(layout: Layout, wanted: Collection[tuple[str, ...]], default: Keep) -
     return {group: given.get(group.sites, default) for group in layout.groups if group.sites in wanted}
 
 
-def _settle(model: nn.Module, sampler: _Sampler) -> Layout:
-    layout = merge(sampler.graphs)
+def _complete(model: nn.Module, layout: Layout, sampler: _Sampler) -> Layout:
     known = {*layout.sites, *(skip.site for skip in layout.skips)}
-    unseen = (Skip(name, reason) for name, reason in quantised_modules(model).items() if name not in known)
-    layout = replace(layout, skips=(*layout.skips, *unseen))
+    quantised = [Skip(name, reason) for name, reason in quantised_modules(model).items() if name not in known]
+    skips, unread = (*layout.skips, *quantised), sampler.unread.result()
     if not any(site.counted for site in layout.sites.values()):
+        outside = [f"{found.linears}: {OUTSIDE_OF_GRAPHS}" for found in unread if found.eager]
         raise NoLinears(
             model=type(model).__name__,
             graphs=layout.graphs,
             nodes=sampler.nodes,
-            skipped="; ".join(f"{skip.site}: {skip.reason}" for skip in layout.skips[:5]) or "none",
+            skipped="; ".join([f"{skip.site}: {skip.reason}" for skip in skips[:5]] + outside[:5]) or "none",
         )
-    return layout
+    return replace(layout, skips=skips, unread=unread)
 
 
 def _check_weights(scan: Scan) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rana_fx.calibration.batches import count_tokens, leading, part_of, to_device
+from rana_fx.calibration.batches import count_tokens, digest_of, leading, part_of, to_device
 from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.probe import probing
@@ -25,6 +25,7 @@ from rana_fx.modules import unwrap
 _EVERY = 8
 _MOST_HELD = 2
 _MOST_KEPT = 4
+_MOST_KINDS = 16  # of batches that run different linears
 _PIECE = 2048  # tokens that the model is run on at a time: a backward pass holds what every layer made of them
 
 
@@ -64,12 +65,20 @@ class Holdout:
 
 
 class Tee:
-    """Iterates over batches for calibration, keeps a few of them, and holds every eighth out."""
+    """Iterates over batches for calibration, keeps a few of them, and holds every eighth out.
+
+    Told by ``ran`` what each batch ran: where batches run different linears, it keeps some of each kind, by their content, so
+    that the order of batches does not matter; calibration then samples what is held out as well.
+    """
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
         self._kept: list[Any] = []
         self._held: list[Any] = []
+        self._last: Any = None  # the batch that came last
+        # linears that run together -> digest -> a batch that runs them
+        # linears that run together -> digest -> a batch that runs them
+        self._kinds: dict[frozenset[str], dict[str, Any]] = {}
 
     def __iter__(self) -> Iterator[Any]:
         for index, batch in enumerate(self._batches):
@@ -78,12 +87,41 @@ class Tee:
                 continue
             if len(self._kept) < _MOST_KEPT:
                 self._kept.append(batch)
+            self._last = batch
             yield batch
+
+    def held_out(self) -> Iterator[Any]:
+        """The batches that are held out, one by one, once all others have come."""
+        for batch in self._held:
+            self._last = batch
+            yield batch
+
+    def ran(self, linears: frozenset[str]) -> None:
+        """Names of the linears that the last batch of ``__iter__`` or of ``held_out`` ran."""
+        known = frozenset[str]().union(*self._kinds)
+        if linears not in self._kinds and len(self._kinds) >= (_MOST_KEPT if linears <= known else _MOST_KINDS):
+            return
+        found = self._kinds.setdefault(linears, {})
+        found[digest_of(self._last)] = self._last
+        if len(found) > _MOST_KEPT + 1:
+            del found[max(found)]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether batches ran different linears."""
+        return len(self._kinds) > 1
 
     def holdout(self, model: nn.Module) -> Holdout:
         """What was kept and held out so far."""
-        held = self._held or self._kept[-1:]
-        return Holdout(model, _pieces(self._kept, 2 * _MOST_KEPT), _pieces(held, 2 * _MOST_HELD))
+        kept, held = self._kept, self._held or self._kept[-1:]
+        if self.mixed:
+            kinds = sorted(self._kinds, key=lambda linears: (-len(linears), sorted(linears)))
+            ordered = [[self._kinds[kind][key] for key in sorted(self._kinds[kind])] for kind in kinds]
+            # the last of a kind judges, where it has more than one
+            held = [found[-1] for found in ordered[: 2 * _MOST_HELD]]
+            turns = itertools.zip_longest(*(found[: max(1, len(found) - 1)] for found in ordered), fillvalue=None)
+            kept = [batch for turn in turns for batch in turn if batch is not None][: 2 * _MOST_KEPT]
+        return Holdout(model, _pieces(kept, 2 * _MOST_KEPT), _pieces(held, 2 * _MOST_HELD))
 
 
 def _pieces(batches: Sequence[Any], most: int) -> tuple[Any, ...]:

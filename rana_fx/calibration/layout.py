@@ -1,23 +1,25 @@
 """The model as adaptation sees it: sites, groups of sites and MLP blocks, merged over all traced graphs.
 
-In: one ``TracedGraph`` per graph of a forward pass, in order of execution. Out: a ``Layout`` without any FX node, so that
-nothing downstream depends on how the model happened to be traced.
+In: one ``TracedGraph`` per graph of a forward pass, in order of execution, for every kind of forward pass that was seen. Out: a
+``Layout`` without any FX node, so that nothing downstream depends on how the model happened to be traced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
+from rana_fx.calibration.forward_passes import in_order, spliced
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.linears import Skip
 from rana_fx.graph.mlp_blocks import Rowwise, TracedMlp
 from rana_fx.graph.roles import Occurrence, TracedGraph
 
 OUTSIDE = ("head", "stem", "constant")
+OUTSIDE_OF_GRAPHS = "ran outside of any traced graph"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +85,36 @@ class MlpBlock:
         return (*self.ups, self.down)
 
 
+@dataclass(frozen=True)
+class Unread:
+    """Matrices of the model that no traced graph reads: how many there are in ``module`` (or the one of that name).
+
+    ``eager``: they are read outside of the graphs, where compilation is switched off or broke off; otherwise nothing ran them.
+    """
+
+    module: str
+    count: int
+    eager: bool
+
+    @property
+    def linears(self) -> str:
+        """How many of what."""
+        return f"{self.count} linears of {self.module}" if self.count > 1 else f"the linear {self.module}"
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Everything that adaptation takes from a model. ``graphs``: how many a forward pass is traced to."""
+    """Everything that adaptation takes from a model.
+
+    ``graphs``: how many a forward pass is traced to, at most. ``unread``: what none of them reads.
+    """
 
     sites: dict[str, Site]
     groups: tuple[Group, ...]
     blocks: tuple[MlpBlock, ...]
     skips: tuple[Skip, ...]
     graphs: int
+    unread: tuple[Unread, ...] = ()
 
     def group_of(self, site: str) -> Group:
         """The group of a site. Raises KeyError."""
@@ -110,31 +133,69 @@ class Layout:
         return [tuple(names) for names in found.values()]
 
 
-def merge(graphs: Sequence[TracedGraph]) -> Layout:
-    """Settle heads and stems, and merge the occurrences of shared weights."""
-    found = [(index, occurrence) for index, graph in enumerate(graphs) for occurrence in graph.occurrences]
-    both = _used_both_orientations(found)
-    found = [(index, occurrence) for index, occurrence in found if occurrence.linear.name not in both]
-    _settle_outside(found)
+def merge(kinds: Sequence[Sequence[TracedGraph]]) -> Layout:
+    """Settle heads and stems, and merge the occurrences of shared weights.
+
+    Args:
+        kinds: the graphs of each kind of forward pass. What several show is taken from the first in order (``in_order``).
+    """
+    kinds = in_order(kinds)
+    graphs = list({id(graph): graph for kind in kinds for graph in kind}.values())
+    both = _used_both_orientations([found for graph in graphs for found in graph.occurrences])
     groups = _groups([[item for item in graph.occurrences if item.linear.name not in both] for graph in graphs])
-    sites = _sites(found, {name: i for i, group in enumerate(groups) for name in group.sites})
-    skips = list(dict.fromkeys(skip for graph in graphs for skip in graph.scan.skips))
+    sites = _sites_of_kinds(kinds, {name: i for i, group in enumerate(groups) for name in group.sites})
+    skips = _skips(kinds)
     skips += [Skip(name, "its weight is also used transposed, and one adapter cannot serve both") for name in both]
     skips = [skip for skip in skips if skip.site not in sites]
-    blocks = {
-        block.down.name: _block(block, graph.values)
-        for graph in graphs
-        for block in graph.blocks
-        if all(member.name in sites for member in (*block.ups, block.down))
-    }
-    adaptable = tuple(block for block in blocks.values() if _is_adaptable(block, sites))
-    return Layout(sites, groups, adaptable, tuple(skips), len(graphs))
+    adaptable = tuple(block for block in _blocks(kinds, sites) if _is_adaptable(block, sites))
+    return Layout(sites, groups, adaptable, tuple(skips), max(map(len, kinds), default=0))
 
 
-def _used_both_orientations(found: Sequence[tuple[int, Occurrence]]) -> list[str]:
+def _sites_of_kinds(kinds: Sequence[Sequence[TracedGraph]], group_of: dict[str, int]) -> dict[str, Site]:
+    sites: dict[str, Site] = {}
+    attentions: dict[tuple[int, fx.Node], int] = {}
+    order: list[str] = []
+    for kind in kinds:
+        # copies: what is a head in one kind of forward pass may not be one in another
+        found = [(index, replace(item)) for index, graph in enumerate(kind) for item in graph.occurrences]
+        found = [item for item in found if item[1].linear.name in group_of]
+        _settle_outside(found)
+        made = _sites(found, group_of, attentions)
+        order = spliced(order, made)
+        sites = made | sites
+    return {name: sites[name] for name in order}
+
+
+def _skips(kinds: Sequence[Sequence[TracedGraph]]) -> list[Skip]:
+    skips: list[Skip] = []
+    for kind in kinds:
+        known = {skip.site for skip in skips}
+        skips += dict.fromkeys(skip for graph in kind for skip in graph.scan.skips if skip.site not in known)
+    return skips
+
+
+def _blocks(kinds: Sequence[Sequence[TracedGraph]], sites: Mapping[str, Site]) -> list[MlpBlock]:
+    """Those whose members are sites, and which every kind of forward pass that has their down sees alike."""
+    found: dict[str, MlpBlock] = {}
+    unlike: set[str] = set()
+    for kind in kinds:
+        own = {
+            block.down.name: _block(block, graph.values)
+            for graph in kind
+            for block in graph.blocks
+            if all(member.name in sites for member in (*block.ups, block.down))
+        }
+        unlike |= {
+            name for name in own.keys() & found.keys() if (own[name].ups, own[name].gate) != (found[name].ups, found[name].gate)
+        }
+        found = found | {name: block for name, block in own.items() if name not in found}
+    return [block for name, block in found.items() if name not in unlike]
+
+
+def _used_both_orientations(found: Sequence[Occurrence]) -> list[str]:
     """Weights used as they are and transposed."""
     ways: dict[str, set[bool]] = {}
-    for _, occurrence in found:
+    for occurrence in found:
         ways.setdefault(occurrence.linear.name, set()).add(occurrence.linear.transposed)
     return sorted(name for name, orientations in ways.items() if len(orientations) > 1)
 
@@ -206,9 +267,11 @@ def _is_embedding(found: Occurrence) -> bool:
     return any(getattr(user.target, "__name__", "") == "embedding" for user in found.linear.weight_node.users)
 
 
-def _sites(found: Iterable[tuple[int, Occurrence]], group_of: dict[str, int]) -> dict[str, Site]:
+def _sites(
+    found: Iterable[tuple[int, Occurrence]], group_of: dict[str, int], attentions: dict[tuple[int, fx.Node], int]
+) -> dict[str, Site]:
+    """Of one kind of forward pass. ``attentions``: numbers given so far."""
     sites: dict[str, Site] = {}
-    attentions: dict[tuple[int, fx.Node], int] = {}
     merged: dict[str, list[tuple[int, Occurrence]]] = {}
     for index, occurrence in found:
         if occurrence.linear.name in group_of:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rana_fx.calibration.batches import call, count_tokens, evaluating, mask_of, observing, padding_masks, real_rows, to_device
+from rana_fx.calibration.compiling import check_backend_is_called, check_compiling, own_backends
 from rana_fx.modules import device_of
 
 Instrument = Callable[[fx.GraphModule, Sequence[Any]], None]
@@ -32,11 +33,12 @@ class Probe:
     def __init__(self, model: nn.Module, instrument: Instrument) -> None:
         self._model, self._instrument = model, instrument
         self._compiled = torch.compile(model, backend=self._backend)
+        self._traced = False
         self.masks: dict[str, Tensor] = {}  # of the batch that runs, as ``padding_masks`` names them
 
     def run(self, batch: Any) -> Any:
         """The model's output for a batch as ``adapt`` takes them."""
-        return call(self._compiled, self.load(batch))
+        return self._checked(call(self._compiled, self.load(batch)))
 
     def load(self, batch: Any) -> Any:
         """The batch on the model's device; its padding is what ``mask`` and ``real`` go by from now on."""
@@ -48,7 +50,14 @@ class Probe:
         """The model's output for the arguments of one call; padding is read from named arguments."""
         args, kwargs = to_device((args, kwargs), device_of(self._model))
         self.masks = padding_masks(kwargs)
-        return self._compiled(*args, **kwargs)
+        return self._checked(self._compiled(*args, **kwargs))
+
+    def _checked(self, output: Any) -> Any:
+        """After a run. Raises CompilationDisabled."""
+        if not self._traced:
+            check_backend_is_called()
+            self._traced = True  # nothing of the model is ever in a graph
+        return output
 
     def tokens(self, batch: Any) -> int:
         """Tokens of a batch that ``load`` returned, padding not counted."""
@@ -63,6 +72,7 @@ class Probe:
         return mask_of(x, self.masks)
 
     def _backend(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], **_: object) -> Callable[..., Any]:
+        self._traced = True
         self._instrument(graph_module, example_inputs)
         graph_module.recompile()
         return graph_module.forward
@@ -70,8 +80,13 @@ class Probe:
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode, and only a probe compiles; its code is dropped at the end."""
-    with evaluating(model), observing(model):
+    """Inside, the model is in evaluation mode, and only a probe compiles; its code is dropped at the end.
+
+    Raises:
+        CompilationDisabled.
+    """
+    check_compiling()
+    with evaluating(model), observing(model), own_backends():
         yield
 
 

@@ -7,6 +7,7 @@ one pass without holding the rest. Where even that is too much, a ``Summary`` ke
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,14 @@ class Keep:
         made = Summary if self.moment else Reservoir
         return made(self.capacity, seed=seed, host=self.host)
 
+    def continued(self, sample: Reservoir, *, seed: int) -> Reservoir:
+        """A sample that keeps so much and begins with what another one holds, which stays as it is."""
+        if isinstance(sample, Summary) == self.moment and (sample.capacity, sample.host) == (self.capacity, self.host):
+            return sample.copy()
+        made = self.start(seed=seed)
+        made.add(sample.rows())
+        return made
+
 
 class Reservoir:
     """Keeps the ``capacity`` rows with the smallest random priorities (uniform sampling without replacement).
@@ -41,7 +50,7 @@ class Reservoir:
         self.host = host
         self.seen = 0  # rows
         self._generator = torch.Generator().manual_seed(seed)
-        self._priorities = torch.empty(0)
+        self._priorities = torch.empty(0, device="cpu")
         self._rows: Tensor | None = None
 
     @property
@@ -52,7 +61,7 @@ class Reservoir:
     def add(self, rows_TI: Tensor) -> None:
         """Take a batch of rows, shape (tokens, features)."""
         count, features = rows_TI.shape
-        priorities = torch.rand(count, generator=self._generator, dtype=torch.float64)
+        priorities = torch.rand(count, generator=self._generator, dtype=torch.float64, device="cpu")
         filled = min(self.seen, self.capacity)
         kept = self._allocate(rows_TI, min(filled + count, self.capacity))
         room = min(count, self.capacity - filled)
@@ -65,7 +74,7 @@ class Reservoir:
     def _allocate(self, like_TI: Tensor, needed: int) -> Tensor:
         """The sample's rows, with room for so many."""
         if self._rows is None:
-            self._priorities = torch.empty(self.capacity, dtype=torch.float64)
+            self._priorities = torch.empty(self.capacity, dtype=torch.float64, device="cpu")
         elif len(self._rows) >= needed:
             return self._rows
         device = torch.device("cpu") if self.host else like_TI.device
@@ -82,20 +91,29 @@ class Reservoir:
         assert self._rows is not None
         kept = torch.cat([self._priorities, priorities]).topk(self.capacity, largest=False).indices
         incoming = kept[kept >= self.capacity] - self.capacity
-        leaving = torch.ones(self.capacity, dtype=torch.bool)
+        leaving = torch.ones(self.capacity, dtype=torch.bool, device="cpu")
         leaving[kept[kept < self.capacity]] = False
         slots = leaving.nonzero().flatten()
         self._rows[slots.to(self._rows.device)] = rows_TI[incoming.to(rows_TI.device)].to(self._rows.device)
         self._priorities[slots] = priorities[incoming]
 
+    def copy(self) -> Reservoir:
+        """The same sample, to which other rows may be added."""
+        made = copy.copy(self)
+        made._generator = torch.Generator()
+        made._generator.set_state(self._generator.get_state())
+        made._priorities = self._priorities.clone()
+        made._rows = None if self._rows is None else self._rows.clone()
+        return made
+
     def release(self) -> None:
         """Free the memory of the rows; the reservoir holds none from now on."""
-        self._rows, self._priorities = None, torch.empty(0)
+        self._rows, self._priorities = None, torch.empty(0, device="cpu")
 
     def rows(self) -> Tensor:
         """The sample, (min(seen, capacity), features)."""
         if self._rows is None:
-            return torch.empty(0, 0)
+            return torch.empty(0, 0, device="cpu")
         return self._rows[: min(self.seen, self.capacity)]
 
 
@@ -110,6 +128,12 @@ class Summary(Reservoir):
         self.moment: Tensor | None = None  # sum of x x^T, fp32
         self.summed = 0  # rows in it
         self._turn = 0
+
+    def copy(self) -> Reservoir:
+        made = super().copy()
+        assert isinstance(made, Summary)
+        made.moment = None if self.moment is None else self.moment.clone()
+        return made
 
     def release(self) -> None:
         super().release()

@@ -57,14 +57,14 @@ class Histogram:
 
     def prefixes(self, wanted: Iterable[int]) -> Iterator[tuple[int, Profile]]:
         """(b, blocks 0..b together) for each b of ``wanted``, ascending. One at a time: a profile is larger than a block."""
-        counts, middles, done = torch.zeros(_BINS, dtype=torch.int64), self._middles(), 0
+        counts, middles, done = torch.zeros(_BINS, dtype=torch.int64, device="cpu"), self._middles(), 0
         for block in wanted:
             counts += self.counts[done : block + 1].sum(0).cpu()
             done = block + 1
             yield block, Profile(counts, middles, self._base)
 
     def _middles(self) -> Tensor:
-        bits = (torch.arange(_BINS + 1) + self._base).clamp_min(0) << _SHIFT
+        bits = (torch.arange(_BINS + 1, device="cpu") + self._base).clamp_min(0) << _SHIFT
         edges = bits.to(torch.int32).view(torch.float32).double()
         middles = (edges[1:] + edges[:-1]) / 2
         middles[0] = 0.0  # everything far below the top: its energy is nothing
@@ -90,7 +90,7 @@ class Profile:
             return float("inf"), 0.0
         if count >= self.total:
             return 0.0, self.energy
-        at = int(torch.searchsorted(self._above, torch.tensor(count)))
+        at = int(torch.searchsorted(self._above, torch.tensor(count, device="cpu")))
         inside = int(self._counts[at])
         before = int(self._above[at]) - inside
         fraction = (count - before) / inside
@@ -155,10 +155,10 @@ class Survival:
 
 def _bin(score: float, shift: int) -> int:
     """The bin of a score: its fp32 bits without the last ``shift``."""
-    return int(torch.tensor(score, dtype=torch.float32).view(torch.int32)) >> shift
+    return int(torch.tensor(score, dtype=torch.float32, device="cpu").view(torch.int32)) >> shift
 
 
 def _edge(index: int, shift: int) -> float:
     """The lowest number of a bin; of bins beyond fp32, the nearest finite one."""
     bits = min(max(index, 0) << shift, 0x7F7FFFFF)
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(bits, dtype=torch.int32, device="cpu").view(torch.float32))

@@ -48,7 +48,7 @@ def sensitivities(
     """Mean gradient moments over the real tokens of ``batches``. A site may be in several units."""
     collector = _Collector(model, layout, units)
     generator: torch.Generator | None = None
-    waiting = list(batches)[::-1]
+    waiting, reached = list(batches)[::-1], False
     while waiting:
         batch = waiting.pop()
         try:
@@ -58,9 +58,9 @@ def sensitivities(
                 output = model.run(batch, collector.step)
                 generator = generator or torch.Generator(_device(output)).manual_seed(seed)
                 loss = _projected(output, model, generator)
-                if loss is None or not loss.requires_grad or not collector.leaves:
-                    return Sensitivity(missing="its output does not depend on its linears by differentiable operations")
-                torch.autograd.grad(loss, collector.leaves, allow_unused=True)
+                if loss is not None and loss.requires_grad and collector.leaves:
+                    torch.autograd.grad(loss, collector.leaves, allow_unused=True)
+                    reached = True
             collector.settle()
             continue
         except torch.OutOfMemoryError:
@@ -74,6 +74,8 @@ def sensitivities(
         if not smaller:
             return Sensitivity(missing=f"the backward pass failed: {reason}")
         waiting += smaller[::-1]
+    if not reached:
+        return Sensitivity(missing="its output does not depend on its linears by differentiable operations")
     return collector.result()
 
 

@@ -50,7 +50,7 @@ def evaluate(forward: Callable[..., Any], batches: Iterable[dict[str, Tensor]], 
     Raises:
         NoBatches: nothing to predict. NonFinite: a loss is NaN or Inf.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     targets = 0
     module = forward if isinstance(forward, nn.Module) else None
     with torch.no_grad(), nullcontext() if module is None else evaluating(module):
@@ -129,7 +129,7 @@ def _losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         )
         for i in range(0, len(target), _ROWS)
     ]
-    return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
+    return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64, device="cpu")
 
 
 def _device(name: str | None) -> torch.device:

@@ -110,7 +110,7 @@ def token_batches(
     sequences = -(-len(ids) // context)
     padding = sequences * context - len(ids)
     pad = next((i for i in (tokenizer.pad_token_id, _end_of_text(tokenizer)) if i is not None), 0)
-    input_ids = torch.tensor(ids + [pad] * padding).view(sequences, context)
+    input_ids = torch.tensor(ids + [pad] * padding, device="cpu").view(sequences, context)
     mask = torch.ones_like(input_ids)
     if padding:
         mask[-1, -padding:] = 0

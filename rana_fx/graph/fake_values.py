@@ -16,14 +16,16 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.transforms import plain
 
 
 def fake_run(node: fx.Node, values: Callable[[fx.Node], Any] = value_of, mode: FakeTensorMode | None = None) -> Any:
     """The value of a call, by running it on ``values`` of its inputs in their mode, or in ``mode``. None without either."""
-    mode = mode_of([values(source) for source in node.all_input_nodes]) or mode
+    known = {source: plain(values(source)) for source in node.all_input_nodes}
+    mode = mode_of(list(known.values())) or mode
     if mode is None:
         return None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
     run: Any = node.target if node.op == "call_function" else getattr(args[0], str(node.target))
     with mode, autocast_at(node):
         return run(*(args if node.op == "call_function" else args[1:]), **kwargs)

@@ -151,4 +151,6 @@ def _threshold_block(problem: Problem, block: MlpBlock, fraction: float) -> Adap
     weight, bias = problem.matrix((gate,)), problem.bias((gate,))
     chunks = [block.activation(torch.nn.functional.linear(chunk.float(), weight, bias)).float() for chunk in rows.split(2048)]
     threshold = neuron_threshold(importance_profile(torch.cat(chunks), ones), fraction)
-    return gated_adapter(problem, block, torch.tensor([threshold], dtype=torch.float32), fraction * down.in_features)
+    return gated_adapter(
+        problem, block, torch.tensor([threshold], dtype=torch.float32, device="cpu"), fraction * down.in_features
+    )

@@ -31,7 +31,7 @@ def rank_adapter(
         sites=names,
         ranks=rank,
         kept=chosen.kept,
-        tau=torch.full((rank,), chosen.threshold, dtype=torch.float32),
+        tau=torch.full((rank,), chosen.threshold, dtype=torch.float32, device="cpu"),
         router=basis.b_DI[:rank],
         weight=basis.a_OD[:, :rank].t(),
         bias=problem.bias(names),

@@ -20,8 +20,6 @@ from rana_fx.calibration.samples import Reservoir
 from rana_fx.errors import TooFewTokens
 from rana_fx.skips import Note, Skip
 
-_RARE = 8  # a layer that sees less than an eighth of the rows that others see is not used once per token
-
 
 @dataclass(eq=False)
 class Problem:
@@ -91,17 +89,17 @@ class Problem:
     def calibrated(self, names: tuple[str, ...], needed: int) -> bool:
         """Whether the input of these sites was sampled often enough for ``needed`` ranks.
 
-        A pooler, or an expert that few tokens reach, may see one row where the rest of the model sees a hundred: such sites are
-        left dense, with the reason in ``skips``.
+        A pooler, an expert that few tokens reach or a tower that runs in few batches may see one row where the rest of the model
+        sees a hundred: such sites are left dense, with the reason in ``skips``.
 
         Raises:
-            TooFewTokens: the model as a whole saw too little text.
+            TooFewTokens: the model as a whole saw too little text: no layer sees more rows.
         """
         seen = len(self.rows(names[0]))
         largest = max((len(sample.rows()) for sample in self.samples.values()), default=0)
         if seen >= needed:
             return True
-        if seen * _RARE > largest:
+        if seen >= largest:
             raise TooFewTokens(site=names[0], got=seen, rank=needed, needed=needed)
         reason = f"sees {seen} rows where other layers see {largest}: too few for {needed} ranks, so it stays dense"
         self.skips += [Skip(name, reason) for name in names]

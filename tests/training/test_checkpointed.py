@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from rana_fx._backend import rewrite
 from rana_fx.graph.checkpoint_regions import open_checkpoints
 from rana_fx.kernels.ops import masked_gemv
+from rana_fx.passes.drop_recompute_tags import has_backward
 from rana_fx.runtime.attachment import invalidate_guards
 from rana_fx.training import add_lora, checkpoint_gradients, lora_config
 from tests.support.trained import EPS, adapted, compiled, gradients, relative
@@ -105,3 +107,70 @@ def test_regions_are_opened_in_order_and_compute_the_same():
     regions = [node.meta["ac_graph_id"] for node in linears]
     assert len(set(regions)) == 3 and max(regions) == regions[2]
     assert open_checkpoints(graphs[0]) == 0  # no region is left
+
+
+def inferred(graphs):
+    """A backend that traces past autograd as Inductor does, with or without a backward pass, and runs what it gets."""
+
+    def how(gm, example_inputs):
+        rewrite(gm, example_inputs)
+        graphs.append(sum("recompute" in node.meta for node in gm.graph.nodes))
+        nop = lambda graph, _: make_boxed_func(graph.forward)  # noqa: E731
+        return aot_autograd(fw_compiler=nop, bw_compiler=nop, inference_compiler=nop)(gm, example_inputs)
+
+    return how
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "frozen"])
+def test_it_runs_without_gradients(frozen):
+    """PyTorch takes attention to draw random numbers: tagged to be recomputed, it is refused where there is no backward."""
+    model, batch = adapted(depth=1)
+    model.train()
+    found, tagged = [], []
+    for parameter in model.parameters():
+        parameter.requires_grad_(not frozen)
+    invalidate_guards(model)
+    for switch in (lambda _: None, checkpoint_gradients):
+        switch(model)
+        with torch.set_grad_enabled(frozen):
+            found.append(compiled(model, inferred(tagged))(**batch, use_cache=False).logits)
+    assert tagged == [0, 0]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_tags_stay_where_factors_alone_are_trained():
+    """No input and no weight of the model's requires a gradient then."""
+    model, batch = adapted(depth=1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("rana_fx" in name)
+    invalidate_guards(model)
+    checkpoint_gradients(model)
+    model.train()
+    tagged = []
+    loss = compiled(model, inferred(tagged))(**batch, use_cache=False).logits.sum()
+    assert loss.requires_grad and tagged[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x, w: x @ w, True),
+        (lambda x, w: (x @ w).detach(), False),
+        (lambda x, w: (x @ w).argmax(-1), False),
+        (lambda x, w: x.add_((x @ w).sum()), True),
+        (lambda x, w: (x @ w.detach(), x.clone().mul_(2)), False),
+    ],
+)
+def test_whether_there_is_a_backward_pass(function, expected):
+    found = []
+
+    def look(gm, example_inputs):
+        found.append(has_backward(gm, example_inputs))
+        return gm.forward
+
+    weight = nn.Parameter(torch.ones(4, 4))
+    torch._dynamo.reset()
+    torch.compile(function, backend=look)(torch.ones(2, 4), weight)
+    with torch.no_grad():
+        torch.compile(function, backend=look)(torch.ones(2, 4), weight)
+    assert found == [expected, False]

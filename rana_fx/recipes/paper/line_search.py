@@ -37,7 +37,8 @@ def energies(b_DI: Tensor, rows_TI: Tensor, *, step: int = STEP) -> Energies:
     """Measure z = B x over the sample."""
     width = len(b_DI)
     ranks = sorted(candidate_ranks(width, step=step))
-    blocks_D = torch.searchsorted(torch.tensor(ranks), torch.arange(width), right=True).to(rows_TI.device)
+    ends, places = torch.tensor(ranks, device="cpu"), torch.arange(width, device="cpu")
+    blocks_D = torch.searchsorted(ends, places, right=True).to(rows_TI.device)
     # Cauchy-Schwarz: an upper bound of z^2 without a matmul
     longest = max(float(torch.linalg.vector_norm(chunk.float(), dim=1).max()) for chunk in rows_TI.split(_CHUNK))
     histogram = Histogram(blocks_D, (longest * float(torch.linalg.vector_norm(b_DI, dim=1).max())) ** 2)

@@ -80,7 +80,7 @@ def _order(hidden_TF: Tensor, norms_F: Tensor) -> tuple[Tensor, int]:
     weights_T = torch.cat([(chunk * norms_F).square_().sum(1) for chunk in hidden_TF.split(_CHUNK)])
     heavy = min(_HEAVY, len(weights_T))
     first = weights_T.topk(heavy).indices
-    order = torch.randperm(len(weights_T), generator=torch.Generator().manual_seed(0)).to(first.device)
+    order = torch.randperm(len(weights_T), generator=torch.Generator().manual_seed(0), device="cpu").to(first.device)
     rest = torch.ones(len(weights_T), dtype=torch.bool, device=first.device)
     rest[first] = False
     return torch.cat([first, order[rest[order]]]), heavy

@@ -90,7 +90,7 @@ def _neuron(problem: Problem, name: str, tau_I: Tensor | None, kept: float, stor
         sites=(name,),
         ranks=site.in_features,
         kept=float(site.in_features) if tau_I is None else kept,
-        tau=torch.zeros(site.in_features) if tau_I is None else tau_I.float(),
+        tau=torch.zeros(site.in_features, device="cpu") if tau_I is None else tau_I.float(),
         weight=None if packed is None else packed.matrix,
         weight_scale=_scale(packed),
         bias=None if packed is None else problem.bias((name,)),

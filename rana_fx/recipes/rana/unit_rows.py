@@ -63,7 +63,7 @@ def directions(rows_TI: Tensor, limit: int) -> int:
     """Number of directions that rows span, at most ``limit``; of 4 ``limit`` rows, projected on ``limit`` random directions."""
     some = torch.nn.functional.normalize(evenly_spaced(rows_TI, 4 * limit).float(), dim=1)
     generator = torch.Generator().manual_seed(0)
-    views_IK = torch.randn(some.shape[1], limit, generator=generator).to(some.device)
+    views_IK = torch.randn(some.shape[1], limit, generator=generator, device="cpu").to(some.device)
     sizes = torch.linalg.svdvals(some @ views_IK)
     return int((sizes > max(1e-4, 4 * torch.finfo(rows_TI.dtype).eps) * sizes[0]).sum())
 

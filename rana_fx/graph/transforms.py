@@ -1,0 +1,61 @@
+"""Which nodes of a graph run inside of a transform of ``torch.func``: grad, vjp, jvp, vmap and what is made of them, or on duals.
+
+    level = _vmap_increment_nesting(3, "error"); b = _add_batch_dim(x, 0, level); y = linear(b, w); ...; _vmap_decrement_nesting()
+
+In: a Dynamo graph, which opens and closes levels of transforms by calls such as these. Out: the nodes between them. Their fake
+values are wrapped tensors of a level that was closed when tracing ended: they have shapes, and operations cannot run on them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rana_fx.graph.dataflow import descendants
+from rana_fx.graph.ops import is_call, op_name
+
+_MODULES = ("torch._functorch", "torch._C._functorch", "torch.autograd.forward_ad")
+_DUAL = frozenset({"_make_dual", "_unpack_dual", "_enter_dual_level", "_exit_dual_level", "_set_fwd_grad_enabled"})
+_MAKE_DUAL = frozenset({"_make_dual", "make_dual"})
+_OPENS, _CLOSES = "increment_nesting", "decrement_nesting"
+
+
+def transformed(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes at a level of a transform, and what is computed from dual numbers that the graph makes."""
+    depth = 0
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = op_name(node) if is_call(node) else ""
+        if name.endswith(_CLOSES) and "autocast" not in name:
+            depth -= 1
+        if depth > 0:
+            found.add(node)
+        if name.endswith(_OPENS) and "autocast" not in name:
+            depth += 1
+    duals = [node for node in graph.nodes if is_call(node) and op_name(node) in _MAKE_DUAL]
+    return found | descendants(duals)
+
+
+def is_plumbing(node: fx.Node) -> bool:
+    """Whether a node opens or closes a level, or wraps a tensor for one: what it yields depends on which levels are open."""
+    module = str(getattr(node.target, "__module__", None) or "")
+    return is_call(node) and (module.startswith(_MODULES) or op_name(node) in _DUAL)
+
+
+def plain(value: Any) -> Any:
+    """A tensor that operations can run on in the place of one that a transform wrapped: its shape, dtype and device."""
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    if not isinstance(value, Tensor) or not is_wrapped(value):
+        return value
+    inner = value
+    while is_wrapped(inner):
+        inner = torch._C._functorch.get_unwrapped(inner)
+    return inner.new_empty(value.shape, requires_grad=value.requires_grad)
+
+
+def is_wrapped(value: Tensor) -> bool:
+    """Whether it belongs to a level of a transform."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
