@@ -92,7 +92,7 @@ def apply(
 
 
 def gate_mask(a: Tensor, tau: Tensor) -> Tensor:
-    """The activated gate a where a^2 >= tau, else 0: what a gated adapter leaves of it."""
+    """The activated gate a, 0 where a^2 is a number below tau: what a gated adapter leaves of it."""
     return torch.where(kept(a, tau), a, a.new_zeros(()))
 
 
