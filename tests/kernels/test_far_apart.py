@@ -1,5 +1,5 @@
-"""Elements more than 2^31 apart: offsets are computed in 64 bits. Operands are views of a file of zeros that takes no space, or of
-memory of the GPU, whose rows lie so far apart; wrapped around at 32 bits, an offset would still lie inside and read zeros."""
+"""Elements more than 2^31 apart: offsets are computed in 64 bits. Operands are views of a file of zeros that takes no space, or
+of memory of the GPU, whose rows lie so far apart; wrapped around at 32 bits, an offset would still lie inside and read zeros."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from tests.support.inductor import GEMV, ROUTER, ROWS, calls, each
 from tests.support.products import kernels_run_on
 
 NAN, INF = math.nan, math.inf
-K, N = 33, 128
+K, N, R, COLUMNS = 33, 128, 8, 24
 # where it is put: (tokens, ranks), and what
 POISONS = {
     "nothing": ((), 0.0),
@@ -140,14 +140,14 @@ def check_tokens(tokens, dtype, device):
             residual = poisoned(torch.ones(tokens, N, dtype=dtype), "one infinity")
             got = run(masked_gemv_add, v, tau, weight, bias, scale, 0.5, residual)
             assert_same(f"add, {name}, {bits}", got, exact + residual.double())
-            rows, row_scale = stored(64, K + 1, bits, dtype)
+            rows, row_scale = stored(R, K + 1, bits, dtype)
             x = torch.cat([v, torch.ones(tokens, 1, dtype=dtype)], -1)
             w = unpack(rows, row_scale, torch.float64)
             assert_same(f"router, {name}, {bits}", run(router, x, rows, row_scale), x.double() @ w.t())
             normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
             got = run(normed_router, x, None, rows, row_scale, 1e-5, 0.0)
             assert_same(f"norm, {name}, {bits}", got, normed @ w.t())
-        first, second = stored(K, 64, 16, dtype)[0], stored(K, N, 16, dtype)[0]
+        first, second = stored(K, 5, 16, dtype)[0], stored(K, N, 16, dtype)[0]
         taus = [tau, tau.flip(0)]
         exact = torch.cat([exact_gemv(v, *part) for part in zip(taus, (first, second), strict=True)], -1)
         assert_same(f"parts, {name}", run(masked_gemv_parts, v, taus, [first, second], [], 0.5), exact)
@@ -156,10 +156,10 @@ def check_tokens(tokens, dtype, device):
 
 def rows_of(tokens, dtype):
     """(name, operands of masked_rows, fp64): the gate poisoned, what is multiplied poisoned, both."""
-    weight, bias = stored(N, K, 16, dtype)[0], torch.ones(N, dtype=dtype)
-    gates, inputs = tokens_of(tokens, N, dtype), tokens_of(tokens, K, dtype)
+    weight, bias = stored(COLUMNS, K, 16, dtype)[0], torch.ones(COLUMNS, dtype=dtype)
+    gates, inputs = tokens_of(tokens, COLUMNS, dtype), tokens_of(tokens, K, dtype)
     for gate, x in (*((name, "nothing") for name in gates), *(("nothing", name) for name in inputs), ("one NaN", "one infinity")):
-        a = torch.where(torch.arange(N) % 3 == 0, 0.0, gates[gate]).to(dtype)
+        a = torch.where(torch.arange(COLUMNS) % 3 == 0, 0.0, gates[gate]).to(dtype)
         up = inputs[x].double() @ weight.double().t() + bias.double()
         exact = torch.where(a != 0, a.double() * up, 0.0)
         yield f"rows, {gate}, {x}", (inputs[x], a, weight, bias, DENSITY), exact
@@ -194,7 +194,7 @@ def test_cpp(bits):
             (weight, scale), tau = stored(K, N, bits, v.dtype), thresholds()
             given.append((v, tau, weight, None, scale))
             exact.append(exact_gemv(v, tau, weight, scale))
-            x, (rows, row_scale) = torch.cat([v, v[:, :1]], -1), stored(64, K + 1, bits, v.dtype)
+            x, (rows, row_scale) = torch.cat([v, v[:, :1]], -1), stored(R, K + 1, bits, v.dtype)
             routers.append((x, rows, row_scale))
             routed.append(x.double() @ unpack(rows, row_scale, torch.float64).t())
     for op, operands, expected, marker in ((masked_gemv, given, exact, GEMV), (router, routers, routed, ROUTER)):

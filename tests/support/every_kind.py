@@ -1,10 +1,10 @@
-"""Every kind of adapter in one model, compiled in a mode and called with several numbers of tokens. A program for a process of its
-own, so that its first call is the first call of the process; it prints a line of JSON.
+"""Every kind of adapter in one model, compiled in a mode and called with several numbers of tokens. A program for a process of
+its own, so that its first call is the first call of the process; it prints a line of JSON.
 
     python -m tests.support.every_kind DEVICE MODE BITS WAY
 
 BITS: of the matrices that plans store, 16 for the model's dtype. WAY: "chosen", by the cost model, or "kernels", as if a kernel
-were always faster. Masks are fixed (thresholds zero or infinite), so no mask depends on rounding and results differ by rounding alone.
+were always faster. Masks are fixed (thresholds zero or infinite): none depends on rounding, and results differ by rounding alone.
 """
 
 from __future__ import annotations
