@@ -12,6 +12,12 @@ with a time. Two comparisons, both by relative RMSE of logits:
 Rounding errors add up as a random walk. A layer rounds about ten tensors, each by 0.2 eps of its size, in both versions: half as
 much again is eps sqrt(2 layers). Sums of K terms in fp32 add eps32 sqrt(K) each, which matters where the dtype is fp32. Measured
 in bf16 on a CPU with 22 layers: fixed 0.010 (bound 0.052); masked 0.26, where moving the reference by one eps makes 0.31.
+
+That is where a layer hands errors on as large as it gets them, relative to what it computes, as random weights do. Trained
+weights may enlarge them (saturated attention, outputs that are small differences of large ones), the more under masks that were
+drawn: there the fixed bound is what the model itself makes of such errors. The gains of its norms, two a layer, are moved by an
+eps of their size, which is eps sqrt(2 layers) again where nothing is enlarged, and the reference runs once more under the fixed
+masks. What a wrong row or sum does is far above either: logits then have little in common, an error near 1.4.
 """
 
 from __future__ import annotations
@@ -31,15 +37,20 @@ _TIMES_NOISE = 2.0
 _LEAST_STEP = 1e-4
 # two unrelated results differ by 1.4; near it a comparison says nothing
 _MEANINGFUL = 1.0
+# of fixed masks, which no rounding changes, more is not put down to rounding
+_MOST_FIXED = 0.3
+# of sums of 1000 terms in fp32
+_SUMS = 32 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """The reference's logits, with the plan's masks and with fixed ones, and what rounding does to the former."""
+    """The reference's logits, with the plan's masks and with fixed ones, and what rounding does to each."""
 
     masked: Tensor
     fixed: Tensor | None = None
     noise: float = 0.0
+    fixed_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,14 @@ def expect(run: Callable[[], Tensor], model: nn.Module, plan: Plan | None, *, dt
     masked = run()
     if plan is None:
         return Expected(masked)
+    eps = torch.finfo(dtype).eps
     with fixed_masks(plan, seed=seed):
         fixed = run()
-    with moved(model, max(torch.finfo(dtype).eps, _LEAST_STEP), seed=seed):
+        with moved(model, max(eps, _SUMS), seed=seed, by_size=True):
+            fixed_noise = relative(run(), fixed)
+    with moved(model, max(eps, _LEAST_STEP), seed=seed):
         noise = relative(run(), masked)
-    return Expected(masked, fixed, noise)
+    return Expected(masked, fixed, noise, fixed_noise)
 
 
 def judge(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, limit: float, seed: int = 0) -> Verdict:
@@ -89,14 +103,15 @@ def judge(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, l
         return Verdict(masked_error <= limit, masked_error, limit, None, limit, 0.0)
     with fixed_masks(plan, seed=seed):
         fixed_error = relative(run(), expected.fixed)
+    fixed_bound = max(limit, min(expected.fixed_noise, _MOST_FIXED))
     allowed = _TIMES_NOISE * max(expected.noise, limit)
     within = masked_error <= allowed if allowed <= _MEANINGFUL else masked_error < inf
     return Verdict(
-        passed=fixed_error <= limit and within,
+        passed=fixed_error <= fixed_bound and within,
         masked_error=masked_error,
         masked_bound=allowed if allowed <= _MEANINGFUL else None,
         fixed_error=fixed_error,
-        fixed_bound=limit,
+        fixed_bound=fixed_bound,
         noise=expected.noise,
     )
 
@@ -123,15 +138,18 @@ def fixed_masks(plan: Plan, *, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def moved(model: nn.Module, step: float, *, seed: int) -> Iterator[None]:
-    """Every vector of the model (norms, biases) moved by ``step`` times a normal number, in place."""
+def moved(model: nn.Module, step: float, *, seed: int, by_size: bool = False) -> Iterator[None]:
+    """Every vector of the model (norms, biases) moved by ``step`` times a normal number, in place; ``by_size``: and times its RMS,
+    where that is not zero."""
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     saved = [vector.detach().clone() for vector in vectors]
     try:
         with torch.no_grad():
             for index, vector in enumerate(vectors):
                 generator = torch.Generator(vector.device).manual_seed(seed + index)
-                vector.add_(torch.randn(vector.shape, generator=generator, device=vector.device).to(vector.dtype), alpha=step)
+                normal = torch.randn(vector.shape, generator=generator, device=vector.device).to(vector.dtype)
+                size = float(vector.float().square().mean().sqrt()) if by_size else 1.0
+                vector.add_(normal, alpha=step * (size or 1.0))
         yield
     finally:
         with torch.no_grad():
