@@ -139,8 +139,10 @@ def fixed_masks(plan: Plan, *, seed: int) -> Iterator[None]:
 
 @contextmanager
 def moved(model: nn.Module, step: float, *, seed: int, by_size: bool = False) -> Iterator[None]:
-    """Every vector of the model (norms, biases) moved by ``step`` times a normal number, in place; ``by_size``: and times its RMS,
-    where that is not zero."""
+    """Every vector of the model (norms, biases) moved by ``step`` times a normal number, in place.
+
+    by_size: and times the vector's RMS, where that is not zero.
+    """
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     saved = [vector.detach().clone() for vector in vectors]
     try:

@@ -1,4 +1,4 @@
-"""The gate's bound for fixed masks: a model that enlarges rounding errors is not refused for that, and a wrong factor still is."""
+"""The gate's bound for fixed masks: a model that enlarges rounding errors is not refused for it, and a wrong factor still is."""
 
 from __future__ import annotations
 
