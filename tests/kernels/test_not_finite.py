@@ -8,7 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import rana_fx
 from rana_fx.apply import gate_mask
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels import ops
@@ -250,6 +252,30 @@ def test_gradients_reach_what_is_kept():
     v = torch.tensor([[NAN, 0.1, 3.0]], requires_grad=True)
     masked_gemv(v, torch.ones(3), torch.ones(3, 2)).sum().backward()
     assert v.grad.tolist() == [[2.0, 0.0, 2.0]]
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 40), nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x):
+        return x.nan_to_num(nan=0.0) + self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.usefixtures("graphs_as_rewritten")
+@pytest.mark.parametrize("recipe", ["paper", "teal", "cats", "static", "wina"])
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_models(recipe, tokens):
+    """One element of one token is NaN: that token's output is, as the dense model's, and no other."""
+    model = Mlp().eval()
+    rana_fx.adapt(model, [(torch.randn(32, 16),) for _ in range(8)], budget=0.7, recipe=recipe, progress=False)
+    x = torch.randn(tokens, 16)
+    x[0, 3] = NAN
+    with torch.no_grad():
+        got = torch.compile(model, backend=rana_fx.backend)(x)
+        assert torch.equal(got.isnan(), model(x).isnan())
+    assert int(got.isnan().sum()) == 16
 
 
 def test_all_operations_are_here():
