@@ -57,7 +57,7 @@ def _zeros_that_outlive_calls(device: torch.device) -> Tensor:
     may outlive the call (torch._inductor.cudagraph_trees). Pools are chosen by thread, so another one allocates.
     """
     with ThreadPoolExecutor(1) as other:
-        zeros: Tensor = other.submit(torch.zeros, RING, dtype=torch.int32, device=device).result()
+        zeros = other.submit(lambda: torch.zeros(RING, dtype=torch.int32, device=device)).result()
     if device.type == "cuda":
         # another stream may use them next
         torch.cuda.synchronize(device)
