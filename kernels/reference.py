@@ -7,6 +7,7 @@
     masked_gemv_add(..., residual):            masked_gemv(...) + residual
     masked_gemv_gated(..., activation):        act(first half) * second half of the N columns of masked_gemv(...)
     masked_gemv_parts(v, taus, weights, biases):  masked_gemv(v, taus[p], weights[p], biases[p]) beside each other
+    NaN and infinities of v come out as in the dense model: what is dropped is a number (``kept``)
     w is what the storage format of weight and scale dequantizes (rana_fx/formats), registered from wherever it may be
 
 Legend: T tokens (all leading dims), K ranks or inputs, N outputs, R ranks, D inputs.
@@ -32,15 +33,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def kept(v: Tensor, tau_K: Tensor) -> Tensor:
-    """The mask, (..., K) bool. Squares are taken in fp32: in fp16 they would overflow at 256 and vanish below 2e-4."""
-    return v.float().square() >= tau_K
+    """The mask, (..., K) bool: False where v^2 is a number below its threshold.
+
+    So a NaN is kept, whatever the threshold, and comes out as in the dense model. Squares are taken in fp32: in fp16 they would
+    overflow at 256 and vanish below 2e-4.
+    """
+    return ~(v.float().square() < tau_K)
 
 
 def masked_gemv(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """(..., K), (K,) fp32, (K, N), (N,) -> (..., N) in v's dtype.
-
-    The mask is applied by selection, not by multiplication, so that an infinite v that is dropped does not become NaN.
-    """
+    """(..., K), (K,) fp32, (K, N), (N,) -> (..., N) in v's dtype."""
     masked = torch.where(kept(v, tau_K), v, v.new_zeros(()))
     bias = None if bias_N is None else bias_N.to(v.dtype)
     return torch.nn.functional.linear(masked, unpack(weight_KN, scale, v.dtype).t(), bias)

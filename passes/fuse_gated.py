@@ -137,8 +137,9 @@ def _fitting(y: fx.Node, steps: list[fx.Node], shape: torch.Size) -> str | None:
         got = _run(y, value, steps)
         if got is None or got.numel() != first.numel():
             return None
-        error = (got.reshape(-1) - second * _exact(first)).abs()
-        fits = (error <= _BOUND * (first * second).abs()).all(1)
+        exact = second * _exact(first)
+        error = (got.reshape(-1) - exact).abs()
+        fits = ((error <= _BOUND * (first * second).abs()) | (got.reshape(-1).isnan() & exact.isnan())).all(1)
         names &= {name for name, fit in zip(ACTIVATIONS, fits.tolist(), strict=True) if fit}
         if not names:
             return None
@@ -153,7 +154,8 @@ def _arguments() -> Tensor:
 
 
 def _samples(count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All arguments, ``count`` at a time, and as many factors of all magnitudes; neighbouring factors differ."""
+    """All arguments, ``count`` at a time, and as many factors of all magnitudes; neighbouring factors differ. Last, NaN on
+    either side."""
     everything = _arguments()
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(everything), count):
@@ -161,6 +163,10 @@ def _samples(count: int) -> Iterator[tuple[Tensor, Tensor]]:
         uniform = 2 * torch.rand(count, generator=generator, dtype=torch.float64, device="cpu") - 1
         # 1e-3 ... 65000 of either sign
         yield everything[index], uniform.sign() * 10 ** (7.8 * uniform.abs() - 3)
+    # the kernel's activations yield NaN for NaN
+    nan, one = (torch.full((count,), value, dtype=torch.float64, device="cpu") for value in (math.nan, 1.0))
+    yield nan, one
+    yield one, nan
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ def masked_gemv(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, s
     if problem.quantized:
         return fallback_handler(ops.masked_gemv, add_to_fallback_set=False)(v_TK, tau, weight, bias, scale, problem.density)
     wide = to_dtype(v_TK, torch.float32)
-    kept = lowerings[_aten.ge.Tensor](lowerings[_aten.mul.Tensor](wide, wide), tau)
-    masked = lowerings[_aten.where.self](kept, v_TK, 0)
+    # NaN is below no threshold, and stays
+    dropped = lowerings[_aten.lt.Tensor](lowerings[_aten.mul.Tensor](wide, wide), tau)
+    masked = lowerings[_aten.where.self](dropped, 0, v_TK)
     y_TN = lowerings[_aten.mm.default](masked, to_dtype(weight, v_TK.get_dtype()))
     return y_TN if bias is None else lowerings[_aten.add.Tensor](y_TN, bias)
 

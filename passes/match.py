@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_or_false
 
 from rana_fx.adapter import Adapter
 from rana_fx.graph.dataflow import row_source, shape_of, value_of
@@ -89,9 +90,10 @@ def match_plan(
             # for example positions, multiplied by a weight that is also multiplied by tokens
             reason = "it reads no tokens: nothing was calibrated on its input"
         elif prefill == "dense" and not _at_most(linear.x, tokens_masked(attachment.plan, adapter, linear.weight)):
-            reason = "prefill=dense, and more tokens than masks are faster for"
+            reason = _of_tokens(linear.x, "prefill=dense, and more tokens than masks are faster for")
         elif prefill == "cheapest" and costs_more(attachment.plan, adapter) and not _at_most(linear.x, MAX_TOKENS):
             reason = f"prefill=cheapest, more than {MAX_TOKENS} tokens, and its factors take more multiply-adds than it"
+            reason = _of_tokens(linear.x, reason)
         if reason is None:
             gathered.setdefault((attachment, index, linear.x, linear.version), []).append(linear)
         else:
@@ -117,6 +119,15 @@ def gradients_flow(match: Match, node: fx.Node) -> bool:
 
 
 def _at_most(x: fx.Node, tokens: int) -> bool:
-    """Whether x has at most ``tokens`` rows. Comparing a symbolic number installs a guard."""
+    """Whether x has at most ``tokens`` rows. Comparing a symbolic number installs a guard; a number that depends on data (the
+    tokens of an expert) cannot be guarded on, and is at most what its bounds say.
+    """
     shape = shape_of(x)
-    return shape is not None and bool(math.prod(shape[:-1]) <= tokens)
+    return shape is not None and guard_or_false(math.prod(shape[:-1]) <= tokens)
+
+
+def _of_tokens(x: fx.Node, reason: str) -> str:
+    """A reason that counts the rows of x, or that they are counted when the graph runs."""
+    shape = shape_of(x)
+    unknown = shape is not None and bool(free_unbacked_symbols(shape[:-1]))
+    return f"{reason.partition(',')[0]}, and how many tokens it reads depends on data" if unknown else reason

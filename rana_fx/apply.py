@@ -93,7 +93,7 @@ def apply(
 
 
 def gate_mask(a: Tensor, tau: Tensor) -> Tensor:
-    """The activated gate a where a^2 >= tau, else 0: the mask of a gated adapter."""
+    """The activated gate a, 0 where a^2 is a number below tau: the mask of a gated adapter."""
     return torch.where(kept(a, tau), a, a.new_zeros(()))
 
 

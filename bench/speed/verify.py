@@ -12,6 +12,12 @@ In: a function that decodes a few fixed tokens from a fixed state and returns lo
 Rounding errors add up as a random walk. A layer rounds about ten tensors, each by 0.2 eps of its size, in both versions; 1.5
 times that is eps sqrt(2 layers). Sums of K terms in fp32 add eps32 sqrt(K) each, which matters for dtype fp32. Measured in bf16
 on a CPU with 22 layers: fixed 0.010 (bound 0.052); masked 0.26, against 0.31 for the reference perturbed by one eps.
+
+This holds where a layer propagates relative errors without amplification, as with random weights. Trained weights may amplify them
+(saturated attention, outputs that are small differences of large ones), more so under drawn masks. The fixed bound is then what
+the model itself makes of such errors: the gains of its norms, two a layer, are perturbed by an eps of their size, which is eps
+sqrt(2 layers) where nothing is amplified, and the reference runs once more under the fixed masks. A wrong row or sum is far above
+either: logits then have little in common, and the error is near 1.4.
 """
 
 from __future__ import annotations
@@ -31,15 +37,20 @@ _TIMES_NOISE = 2.0
 _LEAST_STEP = 1e-4
 # two unrelated results differ by 1.4; with a bound near that the comparison has no meaning
 _MEANINGFUL = 1.0
+# of fixed masks, which no rounding changes, more is not put down to rounding
+_MOST_FIXED = 0.3
+# of sums of 1000 terms in fp32
+_SUMS = 32 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """The reference's logits with the plan's masks and with fixed masks. ``noise``: change of the former by the perturbation."""
+    """The reference's logits with the plan's masks and with fixed masks, and how much rounding changes each."""
 
     masked: Tensor
     fixed: Tensor | None = None
     noise: float = 0.0
+    fixed_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,11 +89,14 @@ def record_expected(
     masked = run()
     if plan is None:
         return Expected(masked)
+    eps = torch.finfo(dtype).eps
     with fixed_masks(plan, seed=seed):
         fixed = run()
-    with perturbed(model, max(torch.finfo(dtype).eps, _LEAST_STEP), seed=seed):
+        with perturbed(model, max(eps, _SUMS), seed=seed, by_size=True):
+            fixed_noise = relative_rmse(run(), fixed)
+    with perturbed(model, max(eps, _LEAST_STEP), seed=seed):
         noise = relative_rmse(run(), masked)
-    return Expected(masked, fixed, noise)
+    return Expected(masked, fixed, noise, fixed_noise)
 
 
 def check_logits(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, limit: float, seed: int = 0) -> CheckResult:
@@ -92,14 +106,15 @@ def check_logits(run: Callable[[], Tensor], plan: Plan | None, expected: Expecte
         return CheckResult(masked_error <= limit, masked_error, limit, None, limit, 0.0)
     with fixed_masks(plan, seed=seed):
         fixed_error = relative_rmse(run(), expected.fixed)
+    fixed_bound = max(limit, min(expected.fixed_noise, _MOST_FIXED))
     allowed = _TIMES_NOISE * max(expected.noise, limit)
     within = masked_error <= allowed if allowed <= _MEANINGFUL else masked_error < inf
     return CheckResult(
-        passed=fixed_error <= limit and within,
+        passed=fixed_error <= fixed_bound and within,
         masked_error=masked_error,
         masked_bound=allowed if allowed <= _MEANINGFUL else None,
         fixed_error=fixed_error,
-        fixed_bound=limit,
+        fixed_bound=fixed_bound,
         noise=expected.noise,
     )
 
@@ -126,15 +141,20 @@ def fixed_masks(plan: Plan, *, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def perturbed(model: nn.Module, step: float, *, seed: int) -> Iterator[None]:
-    """Inside, ``step`` times normal noise is added to every vector of the model (norms, biases)."""
+def perturbed(model: nn.Module, step: float, *, seed: int, by_size: bool = False) -> Iterator[None]:
+    """Inside, ``step`` times normal noise is added to every vector of the model (norms, biases).
+
+    by_size: the noise is relative to the vector's RMS, where that is not zero.
+    """
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     saved = [vector.detach().clone() for vector in vectors]
     try:
         with torch.no_grad():
             for index, vector in enumerate(vectors):
                 generator = torch.Generator(vector.device).manual_seed(seed + index)
-                vector.add_(torch.randn(vector.shape, generator=generator, device=vector.device).to(vector.dtype), alpha=step)
+                normal = torch.randn(vector.shape, generator=generator, device=vector.device).to(vector.dtype)
+                size = float(vector.float().square().mean().sqrt()) if by_size else 1.0
+                vector.add_(normal, alpha=step * (size or 1.0))
         yield
     finally:
         with torch.no_grad():

@@ -19,6 +19,8 @@ STORED = (*DTYPES, torch.int8, torch.uint8)
 
 def accepts_gemv(problem: Problem) -> str | None:
     """What all templates need."""
+    if problem.tokens == 0:
+        return f"no tokens, it takes 1 to {CPU_TOKENS}"
     if problem.most_tokens is None or problem.most_tokens > CPU_TOKENS:
         given = "an unknown number of" if problem.most_tokens is None else problem.most_tokens
         return f"{given} tokens, it takes up to {CPU_TOKENS}"
@@ -31,8 +33,8 @@ def accepts_gemv(problem: Problem) -> str | None:
 
 def accepts_rows(problem: Problem) -> str | None:
     """What ``router`` and ``masked_rows`` need: they hold a number of tokens in registers."""
-    if problem.tokens is None or problem.tokens < 1:
-        return f"{'an unknown number of' if problem.tokens is None else 'no'} tokens, it takes 1 to {CPU_TOKENS}"
+    if problem.tokens is None:
+        return f"an unknown number of tokens, it takes 1 to {CPU_TOKENS}"
     return accepts_gemv(problem)
 
 

@@ -39,7 +39,7 @@ _COMPACT = r"""
       bool any = false;
       for (int64_t t = 0; t < T; t++) {
         const float v = static_cast<float>(V[{{v_index}}]);
-        const bool keep = v * v >= Tau[{{tau_index}}];
+        const bool keep = !(v * v < Tau[{{tau_index}}]);  // NaN is below no threshold: kept, as in the dense model
         coefficient[kept * T + t] = keep ? v{{row_scale}} : 0.0f;
         any |= keep;
       }

@@ -111,9 +111,10 @@ def kept_values(v, b_tau, b_scale, b_k, m_k, T, s_vt, s_vk, BT: tl.constexpr, SC
     for i_t in tl.static_range(BT):
         # a block, not a scalar: Triton 3.9 interprets scalar & block as integers
         m_t = m_k if BT == 1 else m_k & (b_k * 0 + i_t < T)
-        b_v = tl.load(v + i_t * s_vt + o_k * s_vk, mask=m_t, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        m_v = m_t & (b_v * b_v >= b_tau)
-        # by selection: an infinite value that is dropped must not become NaN
+        # 64 bits for the token, too: rows of a view may lie far apart
+        b_v = tl.load(v + (o_k * 0 + i_t) * s_vt + o_k * s_vk, mask=m_t, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        # NaN is below no threshold: it is kept, as in the dense model
+        m_v = m_t & ~(b_v * b_v < b_tau)
         b_vs = b_vs + (tl.where(m_v, b_v, 0.0),)
         m_any = m_any | m_v
     if SCALED:

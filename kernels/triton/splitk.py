@@ -16,6 +16,8 @@ need counters of their own.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -39,17 +41,27 @@ def counters_for(device: torch.device, blocks: int) -> Tensor:
     if blocks > RING:
         return torch.zeros(blocks, dtype=torch.int32, device=device)
     if device not in _rings:
-        ring = torch.zeros(RING, dtype=torch.int32, device=device)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             # the graph zeroes these, in each replay, and owns their memory
-            return ring[:blocks]
-        if device.type == "cuda":
-            # another stream may use them next
-            torch.cuda.synchronize(device)
-        _rings[device], _next[device] = ring, 0
+            return torch.zeros(blocks, dtype=torch.int32, device=device)
+        _rings[device], _next[device] = _zeros_that_outlive_calls(device), 0
     begin = _next[device] if _next[device] + blocks <= RING else 0
     _next[device] = begin + -(-blocks // STEP) * STEP
     return _rings[device][begin : begin + blocks]
+
+
+def _zeros_that_outlive_calls(device: torch.device) -> Tensor:
+    """The ring buffer of a device, in no memory pool of a CUDA graph.
+
+    While Inductor warms a graph up for its capture, what the calling thread allocates comes from the graph's pool, where nothing
+    may outlive the call (torch._inductor.cudagraph_trees). Pools are chosen by thread, so another one allocates.
+    """
+    with ThreadPoolExecutor(1) as other:
+        zeros = other.submit(lambda: torch.zeros(RING, dtype=torch.int32, device=device)).result()
+    if device.type == "cuda":
+        # another stream may use them next
+        torch.cuda.synchronize(device)
+    return zeros
 
 
 def partials_at_once(warps: int, block_n: int) -> int:
@@ -94,7 +106,8 @@ def activated(b_y, ACT: tl.constexpr):
         # 0.5 (1 + tanh u) = sigmoid(2 u)
         b_y = b_y * sigmoid(1.5957691216057308 * (b_y + 0.044715 * b_y * b_y * b_y))
     elif ACT == 3:
-        b_y = tl.maximum(b_y, 0.0)
+        # not the maximum, which is 0 for NaN
+        b_y = tl.where(b_y < 0.0, 0.0, b_y)
     elif ACT == 4:
         b_y = 0.5 * b_y * (1.0 + tl.erf(0.7071067811865476 * b_y))
     return b_y

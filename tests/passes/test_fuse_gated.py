@@ -170,6 +170,7 @@ LEFT = {
     "quick gelu": halves_then(lambda g, u: g * torch.sigmoid(1.702 * g) * u),
     "squared relu": halves_then(lambda g, u: F.relu(g).square() * u),
     "relu6": halves_then(lambda g, u: F.relu6(g) * u),
+    "zero for NaN": halves_then(lambda g, u: torch.fmax(g, (g > g).to(g.dtype)) * u),
     "leaky relu": halves_then(lambda g, u: F.leaky_relu(g, 1e-4) * u),
     "sigmoid": halves_then(lambda g, u: torch.sigmoid(g) * u),
     "no activation": halves_then(lambda g, u: g * u),
