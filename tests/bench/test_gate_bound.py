@@ -13,7 +13,7 @@ from bench.common.models import build, layers_of
 from bench.speed.decoding import Decoder
 from bench.speed.random_plan import Watch, attach_unchecked, layout_of, menus
 from bench.speed.variants import Variant, on_model, reference
-from bench.speed.verify import bound, judge
+from bench.speed.verify import bound, check_logits
 from rana_fx.calibration.batches import evaluating, observing
 from rana_fx.kernels.ops import implementation
 
@@ -46,10 +46,10 @@ def test_errors_that_the_model_enlarges(sharp):
         exact = Decoder(wide, batch=1, room=128)
         with implementation("reference"), evaluating(wide), observing(wide):
             watch = Watch(wide, plan)
-            good = judge(lambda: exact.logits(watch, script), plan, expected, limit=limit)
+            good = check_logits(lambda: exact.logits(watch, script), plan, expected, limit=limit)
             scale = next(adapter for adapter in plan.adapters if "down" in adapter.name).weight_scale
             scale.mul_(2)
-            bad = judge(lambda: exact.logits(watch, script), plan, expected, limit=limit)
+            bad = check_logits(lambda: exact.logits(watch, script), plan, expected, limit=limit)
         rana_fx.detach(wide)
     assert good.fixed_error <= good.fixed_bound < 0.5
     assert (good.fixed_error > limit) == (sharp > 1)
