@@ -15,8 +15,10 @@ def command(
     model: o.Model,
     tasks: Annotated[str, typer.Option(help="Names that lm_eval knows, by commas; paper: the six of the paper.")],
     plan: o.PlanDir = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="Worked examples before a question. Default: the task's own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many documents of each task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, max=o.MOST, help="Worked examples before a question. Default: the task's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=o.MOST, help="Use at most so many documents of each task.")] = None,
     include: Annotated[Path | None, typer.Option(help="Folder of further tasks, in lm_eval's YAML.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the adapted model; --no-compile starts at once and is slower.")] = True,
     prefill: Annotated[str, typer.Option(help="Which tokens are adapted: masked (all), dense, cheapest, factors.")] = "masked",
