@@ -9,6 +9,7 @@ import typer
 
 from rana_fx.commands import options as o
 from rana_fx.commands.record import facts_of, show, write_json
+from rana_fx.errors import InvalidOption
 
 
 def command(
@@ -29,6 +30,11 @@ def command(
     json: o.Json = None,
 ) -> None:
     """Scores of MODEL on tasks of lm-evaluation-harness; with --plan those of the adapted model."""
+    from rana_fx.evaluation.perplexity import known_device
+
+    if not 0 <= seed < 2**32:
+        raise InvalidOption(name="--seed", got=seed, expected="a number of 32 bits that is not negative, as lm_eval takes them")
+    known_device(device)
     from rana_fx.integrations.lm_eval_harness import RanaLM, language_model, run_tasks
 
     options = {"batch_size": batch_size, "dtype": dtype, "device": device}

@@ -98,7 +98,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str | None = None) -
     """
     if dtype not in DTYPES:
         raise InvalidOption(name="dtype", got=dtype, expected="one of " + ", ".join(DTYPES))
-    place = _device(device)
+    place = known_device(device)
     wanted: torch.dtype | str = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else "auto"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,7 +132,8 @@ def _losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
 
 
-def _device(name: str | None) -> torch.device:
+def known_device(name: str | None) -> torch.device:
+    """A device that tensors can be computed on; a GPU, if there is one, where it is None. Raises InvalidOption."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
