@@ -209,7 +209,8 @@ def _own_descriptor(path: Path) -> int | None:
 def _pour(path: Path, descriptor: int | None, content: bytes) -> None:
     """Write to a descriptor or to what is no regular file. Raises OSError."""
     if descriptor is not None:
-        sys.stdout.flush()  # what was printed comes first
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what was printed comes first
         handle = os.dup(descriptor)
     else:
         handle = _open_special(path)

@@ -95,7 +95,7 @@ def resolved(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str
         raise InvalidOption(name="model", got=type(model).__name__, expected="one without LoRA: merge_lora(model) first")
     chosen = _chosen(model, found, config)
     largest = max(RANK, *(max(matrix.shape) for matrix, _ in chosen.values()))
-    for rank in (config.r, *config.rank_pattern.values()):
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
         if rank > largest:
             raise InvalidOption(name="r", got=rank, expected=f"at most {largest}, the largest side of the matrices")
     config.target_modules = list(chosen)

@@ -41,7 +41,7 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
     """
     found = attachment_to_train(model)
     module = lowrank_of(model)
-    config: Any = module.adapters.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+    config: Any = module.adapters.peft_config[ADAPTER]  # type: ignore[index]
     tensors = {name: value.detach().cpu().contiguous() for name, value in _state(module).items()}
     metadata = {"format": "pt", "plan": found.plan.digest(), "matrices": _digest(tensors)}
     try:
