@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from rana_fx.atomic import replacing
+from rana_fx.atomic import write_bytes
 
 C = TypeVar("C")
 _ROTATED_BYTES = 200e6  # an H200 has 50 MiB of L2
@@ -113,5 +113,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=1, sort_keys=True).encode())
+    write_bytes(path, json.dumps(content, indent=1, sort_keys=True).encode())

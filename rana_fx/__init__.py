@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import pathlib
 
+from rana_fx import _interrupts
+
+_interrupts.while_importing()
 _root = pathlib.Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
     # in a checkout rana_fx.passes and rana_fx.kernels lie beside this folder: find them also where ./rana_fx hides the

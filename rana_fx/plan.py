@@ -24,11 +24,11 @@ import pydantic
 import torch
 from torch import Tensor
 
-from rana_fx import plan_io, summary
+from rana_fx import plan_check, plan_io, summary
 from rana_fx.adapter import TENSORS, Adapter
 from rana_fx.cost import METRICS as METRICS
 from rana_fx.cost import Cost, Kept
-from rana_fx.errors import BadOperand, PlanFileError
+from rana_fx.errors import BadOperand, PlanFileError, PlanVersion
 from rana_fx.skips import Note, Skip, entry, stored
 
 
@@ -206,6 +206,16 @@ def load_plan(path: str | Path) -> Plan:
     """
     folder = Path(path)
     found = plan_io.read(folder, _SCHEMA)
+    try:
+        return _checked(folder, found)
+    except (PlanFileError, PlanVersion):
+        raise
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise PlanFileError(path=folder, reason=str(error)) from error
+
+
+def _checked(folder: Path, found: plan_io.Stored) -> Plan:
+    """Raises PlanFileError, ValueError, and what making a plan of wrong facts raises."""
     facts: dict[str, Any] = {field.name: getattr(found.facts, field.name) for field in dataclasses.fields(Plan)}
     try:
         facts["adapters"] = tuple(_adapter(i, one, found.tensors) for i, one in enumerate(found.facts.adapters))
@@ -215,6 +225,7 @@ def load_plan(path: str | Path) -> Plan:
     plan = Plan(**facts)
     for adapter in plan.adapters:
         _check_sites(folder, plan, adapter)
+    plan_check.check(plan, found.tensors)
     if plan.digest() != found.digest:
         raise PlanFileError(path=folder, reason="its content does not match its digest: it was changed after it was saved")
     return plan

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from rana_fx.atomic import replacing
+from rana_fx.atomic import locked, read_regular, remove_leftovers, write_bytes
 from rana_fx.errors import PlanFileError, PlanVersion, PlanWriteError
 
 FORMAT = 3  # 3: exact outputs of rank adapters
@@ -44,46 +43,52 @@ def write(stored: Stored, folder: Path) -> None:
     """Write atomically. Raises PlanWriteError."""
     tensors = {key: value.cpu().contiguous() for key, value in stored.tensors.items()}
     content = safetensors.torch.save(tensors, metadata={"rana_fx": str(stored.number)})
-    name = f"plan-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    name = _name_of(content)
     header = {"format": stored.number, "digest": stored.digest, "tensors": name, "plan": stored.facts}
-    created = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            if not (folder / name).exists():
-                created.append(folder / name)
-                _replace(folder / name, content)
-            _replace(folder / HEADER, json.dumps(header, indent=1).encode())
-            # files of an older plan, and of a save that was killed
-            for old in [*folder.glob("plan-*.safetensors"), *folder.glob(".plan*.tmp")]:
-                if old.name != name:
-                    old.unlink(missing_ok=True)
+        with locked(folder):
+            try:
+                if not _holds(folder / name, content):
+                    _replace(folder / name, content)
+                _replace(folder / HEADER, json.dumps(header, indent=1).encode())
+            except BaseException:
+                _remove_unnamed(folder, [folder / name])
+                raise
+            _remove_unnamed(folder, folder.glob("plan-*.safetensors"))
+            remove_leftovers(folder)
     except OSError as error:
-        for path in created:
-            path.unlink(missing_ok=True)
         raise PlanWriteError(path=folder, reason=error.strerror or str(error)) from error
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time: the clean-up of another process would remove tensors whose header is not written yet."""
+def _name_of(content: bytes) -> str:
+    return f"plan-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file has this content, which one that was damaged since has not."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+        return path.stat().st_size == len(content) and read_regular(path) == content
+    except OSError:
+        return False
+
+
+def _remove_unnamed(folder: Path, tensors: Iterable[Path]) -> None:
+    """Of these, remove the ones that the header does not name, as far as it goes: of an older plan, or of a save that failed."""
     try:
-        with suppress(OSError):  # a file system without locks: proceed without one
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        named = json.loads(read_regular(folder / HEADER))["tensors"]
+    except FileNotFoundError:
+        named = None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # which ones are needed is not known
+    for path in tensors:
+        if path.name != named:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _replace(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)
+    write_bytes(path, content)
 
 
 def read(folder: Path, schema: pydantic.TypeAdapter[Any]) -> Stored:
@@ -101,19 +106,21 @@ def read(folder: Path, schema: pydantic.TypeAdapter[Any]) -> Stored:
 
 def _header(folder: Path) -> bytes:
     try:
-        return (folder / HEADER).read_bytes()
+        return read_regular(folder / HEADER)
     except FileNotFoundError:
         raise PlanFileError(path=folder, reason=f"there is no {HEADER} in it") from None
     except NotADirectoryError:
         raise PlanFileError(path=folder, reason="it is a file, not a folder") from None
     except OSError as error:
         raise PlanFileError(path=folder / HEADER, reason=error.strerror or str(error)) from error
+    except ValueError as error:  # a null byte in the name
+        raise PlanFileError(path=folder, reason=str(error)) from error
 
 
 def _parse(folder: Path, content: bytes, schema: pydantic.TypeAdapter[Any]) -> Stored:
     try:
         header: Any = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is no JSONDecodeError
         raise PlanFileError(path=folder / HEADER, reason=f"it is not JSON ({error})") from error
     if not isinstance(header, dict) or "format" not in header:
         raise PlanFileError(path=folder / HEADER, reason="it has no format number")
@@ -124,23 +131,27 @@ def _parse(folder: Path, content: bytes, schema: pydantic.TypeAdapter[Any]) -> S
     try:
         facts = schema.validate_python(header["plan"])
         return Stored(header["format"], header.get("digest"), facts, _tensors(folder, str(header["tensors"])))
+    except PlanFileError:
+        raise
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise PlanFileError(path=folder / HEADER, reason=f"{where or 'plan'}: {first['msg']}") from error
     except KeyError as error:
         raise PlanFileError(path=folder, reason=f"facts and tensors do not belong together ({error})") from error
+    except (ArithmeticError, RecursionError, ValueError) as error:  # of numbers that no float holds; of names that no file has
+        raise PlanFileError(path=folder / HEADER, reason=str(error)) from error
 
 
 def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
     path = folder / Path(name).name
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise PlanFileError(path=path, reason=error.strerror or str(error)) from error
     if f"plan-{hashlib.sha256(content).hexdigest()[:16]}.safetensors" != path.name:
         raise PlanFileError(path=path, reason="its bytes do not match its name: it is truncated or was changed")
     try:
         return safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:  # a dtype that torch or this release does not know
         raise PlanFileError(path=path, reason=f"it is not a safetensors file ({error})") from error

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.common.figure import save_figure
 from bench.common.table import Row, by_figure, read
 from bench.quality.quantised import rounding_of
 
@@ -71,8 +72,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         if here:
             axis.legend(fontsize="small")
     figure.suptitle(f"{rows[0]['model']}, {rows[0]['dtype']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rana_fx.adaptation import versions
+from rana_fx.atomic import write_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
 def start(path: Path) -> None:
     """Create the file, or empty it: a file holds the rows of one run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("", encoding="utf-8")
+    if path.is_file() or path.is_dir() or not path.exists():  # a FIFO or a device has nothing to empty
+        write_bytes(path, b"")
 
 
 def _git(*words: str) -> str:

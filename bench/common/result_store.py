@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.record import append
+from rana_fx.atomic import write_bytes
 
 Row = dict[str, Any]
 
@@ -52,12 +53,12 @@ def key_of(stage: str, settings: Mapping[str, Any]) -> str:
 
 def whole_rows(path: Path) -> list[Row]:
     """Rows of a file. An incomplete last line is removed from the file, so that the next row begins on a new line."""
-    if not path.exists():
+    if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
+        write_bytes(path, whole.encode())
     return [json.loads(line) for line in whole.splitlines()]
 
 

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.common.figure import save_figure
+
 Row = dict[str, Any]
 
 
@@ -81,8 +83,7 @@ def _plot(points: list[Row], out: Path) -> None:
     axis.set_title(f"{first['model']}, one token at a time, {first['device']}", fontsize="medium")
     axis.grid(True, alpha=0.25)
     axis.margins(x=0.2, y=0.12)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out)
     plt.close(figure)
 
 

@@ -22,12 +22,14 @@ from bench.quality.divergence import by_document
 from bench.quality.study import UNREACHABLE, Study
 from bench.quality.training_text import TrainingText, training_text
 from rana_fx._backend import rewritten
+from rana_fx.atomic import write_bytes
 from rana_fx.errors import InvalidOption, LossNotFinite
 from rana_fx.evaluation.measure import measuring
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.training import Settings, best_rate, lora_config, merge_lora, rethreshold, train, trained_plan
 from rana_fx.training.checkpoint import NAME
 from rana_fx.training.methods import METHODS, choose
+from rana_fx.training.saved_pair import save_pair
 from rana_fx.training.thresholds import SAMPLE_TOKENS
 
 
@@ -148,9 +150,7 @@ def _tuned(
     new = trained_plan(network)
     after = {name: _losses(network, found) for name, found in texts.items()}
     rana_fx.detach(network)
-    new.save(folder / "plan")
-    network.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_pair(folder, network, tokenizer, new)
     (folder / NAME).unlink(missing_ok=True)  # larger than the model
     return facts | {
         "digest": new.digest()[:12],
@@ -168,7 +168,7 @@ def _rate(study: Study, tuning: Tuning, network: Any, text: TrainingText, folder
         how = {"held_out": text.held_out, "rates": tuning.rates, "fraction": tuning.fraction, "progress": study.progress}
         rate, tried = best_rate(network, text.batches, settings=settings, **how)
         folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps([rate, {f"{key:g}": loss for key, loss in tried.items()}]), encoding="utf-8")
+        write_bytes(kept, json.dumps([rate, {f"{key:g}": loss for key, loss in tried.items()}]).encode())
     rate, losses = json.loads(kept.read_text(encoding="utf-8"))
     return rate, losses
 

@@ -15,6 +15,7 @@ import torch
 from bench.common.result_store import Row, latest, whole_rows
 from bench.quality.divergence import interval
 from bench.quality.report_plot import plot, reference
+from rana_fx.atomic import write_bytes
 from rana_fx.commands.record import cell
 
 _SETTINGS = (
@@ -28,7 +29,7 @@ def write_report(path: Path) -> Path:
     rows = whole_rows(path)
     figure, report = path.with_suffix(".png"), path.with_suffix(".md")
     drawn = plot(rows, figure)
-    report.write_text(markdown(rows, figure.name if drawn else None, path.name), encoding="utf-8")
+    write_bytes(report, markdown(rows, figure.name if drawn else None, path.name).encode())
     return report
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.common.figure import save_figure
 from bench.common.plot import COLORS
 from bench.common.result_store import Row, latest
 
@@ -40,8 +41,7 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
     figure.suptitle(", ".join(dict.fromkeys(row["model"] for row in rows)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
     plt.close(figure)
     return True
 

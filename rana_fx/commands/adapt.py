@@ -16,7 +16,7 @@ from rana_fx.commands.record import data_batches, facts_of, show, write_json
 def command(
     model: o.Model,
     data: o.Data,
-    out: Annotated[Path, typer.Option(help="Folder to write the plan to.")],
+    out: Annotated[Path, typer.Option(callback=o.folder, help="Folder to write the plan to.")],
     budget: o.Budget = 0.58,
     metric: o.Metric = "flops",
     recipe: o.Recipe = "rana",

@@ -25,20 +25,22 @@ def command(
     model: o.Model,
     plan: Annotated[Path, typer.Option(help="Folder that `rana-fx adapt` wrote.")],
     data: o.Data,
-    out: Annotated[Path, typer.Option(help="Folder for the trained model, its plan and checkpoints.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to train on, each once.")],
+    out: Annotated[Path, typer.Option(callback=o.folder, help="Folder for the trained model, its plan and checkpoints.")],
+    tokens: Annotated[int, typer.Option(min=1, max=o.MOST, help="Number of tokens to train on, each once.")],
     method: Annotated[
         str, typer.Option(help="lora: low-rank additions; factors: the plan's matrices; full: everything.")
     ] = "lora",
     lr: Annotated[str, typer.Option(help="Highest learning rate, or auto: try several on a fifth of the tokens.")] = "auto",
-    held_out: Annotated[int, typer.Option(min=1, help="Tokens of the text to evaluate on, never trained on.")] = 16_384,
+    held_out: Annotated[
+        int, typer.Option(min=1, max=o.MOST, help="Tokens of the text to evaluate on, never trained on.")
+    ] = 16_384,
     decay: Annotated[str, typer.Option(help="After the warm-up: cosine or linear, to zero.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Fraction of the steps over which the rate rises.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of all gradients together.")] = 1.0,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, max=o.MOST, help="Batches per step.")] = 1,
     distill: Annotated[float, typer.Option(help="Weight in [0, 1] of the KL to the dense model, against cross-entropy.")] = 0.0,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA.")] = 64,
+    rank: Annotated[int, typer.Option(min=1, max=o.MOST, help="Rank of LoRA.")] = 64,
     alpha: Annotated[float, typer.Option(help="LoRA adds alpha / rank times its product.")] = 16.0,
     dropout: Annotated[float, typer.Option(help="Dropout on what LoRA's matrices read.")] = 0.05,
     target: Annotated[
@@ -47,8 +49,8 @@ def command(
     thresholds: Annotated[bool, typer.Option(help="Re-estimate thresholds after training, to keep the budget.")] = False,
     autocast: Annotated[str | None, typer.Option(help="bfloat16: run products in it, train in --dtype.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
-    evaluate_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: before and after.")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 100,
+    evaluate_every: Annotated[int, typer.Option(min=0, max=o.MOST, help="Steps between evaluations; 0: before and after.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=0, max=o.MOST, help="Steps between checkpoints; 0: none.")] = 100,
     resume: Annotated[bool, typer.Option(help="Resume from the checkpoint in --out; same result as without the break.")] = False,
     context: o.Context = 512,
     batch_size: o.BatchSize = 8,
@@ -89,6 +91,7 @@ class _Finetuning:
         from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
         from rana_fx.training import merge_lora, rethreshold, trained_plan
         from rana_fx.training.methods import METHODS
+        from rana_fx.training.saved_pair import save_pair
         from rana_fx.training.thresholds import SAMPLE_TOKENS
 
         given, out = self.given, self.given["out"]
@@ -110,9 +113,7 @@ class _Finetuning:
         new = trained_plan(network)
         after, measured = evaluate_adapted(network, held_out)
         detach(network)
-        new.save(out / "plan")
-        network.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
+        save_pair(out, network, tokenizer, new)
         options = {key: value for key, value in given.items() if key not in _NOT_RECORDED}
         record = facts_of("finetune", seed=self.settings.seed, **options | {"device": str(network.device)})
         record |= {

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rana_fx.atomic import replacing
+from rana_fx.atomic import write_bytes
 from rana_fx.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def write_json(path: Path | None, facts: dict[str, Any]) -> None:
         text = json.dumps(_finite(facts), indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(text.encode())
+        write_bytes(path, text.encode())
     except OSError as error:
         raise InvalidOption(
             name="--json", got=str(path), expected=f"a file that can be written ({error.strerror or error})"

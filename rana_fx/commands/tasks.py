@@ -9,14 +9,17 @@ import typer
 
 from rana_fx.commands import options as o
 from rana_fx.commands.record import facts_of, show, write_json
+from rana_fx.errors import InvalidOption
 
 
 def command(
     model: o.Model,
     tasks: Annotated[str, typer.Option(help="Task names of lm_eval, separated by commas; paper: the six of the paper.")],
     plan: o.PlanDir = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="Worked examples before a question. Default: the task's own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of documents of each task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, max=o.MOST, help="Worked examples before a question. Default: the task's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=o.MOST, help="Maximum number of documents of each task.")] = None,
     include: Annotated[Path | None, typer.Option(help="Folder of further tasks, in lm_eval's YAML.")] = None,
     compile: Annotated[
         bool, typer.Option(help="Compile the adapted model; --no-compile: without Inductor, slower calls.")
@@ -29,6 +32,11 @@ def command(
     json: o.Json = None,
 ) -> None:
     """Scores of MODEL on tasks of lm-evaluation-harness; with --plan those of the adapted model."""
+    from rana_fx.evaluation.perplexity import known_device
+
+    if not 0 <= seed < 2**32:
+        raise InvalidOption(name="--seed", got=seed, expected="a number of 32 bits that is not negative, as lm_eval takes them")
+    known_device(device)
     from rana_fx.integrations.lm_eval_harness import RanaLM, language_model, run_tasks
 
     options = {"batch_size": batch_size, "dtype": dtype, "device": device}

@@ -72,6 +72,10 @@ def generate(
         raise InvalidOption(name="cache", got=cache, expected="one of " + ", ".join(CACHES))
     if max_new_tokens < 1:
         raise InvalidOption(name="max_new_tokens", got=max_new_tokens, expected="a positive number")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidOption(name="prompt", got=prompt, expected="text in UTF-8") from error
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
     if not length:

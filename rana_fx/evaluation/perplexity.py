@@ -98,7 +98,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str | None = None) -
     """
     if dtype not in DTYPES:
         raise InvalidOption(name="dtype", got=dtype, expected="one of " + ", ".join(DTYPES))
-    target = _device(device)
+    target = known_device(device)
     wanted: torch.dtype | str = getattr(torch, dtype) if dtype != "auto" else torch.float32 if target.type == "cpu" else "auto"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,13 +132,14 @@ def _losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64, device="cpu")
 
 
-def _device(name: str | None) -> torch.device:
+def known_device(name: str | None) -> torch.device:
+    """A device that tensors can be computed on; a GPU, if there is one, where it is None. Raises InvalidOption."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
-        torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
+        torch.zeros(1, device=found).item()  # tensors of meta have no values
+    except Exception as error:  # a torch built without CUDA asserts, others have no such module
         available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise InvalidOption(name="device", got=name, expected="a device of this machine: " + ", ".join(available)) from error
     return found

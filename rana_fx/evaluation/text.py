@@ -199,6 +199,8 @@ def _pick(source: str, found: Any, split: str | None) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        return _first_line(error.__cause__)  # which says what is wrong
     text = str(error).strip().split("\n")[0].rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -6,7 +6,8 @@ In: a model with a plan attached. Out: the same model with trained factors and w
 from rana_fx.integrations.accelerate import register_with_accelerate
 from rana_fx.training.export import trained_plan
 from rana_fx.training.loop import Training, train
-from rana_fx.training.lora import add_lora, load_lora, lora_config, merge_lora, save_lora
+from rana_fx.training.lora import add_lora, lora_config, merge_lora
+from rana_fx.training.lora_files import load_lora, save_lora
 from rana_fx.training.parameters import trainable
 from rana_fx.training.rates import best_rate
 from rana_fx.training.recompute import checkpoint_gradients

@@ -26,7 +26,7 @@ from rana_fx.evaluation.perplexity import evaluate
 from rana_fx.modules import device_of, unwrap
 from rana_fx.plan import tensor_bytes
 from rana_fx.runtime.attachment import MODULE, Attachment, detach
-from rana_fx.training import checkpoint
+from rana_fx.training import checkpoint, checkpoint_check
 from rana_fx.training.parameters import attachment_to_train
 from rana_fx.training.settings import Settings
 
@@ -112,7 +112,9 @@ class _Loop:
     def resume(self) -> None:
         """Continue from the checkpoint in the folder. Raises CheckpointError."""
         assert self.folder is not None, "resume needs the folder"
-        _restore(checkpoint.read(self.folder, self.fingerprint), self.trained, self.optimizer, self.done)
+        state = checkpoint.read(self.folder, self.fingerprint)
+        checkpoint_check.check(self.folder / checkpoint.NAME, state, self.trained, self.optimizer, self.steps)
+        _restore(state, self.trained, self.optimizer, self.done)
 
     def run(self, bar: tqdm) -> None:
         """Run all remaining steps, with their evaluations and checkpoints. Raises LossNotFinite, CheckpointError."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
-from pathlib import Path
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from rana_fx.errors import CheckpointError, InvalidOption, MissingPackage, NothingToTrain, UnknownTarget
+from rana_fx.errors import InvalidOption, MissingPackage, NothingToTrain, UnknownTarget
 from rana_fx.formats import is_plain
 from rana_fx.graph.operands import base_name
 from rana_fx.modules import device_of, unwrap
@@ -32,13 +32,12 @@ if TYPE_CHECKING:
 # the paper's settings
 RANK, ALPHA, DROPOUT = 64, 16, 0.05
 # supported options: choice of matrices, rank, scaling and initialisation; others change what is computed
-_SUPPORTED = {
+SUPPORTED = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "init_lora_weights",
 }  # fmt: skip
 _METADATA = {"task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
 _INITIAL = (True, False, "gaussian")  # the others change the matrix, or need data
-_WEIGHTS = "adapter_model.safetensors"
 
 
 def add_lora(model: nn.Module, config: LoraConfig | None = None, *, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -58,27 +57,59 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, *, seed: int = 
         InvalidOption: an option of peft that is more than a low-rank addition, or a model that has LoRA already.
         UnknownTarget: a target matches no matrix that the adapted model multiplies by.
     """
-    peft = _peft()
     model = unwrap(model)
+    module = low_rank(model, lora_config() if config is None else config, seed)
+    return put_on(model, module)
+
+
+def low_rank(model: nn.Module, config: LoraConfig, seed: int = 0) -> LowRank:
+    """The module that ``add_lora`` adds, the model as it was. Raises what ``add_lora`` raises."""
+    peft = peft_library()
     found = attachment_to_train(model)
-    config = lora_config() if config is None else copy.deepcopy(config)
-    _check(peft, config)
+    config, chosen = resolved(model, config)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with torch.inference_mode(False), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            matrices = {name: Matrix(matrix, transposed=transposed) for name, (matrix, transposed) in chosen.items()}
+            module = LowRank(matrices, config.lora_dropout, device_of(model))
+            peft.inject_adapter_in_model(config, module.adapters, adapter_name=ADAPTER)
+            # matrices of a model in 16 bits are trained in fp32
+            peft.tuners.tuners_utils.cast_adapter_dtype(module.adapters, ADAPTER)
+            for matrix in matrices.values():
+                matrix.unregister()
+    finally:
+        for parameter, was in trained:  # peft freezes what it wraps
+            if parameter.requires_grad != was:
+                parameter.requires_grad_(was)
+    assert found.factors.lowrank is None
+    return module
+
+
+def resolved(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, tuple[nn.Parameter, bool]]]:
+    """(a config that targets matrices by their names, those by name with whether they are (in, out)).
+
+    Raises what ``add_lora`` raises.
+    """
+    found = attachment_to_train(model)
+    config = copy.deepcopy(config)
+    _check(peft_library(), config)
     if found.factors.lowrank is not None:
         raise InvalidOption(name="model", got=type(model).__name__, expected="one without LoRA: merge_lora(model) first")
     chosen = _chosen(model, found, config)
+    largest = max(RANK, *(max(matrix.shape) for matrix, _ in chosen.values()))
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if rank > largest:
+            raise InvalidOption(name="r", got=rank, expected=f"at most {largest}, the largest side of the matrices")
     config.target_modules = list(chosen)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # already applied in _chosen
-    with torch.inference_mode(False), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        matrices = {name: Matrix(matrix, transposed=transposed) for name, (matrix, transposed) in chosen.items()}
-        module = LowRank(matrices, config.lora_dropout, device_of(model))
-        peft.inject_adapter_in_model(config, module.adapters, adapter_name=ADAPTER)
-        # matrices of a model in 16 bits are trained in fp32
-        peft.tuners.tuners_utils.cast_adapter_dtype(module.adapters, ADAPTER)
-        for matrix in matrices.values():
-            matrix.unregister()
+    return config, chosen
+
+
+def put_on(model: nn.Module, module: LowRank) -> dict[str, nn.Parameter]:
+    """Train these additions alone. Returns the new Parameters by name."""
     module.train(model.training)
-    found.factors.lowrank = module
+    attachment_to_train(model).factors.lowrank = module
     added = {f"{MODULE}.lowrank.{name}": parameter for name, parameter in module.named_parameters()}
     train_only(model, added)
     return added
@@ -88,7 +119,7 @@ def lora_config(
     *, rank: int = RANK, alpha: float = ALPHA, dropout: float = DROPOUT, targets: list[str] | None = None
 ) -> LoraConfig:
     """The default config of ``add_lora``, or that with other values. Raises MissingPackage, InvalidOption."""
-    peft = _peft()
+    peft = peft_library()
     if not 0 <= dropout < 1:
         raise InvalidOption(name="dropout", got=dropout, expected="a probability in [0, 1)")
     config: LoraConfig = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
@@ -108,53 +139,8 @@ def merge_lora(model: nn.Module) -> None:
     invalidate_guards(model)
 
 
-def save_lora(model: nn.Module, folder: str | Path) -> None:
-    """Write LoRA in the format of peft, adapter_config.json and adapter_model.safetensors, with the plan's digest as metadata.
-
-    Raises:
-        NoPlan, NothingToTrain: there is no LoRA on the model.
-    """
-    from safetensors.torch import save_file
-
-    peft = _peft()
-    found = attachment_to_train(model)
-    module = _lowrank(model, found)
-    state = peft.get_peft_model_state_dict(module.adapters, adapter_name=ADAPTER, save_embedding_layers=False)
-    folder = Path(folder)
-    module.adapters.peft_config[ADAPTER].save_pretrained(str(folder))  # type: ignore[index, union-attr]
-    tensors = {name: value.detach().contiguous() for name, value in state.items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt", "plan": found.plan.digest()})
-
-
-def load_lora(model: nn.Module, folder: str | Path) -> dict[str, nn.Parameter]:
-    """``add_lora`` with the matrices that ``save_lora`` wrote.
-
-    Raises:
-        CheckpointError: the folder holds no LoRA, or one that was trained with another plan.
-        What ``add_lora`` raises.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    peft, folder = _peft(), Path(folder)
-    found = attachment_to_train(model)
-    try:
-        config = peft.LoraConfig.from_pretrained(str(folder))
-        with safe_open(folder / _WEIGHTS, framework="pt") as file:
-            plan = (file.metadata() or {}).get("plan")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(path=folder, reason=f"it holds no LoRA ({error})", todo="save one there with save_lora") from error
-    digest = found.plan.digest()
-    if plan != digest:
-        reason = f"its LoRA belongs to plan {str(plan)[:12]}, attached is {digest[:12]}"
-        raise CheckpointError(path=folder, reason=reason, todo="attach that plan")
-    config.inference_mode = False
-    added = add_lora(model, config)
-    peft.set_peft_model_state_dict(_lowrank(model, found).adapters, state, adapter_name=ADAPTER)
-    return added
-
-
-def _peft() -> Any:
+def peft_library() -> Any:
+    """The module ``peft``. Raises MissingPackage."""
     try:
         import peft
     except ImportError as error:
@@ -162,7 +148,9 @@ def _peft() -> Any:
     return peft
 
 
-def _lowrank(model: nn.Module, found: Attachment) -> LowRank:
+def lowrank_of(model: nn.Module) -> LowRank:
+    """The additions on a model. Raises NoPlan, NothingToTrain."""
+    found = attachment_to_train(model)
     if found.factors.lowrank is None:
         raise NothingToTrain(model=type(unwrap(model)).__name__, what="lora", reason="it has no LoRA", todo="call add_lora")
     return found.factors.lowrank
@@ -174,14 +162,21 @@ def _check(peft: Any, config: Any) -> None:
     plain = peft.LoraConfig()
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
-        if option.name not in _SUPPORTED | _METADATA and value != getattr(plain, option.name):
+        if option.name not in SUPPORTED | _METADATA and value != getattr(plain, option.name):
             expected = "its default: that is more than a low-rank addition to a matrix, and could not be merged into a plan"
             raise InvalidOption(name=option.name, got=value, expected=expected)
     if config.init_lora_weights not in _INITIAL:
         expected = "one of " + ", ".join(map(repr, _INITIAL))
         raise InvalidOption(name="init_lora_weights", got=config.init_lora_weights, expected=expected)
-    if config.r < 1:
-        raise InvalidOption(name="r", got=config.r, expected="a positive number")
+    ranks, scales = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
+    for name, value in [("r", config.r), *(("rank_pattern", rank) for rank in ranks.values())]:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidOption(name=name, got=value, expected="a positive number")
+    for name, value in [("lora_alpha", config.lora_alpha), *(("alpha_pattern", alpha) for alpha in scales.values())]:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise InvalidOption(name=name, got=value, expected="a finite number")
+    if not isinstance(config.lora_dropout, int | float) or not 0 <= config.lora_dropout < 1:
+        raise InvalidOption(name="lora_dropout", got=config.lora_dropout, expected="a probability in [0, 1)")
 
 
 def _chosen(model: nn.Module, found: Attachment, config: Any) -> dict[str, tuple[nn.Parameter, bool]]:

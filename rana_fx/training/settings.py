@@ -49,7 +49,7 @@ class Settings:
             "rate": (self.rate > 0 and math.isfinite(self.rate), "a positive number"),
             "decay": (self.decay in DECAYS, "one of " + ", ".join(DECAYS)),
             "warmup": (0 <= self.warmup < 1, "a fraction in [0, 1)"),
-            "weight_decay": (self.weight_decay >= 0, "a number that is not negative"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "a number that is not negative"),
             "clip": (self.clip > 0, "a positive number"),
             "accumulate": (self.accumulate >= 1, "a positive number of batches"),
             "distill": (0 <= self.distill <= 1, "a weight in [0, 1]"),

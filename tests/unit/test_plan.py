@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import os
 import pickle
 import threading
 from dataclasses import replace
@@ -69,7 +70,7 @@ def test_full_disk_keeps_the_old_plan(plan, tmp_path, monkeypatch, failing):
     plan.save(tmp_path)
     other = make(budget=0.8)[1]
     calls = []
-    fsync = planfile.os.fsync
+    fsync = os.fsync
 
     def full(descriptor):
         calls.append(descriptor)
@@ -77,7 +78,7 @@ def test_full_disk_keeps_the_old_plan(plan, tmp_path, monkeypatch, failing):
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(planfile.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(PlanWriteError, match="No space left on device"):
         other.save(tmp_path)
     assert rana_fx.load_plan(tmp_path).digest() == plan.digest()
@@ -91,7 +92,7 @@ def test_interrupted_save_keeps_the_old_plan(plan, tmp_path, monkeypatch):
     def interrupt(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(planfile.os, "fsync", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         other.save(tmp_path)
     assert rana_fx.load_plan(tmp_path).digest() == plan.digest()
@@ -233,11 +234,14 @@ def test_paths_that_are_no_folders(plan, tmp_path, monkeypatch):
 
 
 def test_thousands_of_adapters(plan, tmp_path):
-    adapters = []
+    adapters, sites = [], []
     for index in range(3000):
         adapter = plan.adapters[index % len(plan.adapters)]
-        adapters.append(replace(adapter, name=f"{index}.{adapter.name}", **{k: v.clone() for k, v in adapter.tensors().items()}))
-    many = replace(plan, adapters=tuple(adapters))
+        names = {site.name: f"{index}.{site.name}" for site in plan.sites if site.name in adapter.sites}
+        sites += [replace(site, name=names[site.name]) for site in plan.sites if site.name in names]
+        own = {"name": f"{index}.{adapter.name}", "sites": tuple(names[site] for site in adapter.sites)}
+        adapters.append(replace(adapter, **own, **{k: v.clone() for k, v in adapter.tensors().items()}))
+    many = replace(plan, sites=tuple(sites), adapters=tuple(adapters))
     many.save(tmp_path)
     assert rana_fx.load_plan(tmp_path).digest() == many.digest()
 
