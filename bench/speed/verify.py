@@ -16,8 +16,8 @@ on a CPU with 22 layers: fixed 0.010 (bound 0.052); masked 0.26, against 0.31 fo
 This holds where a layer propagates relative errors without amplification, as with random weights. Trained weights may amplify
 them (saturated attention, outputs that are small differences of large ones), more so under drawn masks. The fixed bound is then
 what the model itself makes of such errors: the gains of its norms, two a layer, are perturbed by an eps of their size, which is
-eps sqrt(2 layers) where nothing is amplified, and the reference runs once more under the fixed masks. A wrong row or sum is far above
-either: logits then have little in common, and the error is near 1.4.
+eps sqrt(2 layers) where nothing is amplified, and the reference runs once more under the fixed masks. A wrong row or sum is far
+above either: logits then have little in common, and the error is near 1.4.
 """
 
 from __future__ import annotations
