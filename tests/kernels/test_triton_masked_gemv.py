@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ pytest.importorskip("triton")
 from rana_fx.errors import BadOperand, UnknownChoice
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels.reference import ACTIVATIONS
+from rana_fx.kernels.triton import splitk
 from rana_fx.kernels.triton.config import Config, Launch
 from rana_fx.kernels.triton.masked_gemv import masked_gemv
 from rana_fx.kernels.triton.splitk import ACTIVATION_CODES as KERNELS
@@ -77,6 +80,22 @@ def test_overlapping_launches_get_different_counters(device):
     for _ in range(RING // 64 + 1):
         assert not counters_for(device, 40).any()
     assert counters_for(device, RING + 1).shape == (RING + 1,)
+
+
+def test_counters_are_made_by_a_thread_of_their_own(device, monkeypatch):
+    """What the calling thread allocates may belong to a CUDA graph that is being warmed up, and they outlive it."""
+    made, zeros = [], torch.zeros
+
+    def recorded(*args, **kwargs):
+        made.append(threading.get_ident())
+        return zeros(*args, **kwargs)
+
+    monkeypatch.setattr(splitk, "_rings", {})
+    monkeypatch.setattr(splitk, "_next", {})
+    monkeypatch.setattr(torch, "zeros", recorded)
+    first, second = counters_for(device, 5), counters_for(device, 5)
+    assert first.data_ptr() != second.data_ptr()
+    assert len(made) == 1 and made[0] != threading.get_ident()
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
