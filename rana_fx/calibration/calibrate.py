@@ -21,12 +21,12 @@ from rana_fx.calibration.layout import Group, Layout, merge, observed_together
 from rana_fx.calibration.probe import Probe, call_before, probing
 from rana_fx.calibration.samples import CAPACITY, Keep, Reservoir
 from rana_fx.dense_memory import is_freed
-from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
+from rana_fx.errors import NoBatches, NoLinears, NonFinite, TraceFailed, WeightAbsent, WeightsFreed
 from rana_fx.graph.guards import guard_weights
 from rana_fx.graph.linears import Scan, Skip, find_linears
 from rana_fx.graph.normalize import prepare
 from rana_fx.graph.roles import Occurrence, TracedGraph, read_graph
-from rana_fx.modules import names_of, quantised_modules, unwrap
+from rana_fx.modules import absent_weight, names_of, quantised_modules, unwrap, wrapped_weights
 
 _MOST_SEEN = 4096  # tokens of the first batch whose rows are kept before ``wanted`` has been called
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -137,9 +137,12 @@ def calibrate(
         capacity: rows kept per group where ``wanted`` is no mapping.
 
     Raises:
-        NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, InvalidOption: ``batches`` is one batch.
+        NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, WeightAbsent, InvalidOption: ``batches`` is one batch.
     """
     model = unwrap(model)
+    absent = absent_weight(model)
+    if absent is not None:
+        raise WeightAbsent(model=type(model).__name__, site=absent)
     sampler = _Sampler(model, capacity=capacity, seed=seed)
     layout: Layout | None = None
     tokens = 0
@@ -188,7 +191,8 @@ def _keeps(layout: Layout, wanted: Collection[tuple[str, ...]], default: Keep) -
 def _settle(model: nn.Module, sampler: _Sampler) -> Layout:
     layout = merge(sampler.graphs)
     known = {*layout.sites, *(skip.site for skip in layout.skips)}
-    unseen = (Skip(name, reason) for name, reason in quantised_modules(model).items() if name not in known)
+    hidden = wrapped_weights(model) | quantised_modules(model)
+    unseen = (Skip(name, reason) for name, reason in hidden.items() if name not in known)
     layout = replace(layout, skips=(*layout.skips, *unseen))
     if not any(site.counted for site in layout.sites.values()):
         raise NoLinears(
