@@ -83,6 +83,7 @@ def match_plan(
     gathered: dict[tuple[Attachment, int, fx.Node], list[Linear]] = {}
     declined: list[Declined] = []
     stale = [place for attachment in attachments for place in gone(attachment)]
+    stale += [(skip.site, skip.reason) for skip in scan.skips if any(found.adapter(skip.site) for found in attachments)]
     for linear in scan.linears:
         attachment = attachment_of(linear.weight) if plan is None else given
         planned = attachment.adapter(linear.name) if attachment is not None else None

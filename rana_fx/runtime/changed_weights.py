@@ -187,8 +187,12 @@ def adopt(attachment: Attachment) -> None:
             gone.add(old)
             if old in watch.seen:
                 watch.seen.setdefault(id(parameter), watch.seen[old])
+    present = set(map(id, parameters.values()))
+    for name, old in watch.ids.items():
+        if name not in parameters and old not in present and old in attachment.names:
+            watch.wrapped[attachment.names[old]] = "its weight is no longer a Parameter of the model"
     # an id may become that of another tensor
-    for old in gone - set(map(id, parameters.values())):
+    for old in gone - present:
         attachment.names.pop(old, None)
         watch.seen.pop(old, None)
 

@@ -167,7 +167,9 @@ def test_a_weight_cast_alone_runs_dense():
     rana_fx.adapt(model, [torch.randn(200, 16)], budget=0.6, recipe="static", progress=False)
     model.a.bfloat16()
     x = torch.randn(3, 16)
-    with pytest.warns(RanaWarning, match=r"a: .* its weight is torch.bfloat16, its factors are torch.float32; cast the whole model"):
+    with pytest.warns(
+        RanaWarning, match=r"a: .* its weight is torch.bfloat16, its factors are torch.float32; cast the whole model"
+    ):
         got = torch.compile(model, backend=rewritten)(x)
     attachment = attached(model)
     index, adapter = attachment.adapter("b")
@@ -208,11 +210,28 @@ def test_a_copy_knows_its_own_weights():
     assert len(fewer) == len(names) - 1 and relative(got, expected) > 1e-3
 
 
-@pytest.mark.usefixtures("graphs_as_rewritten")
-def test_a_parametrized_weight_is_reported_by_adapt_and_named_afterwards():
+def test_a_parametrized_weight_is_reported_by_adapt():
     model, batch, _ = adapted()
     rana_fx.detach(model)
     parametrize.register_parametrization(up(model), "weight", Doubled())
     plan = rana_fx.adapt(model, [batch], budget=0.9, recipe="teal", progress=False)
     left = {skip.site: skip.reason for skip in plan.left}
     assert left["model.layers.0.mlp.up_proj.parametrizations.weight.original"] == "its weight is computed in the forward pass"
+
+
+def test_a_weight_parametrized_under_a_plan_is_reported():
+    model, batch, _ = adapted()
+    _, before = replaced(model, batch)
+    parametrize.register_parametrization(up(model), "weight", Doubled())
+    with pytest.warns(RanaWarning, match="up_proj: the plan is not applied here: its weight is computed in the forward pass"):
+        _, names = replaced(model, batch)
+    assert set(before) - set(names) == {"model.layers.0.mlp.up_proj"}
+
+
+def test_a_weight_that_became_a_tensor_is_reported():
+    model, batch, _ = adapted()
+    weight = up(model).weight.detach()
+    del up(model).weight
+    up(model).register_buffer("weight", weight.clone())
+    with pytest.warns(RanaWarning, match="up_proj: the plan is not applied here: its weight is no longer a Parameter"):
+        replaced(model, batch)

@@ -1,4 +1,4 @@
-"""A plan's folder as an option: another plan that is saved there is used by whatever is compiled from then on; plans are freed."""
+"""A plan's folder as an option: another plan that is saved there is used by what is compiled from then on; plans are freed."""
 
 from __future__ import annotations
 

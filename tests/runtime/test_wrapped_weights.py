@@ -59,7 +59,9 @@ def test_a_plan_from_before_quantisation_says_so(how):
     model, batch, plan = adapted()
     rana_fx.detach(model)
     quantise_(model.model.layers[0].mlp.up_proj)
-    message = r"layers.0.mlp.up_proj: got a quantised or wrapped weight \(Int8\), expected an ordinary float32 weight; the plan was"
+    message = (
+        r"layers.0.mlp.up_proj: got a quantised or wrapped weight \(Int8\), expected an ordinary float32 weight; the plan was"
+    )
     if how == "attached":
         with pytest.raises(PlanMismatch, match=message):
             rana_fx.attach(model, plan)
@@ -90,4 +92,3 @@ def test_a_subclass_without_overrides_is_ordinary():
         got = output(torch.compile(model, backend=counted)(**batch))
     assert sum(sum(counts.values()) for counts in seen) == sum(len(adapter.sites) for adapter in plan.adapters)
     assert relative(got, dense) > 1e-3
-
