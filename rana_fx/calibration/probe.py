@@ -71,7 +71,10 @@ class Probe:
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in evaluation mode, and only a probe compiles; its code is dropped at the end."""
-    with evaluating(model), observing(model):
+    # hooks on every module (accelerate's) make one function of all of them: past the limit Dynamo would show no graph
+    config, modules = torch._dynamo.config, 2 * sum(1 for _ in model.modules())
+    limits = {name: max(getattr(config, name), modules) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with evaluating(model), observing(model), config.patch(**limits):
         yield
 
 

@@ -74,7 +74,7 @@ class Factors(nn.Module):
             twin.unshared = frozenset(id(parameter) for key, parameter in copied if key in old.unshared)
             twin.by_rows, twin.checked = old.by_rows, old.checked
             if old.watch is not None and isinstance(model, nn.Module):
-                twin.watch = old.watch.copied(model, fresh, dict(copied))
+                twin.watch = old.watch.copied(twin, model, dict(copied))
             _mark(twin, [parameter for _, parameter in copied])
         return fresh
 
@@ -90,7 +90,7 @@ class Factors(nn.Module):
         owner: Attachment | None = self.__dict__.get("_owner")
         if owner is not None and owner.watch is not None:
             adopt(owner)  # torch.__future__.set_overwrite_module_params_on_conversion makes new Parameters
-            owner.watch.converted()
+            owner.watch.converted(self)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -133,18 +133,20 @@ class Attachment:
         """Whether a Parameter carries it."""
         return attachment_of(parameter) is self
 
-    def adopt(self, parameter: nn.Parameter, old: int) -> bool:
-        """Mark a Parameter in the place of one with the id ``old``, unless it is another attachment's."""
-        if attachment_of(parameter) not in (None, self):
-            return False
-        setattr(parameter, ATTRIBUTE, self)
-        self.marked = (*self.marked, id(parameter))
-        if old in self.names:
-            self.names[id(parameter)] = self.names[old]
-        if id(parameter) != old:
-            self.relaid = tuple(known for known in self.relaid if known != old)
-            self.unshared -= {old}
-        return True
+    def mark(self, parameter: nn.Parameter) -> bool:
+        """Put it on a Parameter, unless that carries another one."""
+        free = attachment_of(parameter) is None
+        if free:
+            setattr(parameter, ATTRIBUTE, self)
+        return free
+
+    def renew(self, replaced: Mapping[int, int], names: Mapping[int, str]) -> None:
+        """Other Parameters carry it. replaced: their ids -> ids of those in whose places they are, which may be they."""
+        self.names.clear()
+        self.names.update(names)
+        self.marked = tuple(replaced)
+        self.relaid = tuple(new for new, old in replaced.items() if old in self.relaid)
+        self.unshared = frozenset(new for new, old in replaced.items() if new == old and old in self.unshared)
 
     def dtype_of(self, weight: nn.Parameter) -> torch.dtype | None:
         """What the plan was made for."""
@@ -267,7 +269,8 @@ def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None
     attachment.by_rows = {site: why for site in own if site in parameters and (why := why_by_rows(parameters[site])) is not None}
     attachment.unshared = unshared(model)
     _mark(attachment, [parameter for parameter in model.parameters() if is_ordinary(parameter)])
-    attachment.watch = Watch(model, {name: id(weight) for name, weight in parameters.items() if is_ordinary(weight)})
+    ids = {name: id(weight) for name, weight in parameters.items() if is_ordinary(weight)}
+    attachment.watch = Watch(model, ids, names)
     attachment.watch.remember(attachment)
     model.add_module(MODULE, attachment.factors)
 

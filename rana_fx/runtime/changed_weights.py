@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from rana_fx.adapter import Adapter
@@ -33,6 +32,7 @@ TODO = (
     "A plan is valid only for the weights it was made for: make one for these with rana_fx.detach(model) and rana_fx.adapt, or "
     "load the checkpoint that it was made for and attach it again."
 )
+GONE = "its weight is no longer a Parameter of the model"
 CHANGED = "its weight has other values than when the plan was attached"
 _SIDE = 64
 
@@ -69,20 +69,22 @@ class Seen:
 class Watch:
     """What an attachment remembers of its model.
 
-    ids: name -> id of the Parameter there, of all that are marked. seen: id -> the weight, of those that adapters stand for.
+    ids: name in the model -> id of the Parameter there, of all that are marked. sites: the same -> the plan's name of its weight.
+    seen: id -> the weight, of those that adapters stand for.
     """
 
-    def __init__(self, model: nn.Module, ids: Mapping[str, int]) -> None:
+    def __init__(self, model: nn.Module, ids: Mapping[str, int], names: Mapping[int, str]) -> None:
         self.model = weakref.ref(model)
         self.ids = dict(ids)
+        self.sites = {path: names[id_] for path, id_ in ids.items() if id_ in names}
         self.seen: dict[int, Seen] = {}
         self.foreign: set[int] = set()  # loaded without factors, so not by a training
         self.wrapped: dict[str, str] = {}  # sites whose weights were replaced by what is not ordinary -> what they are
-        self._factors: dict[str, tuple[int, int | None, torch.dtype]] = {}
+        self._factors: dict[str, Seen] = {}
 
     def remember(self, attachment: Attachment) -> None:
         """The weights, and the factors, are right as they are now."""
-        self._factors = _versions(attachment.factors)
+        self._factors = _seen(attachment.factors)
         planned = {id_ for id_, name in attachment.names.items() if name in attachment.planned}
         self.seen = {
             id(parameter): seen
@@ -91,8 +93,11 @@ class Watch:
         }
         self.foreign = set()
 
-    def converted(self) -> None:
+    def converted(self, factors: nn.Module) -> None:
         """After a cast or a move of the whole model: what is the same but for that is remembered as it is now."""
+        for name, seen in _seen(factors).items():
+            if name in self._factors and self._factors[name].equals(seen):
+                self._factors[name] = seen
         for parameter in self.parameters().values():
             before = self.seen.get(id(parameter))
             now = None if before is None else Seen.of(parameter)
@@ -105,20 +110,21 @@ class Watch:
         return {} if model is None else weights_of(model)
 
     def retrained(self, index: int, factors: nn.Module) -> bool:
-        """Whether factors of an adapter were written since."""
+        """Whether factors of an adapter have other numbers than before."""
         prefix = f"a{index}_"
-        now = {name: facts for name, facts in _versions(factors).items() if name.startswith(prefix)}
-        return any(self._factors.get(name) != facts for name, facts in now.items())
+        now = {name: seen for name, seen in _seen(factors).items() if name.startswith(prefix)}
+        return any(name in self._factors and not self._factors[name].equals(seen) for name, seen in now.items())
 
-    def copied(self, model: nn.Module, factors: nn.Module, parameters: Mapping[int, nn.Parameter]) -> Watch:
+    def copied(self, twin: Attachment, model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> Watch:
         """The same of a deep copy, whose Parameters are given by the ids of the original's."""
-        twin = Watch(model, {name: id(parameters[key]) for name, key in self.ids.items() if key in parameters})
-        twin._factors = _versions(factors)
+        factors, ids = twin.factors, {name: id(parameters[key]) for name, key in self.ids.items() if key in parameters}
+        watch = Watch(model, ids, twin.names)
+        watch._factors = _seen(factors)
         for key, before in self.seen.items():
             now = Seen.of(parameters[key]) if key in parameters else None
             if now is not None:
-                twin.seen[id(parameters[key])] = now if before.equals(now) else before
-        return twin
+                watch.seen[id(parameters[key])] = now if before.equals(now) else before
+        return watch
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -129,9 +135,9 @@ def version_of(tensor: Tensor) -> int | None:
         return None
 
 
-def _versions(factors: nn.Module) -> dict[str, tuple[int, int | None, torch.dtype]]:
+def _seen(factors: nn.Module) -> dict[str, Seen]:
     named = {**dict(factors.named_parameters(recurse=False)), **dict(factors.named_buffers(recurse=False))}
-    return {name: (value.data_ptr(), version_of(value), value.dtype) for name, value in named.items() if is_ordinary(value)}
+    return {name: seen for name, value in named.items() if (seen := Seen.of(value)) is not None}
 
 
 def why_stale(attachment: Attachment, weight: nn.Parameter, index: int, adapter: Adapter) -> str | None:
@@ -171,30 +177,21 @@ def adopt(attachment: Attachment) -> None:
     watch = attachment.watch
     if watch is None:
         return
-    parameters, watch.wrapped = watch.parameters(), {}
-    gone = set()
-    for name, parameter in parameters.items():
-        old = watch.ids.get(name)
-        if old is None or (id(parameter) == old and attachment.marks(parameter)):
-            continue
-        if not is_ordinary(parameter):
-            site = attachment.names.get(old)
-            if site is not None:
-                watch.wrapped[site] = wrapped(parameter)
-            continue
-        if attachment.adopt(parameter, old):
-            watch.ids[name] = id(parameter)
-            gone.add(old)
-            if old in watch.seen:
-                watch.seen.setdefault(id(parameter), watch.seen[old])
-    present = set(map(id, parameters.values()))
-    for name, old in watch.ids.items():
-        if name not in parameters and old not in present and old in attachment.names:
-            watch.wrapped[attachment.names[old]] = "its weight is no longer a Parameter of the model"
-    # an id may become that of another tensor
-    for old in gone - present:
-        attachment.names.pop(old, None)
-        watch.seen.pop(old, None)
+    parameters, before = watch.parameters(), dict(watch.ids)
+    replaced: dict[int, int] = {}  # id -> id of what was in its place; ids of tensors that are gone may be those of others now
+    watch.wrapped = {}
+    for path, old in before.items():
+        parameter, site = parameters.get(path), watch.sites.get(path)
+        if parameter is None or not is_ordinary(parameter):
+            if site is not None and (parameter is not None or old not in map(id, parameters.values())):
+                watch.wrapped[site] = GONE if parameter is None else wrapped(parameter)
+        elif attachment.marks(parameter) or attachment.mark(parameter):
+            watch.ids[path] = id(parameter)
+            replaced[id(parameter)] = old
+    if all(new == old for new, old in replaced.items()):
+        return
+    attachment.renew(replaced, {watch.ids[path]: site for path, site in watch.sites.items() if watch.ids[path] in replaced})
+    watch.seen = {new: watch.seen[old] for new, old in replaced.items() if old in watch.seen}
 
 
 def gone(attachment: Attachment) -> list[tuple[str, str]]:
