@@ -92,7 +92,9 @@ class Factors(Mapping[str, Any]):
             value = self._value(key)
             if value is None:
                 raise KeyError(key)
-            name = f"rana_{self._match.attachment.plan.digest()[:8]}_{self._match.index}_{_ATTRIBUTES.get(key, key)}"
+            # two models in one graph may carry one plan, and factors of their own
+            owner = f"{self._match.attachment.plan.digest()[:8]}" + (f"n{self._match.number}" if self._match.number else "")
+            name = f"rana_{owner}_{self._match.index}_{_ATTRIBUTES.get(key, key)}"
             self._made[key] = self._emit.record.proxy(self._emit.factor(name, value))
         return self._made[key]
 

@@ -13,17 +13,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_or_false
 
 from rana_fx.adapter import Adapter
 from rana_fx.graph.dataflow import row_source, shape_of, value_of
 from rana_fx.graph.graph_pass import Declined
-from rana_fx.graph.linears import Linear, Scan, find_linears, parameters_of
+from rana_fx.graph.linears import Linear, Scan, find_linears, parameters_of, source_name
 from rana_fx.kernels.triton.config import MAX_TOKENS
+from rana_fx.notices import report
 from rana_fx.plan import Plan
-from rana_fx.runtime.attachment import Attachment, attachment_of
+from rana_fx.runtime.attachment import Attachment, attachment_of, attachments_of
+from rana_fx.runtime.changed_weights import TODO, gone, why_stale
 from rana_fx.runtime.plan_option import attachment_for
 from rana_fx.runtime.prefill import costs_more, tokens_masked
+
+_FAKE = "the graph was given a fake tensor for its weight, and the weight itself was not found"
+_FAKE_TODO = "Pass the inputs that Dynamo gives to the backend, or compile without what splits the graph."
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +41,7 @@ class Match:
     adapter: Adapter
     linears: tuple[Linear, ...]
     named: Mapping[fx.Node, str]  # every linear of the graph -> its site
+    number: int = 0  # of the attachment, among those of the graph
 
     @property
     def x(self) -> fx.Node:
@@ -71,22 +78,23 @@ def match_plan(
     """
     parameters = parameters_of(graph_module, example_inputs)
     given = None if plan is None else attachment_for(plan, parameters)
-    if plan is None:
-        attachments = list(dict.fromkeys(a for a in map(attachment_of, parameters.values()) if a is not None))
-    else:
-        attachments = [] if given is None else [given]
+    attachments = attachments_of(parameters) if plan is None else [given] if given is not None else []
     names = {key: name for attachment in attachments for key, name in attachment.names.items()}
     scan = find_linears(graph_module, example_inputs, names)
     gathered: dict[tuple[Attachment, int, fx.Node, Hashable], list[Linear]] = {}
     declined: list[Declined] = []
+    stale = [place for attachment in attachments for place in gone(attachment)]
+    stale += [(skip.site, skip.reason) for skip in scan.skips if any(found.adapter(skip.site) for found in attachments)]
     for linear in scan.linears:
         attachment = attachment_of(linear.weight) if plan is None else given
         planned = attachment.adapter(linear.name) if attachment is not None else None
         if attachment is None or planned is None:
             continue
         index, adapter = planned
-        reason = None
-        if row_source(linear.x) in scan.constant:
+        reason = why_stale(attachment, linear.weight, index, adapter)
+        if reason is not None:
+            stale.append((linear.name, reason))
+        elif row_source(linear.x) in scan.constant:
             # for example positions, multiplied by a weight that is also multiplied by tokens
             reason = "it reads no tokens: nothing was calibrated on its input"
         elif prefill == "dense" and not _at_most(linear.x, tokens_masked(attachment.plan, adapter, linear.weight)):
@@ -98,13 +106,11 @@ def match_plan(
             gathered.setdefault((attachment, index, linear.x, linear.version), []).append(linear)
         else:
             declined.append(Declined(linear.name, reason))
-    for skip in scan.skips:
-        # found as a linear when the plan was made, in another graph
-        if any(attachment.adapter(skip.site) is not None for attachment in attachments):
-            declined.append(Declined(skip.site, skip.reason))
+    report(stale, TODO)
+    report(((source_name(node), _FAKE) for node, weight in parameters.items() if isinstance(weight, FakeTensor)), _FAKE_TODO)
     named = {linear.node: linear.name for linear in scan.linears}
     found = tuple(
-        Match(attachment, index, attachment.plan.adapters[index], tuple(linears), named)
+        Match(attachment, index, attachment.plan.adapters[index], tuple(linears), named, attachments.index(attachment))
         for (attachment, index, *_), linears in gathered.items()
     )
     missing = scan.linears[0].name if scan.linears and not attachments else None

@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from rana_fx.dense_memory import free_
 from rana_fx.errors import InvalidOption, NoPlan
+from rana_fx.graph.fake_values import mode_of
 from rana_fx.graph.guards import guard_weights
 from rana_fx.kernels.registry import fingerprint
 from rana_fx.passes.check_freed import weights_to_free
@@ -23,6 +24,7 @@ from rana_fx.passes.runner import Result, run, run_post_grad
 from rana_fx.passes.sources import sources_hash
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import attachment_of
+from rana_fx.runtime.plan_folder import kept_alive
 from rana_fx.runtime.plan_option import plan_of
 from rana_fx.runtime.prefill import MODES
 
@@ -73,7 +75,7 @@ def backend(
 
     lower.register()
     given = dict(options or {})
-    plan = plan_of(given.pop("plan")) if "plan" in given else None
+    plan = plan_of(given.pop("plan"), options) if "plan" in given else None
     prefill = given.pop("prefill", "masked")
     if prefill not in MODES:
         raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(MODES)}")
@@ -85,6 +87,8 @@ def backend(
     weights = weights_to_free(result.matches) if prefill == "factors" else []
     patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    if plan is not None:
+        compiled = kept_alive(compiled, plan)
     return _freeing_after_first_run(compiled, weights) if weights else compiled
 
 
@@ -95,9 +99,11 @@ def _freeing_after_first_run(compiled: Callable[..., Any], weights: list[nn.Para
 
     def run_and_free(*args: Any) -> Any:
         output = compiled(*args)
-        with torch.inference_mode(False):
-            while weights:
-                free_(weights.pop())
+        # what is compiled in pieces (DistributedDataParallel) is first run on fake tensors
+        if weights and mode_of(args) is None:
+            with torch.inference_mode(False):
+                while weights:
+                    free_(weights.pop())
         return output
 
     return run_and_free

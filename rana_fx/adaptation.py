@@ -29,7 +29,7 @@ from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Layout, Unread
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.cost import METRICS
 from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, UnknownMetric, UnknownRecipe
-from rana_fx.modules import unwrap
+from rana_fx.modules import trainable_tensors, unwrap
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.recipes import RECIPES, Problem, Recipe, needs_holdout
 from rana_fx.runtime.attachment import attach, attached
@@ -70,7 +70,7 @@ def adapt(
 
     Raises:
         BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, AlreadyAdapted, NoBatches, NoLinears,
-        TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, InvalidOption (``batches`` is one batch).
+        TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, WeightAbsent, InvalidOption (``batches`` is one batch).
 
     Example:
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
@@ -79,9 +79,10 @@ def adapt(
     chosen = _check_options(budget, metric, recipe)
     model = unwrap(model)
     _check_not_adapted(model)
-    calibration = calibrated(model, batches, chosen, seed=seed, progress=progress)
-    problem = calibration.problem(budget=float(budget), metric=metric, recipe=recipe, progress=progress)
-    plan = planned(calibration, problem, solved(problem, chosen))
+    with trainable_tensors(model):
+        calibration = calibrated(model, batches, chosen, seed=seed, progress=progress)
+        problem = calibration.problem(budget=float(budget), metric=metric, recipe=recipe, progress=progress)
+        plan = planned(calibration, problem, solved(problem, chosen))
     attach(model, plan)
     return plan
 

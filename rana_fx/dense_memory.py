@@ -15,16 +15,19 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
+from rana_fx.ordinary import has_data
+
 
 def free_(weight: nn.Parameter) -> None:
     """Free the memory of a weight, irreversibly: its values become NaN."""
     # .data: the Parameter stays the same object, so that all references to it see the freed tensor
-    weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+    with torch.inference_mode(weight.is_inference()):  # a Parameter made in inference mode stays one
+        weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
 def is_freed(weight: Tensor) -> bool:
     """Whether ``free_`` freed this weight and no other data was assigned to it since."""
-    if weight.device.type == "meta" or weight.numel() < 2 or any(weight.stride()):
+    if not has_data(weight) or weight.numel() < 2 or any(weight.stride()):
         return False
     return weight.untyped_storage().nbytes() == weight.element_size()
 
@@ -32,7 +35,7 @@ def is_freed(weight: Tensor) -> bool:
 def unshared(model: nn.Module) -> frozenset[int]:
     """Ids of the Parameters that have one name in the model and share their memory with no other tensor of it."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    tensors = [tensor for _, tensor in named if tensor.numel() and tensor.device.type != "meta"]
+    tensors = [tensor for _, tensor in named if has_data(tensor) and tensor.numel()]
     names = Counter(map(id, tensors))
     owners = Counter(map(_memory, {id(tensor): tensor for tensor in tensors}.values()))
     return frozenset(id(tensor) for tensor in tensors if names[id(tensor)] == 1 and owners[_memory(tensor)] == 1)

@@ -107,6 +107,14 @@ class CompilationDisabled(RanaError, RuntimeError):
     )
 
 
+class WeightAbsent(RanaError, RuntimeError):
+    message = (
+        "{model}: its weight {site} is on the meta device, without data: it was not loaded, or is offloaded until the model runs "
+        "(accelerate, device_map). Expected all weights in memory; load the model without offloading, or onto more devices, and "
+        "take accelerate's hooks off (accelerate.hooks.remove_hook_from_submodules)."
+    )
+
+
 class AlreadyAdapted(RanaError, RuntimeError):
     message = (
         "{model} already has a plan attached (recipe={recipe!r}, budget={budget}, digest {digest}). "

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rana_fx.graph.linears import site_name
+from rana_fx.ordinary import has_data, is_ordinary, wrapped
 
 _WRAPPED = "_orig_mod"  # where torch.compile(module) keeps the module
 
@@ -53,6 +58,48 @@ def quantised_modules(model: nn.Module) -> dict[str, str]:
                 f" ({m})" for m in matrices[:1]
             )
     return found
+
+
+def wrapped_weights(model: nn.Module) -> dict[str, str]:
+    """Site names of matrices that are wrapper subclasses, whose graphs may show only what they wrap -> what they are."""
+    return {name: wrapped(weight) for name, weight in weights_of(model).items() if not is_ordinary(weight) and weight.dim() > 1}
+
+
+def absent_weight(model: nn.Module) -> str | None:
+    """The name of a Parameter without data (on the meta device), if there is one: not loaded, or offloaded until it is used."""
+    absent = (name for name, weight in unwrap(model).named_parameters() if weight.device.type == "meta")
+    return next(absent, None)
+
+
+@contextmanager
+def trainable_tensors(model: nn.Module) -> Iterator[None]:
+    """Inside, Parameters and buffers that were made in inference mode are replaced by ordinary ones in the same memory.
+
+    Autograd refuses tensors of inference mode, also as what a backward pass needs.
+    """
+    changed: list[tuple[dict[str, Any], str, Tensor]] = []
+    held: Any
+    twins: dict[int, Tensor] = {}  # tied ones stay tied
+    with torch.inference_mode(False), torch.no_grad():
+        for module in unwrap(model).modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and has_data(tensor) and tensor.is_inference():
+                        changed.append((held, name, tensor))
+                        twins.setdefault(id(tensor), _twin(tensor))
+    try:
+        for held, name, tensor in changed:
+            held[name] = twins[id(tensor)]
+        yield
+    finally:
+        for held, name, tensor in changed:
+            held[name] = tensor
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -92,11 +92,13 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         TraceFailed: the model does not run, or cannot be traced, on this batch.
         WeightsFreed: the model was compiled with ``prefill="factors"``.
         CompilationDisabled: torch.compile is switched off.
+        WeightAbsent: a weight is on the meta device, without data.
     """
     layout = calibrate(model, [example_inputs], wanted=lambda _: set(), progress=False).layout
     found = attached(model)
     plan = None if found is None else found.plan
-    rows = [_row(site, plan) for site in layout.sites.values()]
+    by_rows = {} if found is None else found.by_rows
+    rows = [_row(site, plan, by_rows.get(site.name)) for site in layout.sites.values()]
     known = set(layout.sites)
     rows += [
         Row(skip.site, "-", "-", (), "skipped", skip.reason, 1.0, 1.0, None) for skip in layout.skips if skip.site not in known
@@ -127,7 +129,7 @@ def _memory(plan: Plan | None) -> dict[str, int]:
     }
 
 
-def _row(site: Site, plan: Plan | None) -> Row:
+def _row(site: Site, plan: Plan | None, by_rows: str | None) -> Row:
     shape = (site.out_features, site.in_features)
     adapter = None if plan is None else plan.adapter_of(site.name)
     beside = None if plan is None else next((made for made in plan.adapters if site.name in made.also), None)
@@ -146,11 +148,12 @@ def _row(site: Site, plan: Plan | None) -> Row:
     if adapter.error is not None:
         detail += f", error {adapter.error:.4f}"
     most = tokens_masked(plan, adapter, site.weight)
-    detail += (
-        f", masked kernel up to {most} tokens"
-        if most
-        else ", masked kernel not expected to be faster on this device: dense matmul"
-    )
+    if by_rows is not None:
+        detail += f", masked kernel not used ({by_rows}): dense matmul"
+    elif most:
+        detail += f", masked kernel up to {most} tokens"
+    else:
+        detail += ", masked kernel not expected to be faster on this device: dense matmul"
     if costs_more(plan, adapter):
         detail += ", more FLOPs than dense during prefill"
     detail += "".join(f"; {text}" for text in plan.notes(site.name))

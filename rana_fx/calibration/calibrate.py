@@ -24,12 +24,12 @@ from rana_fx.calibration.probe import Probe, call_before, probing
 from rana_fx.calibration.samples import CAPACITY, Keep, Reservoir
 from rana_fx.calibration.unread import UnreadMatrices
 from rana_fx.dense_memory import is_freed
-from rana_fx.errors import CompilationDisabled, NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed
+from rana_fx.errors import CompilationDisabled, NoBatches, NoLinears, NonFinite, TraceFailed, WeightAbsent, WeightsFreed
 from rana_fx.graph.guards import guard_weights
 from rana_fx.graph.linears import Scan, Skip, find_linears
 from rana_fx.graph.normalize import prepare
 from rana_fx.graph.roles import Occurrence, read_graph
-from rana_fx.modules import names_of, quantised_modules, unwrap
+from rana_fx.modules import absent_weight, names_of, quantised_modules, unwrap, wrapped_weights
 
 _MOST_SEEN = 4096  # tokens of a batch whose rows are kept before ``wanted`` has been called for what it runs first
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -154,9 +154,13 @@ def calibrate(
         capacity: rows kept per group where ``wanted`` is no mapping.
 
     Raises:
-        NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, CompilationDisabled, InvalidOption: ``batches`` is one batch.
+        NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, WeightAbsent, CompilationDisabled.
+        InvalidOption: ``batches`` is one batch.
     """
     model = unwrap(model)
+    absent = absent_weight(model)
+    if absent is not None:
+        raise WeightAbsent(model=type(model).__name__, site=absent)
     calibrating = _Calibrating(model, _Sampler(model, capacity=capacity, seed=seed), wanted, Keep(capacity))
     tee = batches if isinstance(batches, Tee) else None
     index, tokens = -1, 0
@@ -253,7 +257,8 @@ def _keeps(layout: Layout, wanted: Collection[tuple[str, ...]], default: Keep) -
 
 def _complete(model: nn.Module, layout: Layout, sampler: _Sampler) -> Layout:
     known = {*layout.sites, *(skip.site for skip in layout.skips)}
-    quantised = [Skip(name, reason) for name, reason in quantised_modules(model).items() if name not in known]
+    hidden = wrapped_weights(model) | quantised_modules(model)
+    quantised = [Skip(name, reason) for name, reason in hidden.items() if name not in known]
     skips, unread = (*layout.skips, *quantised), sampler.unread.result()
     if not any(site.counted for site in layout.sites.values()):
         outside = [f"{found.linears}: {OUTSIDE_OF_GRAPHS}" for found in unread if found.eager]

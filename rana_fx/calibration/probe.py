@@ -86,7 +86,10 @@ def probing(model: nn.Module) -> Iterator[None]:
         CompilationDisabled.
     """
     check_compiling()
-    with evaluating(model), observing(model), own_backends():
+    # hooks on every module (accelerate's) make one function of all of them: past the limit Dynamo would show no graph
+    config, modules = torch._dynamo.config, 2 * sum(1 for _ in model.modules())
+    limits = {name: max(getattr(config, name), modules) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with evaluating(model), observing(model), own_backends(), config.patch(**limits):
         yield
 
 

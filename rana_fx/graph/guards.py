@@ -9,10 +9,13 @@ identity, and the attachment found on it, become part of what the compiled code 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import fx, nn
 from torch._dynamo.source import AttrSource
 from torch._guards import TracingContext
+
+from rana_fx.graph.real_values import local, root_of, source_of
 
 ATTRIBUTE = "_rana_fx"  # where an attachment sits on a Parameter
 
@@ -23,30 +26,16 @@ def guard_weights(nodes: Iterable[fx.Node], *, attachment: bool) -> None:
 
     if TracingContext.try_get() is None:  # called on a plain GraphModule, outside of a compile
         return
-    roots = set()
+    roots: set[Any] = set()
     for node in nodes:
-        source = getattr(node, "_dynamo_source", None)
+        source = source_of(node)
         if source is None:
             continue
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
         if attachment:
             install_guard(AttrSource(source, ATTRIBUTE).make_guard(GuardBuilder.ID_MATCH))
-        while getattr(source, "base", None) is not None:
-            source = source.base
-        roots.add(source)
+        roots.add(root_of(source))
     for root in roots:
         # an id-matched root makes Dynamo count its recompile limit per module instead of per function
-        if isinstance(_value(root), nn.Module):
+        if isinstance(local(root), nn.Module):
             install_guard(root.make_guard(GuardBuilder.ID_MATCH))
-
-
-def _value(source: object) -> object:
-    """What a local variable of the frame that is being compiled holds, or None."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        # the frame's locals live on the translator of the outermost function
-        root = InstructionTranslator.current_tx().output.root_tx
-        return root.f_locals.get(getattr(source, "local_name", ""), None)
-    except (AttributeError, RuntimeError):
-        return None

@@ -24,7 +24,9 @@ from rana_fx.graph.names import source_name as source_name
 from rana_fx.graph.names import source_text as source_text
 from rana_fx.graph.operands import Operand, operand
 from rana_fx.graph.ops import is_call, is_matmul, op_name
+from rana_fx.graph.real_values import real_value
 from rana_fx.graph.unadapted import COMPUTED, Unadapted, is_convolution
+from rana_fx.ordinary import is_ordinary, wrapped
 from rana_fx.skips import Skip as Skip
 
 DEVICES = ("cpu", "cuda", "xpu")  # where Inductor lowers the rewritten graph
@@ -97,12 +99,16 @@ class Scan:
 
 
 def parameters_of(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> dict[fx.Node, nn.Parameter]:
-    """Graph inputs that are Parameters: placeholders (Dynamo) and get_attr nodes (exported programs)."""
+    """Graph inputs that are Parameters: placeholders (Dynamo) and get_attr nodes (exported programs).
+
+    A fake tensor in the place of a Parameter stays one where its Parameter cannot be found (``rana_fx.graph.real_values``).
+    """
     found: dict[fx.Node, nn.Parameter] = {}
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for node, value in zip(placeholders, example_inputs, strict=False):
-        if isinstance(value, nn.Parameter):
-            found[node] = value
+        real = real_value(node, value)
+        if isinstance(real, nn.Parameter):
+            found[node] = real
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             value = graph_module
@@ -197,8 +203,9 @@ class _Matcher:
         if operands.bias is not None and reason is None:
             held = operand(operands.bias, self._weights)
             if not isinstance(held, Operand) or held.value.dim() != 1:
-                cast = isinstance(held, str)
-                reason = "its bias is cast in the forward pass" if cast else "its bias is an activation or is computed"
+                reason = "its bias is an activation or is computed"
+                if isinstance(held, str):
+                    reason = f"its bias: {held}" if held.startswith("quantised or") else "its bias is cast in the forward pass"
             else:
                 bias, reason = held.value, self._changed(node, held.source)
         if reason is not None:
@@ -238,8 +245,8 @@ class _Matcher:
 def _unsupported(node: fx.Node, x: object, weight: nn.Parameter) -> str | None:
     if not isinstance(x, fx.Node):
         return "its input is not a tensor of the graph"
-    if type(weight) is not nn.Parameter:
-        return f"quantised or wrapped weight ({type(weight).__name__})"
+    if not is_ordinary(weight):
+        return wrapped(weight)
     if not is_plain(weight):
         return f"quantised weight ({weight.dtype})"
     if weight.device.type not in DEVICES:

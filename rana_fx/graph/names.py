@@ -6,10 +6,12 @@ import re
 
 from torch import fx
 
+from rana_fx.graph.real_values import source_of
+
 
 def source_text(node: fx.Node) -> str:
     """Dynamo's source of a graph input as it writes it, or ""."""
-    source = getattr(node, "_dynamo_source", None)
+    source = source_of(node)
     if source is None:
         return ""
     return str(source.name() if callable(source.name) else source.name)

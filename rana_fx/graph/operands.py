@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from rana_fx.formats import is_plain
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.ops import CASTS, MOVEMENT, is_call, op_name
+from rana_fx.ordinary import is_ordinary, wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,8 @@ def operand(node: object, weights: Mapping[fx.Node, nn.Parameter]) -> Operand | 
         chain.append(current)
         current = current.args[0]
     parameter = weights[current]
+    if not is_ordinary(parameter):
+        return wrapped(parameter)
     if cast and not is_plain(parameter):
         return f"quantised weight ({parameter.dtype})"
     if cast:

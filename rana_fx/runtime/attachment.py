@@ -8,20 +8,24 @@ Parameters by which the backend finds the plan in any graph that reads the weigh
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rana_fx.adapter import Adapter
 from rana_fx.dense_memory import is_freed, unshared
 from rana_fx.errors import PlanMismatch, WeightsFreed
 from rana_fx.graph.guards import ATTRIBUTE
 from rana_fx.graph.operands import base_name
+from rana_fx.graph.real_values import local, root_of, source_of
 from rana_fx.modules import device_of, unwrap, weights_of
+from rana_fx.notices import report
+from rana_fx.ordinary import has_data, is_ordinary
 from rana_fx.plan import Plan, SiteRecord, weight_digest
-from rana_fx.runtime.column_major import by_columns_, by_rows_
+from rana_fx.runtime.changed_weights import TODO, Watch, adopt, not_ordinary, why_stale
+from rana_fx.runtime.column_major import by_columns_, by_rows_, why_by_rows
 from rana_fx.runtime.lora_state import LowRank
 
 MODULE = "rana_fx"
@@ -62,11 +66,15 @@ class Factors(nn.Module):
         fresh.__dict__.update({key: copy.deepcopy(value, memo) for key, value in make[2].items() if key != "_owner"})
         old: Attachment | None = self.__dict__.get("_owner")
         copied = [] if old is None else [(key, memo[key]) for key in old.marked if isinstance(memo.get(key), nn.Parameter)]
+        model = None if old is None or old.watch is None else memo.get(id(old.watch.model()))
         if old is not None and copied:
             names = {id(parameter): old.names[key] for key, parameter in copied if key in old.names}
             new = Attachment(old.plan, fresh, names)
             new.relaid = tuple(id(parameter) for key, parameter in copied if key in old.relaid)
             new.unshared = frozenset(id(parameter) for key, parameter in copied if key in old.unshared)
+            new.by_rows, new.checked = old.by_rows, old.checked
+            if old.watch is not None and isinstance(model, nn.Module):
+                new.watch = old.watch.copied(new, model, dict(copied))
             _mark(new, [parameter for _, parameter in copied])
         return fresh
 
@@ -79,7 +87,18 @@ class Factors(nn.Module):
         for name, buffer in fixed.items():
             # a cast to half precision would change thresholds and quantised values: only follow the device
             self._buffers[name] = buffer.to(getattr(self, name).device)
+        owner: Attachment | None = self.__dict__.get("_owner")
+        if owner is not None and owner.watch is not None:
+            adopt(owner)  # torch.__future__.set_overwrite_module_params_on_conversion makes new Parameters
+            owner.watch.converted(self)
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        owner: Attachment | None = self.__dict__.get("_owner")
+        if owner is not None:
+            # the model's other modules have been loaded: this one was added last
+            _loaded(owner, with_factors=any(key.startswith(prefix) for key in state_dict))
 
 
 class Attachment:
@@ -92,6 +111,10 @@ class Attachment:
         self.marked: tuple[int, ...] = ()  # ids of the Parameters that have this attribute
         self.relaid: tuple[int, ...] = ()  # ids of those that are stored column-major while the plan is attached
         self.unshared: frozenset[int] = frozenset()  # ids of weights that share memory with no other tensor: they may be freed
+        self.by_rows: dict[str, str] = {}  # weights that should be stored by columns and are not -> why
+        self.checked = False  # whether the weights were compared with the plan's digests
+        self.watch: Watch | None = None  # of the model that it is attached to
+        self.planned = frozenset(base_name(site) for adapter in plan.adapters for site in adapter.sites)
         self._by_site = {site: (index, adapter) for index, adapter in enumerate(plan.adapters) for site in adapter.sites}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -106,6 +129,41 @@ class Attachment:
         """The live factor ``key`` of adapter ``index``."""
         return getattr(self.factors, f"a{index}_{key}", None)
 
+    def marks(self, parameter: nn.Parameter) -> bool:
+        """Whether a Parameter carries it."""
+        return attachment_of(parameter) is self
+
+    def mark(self, parameter: nn.Parameter) -> bool:
+        """Put it on a Parameter, unless that carries another one."""
+        free = attachment_of(parameter) is None
+        if free:
+            setattr(parameter, ATTRIBUTE, self)
+        return free
+
+    def renew(self, replaced: Mapping[int, int], names: Mapping[int, str]) -> None:
+        """Other Parameters carry it. replaced: their ids -> ids of those in whose places they are, which may be they."""
+        self.names.clear()
+        self.names.update(names)
+        self.marked = tuple(replaced)
+        self.relaid = tuple(new for new, old in replaced.items() if old in self.relaid)
+        self.unshared = frozenset(new for new, old in replaced.items() if new == old and old in self.unshared)
+
+    def dtype_of(self, weight: nn.Parameter) -> torch.dtype | None:
+        """What the plan was made for."""
+        record = self._record(weight)
+        return None if record is None else getattr(torch, record.dtype)
+
+    def confirms(self, weight: nn.Parameter) -> bool:
+        """Whether a weight has the plan's digest, or there is nothing to compare."""
+        record = self._record(weight)
+        if record is None or not self.checked or self.dtype_of(weight) != weight.dtype:
+            return True
+        return weight_digest(weight) == record.digest
+
+    def _record(self, weight: nn.Parameter) -> SiteRecord | None:
+        name = self.names.get(id(weight))
+        return next((record for record in self.plan.sites if base_name(record.name) == name), None)
+
 
 def _nothing() -> None:
     return None
@@ -118,13 +176,49 @@ def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
         setattr(parameter, ATTRIBUTE, attachment)
 
 
+def _loaded(attachment: Attachment, *, with_factors: bool) -> None:
+    """After ``load_state_dict``: say which weights the plan does not stand for any more, and let compiled code compile again."""
+    watch = attachment.watch
+    if watch is None:
+        return
+    adopt(attachment)
+    if with_factors:  # as a training left both
+        watch.remember(attachment)
+        return
+    parameters = watch.parameters()
+    stale = {}
+    for site in (site for adapter in attachment.plan.adapters for site in adapter.sites):
+        weight, planned = parameters.get(base_name(site)), attachment.adapter(site)
+        if weight is None or planned is None:
+            continue
+        foreign = watch.foreign
+        watch.foreign = foreign | {id(weight)}
+        reason = why_stale(attachment, weight, *planned)
+        if reason is not None:
+            stale[site] = reason
+        else:
+            watch.foreign = foreign
+    places = {**{site: why for site, why in watch.wrapped.items() if site in attachment.planned}, **stale}
+    if places:
+        report(places.items(), TODO)
+        _mark_anew(attachment, parameters.values())
+
+
+def _mark_anew(attachment: Attachment, parameters: Iterable[nn.Parameter]) -> Attachment:
+    """Another attachment of the same plan and factors: what was compiled for the old one compiles again."""
+    new = Attachment(attachment.plan, attachment.factors, attachment.names)
+    new.__dict__.update(attachment.__dict__)
+    _mark(new, [parameter for parameter in parameters if attachment.marks(parameter)])
+    return new
+
+
 def invalidate_guards(model: nn.Module) -> None:
     """Give the weights a new attachment of the same plan and factors, so that guards fail and compiled code compiles again."""
     old = attached(unwrap(model))
     assert old is not None
-    new = Attachment(old.plan, old.factors, old.names)
-    new.relaid, new.unshared = old.relaid, old.unshared
-    _mark(new, [parameter for parameter in unwrap(model).parameters() if attachment_of(parameter) is old])
+    new = _mark_anew(old, unwrap(model).parameters())
+    if new.watch is not None:
+        new.watch.remember(new)
 
 
 def attach(model: nn.Module, plan: Plan) -> None:
@@ -155,6 +249,9 @@ def attach(model: nn.Module, plan: Plan) -> None:
     for record in plan.sites:
         _check(model, record, parameters.get(base_name(record.name)))
     attach_unchecked(model, plan)
+    found = attached(model)
+    if found is not None:
+        found.checked = True
 
 
 def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None:
@@ -177,8 +274,12 @@ def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None
         attachment = Attachment(plan, Factors(plan, device_of(model), parameters, copy=copy), names)
         relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
     attachment.relaid = tuple(map(id, relaid))
+    attachment.by_rows = {site: why for site in own if site in parameters and (why := why_by_rows(parameters[site])) is not None}
     attachment.unshared = unshared(model)
-    _mark(attachment, list(model.parameters()))
+    _mark(attachment, [parameter for parameter in model.parameters() if is_ordinary(parameter)])
+    ids = {name: id(weight) for name, weight in parameters.items() if is_ordinary(weight)}
+    attachment.watch = Watch(model, ids, names)
+    attachment.watch.remember(attachment)
     model.add_module(MODULE, attachment.factors)
 
 
@@ -219,8 +320,23 @@ def attachment_of(parameter: Any) -> Attachment | None:
     return found if isinstance(found, Attachment) else None
 
 
+def attachments_of(weights: Mapping[fx.Node, nn.Parameter]) -> list[Attachment]:
+    """The attachments of a graph's weights. Weights that took the place of marked ones since the last time are marked."""
+    found = dict.fromkeys(known for known in map(attachment_of, weights.values()) if known is not None)
+    if not found:  # all of them were replaced
+        roots = {id(root): root for root in (local(root_of(source_of(node))) for node in weights)}
+        held = (module for root in roots.values() if isinstance(root, nn.Module) for module in root.modules())
+        owners = (module.__dict__.get("_owner") for module in held if isinstance(module, Factors))
+        found = dict.fromkeys(owner for owner in owners if isinstance(owner, Attachment))
+    for attachment in found:
+        adopt(attachment)
+    return list(found)
+
+
 def _check(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) -> None:
     name = type(model).__name__
+    if weight is not None and not has_data(weight):
+        raise not_ordinary(name, record.name, weight, record.dtype)
     if weight is None:
         raise PlanMismatch(model=name, site=record.name, got="no such weight", expected=f"a weight of a {record.op}")
     shape = (record.in_features, record.out_features) if record.transposed else (record.out_features, record.in_features)

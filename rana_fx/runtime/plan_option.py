@@ -8,9 +8,10 @@ model is not changed; to train factors, attach the plan instead.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,51 +21,96 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rana_fx.errors import InvalidOption, PlanMismatch
 from rana_fx.graph.linears import source_name
 from rana_fx.graph.operands import base_name
-from rana_fx.plan import Plan, load_plan, weight_digest
+from rana_fx.ordinary import has_data
+from rana_fx.plan import Plan, weight_digest
 from rana_fx.runtime.attachment import Attachment, Factors
+from rana_fx.runtime.changed_weights import Seen, not_ordinary
+from rana_fx.runtime.plan_folder import Folder, compiled_with
 
-# one set of factors serves every graph (prefill, decode) that is compiled by a plan
-_attachments: WeakKeyDictionary[Plan, dict[torch.device, Attachment]] = WeakKeyDictionary()
-_sites: WeakKeyDictionary[Plan, WeakTensorKeyDictionary] = WeakKeyDictionary()  # hashing takes about a second per gigabyte
+_ATTACHMENTS = "_rana_fx_attachments"  # of a plan: device -> its factors there
 
 
-def plan_of(value: object) -> Plan:
-    """The plan that an option is, or is the folder of. Raises InvalidOption, PlanFileError, PlanVersion."""
+@dataclass(frozen=True)
+class _Known:
+    """What a weight was found to be while it was as ``seen``. Hashing takes about a second per gigabyte."""
+
+    site: str | None
+    seen: Seen
+
+    def holds(self, now: Seen) -> bool:
+        return not self.seen.moved(now) and self.seen.equals(now)
+
+
+_sites: WeakKeyDictionary[Plan, WeakTensorKeyDictionary] = WeakKeyDictionary()
+
+
+def plan_of(value: object, options: Mapping[str, Any] | None = None) -> Plan:
+    """The plan that an option is, or is the folder of. ``options``: what a graph is compiled with now (``compiled_with``).
+
+    Raises:
+        InvalidOption, PlanFileError, PlanVersion.
+    """
     if isinstance(value, Plan):
         return value
-    if isinstance(value, (str, Path)):
-        from rana_fx.plan_io import HEADER
-
-        header = Path(value) / HEADER
-        return _load(Path(value), header.stat().st_mtime_ns if header.is_file() else 0)
+    if isinstance(value, (str, Path, Folder)):
+        folder = Folder(value.path if isinstance(value, Folder) else Path(value))
+        plan = folder.load()
+        compiled_with(options, folder)
+        return plan
     raise InvalidOption(name="plan", got=value, expected="a rana_fx.Plan, or the folder of a saved one")
-
-
-@functools.lru_cache(maxsize=8)
-def _load(folder: Path, changed_ns: int) -> Plan:
-    return load_plan(folder)
 
 
 def attachment_for(plan: Plan, weights: Mapping[fx.Node, nn.Parameter]) -> Attachment | None:
     """The attachment of ``plan`` for the weights of one graph; None where none of them is in the plan.
 
     Raises:
-        PlanMismatch: a weight has the name of a site and other bytes.
+        PlanMismatch: a weight has the name of a site and other bytes, or is quantised or wrapped.
     """
     device = next((weight.device for weight in weights.values()), torch.device("cpu"))
-    on_device = _attachments.setdefault(plan, {})
-    if device not in on_device:
-        on_device[device] = Attachment(plan, Factors(plan, device), {})
-    found, sites = on_device[device], _sites.setdefault(plan, WeakTensorKeyDictionary())
+    found, sites = _attachment(plan, device), _sites.setdefault(plan, WeakTensorKeyDictionary())
     matched = False
     for node, weight in weights.items():
-        if weight not in sites:
-            sites[weight] = _site(plan, source_name(node), weight)
+        site = _known_site(plan, source_name(node), weight, sites)
         found.names.pop(id(weight), None)  # the id may have belonged to a weight that was deleted
-        if sites[weight] is not None:
-            found.names[id(weight)] = sites[weight]
+        if site is not None:
+            found.names[id(weight)] = site
             matched = True
     return found if matched else None
+
+
+def _attachment(plan: Plan, device: torch.device) -> Attachment:
+    """One set of factors serves every graph (prefill, decode) that is compiled by a plan. It lives as long as the plan does."""
+    made: dict[torch.device, Attachment] = plan.__dict__.setdefault(_ATTACHMENTS, {})
+    if device not in made:
+        made[device] = Attachment(plan, Factors(plan, device), {})
+    return made[device]
+
+
+def _known_site(plan: Plan, name: str, weight: nn.Parameter, sites: WeakTensorKeyDictionary) -> str | None:
+    if not has_data(weight):
+        _refuse_wrapped(plan, name, weight)
+        return None
+    now = Seen.of(weight)
+    known: _Known | None = sites.get(weight)
+    if known is None or now is None or not known.holds(now):
+        site = _site(plan, name, weight)
+        if now is None:
+            return site
+        sites[weight] = known = _Known(site, now)
+    return known.site
+
+
+def _alike(name: str, known: str) -> bool:
+    return f".{known}".endswith(f".{name}") or f".{name}".endswith(f".{known}")
+
+
+def _refuse_wrapped(plan: Plan, name: str, weight: nn.Parameter) -> None:
+    """Raises PlanMismatch where the plan has a linear of that name, and knows of none that was wrapped when it was made."""
+    sites = {base_name(record.name): record for record in plan.sites}
+    alike = [known for known in sites if _alike(name, known)]
+    if weight.dim() < 2 or not alike or any(_alike(name, base_name(skip.site)) for skip in plan.left if skip.site not in sites):
+        return
+    raise not_ordinary("the model being compiled", name, weight, sites[alike[0]].dtype)
 
 
 def _site(plan: Plan, name: str, weight: nn.Parameter) -> str | None:
@@ -72,9 +118,7 @@ def _site(plan: Plan, name: str, weight: nn.Parameter) -> str | None:
     names = {base_name(record.name): record for record in plan.sites}
     if not any(record.out_features * record.in_features <= weight.numel() for record in plan.sites) or weight.dim() < 2:
         return None
-    alike = {
-        other: record for other, record in names.items() if f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")
-    }
+    alike = {known: record for known, record in names.items() if _alike(name, known)}
     digest = weight_digest(weight)
     for other, record in (alike | names).items():
         if record.digest == digest:

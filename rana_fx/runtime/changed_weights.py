@@ -1,0 +1,207 @@
+"""Notice that weights of an attached plan were replaced or changed since it was attached.
+
+In: an attachment and its model, at every compilation and after every ``load_state_dict``. Out: Parameters that took the place of
+marked ones are marked, so that their linears are known; and for a weight with other numbers the reason why its adapter no longer
+stands for it. Nothing is looked at when compiled code runs.
+
+A weight is compared by its version counter, its address and a sample of at most 64 x 64 of its numbers, since a write through
+``weight.data`` shows in the numbers alone. A cast of model and factors together changes neither. Training changes weights as
+well: what is multiplied by the model's own weight may change while it requires gradients, and so may whatever changes together
+with its factors (training, averages of models, checkpoints that hold both).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from rana_fx.adapter import Adapter
+from rana_fx.dense_memory import is_freed
+from rana_fx.errors import PlanMismatch
+from rana_fx.modules import weights_of
+from rana_fx.ordinary import has_data, is_ordinary, wrapped
+
+if TYPE_CHECKING:
+    from rana_fx.runtime.attachment import Attachment
+
+TODO = (
+    "A plan is valid only for the weights it was made for: make one for these with rana_fx.detach(model) and rana_fx.adapt, or "
+    "load the checkpoint that it was made for and attach it again."
+)
+GONE = "its weight is no longer a Parameter of the model"
+CHANGED = "its weight has other values than when the plan was attached"
+_SIDE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A weight as it was: where, in which version, and some of its numbers, on the CPU."""
+
+    pointer: int
+    version: int | None
+    sample: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Seen | None:
+        """None where there are no numbers to see."""
+        if not has_data(weight) or is_freed(weight):
+            return None
+        version = version_of(weight)
+        values = weight.detach()[tuple(slice(None, None, max(1, size // _SIDE)) for size in weight.shape)]
+        return cls(weight.data_ptr(), version, values.to("cpu", copy=True))
+
+    def moved(self, now: Seen) -> bool:
+        """Whether something may have been written since, or the numbers are elsewhere."""
+        return (self.pointer, self.version) != (now.pointer, now.version)
+
+    def equals(self, now: Seen) -> bool:
+        """Whether the sampled numbers are the same, in the dtype that they now have."""
+        if self.sample.shape != now.sample.shape:
+            return False
+        before = self.sample.to(now.sample.dtype)
+        return bool(((before == now.sample) | (before.isnan() & now.sample.isnan())).all())
+
+
+class Watch:
+    """What an attachment remembers of its model.
+
+    ids: name in the model -> id of the Parameter there, of all that are marked. sites: the same -> the plan's name of its weight.
+    seen: id -> the weight, of those that adapters stand for.
+    """
+
+    def __init__(self, model: nn.Module, ids: Mapping[str, int], names: Mapping[int, str]) -> None:
+        self.model = weakref.ref(model)
+        self.ids = dict(ids)
+        self.sites = {path: names[id_] for path, id_ in ids.items() if id_ in names}
+        self.seen: dict[int, Seen] = {}
+        self.foreign: set[int] = set()  # loaded without factors, so not by a training
+        self.wrapped: dict[str, str] = {}  # sites whose weights were replaced by what is not ordinary -> what they are
+        self._factors: dict[str, Seen] = {}
+
+    def remember(self, attachment: Attachment) -> None:
+        """The weights, and the factors, are right as they are now."""
+        self._factors = _seen(attachment.factors)
+        planned = {id_ for id_, name in attachment.names.items() if name in attachment.planned}
+        self.seen = {
+            id(parameter): seen
+            for parameter in self.parameters().values()
+            if id(parameter) in planned and (seen := Seen.of(parameter)) is not None
+        }
+        self.foreign = set()
+
+    def converted(self, factors: nn.Module) -> None:
+        """After a cast or a move of the whole model: what is the same but for that is remembered as it is now."""
+        for name, seen in _seen(factors).items():
+            if name in self._factors and self._factors[name].equals(seen):
+                self._factors[name] = seen
+        for parameter in self.parameters().values():
+            before = self.seen.get(id(parameter))
+            now = None if before is None else Seen.of(parameter)
+            if before is not None and now is not None and before.equals(now):
+                self.seen[id(parameter)] = now
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Of the model as it now is."""
+        model = self.model()
+        return {} if model is None else weights_of(model)
+
+    def retrained(self, index: int, factors: nn.Module) -> bool:
+        """Whether factors of an adapter have other numbers than before."""
+        prefix = f"a{index}_"
+        now = {name: seen for name, seen in _seen(factors).items() if name.startswith(prefix)}
+        return any(name in self._factors and not self._factors[name].equals(seen) for name, seen in now.items())
+
+    def copied(self, twin: Attachment, model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> Watch:
+        """The same of a deep copy, whose Parameters are given by the ids of the original's."""
+        factors, ids = twin.factors, {name: id(parameters[key]) for name, key in self.ids.items() if key in parameters}
+        watch = Watch(model, ids, twin.names)
+        watch._factors = _seen(factors)
+        for key, before in self.seen.items():
+            now = Seen.of(parameters[key]) if key in parameters else None
+            if now is not None:
+                watch.seen[id(parameters[key])] = now if before.equals(now) else before
+        return watch
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often it was written, as far as PyTorch counts; None for tensors of inference mode, whose writes it does not count."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
+def _seen(factors: nn.Module) -> dict[str, Seen]:
+    named = {**dict(factors.named_parameters(recurse=False)), **dict(factors.named_buffers(recurse=False))}
+    return {name: seen for name, value in named.items() if (seen := Seen.of(value)) is not None}
+
+
+def why_stale(attachment: Attachment, weight: nn.Parameter, index: int, adapter: Adapter) -> str | None:
+    """Why an adapter does not stand for a weight any more; None where it does. The linear is then computed by the weight."""
+    watch = attachment.watch
+    if watch is None or not has_data(weight):
+        return None
+    unfit = _unfit(attachment, weight, index, adapter)
+    before, now = watch.seen.get(id(weight)), Seen.of(weight)
+    if unfit is not None or before is None or now is None:
+        return unfit
+    trained = adapter.reads_model and weight.requires_grad or watch.retrained(index, attachment.factors)
+    if trained and id(weight) not in watch.foreign:
+        return None
+    if before.equals(now) and (not before.moved(now) or attachment.confirms(weight)):
+        watch.seen[id(weight)] = now
+        return None
+    return CHANGED
+
+
+def _unfit(attachment: Attachment, weight: nn.Parameter, index: int, adapter: Adapter) -> str | None:
+    """Where weight and factors were moved or cast apart."""
+    for key in adapter.tensors():
+        factor = attachment.tensor(index, key)
+        if factor is None:
+            continue
+        if factor.device != weight.device:
+            return f"its weight is on {weight.device}, its factors are on {factor.device}; move the whole model"
+        cast = weight.dtype not in (factor.dtype, attachment.dtype_of(weight))
+        if key in adapter.trained and cast:
+            return f"its weight is {weight.dtype}, its factors are {factor.dtype}; cast the whole model"
+    return None
+
+
+def adopt(attachment: Attachment) -> None:
+    """Mark the Parameters that took the places of marked ones, under the names of those."""
+    watch = attachment.watch
+    if watch is None:
+        return
+    parameters, before = watch.parameters(), dict(watch.ids)
+    replaced: dict[int, int] = {}  # id -> id of what was in its place; ids of tensors that are gone may be those of others now
+    watch.wrapped = {}
+    for path, old in before.items():
+        parameter, site = parameters.get(path), watch.sites.get(path)
+        if parameter is None or not is_ordinary(parameter):
+            if site is not None and (parameter is not None or old not in map(id, parameters.values())):
+                watch.wrapped[site] = GONE if parameter is None else wrapped(parameter)
+        elif attachment.marks(parameter) or attachment.mark(parameter):
+            watch.ids[path] = id(parameter)
+            replaced[id(parameter)] = old
+    if all(new == old for new, old in replaced.items()):
+        return
+    attachment.renew(replaced, {watch.ids[path]: site for path, site in watch.sites.items() if watch.ids[path] in replaced})
+    watch.seen = {new: watch.seen[old] for new, old in replaced.items() if old in watch.seen}
+
+
+def gone(attachment: Attachment) -> list[tuple[str, str]]:
+    """(site, reason) of planned weights in whose place there is now something that is no ordinary Parameter."""
+    watch = attachment.watch
+    return [] if watch is None else [(site, why) for site, why in watch.wrapped.items() if site in attachment.planned]
+
+
+def not_ordinary(model: str, site: str, weight: Tensor, dtype: str) -> PlanMismatch:
+    """The error where the plan has a linear whose weight has no numbers of its own."""
+    got = "a weight without data (on the meta device)" if is_ordinary(weight) else f"a {wrapped(weight)}"
+    expected = f"an ordinary {dtype} weight; the plan was made before it was quantised, wrapped, sharded or offloaded"
+    return PlanMismatch(model=model, site=site, got=got, expected=expected)
