@@ -16,9 +16,10 @@ from torch import fx
 
 from rana_fx.adapter import Adapter
 from rana_fx.graph.dataflow import row_source, shape_of, value_of
-from rana_fx.graph.graph_pass import Declined
+from rana_fx.graph.graph_pass import Declined, Intended
 from rana_fx.graph.linears import Linear, Scan, find_linears, parameters_of
 from rana_fx.kernels.triton.config import MAX_TOKENS
+from rana_fx.passes.not_linears import not_linears
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import Attachment, attachment_of
 from rana_fx.runtime.plan_option import attachment_for
@@ -40,11 +41,6 @@ class Match:
         """The tensor they read."""
         return self.linears[0].x
 
-    @property
-    def complete(self) -> bool:
-        """All sites of the adapter are here, once each and in any order."""
-        return sorted(linear.name for linear in self.linears) == sorted(self.adapter.sites)
-
 
 @dataclass(frozen=True, eq=False)
 class Matches:
@@ -54,7 +50,13 @@ class Matches:
     attachments: tuple[Attachment, ...]
     found: tuple[Match, ...]
     missing: str | None  # a linear whose model has no plan, when none of the graph's has
-    declined: tuple[Declined, ...] = ()  # planned linears that stay as they are in this graph
+    declined: tuple[Declined, ...] = ()  # planned linears, and other uses of their weights, that stay as they are in this graph
+
+    @property
+    def planned(self) -> set[str]:
+        """Linears that an adapter stands for, or whose cost it changes, in all of the plans."""
+        adapters = [adapter for attachment in self.attachments for adapter in attachment.plan.adapters]
+        return {site for adapter in adapters for site in (*adapter.sites, *adapter.also)}
 
 
 def match_plan(
@@ -95,13 +97,14 @@ def match_plan(
         if reason is None:
             gathered.setdefault((attachment, index, linear.x), []).append(linear)
         else:
-            declined.append(Declined(linear.name, reason))
+            declined.append(Intended(linear.name, reason))
     named = {linear.node: linear.name for linear in scan.linears}
     found = tuple(
         Match(attachment, index, attachment.plan.adapters[index], tuple(linears), named)
         for (attachment, index, _), linears in gathered.items()
     )
     missing = scan.linears[0].name if scan.linears and not attachments else None
+    declined += not_linears(graph_module.graph, scan, attachments)
     return Matches(scan, tuple(attachments), found, missing, tuple(declined))
 
 

@@ -14,19 +14,28 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from rana_fx import notices
 from rana_fx.dense_memory import free_
 from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.graph.guards import guard_weights
+from rana_fx.graph.recompiles import frame_being_compiled, keep_compiling
 from rana_fx.kernels.registry import fingerprint
 from rana_fx.passes.check_freed import weights_to_free
 from rana_fx.passes.runner import Result, run, run_post_grad
 from rana_fx.passes.sources import sources_hash
 from rana_fx.plan import Plan
-from rana_fx.runtime.attachment import attachment_of
+from rana_fx.runtime import compiled_methods
+from rana_fx.runtime.attachment import attached, attachment_of
 from rana_fx.runtime.plan_option import plan_of
 from rana_fx.runtime.prefill import MODES
 
-_KNOWN_OPTIONS = "'plan', 'prefill', 'mode' or an option of Inductor (torch._inductor.list_options())"
+_KNOWN_OPTIONS = "'plan', 'prefill', 'strict', 'mode' or an option of Inductor (torch._inductor.list_options())"
+
+_UNKNOWN = "the plan knows none of the weights in this graph: it runs dense"
+_TODO = (
+    "rana_fx.explain(model, batch) shows what becomes of every linear, and options={'strict': True} makes this an error. "
+    "If the model is called otherwise than when it was adapted, adapt it as it is called."
+)
 
 
 def backend(
@@ -45,8 +54,9 @@ def backend(
             keep dense weights and factors in memory. "factors" is as "masked" and frees the weights that factors replace when
             the model first runs, for good: it then runs only compiled and only by this plan; in eager mode and in
             ``state_dict`` they are NaN. It needs an attached plan and ``torch.no_grad()``, and compiles each graph that frees
-            some once more. ``{"mode": ...}``, and any option of Inductor, as torch.compile takes them for
-            ``backend="inductor"``.
+            some once more. ``{"strict": True}``: where a part of the plan cannot be applied in a graph, raise NotApplied; by default
+            that linear is dense, which a RanaWarning says once for each cause. ``{"mode": ...}``, and any option of Inductor, as
+            torch.compile takes them for ``backend="inductor"``.
         mode: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
 
     Raises:
@@ -54,6 +64,7 @@ def backend(
             in BackendCompilerFailed; its ``inner_exception`` is ours.)
         PlanMismatch: the plan given as an option is for other weights.
         WeightsFreed: the graph reads a weight that ``{"prefill": "factors"}`` freed.
+        NotApplied: under ``{"strict": True}``.
         InvalidOption, PlanFileError, PlanVersion.
     """
     from torch._inductor.compile_fx import compile_fx
@@ -69,8 +80,11 @@ def backend(
     if prefill == "factors" and (plan is not None or torch.is_grad_enabled()):
         expected = "a plan that is attached to the model" if plan is not None else "torch.no_grad() around the call"
         raise InvalidOption(name="prefill", got=prefill, expected=f"{expected}, since it frees weights for good")
+    strict = given.pop("strict", False)
+    if not isinstance(strict, bool):
+        raise InvalidOption(name="strict", got=strict, expected="True or False")
     patches = inductor_options(given, mode)
-    result = rewrite(gm, example_inputs, plan=plan, prefill=prefill)
+    result = rewrite(gm, example_inputs, plan=plan, prefill=prefill, strict=strict)
     weights = weights_to_free(result.matches) if prefill == "factors" else []
     patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
@@ -90,18 +104,29 @@ def _freeing_after_first_run(compiled: Callable[..., Any], weights: list[nn.Para
     return run_and_free
 
 
-def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | None = None, prefill: str = "masked") -> Result:
-    """Rewrite by the attached plan, or by ``plan``, and guard on what it depends on.
+def rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    plan: Plan | None = None,
+    prefill: str = "masked",
+    strict: bool = False,
+) -> Result:
+    """Rewrite by the attached plan, or by ``plan``, guard on what it depends on, and warn of what could not be applied.
 
     Returns:
         For each pass what it changed, and what it declined with the reason (``Result``).
 
     Raises:
-        NoPlan, PlanMismatch, LoraBeside, WeightsFreed.
+        NoPlan, PlanMismatch, LoraBeside, WeightsFreed; NotApplied if ``strict``.
     """
     result = run(gm, example_inputs, plan=plan, prefill=prefill)
     if result.matches.missing is not None:
-        raise NoPlan(site=result.matches.missing)
+        if plan is None and not _attached_nearby():
+            raise NoPlan(site=result.matches.missing)
+        notices.report([(result.matches.missing, _UNKNOWN)], _TODO, strict=strict)
+    notices.report(result.not_applied, _TODO, strict=strict)
+    keep_compiling(is_ours)
     weights = result.matches.scan.weights
     if plan is not None:
         guard_weights((node for node in weights if weights[node].dim() >= 2), attachment=False)
@@ -114,8 +139,25 @@ def rewritten(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """A backend that rewrites and runs the graph as it then is, without Inductor: it starts at once. Raises as ``rewrite``."""
-    rewrite(gm, example_inputs, prefill=(options or {}).get("prefill", "masked"))
+    given = options or {}
+    rewrite(gm, example_inputs, prefill=given.get("prefill", "masked"), strict=given.get("strict", False))
     return gm.forward
+
+
+def is_ours(compiler: Any) -> bool:
+    """Whether what Dynamo calls to compile ends in a backend of this module."""
+    while compiler is not None:
+        if compiler is backend or compiler is rewritten:
+            return True
+        links = (getattr(compiler, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn", "func"))
+        compiler = next((link for link in links if link is not None), None)
+    return False
+
+
+def _attached_nearby() -> bool:
+    """Whether a plan is on a model that the code being compiled belongs to, of which this graph may be a part without a plan."""
+    variables = getattr(frame_being_compiled(), "f_locals", {}).values()
+    return any(attached(value) is not None for value in variables if isinstance(value, nn.Module))
 
 
 def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
@@ -159,3 +201,7 @@ class _PostGrad(CustomGraphPass):
         inner = [step.uuid() if isinstance(step, CustomGraphPass) else None for step in self._inner]
         # a pass without a key of its own makes the whole compile uncacheable, as it does without us
         return None if None in inner else (sources_hash(), fingerprint(), self._plans, *inner)
+
+
+# from here on, methods got through torch.compile(model, backend=...) run the compiled model
+compiled_methods.install(is_ours)

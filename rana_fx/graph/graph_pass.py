@@ -23,6 +23,12 @@ class Declined(NamedTuple):
     reason: str
 
 
+class Intended(Declined):
+    """A place left as it was because an option or the plan wants it so: nobody needs to be told."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class PassResult:
     """How many places a pass changed, and which it declined. A pass that only checks changes none, and raises."""

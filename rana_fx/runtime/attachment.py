@@ -19,6 +19,7 @@ from rana_fx.dense_memory import is_freed, unshared
 from rana_fx.errors import PlanMismatch, WeightsFreed
 from rana_fx.graph.guards import ATTRIBUTE
 from rana_fx.graph.operands import base_name
+from rana_fx.graph.recompiles import forget_invalid
 from rana_fx.modules import device_of, unwrap, weights_of
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.runtime.column_major import by_columns_, by_rows_
@@ -107,6 +108,17 @@ class Attachment:
         return getattr(self.factors, f"a{index}_{key}", None)
 
 
+class _Mark:
+    """What sits on marked Parameters. Compiled code is guarded on it, and nothing else holds it: once it is taken off the last one,
+    Dynamo drops that code, which would otherwise stay, and count among the variants of the model."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())
+
+
 def _nothing() -> None:
     return None
 
@@ -114,8 +126,10 @@ def _nothing() -> None:
 def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
     attachment.marked = tuple(map(id, parameters))
     attachment.factors.__dict__["_owner"] = attachment
+    mark = _Mark(attachment)
     for parameter in parameters:
-        setattr(parameter, ATTRIBUTE, attachment)
+        setattr(parameter, ATTRIBUTE, mark)
+    forget_invalid()
 
 
 def invalidate_guards(model: nn.Module) -> None:
@@ -193,6 +207,7 @@ def detach(model: nn.Module) -> Plan | None:
             delattr(parameter, ATTRIBUTE)
     if isinstance(getattr(model, MODULE, None), Factors):
         delattr(model, MODULE)
+    forget_invalid()
     return None if found is None else found.plan
 
 
@@ -204,7 +219,7 @@ def attached(model: nn.Module) -> Attachment | None:
 def attachment_of(parameter: Any) -> Attachment | None:
     """The attachment of the model a Parameter belongs to, if any."""
     found = getattr(parameter, ATTRIBUTE, None)
-    return found if isinstance(found, Attachment) else None
+    return found.attachment if isinstance(found, _Mark) else None
 
 
 def _check(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) -> None:
