@@ -1,7 +1,7 @@
 """Uses of planned weights in a graph that are matmuls of another form, or that cannot be seen into.
 
-In: a Dynamo graph, its linears and the plans on its weights. Out: each such use, by the name of its linear, with the reason why it
-is computed by the weight as it is: a skip of rana_fx/graph/linears.py; a region of a higher-order operator (``torch.cond``, an
+In: a Dynamo graph, its linears and the plans on its weights. Out: each such use, by the name of its linear, with the reason why
+it is computed by the weight as it is: a skip of rana_fx/graph/linears.py; a region of a higher-order operator (``torch.cond``, an
 autograd function) that takes the weight as an operand; an operator of another library. Reads of a weight that multiply nothing,
 such as a norm of it in a loss, are none.
 """

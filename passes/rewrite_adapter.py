@@ -21,7 +21,6 @@ from rana_fx.passes.base import Declined, PassResult
 from rana_fx.passes.emit import Annotation, Emitter, Factors, annotate, dtype_of
 from rana_fx.passes.match import Match, gradients_flow
 
-
 _REFUSED = "its adapter does not take what it reads here ({error}): it runs dense"
 
 
@@ -34,9 +33,7 @@ def rewrite_adapter(graph_module: fx.GraphModule, match: Match) -> PassResult:
     return PassResult(sum(found.count for found in results), tuple(place for found in results for place in found.declined))
 
 
-def replace(
-    graph_module: fx.GraphModule, match: Match, linears: Sequence[Linear], *, mask: fx.Node | None = None
-) -> PassResult:
+def replace(graph_module: fx.GraphModule, match: Match, linears: Sequence[Linear], *, mask: fx.Node | None = None) -> PassResult:
     """Put the adapter's outputs in the place of linears that read one tensor, in front of the first.
 
     Args:

@@ -10,9 +10,9 @@ weights. Up is left as it was, and only down skips, where up's linear has an ada
 one), or is not all that a is multiplied by; where something is written between the two; and where gradients flow: there tokens
 are many, and what a backward pass needs of up would have to be made again.
 
-Operations between the product and down (dropout, casts, scales) keep zeros, and all stays as above. Where they do not, the gate is
-masked and all rows of down are read. Where the product is read by others, too, down's input is masked instead of the gate. Where
-the product is not found in this graph, its down projection is dense. ``PassResult.declined`` says so.
+Operations between the product and down (dropout, casts, scales) keep zeros, and all stays as above. Where they do not, the gate
+is masked and all rows of down are read. Where the product is read by others, too, down's input is masked instead of the gate.
+Where the product is not found in this graph, its down projection is dense. ``PassResult.declined`` says so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rana_fx.passes.gated_product import find_product
 from rana_fx.passes.match import Match, gradients_flow
 from rana_fx.passes.rewrite_adapter import replace
 
-_DENSE = "its input is not the product of {gate} with {up} in this graph, or not in a form that is known: it runs dense"
+_DENSE = "its input is not the product of its gate with up in this graph, or not in a form that is known: it runs dense"
 _SHARED = "the product with its gate is read by others as well, and in another form: it runs dense"
 _ALL_ROWS = "behind the product with its gate, {operation} makes other numbers of zeros: the gate is masked, and no row skipped"
 _UP_SHARED = "it, or its product with the gate, is read by others as well: no row of it is skipped"
@@ -54,8 +54,7 @@ def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> PassResult:
 def _rewrite(graph_module: fx.GraphModule, match: Match, down: Linear) -> PassResult:
     product = find_product(down, match)
     if product is None:
-        up = " and ".join(match.adapter.also) or "another one"
-        return PassResult(0, (Declined(down.name, _DENSE.format(gate=match.adapter.gate, up=up)),))
+        return PassResult(0, (Declined(down.name, _DENSE),))
     emit = Emitter(graph_module, product.reader)
     if not product.read_by(linear.node for linear in match.linears):
         if product.changes_zeros is not None or not product.rows_stay:

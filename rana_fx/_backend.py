@@ -54,9 +54,9 @@ def backend(
             keep dense weights and factors in memory. "factors" is as "masked" and frees the weights that factors replace when
             the model first runs, for good: it then runs only compiled and only by this plan; in eager mode and in
             ``state_dict`` they are NaN. It needs an attached plan and ``torch.no_grad()``, and compiles each graph that frees
-            some once more. ``{"strict": True}``: where a part of the plan cannot be applied in a graph, raise NotApplied; by default
-            that linear is dense, which a RanaWarning says once for each cause. ``{"mode": ...}``, and any option of Inductor, as
-            torch.compile takes them for ``backend="inductor"``.
+            some once more. ``{"strict": True}``: where a part of the plan cannot be applied in a graph, raise NotApplied; by
+            default that linear is dense, which a RanaWarning says once for each cause. ``{"mode": ...}``, and any option of
+            Inductor, as torch.compile takes them for ``backend="inductor"``.
         mode: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
 
     Raises:

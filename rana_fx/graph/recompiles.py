@@ -1,12 +1,12 @@
 """Compiled variants of a model beyond Dynamo's recompile limit.
 
-Dynamo compiles a function at most ``torch._dynamo.config.recompile_limit`` times (8) for one module, and then runs it eagerly, for
-good and with a warning of its own. For a dense model that is a loss of time. For an adapted one it would be other numbers: the
-dense model's, or NaN where its weights are freed. Dynamo does not count variants that were made for another object; so in every
-compile of ours the variants made before are marked as such. What remains is ``accumulated_recompile_limit`` (256).
+Dynamo compiles a function at most ``torch._dynamo.config.recompile_limit`` times (8) for one module, and then runs it eagerly,
+for good and with a warning of its own. For a dense model that is a loss of time. For an adapted one it would be other numbers:
+those of the dense model, or NaN where its weights are freed. Dynamo does not count variants that were made for another object; so
+in every compile of ours the variants made before are marked as such. What remains is ``accumulated_recompile_limit`` (256).
 
-In: a compile that is in progress, and how to tell the variants of our backend. Out: warnings of many variants, and of the last one
-that Dynamo will compile.
+In: a compile that is in progress, and how to tell the variants of our backend. Out: warnings of many variants, and of the last
+one that Dynamo will compile.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def keep_compiling(is_ours: Callable[[Any], bool]) -> None:
 
 
 def forget_invalid() -> None:
-    """Let Dynamo forget functions of which no variant is valid any more, as after a plan was taken off: variants that are not valid
-    keep their code and their weights, and count to the last limit."""
+    """Let Dynamo forget functions of which no variant is valid any more, as after a plan was taken off.
+
+    Variants that are not valid keep their code and their weights in memory, and count to the last limit.
+    """
     if frame_being_compiled() is not None:
         return
     for code in _codes():

@@ -109,8 +109,10 @@ class Attachment:
 
 
 class _Mark:
-    """What sits on marked Parameters. Compiled code is guarded on it, and nothing else holds it: once it is taken off the last one,
-    Dynamo drops that code, which would otherwise stay, and count among the variants of the model."""
+    """What sits on marked Parameters. Compiled code is guarded on it, and nothing else holds it.
+
+    Once it is taken off the last of them, that code is invalid by itself.
+    """
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment

@@ -3,8 +3,8 @@
 ``torch.compile(model)`` is a module around the model. It compiles calls; every other method is looked up in the model, which then
 calls itself, uncompiled. That costs a model compiled by Inductor only time. An adapted model would silently be the dense one.
 
-In: torch.compile's wrapper (``OptimizedModule``) around a model, compiled by our backend. Out: methods got through it in which the
-model's calls of itself are compiled, as after ``model.compile(...)``. The model's own methods stay as they are, and nothing
+In: torch.compile's wrapper (``OptimizedModule``) around a model, compiled by our backend. Out: methods got through it in which
+the model's calls of itself are compiled, as after ``model.compile(...)``. The model's own methods stay as they are, and nothing
 changes for other backends. Calls of the wrapper take the way they always took.
 """
 
@@ -84,6 +84,8 @@ class _Calls:
         self._compiled = wrapper.dynamo_ctx(model._call_impl)
         self.threads: list[int] = []  # once for each method that runs
 
+    # transformers compiles a model's __call__ by Inductor while it generates, on a GPU: that must not see what is behind this
+    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self._compiled if threading.get_ident() in self.threads else self._eager)(*args, **kwargs)
 
