@@ -14,7 +14,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def _compiled(function: Callable[..., Any], wrapper: Any) -> Callable[..., Any]:
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
-        def steps(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        def steps(model: nn.Module, *args: Any, **kwargs: Any) -> Generator[Any, None, Any]:
             made = function(model, *args, **kwargs)
             while True:
                 with _compiling(model, wrapper):
@@ -85,7 +85,7 @@ class _Calls:
         self.threads: list[int] = []  # once for each method that runs
 
     # transformers compiles a model's __call__ by Inductor while it generates, on a GPU: that must not see what is behind this
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self._compiled if threading.get_ident() in self.threads else self._eager)(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What the backend does where a plan cannot be applied: a warning for each cause, an error under ``strict``, a line of explain."""
+"""Where a plan cannot be applied: a warning for each cause, an error under ``strict``, a line in ``explain``."""
 
 from __future__ import annotations
 
