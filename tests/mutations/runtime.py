@@ -77,7 +77,7 @@ MUTATIONS = (
       "rana_fx/runtime/compiled_methods.py", "if threading.get_ident() in self.threads", "if False",
       "tests/runtime/test_compiled_methods.py::test_before_the_first_call"),
     M("strict-ignored", "Under strict, what is not applied is only warned of.",
-      "rana_fx/_backend.py", "notices.report(result.not_applied, _TODO, strict=strict)", "notices.report(result.not_applied, _TODO)",
+      "rana_fx/_backend.py", "report(result.not_applied, _TODO, strict=strict)", "report(result.not_applied, _TODO)",
       "tests/integration/test_not_applied.py::test_strict_is_an_error"),
     M("plan-of-prompts", "Whether a rank costs more than dense counts the outputs alone.",
       "rana_fx/runtime/prefill.py", "adapter.ranks * (inputs + outputs) > inputs * outputs",
