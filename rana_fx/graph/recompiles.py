@@ -46,7 +46,7 @@ def keep_compiling(is_ours: Callable[[Any], bool]) -> None:
     variants = 1 + sum(_is_variant(entry, frame, is_ours) for entry in _entries(frame.f_code))
     for code in {frame.f_code, *_codes()}:
         for entry in _entries(code):
-            if is_ours(entry.backend) or _is_invalid(entry):
+            if _made_by_us(entry, is_ours) or _is_invalid(entry):
                 entry.guard_manager.id_matched_objs[_MARK] = weakref.ref(_owner)
     name = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_code.co_firstlineno})"
     if variants > config.recompile_limit:
@@ -103,11 +103,16 @@ def _codes() -> Iterator[CodeType]:
 
 def _is_variant(entry: Any, frame: Any, is_ours: Callable[[Any], bool]) -> bool:
     """Whether a variant that is valid was made by our backend for the module that is being compiled, marked or not."""
-    if not is_ours(entry.backend) or _is_invalid(entry):
+    if not _made_by_us(entry, is_ours) or _is_invalid(entry):
         return False
     matched = entry.guard_manager.id_matched_objs.items()
     objects = [(frame.f_locals.get(name), reference()) for name, reference in matched if name != _MARK]
     return all(one is other or other is None for one, other in objects)
+
+
+def _made_by_us(entry: Any, is_ours: Callable[[Any], bool]) -> bool:
+    backend = getattr(entry, "backend", None)  # not every version of torch tells
+    return backend is None or is_ours(backend)
 
 
 def _is_invalid(entry: Any) -> bool:
