@@ -11,22 +11,27 @@ verifies: the runner does. New nodes carry true fake values: ``passes/emit.py`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
-from rana_fx.graph.graph_pass import Declined, Pass, PassResult
+from rana_fx.graph.graph_pass import Declined, Intended, Pass, PassResult
 from rana_fx.passes.match import Match, Matches
 
-__all__ = ["Declined", "EachMatch", "Pass", "PassResult", "PostGrad", "PreGrad"]
+__all__ = ["Declined", "EachMatch", "Intended", "Pass", "PassResult", "PostGrad", "PreGrad"]
 
 
 @dataclass(frozen=True, eq=False)
 class PreGrad:
-    """Context of passes over a Dynamo graph: its inputs, and what the plan matched in it before the first of them."""
+    """Context of passes over a Dynamo graph: its inputs, and what the plan matched in it before the first of them.
+
+    given: the nodes of the graph before the first pass. declined: linears that a rewrite has left, so far.
+    """
 
     example_inputs: Sequence[object]
     matches: Matches
+    given: frozenset[fx.Node] = frozenset()
+    declined: list[Declined] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,20 @@ class PostGrad:
 
 @dataclass(frozen=True)
 class EachMatch:
-    """A pass that applies a rewrite to every match. It replaces all linears of the match, or none where another rewrite does.
+    """A pass that applies a rewrite to every match.
 
-    rewrite: (graph module, match) -> number of linears it replaced.
+    rewrite: (graph module, match) -> how many linears it replaced, and those that it declined, by name; nothing of either where
+        the match is another rewrite's.
     """
 
-    rewrite: Callable[[fx.GraphModule, Match], int]
+    rewrite: Callable[[fx.GraphModule, Match], PassResult]
 
     @property
     def __name__(self) -> str:
         return self.rewrite.__name__
 
     def __call__(self, graph_module: fx.GraphModule, context: PreGrad) -> PassResult:
-        count = 0
-        for match in context.matches.found:
-            replaced = self.rewrite(graph_module, match)
-            assert replaced in (0, len(match.linears)), f"{replaced} of {len(match.linears)} linears of {match.adapter.name}"
-            count += replaced
-        return PassResult(count)
+        results = [self.rewrite(graph_module, match) for match in context.matches.found]
+        declined = tuple(place for result in results for place in result.declined)
+        context.declined.extend(declined)
+        return PassResult(sum(result.count for result in results), declined)

@@ -18,13 +18,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_o
 
 from rana_fx.adapter import Adapter
 from rana_fx.graph.dataflow import row_source, shape_of, value_of
-from rana_fx.graph.graph_pass import Declined
+from rana_fx.graph.graph_pass import Declined, Intended, Outdated
 from rana_fx.graph.linears import Linear, Scan, find_linears, parameters_of, source_name
 from rana_fx.kernels.triton.config import MAX_TOKENS
 from rana_fx.notices import report
+from rana_fx.passes.not_linears import not_linears
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import Attachment, attachment_of, attachments_of
-from rana_fx.runtime.changed_weights import TODO, gone, why_stale
+from rana_fx.runtime.changed_weights import gone, why_stale
 from rana_fx.runtime.plan_option import attachment_for
 from rana_fx.runtime.prefill import costs_more, tokens_masked
 
@@ -48,11 +49,6 @@ class Match:
         """The tensor they read."""
         return self.linears[0].x
 
-    @property
-    def complete(self) -> bool:
-        """All sites of the adapter are here, once each and in any order."""
-        return sorted(linear.name for linear in self.linears) == sorted(self.adapter.sites)
-
 
 @dataclass(frozen=True, eq=False)
 class Matches:
@@ -62,7 +58,13 @@ class Matches:
     attachments: tuple[Attachment, ...]
     found: tuple[Match, ...]
     missing: str | None  # a linear whose model has no plan, when none of the graph's has
-    declined: tuple[Declined, ...] = ()  # planned linears that stay as they are in this graph
+    declined: tuple[Declined, ...] = ()  # planned linears, and other uses of their weights, that stay as they are in this graph
+
+    @property
+    def planned(self) -> set[str]:
+        """Linears that an adapter stands for, or whose cost it changes, in all of the plans."""
+        adapters = [adapter for attachment in self.attachments for adapter in attachment.plan.adapters]
+        return {site for adapter in adapters for site in (*adapter.sites, *adapter.also)}
 
 
 def match_plan(
@@ -83,8 +85,7 @@ def match_plan(
     scan = find_linears(graph_module, example_inputs, names)
     gathered: dict[tuple[Attachment, int, fx.Node, Hashable], list[Linear]] = {}
     declined: list[Declined] = []
-    stale = [place for attachment in attachments for place in gone(attachment)]
-    stale += [(skip.site, skip.reason) for skip in scan.skips if any(found.adapter(skip.site) for found in attachments)]
+    declined += [Outdated(*place) for attachment in attachments for place in gone(attachment)]
     for linear in scan.linears:
         attachment = attachment_of(linear.weight) if plan is None else given
         planned = attachment.adapter(linear.name) if attachment is not None else None
@@ -93,8 +94,9 @@ def match_plan(
         index, adapter = planned
         reason = why_stale(attachment, linear.weight, index, adapter)
         if reason is not None:
-            stale.append((linear.name, reason))
-        elif row_source(linear.x) in scan.constant:
+            declined.append(Outdated(linear.name, reason))
+            continue
+        if row_source(linear.x) in scan.constant:
             # for example positions, multiplied by a weight that is also multiplied by tokens
             reason = "it reads no tokens: nothing was calibrated on its input"
         elif prefill == "dense" and not _at_most(linear.x, tokens_masked(attachment.plan, adapter, linear.weight)):
@@ -105,8 +107,7 @@ def match_plan(
         if reason is None:
             gathered.setdefault((attachment, index, linear.x, linear.version), []).append(linear)
         else:
-            declined.append(Declined(linear.name, reason))
-    report(stale, TODO)
+            declined.append(Intended(linear.name, reason))
     report(((source_name(node), _FAKE) for node, weight in parameters.items() if isinstance(weight, FakeTensor)), _FAKE_TODO)
     named = {linear.node: linear.name for linear in scan.linears}
     found = tuple(
@@ -114,6 +115,7 @@ def match_plan(
         for (attachment, index, *_), linears in gathered.items()
     )
     missing = scan.linears[0].name if scan.linears and not attachments else None
+    declined += not_linears(graph_module.graph, scan, attachments)
     return Matches(scan, tuple(attachments), found, missing, tuple(declined))
 
 

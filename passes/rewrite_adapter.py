@@ -18,20 +18,31 @@ from torch import fx
 
 from rana_fx.apply import Target, apply, spans
 from rana_fx.graph.linears import Linear
+from rana_fx.passes.base import Declined, PassResult
 from rana_fx.passes.emit import Annotation, Emitter, Factors, annotate, dtype_of
 from rana_fx.passes.match import Match, gradients_flow
 
+_REFUSED = "its adapter does not take what it reads here ({error}): it runs dense"
 
-def rewrite_adapter(graph_module: fx.GraphModule, match: Match) -> int:
-    """Rewrite one match; returns how many linears it replaced."""
+
+def rewrite_adapter(graph_module: fx.GraphModule, match: Match) -> PassResult:
+    """Rewrite one match."""
     if match.adapter.kind == "gated":
-        return 0
+        return PassResult()
     together = [(linear,) for linear in match.linears] if match.adapter.reads_model else [match.linears]
-    return sum(replace(graph_module, match, linears) for linears in together)
+    results = [replace(graph_module, match, linears) for linears in together]
+    return PassResult(sum(found.count for found in results), tuple(place for found in results for place in found.declined))
 
 
-def replace(graph_module: fx.GraphModule, match: Match, linears: Sequence[Linear]) -> int:
-    """Replace linears that read one tensor by the adapter's outputs, computed before the first; returns their number."""
+def replace(graph_module: fx.GraphModule, match: Match, linears: Sequence[Linear], *, mask: fx.Node | None = None) -> PassResult:
+    """Replace linears that read one tensor by the adapter's outputs, computed before the first.
+
+    Args:
+        mask: of a gated adapter, which neurons of each token to keep, as many as x has elements; None where x is zero elsewhere.
+
+    Returns:
+        The number of linears; or each of them as declined, where the operations of the adapter refuse the tensor.
+    """
     first = linears[0]
     emit = Emitter(graph_module, first.node)
 
@@ -41,15 +52,22 @@ def replace(graph_module: fx.GraphModule, match: Match, linears: Sequence[Linear
     def observe(part: str, output: Any, _: Any) -> None:
         annotate(output.node, Annotation(match.adapter.name, part))
 
-    def outputs(x: Any, operands: Any) -> Any:
+    def outputs(x: Any, operands: Any, mask: Any) -> Any:
         targets = [
             Target(linear.name, columns[linear.name], weight, bias, dtype_of(linear.node), linear.factor[1])
             for linear, (weight, bias) in zip(linears, operands, strict=True)
         ]
-        return apply(match.adapter, Factors(emit, match), x, targets, every_row=every_row, observe=observe)
+        gate = None if mask is None else mask.reshape_as(x)
+        return apply(match.adapter, Factors(emit, match), x, targets, gate=gate, every_row=every_row, observe=observe)
 
-    outs = emit.record(outputs, first.x, [(linear.factor[0], linear.bias_node) for linear in linears])
+    try:
+        outs = emit.record(outputs, first.x, [(linear.factor[0], linear.bias_node) for linear in linears], mask)
+    except (RuntimeError, TypeError, ValueError) as error:  # what rules of shapes and dtypes raise
+        for node in reversed(emit.record.made):
+            graph_module.graph.erase_node(node)
+        reason = _REFUSED.format(error=str(error).strip().partition("\n")[0])
+        return PassResult(0, tuple(Declined(linear.name, reason) for linear in linears))
     for linear, out in zip(linears, outs, strict=True):
         linear.node.replace_all_uses_with(out)
         graph_module.graph.erase_node(linear.node)
-    return len(linears)
+    return PassResult(len(linears))

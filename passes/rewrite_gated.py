@@ -9,75 +9,125 @@ tau is one number, or one for each neuron. So a decoded token costs what the pla
 own weights. Up is not changed, and only down skips rows, where up's linear has an adapter of its own or other users (gate and up
 in one), or is not the only other factor of the product; where a tensor is written in between; and where gradients flow: there
 tokens are many, and up would have to be recomputed in the backward pass.
+
+Operations between the product and down (dropout, casts, scales) keep zeros, and all stays as above. Where they do not, the gate
+is masked and all rows of down are read. Where the product has other users, too, down's input is masked instead of the gate. Where
+the product is not found in this graph, its down projection is dense. ``PassResult.declined`` has the reasons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from rana_fx.apply import cast, gate_mask
-from rana_fx.graph.dataflow import (
-    is_reshape,
-    is_row_view,
-    shape_of,
-    statically_equal,
-    tensor_inputs,
-    value_of,
-    walk,
-)
+from rana_fx.graph.dataflow import is_reshape, shape_of, statically_equal, value_of
 from rana_fx.graph.effects import written
 from rana_fx.graph.functionalize import Writes
 from rana_fx.graph.linears import Linear
 from rana_fx.graph.matmuls import operands_of
-from rana_fx.graph.ops import is_call, is_pointwise, op_name
+from rana_fx.graph.ops import op_name
 from rana_fx.kernels.ops import masked_rows
+from rana_fx.kernels.reference import kept
+from rana_fx.passes.base import Declined, PassResult
 from rana_fx.passes.emit import Annotation, Emitter, Factors, annotate, dtype_of
+from rana_fx.passes.gated_product import find_product
 from rana_fx.passes.match import Match, gradients_flow
 from rana_fx.passes.rewrite_adapter import replace
 
+_DENSE = "its input is not the product of its gate with up in this graph, or not in a form that is known: it runs dense"
+_SHARED = "the product with its gate is read by others as well, and in another form: it runs dense"
+_ALL_ROWS = "behind the product with its gate, {operation} makes other numbers of zeros: the gate is masked, and no row skipped"
+_UP_SHARED = "it, or its product with the gate, is read by others as well: no row of it is skipped"
+_UP_OTHER = "its product with the gate is in another form (broadcast, scaled, cast or written in place): no row of it is skipped"
 
-def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> int:
-    """Rewrite one match; returns how many linears it replaced."""
+
+def rewrite_gated(graph_module: fx.GraphModule, match: Match) -> PassResult:
+    """Rewrite one match."""
     if match.adapter.kind != "gated":
-        return 0
-    replaced = 0
-    for linear in match.linears:
-        found = _activated_gate(linear, match)
-        if found is None:
-            continue
-        product, gate = found
-        emit = Emitter(graph_module, product)
-        masked = emit.call(gate_mask, gate, Factors(emit, match)["tau"].node)
-        annotate(masked, Annotation(match.adapter.name))
-        product.replace_input_with(gate, masked)
-        chain = _chain_to_up(product, masked, match)
-        if chain:
-            _skip_rows(emit, product, masked, chain, match)
-        replaced += replace(graph_module, match, [linear])
-    return replaced
+        return PassResult()
+    results = [_rewrite(graph_module, match, linear) for linear in match.linears]
+    return PassResult(sum(found.count for found in results), tuple(place for found in results for place in found.declined))
 
 
-def _chain_to_up(product: fx.Node, masked: fx.Node, match: Match) -> list[fx.Node]:
-    """The other factor of the product and the chain of reshapes to up's linear; empty where up must stay dense."""
+def _rewrite(graph_module: fx.GraphModule, match: Match, down: Linear) -> PassResult:
+    product = find_product(down, match)
+    if product is None:
+        return PassResult(0, (Declined(down.name, _DENSE),))
+    emit = Emitter(graph_module, product.reader)
+    if not product.read_by(linear.node for linear in match.linears):
+        if product.changes_zeros is not None or not product.rows_stay:
+            return PassResult(0, (Declined(down.name, _SHARED),))
+        mask = emit.record(kept, product.gate, Factors(emit, match)["tau"].node)
+        made = replace(graph_module, match, [down], mask=mask)
+        return PassResult(made.count, (*made.declined, *_left(match, _UP_SHARED)))
+    masked = emit.call(gate_mask, product.gate, Factors(emit, match)["tau"].node)
+    annotate(masked, Annotation(match.adapter.name))
+    product.reader.replace_input_with(product.gate, masked)
+    factor = masked if product.reader is product.node else product.factor
+    left = _skip_rows_of_up(graph_module, product.node, factor, match)
+    if product.changes_zeros is None:
+        made = replace(graph_module, match, [down])
+        return PassResult(made.count, (*made.declined, *left))
+    _keep_bias(graph_module, match, down)
+    reason = _ALL_ROWS.format(operation=op_name(product.changes_zeros))
+    return PassResult(0, (Declined(down.name, reason), *left))
+
+
+def _keep_bias(graph_module: fx.GraphModule, match: Match, down: Linear) -> None:
+    """The adapter's own bias stands for what the mask drops, so that it belongs to the mask."""
+    if match.adapter.bias is None:
+        return
+    emit, (matrix, transposed) = Emitter(graph_module, down.node), down.factor
+
+    def output(x: Any, matrix: Any, bias: Any) -> Any:
+        return torch.nn.functional.linear(x, torch.t(matrix) if transposed else matrix, bias)
+
+    y = emit.record(output, down.x, matrix, Factors(emit, match)["bias"].node)
+    down.node.replace_all_uses_with(y)
+    graph_module.graph.erase_node(down.node)
+
+
+# ---- up
+
+
+def _left(match: Match, reason: str) -> tuple[Declined, ...]:
+    return tuple(Declined(name, reason) for name in match.adapter.also)
+
+
+def _skip_rows_of_up(graph_module: fx.GraphModule, product: fx.Node, masked: fx.Node, match: Match) -> tuple[Declined, ...]:
+    """Put ``rana.masked_rows`` in the place of a product, where its other factor is up's linear; otherwise why not.
+
+    Nothing is declined where up has an adapter of its own, and where gradients flow: all of its rows are needed then.
+    """
+    if gradients_flow(match, product) or any(match.attachment.adapter(name) is not None for name in match.adapter.also):
+        return ()
+    chain = _chain_to_up(product, masked, match)
+    if isinstance(chain, str):
+        return _left(match, chain)
+    _skip_rows(Emitter(graph_module, product), product, masked, chain, match)
+    return ()
+
+
+def _chain_to_up(product: fx.Node, masked: fx.Node, match: Match) -> list[fx.Node] | str:
+    """The other factor of the product and what it is a reshape of, down to up's linear; or why that must stay."""
     others = [node for node in product.args if node is not masked]
     value = value_of(product)
     if len(others) != 1 or product.kwargs or written(product) or not isinstance(value, torch.Tensor):
-        return []
-    if gradients_flow(match, product):
-        return []
+        return _UP_OTHER
     node: object = others[0]
     chain: list[fx.Node] = []
-    while isinstance(node, fx.Node) and len(node.users) == 1:
+    while isinstance(node, fx.Node):
+        if len(node.users) != 1:
+            return _UP_SHARED
         chain.append(node)
         if node in match.named:
             fits = match.attachment.adapter(match.named[node]) is None and _alike(product, masked, node)
-            return chain if fits and not _rewritten_between(node, product) else []
+            return chain if fits and not _rewritten_between(node, product) else _UP_OTHER
         node = node.args[0] if is_reshape(node) else None
-    return []
+    return _UP_OTHER
 
 
 def _alike(product: fx.Node, masked: fx.Node, up: fx.Node) -> bool:
@@ -117,26 +167,3 @@ def _skip_rows(emit: Emitter, product: fx.Node, masked: fx.Node, chain: list[fx.
     product.replace_all_uses_with(h)
     for node in (product, *chain):
         product.graph.erase_node(node)
-
-
-def _activated_gate(down: Linear, match: Match) -> tuple[fx.Node, fx.Node] | None:
-    """(the product that the down projection reads, its factor that comes from the gate), or None."""
-    node = down.x
-    while is_row_view(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    if op_name(node) != "mul":
-        return None
-    for source in tensor_inputs(node):
-        if match.adapter.gate in _sites_behind(source, match.named):
-            return node, source
-    return None
-
-
-def _sites_behind(node: fx.Node, named: Mapping[fx.Node, str]) -> set[str]:
-    """Names of the linears that a chain of pointwise operations starts from."""
-
-    def sources(current: fx.Node) -> Iterable[fx.Node]:
-        links = current not in named and is_call(current) and (is_pointwise(current) or is_row_view(current))
-        return tensor_inputs(current) if links else ()
-
-    return {named[found] for found in walk([node], sources) if found in named}

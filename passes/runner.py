@@ -20,8 +20,9 @@ from typing import TypeVar
 
 from torch import fx
 
+from rana_fx.graph.operands import base_name
 from rana_fx.passes import NORMALIZE, POST_GRAD, PRE_GRAD
-from rana_fx.passes.base import Declined, EachMatch, Pass, PassResult, PostGrad, PreGrad
+from rana_fx.passes.base import Declined, EachMatch, Intended, Pass, PassResult, PostGrad, PreGrad
 from rana_fx.passes.match import Matches, match_plan
 from rana_fx.passes.verify import Verifier
 from rana_fx.plan import Plan
@@ -128,6 +129,14 @@ class Result:
         """(name of the pass, place and reason): candidates for a rewrite that were not changed."""
         return tuple(("match", declined) for declined in self.matches.declined) + tuple(self.runner.declined())
 
+    @property
+    def not_applied(self) -> list[Declined]:
+        """Of what was declined, linears of the plan that nobody asked to leave."""
+        planned = self.matches.planned
+        planned |= {base_name(site) for site in planned}
+        found = (place for _, place in self.declined if place.where in planned and not isinstance(place, Intended))
+        return list(dict.fromkeys(found))
+
 
 def run(
     graph_module: fx.GraphModule,
@@ -149,7 +158,7 @@ def run(
     runner = Runner()
     runner.run(NORMALIZE, graph_module, example_inputs)
     matches = match_plan(graph_module, example_inputs, plan, prefill)
-    runner.run(PRE_GRAD, graph_module, PreGrad(example_inputs, matches))
+    runner.run(PRE_GRAD, graph_module, PreGrad(example_inputs, matches, frozenset(graph_module.graph.nodes)))
     return Result(matches, runner)
 
 

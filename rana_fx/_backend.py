@@ -14,21 +14,33 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from rana_fx import notices
 from rana_fx.dense_memory import free_
 from rana_fx.errors import InvalidOption, NoPlan
 from rana_fx.graph.fake_values import mode_of
+from rana_fx.graph.graph_pass import Outdated
 from rana_fx.graph.guards import guard_weights
+from rana_fx.graph.real_values import translator
+from rana_fx.graph.recompiles import keep_compiling
 from rana_fx.kernels.registry import fingerprint
 from rana_fx.passes.check_freed import weights_to_free
 from rana_fx.passes.runner import Result, run, run_post_grad
 from rana_fx.passes.sources import sources_hash
 from rana_fx.plan import Plan
-from rana_fx.runtime.attachment import attachment_of
+from rana_fx.runtime import compiled_methods
+from rana_fx.runtime.attachment import attached, attachment_of
+from rana_fx.runtime.changed_weights import TODO as OUTDATED
 from rana_fx.runtime.plan_folder import kept_alive
 from rana_fx.runtime.plan_option import plan_of
 from rana_fx.runtime.prefill import MODES
 
-_KNOWN_OPTIONS = "'plan', 'prefill', 'mode' or an option of Inductor (torch._inductor.list_options())"
+_KNOWN_OPTIONS = "'plan', 'prefill', 'strict', 'mode' or an option of Inductor (torch._inductor.list_options())"
+
+_UNKNOWN = "the plan knows none of the weights in this graph: it runs dense"
+_TODO = (
+    "rana_fx.explain(model, batch) shows what becomes of every linear, and options={'strict': True} makes this an error. "
+    "If the model is called otherwise than when it was adapted, adapt it as it is called."
+)
 
 
 def backend(
@@ -54,6 +66,8 @@ def backend(
               weights that factors replace are freed, irreversibly: the model then runs only compiled and only by this plan, and
               the values of these weights in eager mode and in ``state_dict`` are NaN. "factors" needs an attached plan and
               ``torch.no_grad()``, and each graph that frees a weight is compiled twice.
+            - "strict": True raises ``NotApplied`` where a part of the plan cannot be applied in a graph. By default that linear
+              is dense, and a ``RanaWarning`` is given once for each cause.
             - "mode", and the options of Inductor, as torch.compile takes them for ``backend="inductor"``.
         mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
 
@@ -66,6 +80,7 @@ def backend(
         PlanMismatch: the plan given as an option is for other weights.
         LoraBeside: a LoRA module of peft was added in parallel to a linear that the plan replaces.
         WeightsFreed: the graph reads a weight that ``{"prefill": "factors"}`` freed.
+        NotApplied: under ``{"strict": True}``.
         InvalidOption: an unknown option, or an invalid value of one.
         PlanFileError, PlanVersion: the folder given as "plan" cannot be read.
     """
@@ -82,8 +97,11 @@ def backend(
     if prefill == "factors" and (plan is not None or torch.is_grad_enabled()):
         expected = "a plan that is attached to the model" if plan is not None else "torch.no_grad() around the call"
         raise InvalidOption(name="prefill", got=prefill, expected=f"{expected}, since it frees weights irreversibly")
+    strict = given.pop("strict", False)
+    if not isinstance(strict, bool):
+        raise InvalidOption(name="strict", got=strict, expected="True or False")
     patches = inductor_options(given, mode)
-    result = rewrite(gm, example_inputs, plan=plan, prefill=prefill)
+    result = rewrite(gm, example_inputs, plan=plan, prefill=prefill, strict=strict)
     weights = weights_to_free(result.matches) if prefill == "factors" else []
     patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
@@ -109,23 +127,38 @@ def _freeing_after_first_run(compiled: Callable[..., Any], weights: list[nn.Para
     return run_and_free
 
 
-def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, plan: Plan | None = None, prefill: str = "masked") -> Result:
-    """Rewrite a Dynamo graph in place, and add guards on the weights and the plan that the result depends on.
+def rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    plan: Plan | None = None,
+    prefill: str = "masked",
+    strict: bool = False,
+) -> Result:
+    """Rewrite a Dynamo graph in place, and add guards on the weights and the plan that the result depends on, and warn of
+    what could not be applied.
 
     Args:
         gm, example_inputs: as ``backend`` takes them.
         plan: to use instead of the plan attached to the weights.
         prefill: one of ``rana_fx.runtime.prefill.MODES``.
+        strict: raise for what could not be applied instead.
 
     Returns:
         For each pass what it changed, and what it declined with the reason (``Result``).
 
     Raises:
-        NoPlan, PlanMismatch, LoraBeside, WeightsFreed.
+        NoPlan, PlanMismatch, LoraBeside, WeightsFreed; NotApplied if ``strict``.
     """
     result = run(gm, example_inputs, plan=plan, prefill=prefill)
     if result.matches.missing is not None:
-        raise NoPlan(site=result.matches.missing)
+        if plan is None and not _attached_nearby():
+            raise NoPlan(site=result.matches.missing)
+        notices.report([(result.matches.missing, _UNKNOWN)], _TODO, strict=strict)
+    outdated = [place for place in result.not_applied if isinstance(place, Outdated)]
+    notices.report(outdated, OUTDATED, strict=strict)
+    notices.report((place for place in result.not_applied if place not in outdated), _TODO, strict=strict)
+    keep_compiling(is_ours)
     weights = result.matches.scan.weights
     if plan is not None:
         guard_weights((node for node in weights if weights[node].dim() >= 2), attachment=False)
@@ -138,8 +171,25 @@ def rewritten(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """A backend that rewrites the graph and runs it without Inductor: no compilation, slower calls. Raises as ``rewrite``."""
-    rewrite(gm, example_inputs, prefill=(options or {}).get("prefill", "masked"))
+    given = options or {}
+    rewrite(gm, example_inputs, prefill=given.get("prefill", "masked"), strict=given.get("strict", False))
     return gm.forward
+
+
+def is_ours(compiler: Any) -> bool:
+    """Whether what Dynamo calls to compile ends in a backend of this module."""
+    while compiler is not None:
+        if compiler is backend or compiler is rewritten:
+            return True
+        links = (getattr(compiler, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn", "func"))
+        compiler = next((link for link in links if link is not None), None)
+    return False
+
+
+def _attached_nearby() -> bool:
+    """Whether a plan is on a model that the code being compiled belongs to, of which this graph may be a part without a plan."""
+    variables = getattr(translator(), "f_locals", {}).values()
+    return any(attached(value) is not None for value in variables if isinstance(value, nn.Module))
 
 
 def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
@@ -183,3 +233,7 @@ class _PostGrad(CustomGraphPass):
         inner = [step.uuid() if isinstance(step, CustomGraphPass) else None for step in self._inner]
         # a pass without a key of its own makes the whole compilation uncacheable, as in plain Inductor
         return None if None in inner else (sources_hash(), fingerprint(), self._plans, *inner)
+
+
+# from here on, methods got through torch.compile(model, backend=...) run the compiled model
+compiled_methods.install(is_ours)

@@ -5,14 +5,19 @@ In: a model (with or without a plan) and one example batch. Out: a ``Report``, w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Site, Unread
+from rana_fx.calibration.probe import Probe, probing
+from rana_fx.graph.operands import base_name
 from rana_fx.modules import unwrap
+from rana_fx.passes.runner import run
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import attached
 from rana_fx.runtime.prefill import MODES, costs_more, memory_of, tokens_masked
@@ -38,7 +43,8 @@ class Row:
 class Report:
     """Rows in order of execution, and totals. ``memory``: bytes of linears and factors for each mode of the option "prefill".
 
-    ``notes``: of the plan as a whole, for example that the backward pass failed during calibration.
+    ``notes``: of the plan as a whole, for example that the backward pass failed during calibration; then a line for each linear
+    whose adapter is not applied in the graphs of the batch, with the reason.
     """
 
     model: str
@@ -75,7 +81,9 @@ class Report:
 
 
 def explain(model: nn.Module, example_inputs: Any) -> Report:
-    """Trace a model on one batch and report what its plan does with each linear.
+    """Trace a model on one batch and report what its plan does with each linear, and what of it would not be applied there.
+
+    Nothing is compiled: the rewritten graphs run once, operation by operation, without gradients.
 
     Args:
         model: any module that runs under torch.compile, with or without a plan attached. It runs once, in evaluation mode, and is
@@ -116,8 +124,30 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         graphs=layout.graphs,
         rows=tuple(rows),
         memory=_memory(plan),
-        notes=() if plan is None else plan.notes(),
+        notes=() if plan is None else (*plan.notes(), *_left(model, example_inputs, plan)),
     )
+
+
+def _left(model: nn.Module, batch: Any, plan: Plan) -> list[str]:
+    """A line for each linear whose adapter is not applied in the graphs that a batch is traced to."""
+    met: set[str] = set()
+    reasons: dict[str, list[str]] = {}
+
+    def rewrite(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        found = run(graph_module, example_inputs)
+        met.update(linear.name for match in found.matches.found for linear in match.linears)
+        met.update(place.where for _, place in found.declined)
+        for place in found.not_applied:
+            kept = reasons.setdefault(place.where, [])
+            if place.reason not in kept:
+                kept.append(place.reason)
+
+    model = unwrap(model)
+    with probing(model), torch.no_grad():
+        Probe(model, rewrite).run(batch)
+    for site in (site for adapter in plan.adapters for site in adapter.sites if site not in met and base_name(site) not in met):
+        reasons.setdefault(site, []).append("no graph of this batch has it")
+    return [f"{site}: the plan is not applied here: {'; '.join(found)}" for site, found in reasons.items()]
 
 
 def _memory(plan: Plan | None) -> dict[str, int]:

@@ -23,6 +23,18 @@ class Declined(NamedTuple):
     reason: str
 
 
+class Intended(Declined):
+    """A place left as it was because an option or the plan wants it so: no warning is due."""
+
+    __slots__ = ()
+
+
+class Outdated(Declined):
+    """A linear whose weight is not the one that the plan was made for, or is not as it was when the plan was attached."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class PassResult:
     """How many places a pass changed, and which it declined. A pass that only checks changes none, and raises."""

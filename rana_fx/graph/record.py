@@ -46,8 +46,8 @@ class Recorder(fx.proxy.GraphAppendingTracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_before(self.at):
             node = super().create_node(*args, **kwargs)
+        self.made.append(node)  # also where it cannot be run
         inherit(node, self.at)
-        self.made.append(node)
         return node
 
     def proxy(self, node: fx.Node) -> Recorded:

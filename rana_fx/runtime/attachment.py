@@ -8,6 +8,7 @@ Parameters by which the backend finds the plan in any graph that reads the weigh
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from rana_fx.errors import PlanMismatch, WeightsFreed
 from rana_fx.graph.guards import ATTRIBUTE
 from rana_fx.graph.operands import base_name
 from rana_fx.graph.real_values import local, root_of, source_of
+from rana_fx.graph.recompiles import forget_invalid
 from rana_fx.modules import device_of, unwrap, weights_of
 from rana_fx.notices import report
 from rana_fx.ordinary import has_data, is_ordinary
@@ -114,6 +116,7 @@ class Attachment:
         self.by_rows: dict[str, str] = {}  # weights that should be stored by columns and are not -> why
         self.checked = False  # whether the weights were compared with the plan's digests
         self.watch: Watch | None = None  # of the model that it is attached to
+        self._mark: weakref.ref[_Mark] | None = None
         self.planned = frozenset(base_name(site) for adapter in plan.adapters for site in adapter.sites)
         self._by_site = {site: (index, adapter) for index, adapter in enumerate(plan.adapters) for site in adapter.sites}
 
@@ -137,8 +140,16 @@ class Attachment:
         """Put it on a Parameter, unless that carries another one."""
         free = attachment_of(parameter) is None
         if free:
-            setattr(parameter, ATTRIBUTE, self)
+            setattr(parameter, ATTRIBUTE, self.current_mark())
         return free
+
+    def current_mark(self) -> _Mark:
+        """What sits on its Parameters; a new one where it sits on none."""
+        mark = None if self._mark is None else self._mark()
+        if mark is None:
+            mark = _Mark(self)
+            self._mark = weakref.ref(mark)
+        return mark
 
     def renew(self, replaced: Mapping[int, int], names: Mapping[int, str]) -> None:
         """Other Parameters carry it. replaced: their ids -> ids of those in whose places they are, which may be they."""
@@ -165,6 +176,19 @@ class Attachment:
         return next((record for record in self.plan.sites if base_name(record.name) == name), None)
 
 
+class _Mark:
+    """What sits on marked Parameters. Compiled code is guarded on it, and nothing else holds it.
+
+    Once it is taken off the last of them, that code is invalid by itself.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())
+
+
 def _nothing() -> None:
     return None
 
@@ -172,8 +196,11 @@ def _nothing() -> None:
 def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
     attachment.marked = tuple(map(id, parameters))
     attachment.factors.__dict__["_owner"] = attachment
+    attachment._mark = None
+    mark = attachment.current_mark()
     for parameter in parameters:
-        setattr(parameter, ATTRIBUTE, attachment)
+        setattr(parameter, ATTRIBUTE, mark)
+    forget_invalid()
 
 
 def _loaded(attachment: Attachment, *, with_factors: bool) -> None:
@@ -306,6 +333,7 @@ def detach(model: nn.Module) -> Plan | None:
             delattr(parameter, ATTRIBUTE)
     if isinstance(getattr(model, MODULE, None), Factors):
         delattr(model, MODULE)
+    forget_invalid()
     return None if found is None else found.plan
 
 
@@ -317,7 +345,7 @@ def attached(model: nn.Module) -> Attachment | None:
 def attachment_of(parameter: Any) -> Attachment | None:
     """The attachment that a Parameter has as its attribute, or None."""
     found = getattr(parameter, ATTRIBUTE, None)
-    return found if isinstance(found, Attachment) else None
+    return found.attachment if isinstance(found, _Mark) else None
 
 
 def attachments_of(weights: Mapping[fx.Node, nn.Parameter]) -> list[Attachment]:

@@ -1,0 +1,108 @@
+"""Methods of a compiled model run the compiled model: ``torch.compile(model, backend="rana").generate(...)``.
+
+``torch.compile(model)`` is a module around the model. It compiles calls; every other method is looked up in the model, which then
+calls itself, uncompiled. That costs a model compiled by Inductor only time. An adapted model would silently be the dense one.
+
+In: torch.compile's wrapper (``OptimizedModule``) around a model, compiled by our backend. Out: methods got through it in which
+the model's calls of itself are compiled, as after ``model.compile(...)``. The model's own methods stay as they are, and nothing
+changes for other backends. Calls of the wrapper take the way they always took.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_lock = threading.Lock()
+_ATTRIBUTE = "_compiled_call_impl"  # what a module calls instead of its forward, if it has one
+
+
+def install(is_ours: Callable[[Any], bool]) -> None:
+    """Look methods up in this way from now on. ``is_ours``: whether a backend that torch.compile was given is ours."""
+    wrapper: Any = torch._dynamo.OptimizedModule
+    original = wrapper.__getattr__
+    if getattr(original, "rana_fx", False):
+        return
+
+    @functools.wraps(original)
+    def look_up(self: Any, name: str) -> Any:
+        found = original(self, name)
+        if not isinstance(found, types.MethodType) or torch.compiler.is_compiling():
+            return found
+        model = self._modules.get("_orig_mod")
+        if found.__self__ is not model or hasattr(nn.Module, name) or not is_ours(_backend_of(self)):
+            return found
+        return types.MethodType(_compiled(found.__func__, self), model)
+
+    look_up.rana_fx = True  # type: ignore[attr-defined]
+    wrapper.__getattr__ = look_up
+
+
+def _backend_of(wrapper: Any) -> Any:
+    """The backend behind a wrapper of torch.compile."""
+    return getattr(wrapper.__dict__.get("dynamo_ctx"), "callback", None)
+
+
+def _compiled(function: Callable[..., Any], wrapper: Any) -> Callable[..., Any]:
+    """A method of the model, during which its calls of itself are compiled; a generator's, whenever it runs."""
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def steps(model: nn.Module, *args: Any, **kwargs: Any) -> Generator[Any, None, Any]:
+            made = function(model, *args, **kwargs)
+            while True:
+                with _compiling(model, wrapper):
+                    try:
+                        item = next(made)
+                    except StopIteration as end:
+                        return end.value
+                yield item
+
+        return steps
+
+    @functools.wraps(function)
+    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _compiling(model, wrapper):
+            return function(model, *args, **kwargs)
+
+    return run
+
+
+class _Calls:
+    """What a model calls itself by while some threads run its methods: compiled in these, as it was in others."""
+
+    def __init__(self, model: nn.Module, wrapper: Any) -> None:
+        self._eager = model._call_impl
+        self._compiled = wrapper.dynamo_ctx(model._call_impl)
+        self.threads: list[int] = []  # once for each method that runs
+
+    # transformers compiles a model's __call__ by Inductor while it generates, on a GPU: that must not see what is behind this
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._compiled if threading.get_ident() in self.threads else self._eager)(*args, **kwargs)
+
+
+@contextmanager
+def _compiling(model: nn.Module, wrapper: Any) -> Iterator[None]:
+    with _lock:
+        found = model.__dict__.get(_ATTRIBUTE)
+        calls = _Calls(model, wrapper) if found is None else found if isinstance(found, _Calls) else None
+        if calls is not None:  # after model.compile() it is compiled anyway
+            setattr(model, _ATTRIBUTE, calls)
+            calls.threads.append(threading.get_ident())
+    try:
+        yield
+    finally:
+        if calls is not None:
+            with _lock:
+                calls.threads.remove(threading.get_ident())
+                if not calls.threads and model.__dict__.get(_ATTRIBUTE) is calls:
+                    delattr(model, _ATTRIBUTE)
