@@ -48,7 +48,7 @@ class Unadapted:
         """The weights of a product that is no linear."""
         unknown = opaque(node)
         if unknown is not None:
-            return self._all(node, f"inside an operator whose parts are not known ({unknown})")
+            return self._expert(node) or self._all(node, f"inside an operator whose parts are not known ({unknown})")
         if not multiplies(node):
             return []
         name = op_name(node)
@@ -68,8 +68,7 @@ class Unadapted:
     def _all(self, node: fx.Node, reason: str) -> list[Skip]:
         """All weights of an operator, which is not taken apart."""
         leaves = (leaf for source in node.all_input_nodes for leaf in self._constant.get(source, ()))
-        matrices = {self._name_of(leaf): self._weights[leaf] for leaf in leaves if self._weights[leaf].dim() > 1}
-        return [Skip(name, reason if is_plain(one) else f"quantised weight ({one.dtype})") for name, one in matrices.items()]
+        return [Skip(self._name_of(leaf), reason) for leaf in leaves if self._weights[leaf].dim() > 1]
 
     def _inside(self, node: fx.Node, bodies: list[fx.GraphModule]) -> list[Skip]:
         """The weights that are multiplied in graphs that an operator calls, another number of times than once."""
