@@ -38,6 +38,8 @@ def test_order():
         "rewrite_adapter",
         "check_rewritten",
         "rewrite_lora",
+        "decompose_transformed",
+        "drop_recompute_tags",
         "check_freed",
     ]
     assert names(POST_GRAD) == ["fuse_norm", "fuse_residual", "fuse_gated", "fuse_same_input"]
