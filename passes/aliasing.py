@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.transforms import unwrapped
 
 
 def storages(value: Any) -> set[StorageWeakRef]:
@@ -25,7 +26,7 @@ def storages(value: Any) -> set[StorageWeakRef]:
 
 
 def _strided(value: Any) -> list[Tensor]:
-    leaves: list[Any] = optree.tree_leaves(value)
+    leaves: list[Any] = [unwrapped(leaf) if isinstance(leaf, Tensor) else leaf for leaf in optree.tree_leaves(value)]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided and torch._C._has_storage(leaf)]
 
 

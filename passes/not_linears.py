@@ -28,9 +28,10 @@ def not_linears(graph: fx.Graph, scan: Scan, attachments: Sequence[Attachment]) 
     planned = {base_name(site) for attachment in attachments for adapter in attachment.plan.adapters for site in adapter.sites}
     names = {key: name for attachment in attachments for key, name in attachment.names.items()}
     found = [Declined(skip.site, f"{skip.reason}: it runs dense") for skip in scan.skips if base_name(skip.site) in planned]
+    known = {place.where for place in found}
     for node, weight in scan.weights.items():
         name = names.get(id(weight))
-        if name in planned:
+        if name in planned - known:
             for user in walk(node.users, lambda user: user.users if _shows(user) else ()):
                 kind = _closed(user)
                 if kind is not None:

@@ -134,8 +134,13 @@ class Result:
         """Of what was declined, linears of the plan that nobody asked to leave."""
         planned = self.matches.planned
         planned |= {base_name(site) for site in planned}
-        found = (place for _, place in self.declined if place.where in planned and not isinstance(place, Intended))
-        return list(dict.fromkeys(found))
+        # what a pass found out before linears were looked for says more than that they were not found
+        places = [*(place for _, place in self.runner.declined()), *self.matches.declined]
+        found: dict[str, Declined] = {}
+        for place in places:
+            if place.where in planned and not isinstance(place, Intended):
+                found.setdefault(place.where, place)
+        return list(found.values())
 
 
 def run(

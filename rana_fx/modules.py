@@ -62,7 +62,8 @@ def quantised_modules(model: nn.Module) -> dict[str, str]:
 
 def wrapped_weights(model: nn.Module) -> dict[str, str]:
     """Site names of matrices that are wrapper subclasses, whose graphs may show only what they wrap -> what they are."""
-    return {name: wrapped(weight) for name, weight in weights_of(model).items() if not is_ordinary(weight) and weight.dim() > 1}
+    shaped = {name: weight for name, weight in weights_of(model).items() if not nn.parameter.is_lazy(weight)}
+    return {name: wrapped(weight) for name, weight in shaped.items() if not is_ordinary(weight) and weight.dim() > 1}
 
 
 def absent_weight(model: nn.Module) -> str | None:

@@ -98,6 +98,8 @@ def _matrices(model: nn.Module) -> dict[str, int]:
             others |= {id(parameter) for parameter in module.parameters(recurse=False)}
     found: dict[int, str] = {}
     for name, weight in weights_of(model).items():
+        if nn.parameter.is_lazy(weight):  # has a shape once it has run
+            continue
         if weight.dim() == 2 and min(weight.shape) > 1 and weight.is_floating_point() and id(weight) not in others:
             found.setdefault(id(weight), name)
     return {name: key for key, name in found.items()}

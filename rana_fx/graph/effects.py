@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.ops import VIEWS, contains_matmul, is_call, op_name, writes_first
+from rana_fx.graph.transforms import unwrapped
 
 # products that the FLOP counter knows, and those that it counts only after they are taken apart
 _FURTHER = (
@@ -174,7 +175,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return int(unwrapped(tensor).untyped_storage()._cdata)
 
 
 def _owners(values: list[object]) -> dict[int, set[int]]:

@@ -23,6 +23,7 @@ from rana_fx.graph.effects import effect_of, tensors_of, written
 from rana_fx.graph.fake_values import fake_run
 from rana_fx.graph.ops import is_call, op_name
 from rana_fx.graph.record import VALUES
+from rana_fx.graph.transforms import unwrapped
 
 __all__ = ["Writes", "hidden_edges", "redirect", "separate_outputs", "written"]
 
@@ -194,8 +195,9 @@ class Writes:
             return
         for root in mine:
             for other in others:
-                if self._root(root) != self._root(other):
-                    self._parent[self._root(root)] = self._root(other)
+                one, another = self._root(root), self._root(other)
+                if type(one) is not type(another) or one != another:  # a node and a storage are not comparable
+                    self._parent[one] = another
 
     def _roots(self, node: fx.Node) -> set[Hashable]:
         return {self._root(cell) for cell in _cells(node)}
@@ -211,7 +213,7 @@ def _cells(node: fx.Node) -> Iterable[Hashable]:
     value = value_of(node)
     if value is None:
         return (node,)
-    tensors = tensors_of(value)
+    tensors = [unwrapped(leaf) for leaf in tensors_of(value)]
     if all(leaf.layout is torch.strided and torch._C._has_storage(leaf) for leaf in tensors):
         return [StorageWeakRef(leaf.untyped_storage()) for leaf in tensors]
     return (node,)

@@ -50,10 +50,14 @@ def plain(value: Any) -> Any:
         return type(value)(map(plain, value))
     if not isinstance(value, Tensor) or not is_wrapped(value):
         return value
-    inner = value
-    while is_wrapped(inner):
-        inner = torch._C._functorch.get_unwrapped(inner)
-    return inner.new_empty(value.shape, requires_grad=value.requires_grad)
+    return unwrapped(value).new_empty(value.shape, requires_grad=value.requires_grad)
+
+
+def unwrapped(value: Tensor) -> Tensor:
+    """The tensor that levels of transforms wrapped, which has the memory."""
+    while is_wrapped(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def is_wrapped(value: Tensor) -> bool:

@@ -175,7 +175,7 @@ def _unfit(attachment: Attachment, weight: nn.Parameter, index: int, adapter: Ad
 def adopt(attachment: Attachment) -> None:
     """Mark the Parameters that took the places of marked ones, under the names of those."""
     watch = attachment.watch
-    if watch is None:
+    if watch is None or watch.model() is None:  # its Parameters may live on without it
         return
     parameters, before = watch.parameters(), dict(watch.ids)
     replaced: dict[int, int] = {}  # id -> id of what was in its place; ids of tensors that are gone may be those of others now

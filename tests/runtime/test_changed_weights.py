@@ -11,9 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import rana_fx
-from rana_fx._backend import rewritten
+from rana_fx._backend import rewrite, rewritten
 from rana_fx.errors import RanaWarning
-from rana_fx.passes.runner import run
 from rana_fx.runtime.attachment import attached
 from tests.support.adapted import adapted, relative
 from tests.support.architectures import output
@@ -27,7 +26,7 @@ def replaced(model, batch):
     names = []
 
     def backend(gm, example_inputs):
-        names.extend(linear.name for match in run(gm, example_inputs).matches.found for linear in match.linears)
+        names.extend(linear.name for match in rewrite(gm, example_inputs).matches.found for linear in match.linears)
         return gm.forward
 
     with torch.no_grad():
