@@ -91,6 +91,19 @@ def backend(
     lower.register()
     given = dict(options or {})
     plan = plan_of(given.pop("plan"), options) if "plan" in given else None
+    prefill, strict = _own_options(given, plan)
+    patches = inductor_options(given, mode)
+    result = rewrite(gm, example_inputs, plan=plan, prefill=prefill, strict=strict)
+    weights = weights_to_free(result.matches) if prefill == "factors" else []
+    patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    if plan is not None:
+        compiled = kept_alive(compiled, plan)
+    return _freeing_after_first_run(compiled, weights) if weights else compiled
+
+
+def _own_options(given: dict[str, Any], plan: Plan | None) -> tuple[str, bool]:
+    """("prefill", "strict"), taken out of the options. Raises InvalidOption."""
     prefill = given.pop("prefill", "masked")
     if prefill not in MODES:
         raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(MODES)}")
@@ -100,14 +113,7 @@ def backend(
     strict = given.pop("strict", False)
     if not isinstance(strict, bool):
         raise InvalidOption(name="strict", got=strict, expected="True or False")
-    patches = inductor_options(given, mode)
-    result = rewrite(gm, example_inputs, plan=plan, prefill=prefill, strict=strict)
-    weights = weights_to_free(result.matches) if prefill == "factors" else []
-    patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
-    if plan is not None:
-        compiled = kept_alive(compiled, plan)
-    return _freeing_after_first_run(compiled, weights) if weights else compiled
+    return prefill, strict
 
 
 def _freeing_after_first_run(compiled: Callable[..., Any], weights: list[nn.Parameter]) -> Callable[..., Any]:

@@ -17,18 +17,19 @@ from torch import Tensor, fx, nn
 
 from rana_fx.adapter import Adapter
 from rana_fx.dense_memory import is_freed, unshared
-from rana_fx.errors import PlanMismatch, WeightsFreed
+from rana_fx.errors import WeightsFreed
 from rana_fx.graph.guards import ATTRIBUTE
 from rana_fx.graph.operands import base_name
 from rana_fx.graph.real_values import local, root_of, source_of
 from rana_fx.graph.recompiles import forget_invalid
 from rana_fx.modules import device_of, unwrap, weights_of
 from rana_fx.notices import report
-from rana_fx.ordinary import has_data, is_ordinary
+from rana_fx.ordinary import is_ordinary
 from rana_fx.plan import Plan, SiteRecord, weight_digest
-from rana_fx.runtime.changed_weights import TODO, Watch, adopt, not_ordinary, why_stale
+from rana_fx.runtime.changed_weights import TODO, Watch, adopt, stale_when_loaded
 from rana_fx.runtime.column_major import by_columns_, by_rows_, why_by_rows
 from rana_fx.runtime.lora_state import LowRank
+from rana_fx.runtime.plan_fit import check_fit
 
 MODULE = "rana_fx"
 
@@ -212,23 +213,10 @@ def _loaded(attachment: Attachment, *, with_factors: bool) -> None:
     if with_factors:  # as a training left both
         watch.remember(attachment)
         return
-    parameters = watch.parameters()
-    stale = {}
-    for site in (site for adapter in attachment.plan.adapters for site in adapter.sites):
-        weight, planned = parameters.get(base_name(site)), attachment.adapter(site)
-        if weight is None or planned is None:
-            continue
-        foreign = watch.foreign
-        watch.foreign = foreign | {id(weight)}
-        reason = why_stale(attachment, weight, *planned)
-        if reason is not None:
-            stale[site] = reason
-        else:
-            watch.foreign = foreign
-    places = {**{site: why for site, why in watch.wrapped.items() if site in attachment.planned}, **stale}
+    places = stale_when_loaded(attachment)
     if places:
         report(places.items(), TODO)
-        _mark_anew(attachment, parameters.values())
+        _mark_anew(attachment, watch.parameters().values())
 
 
 def _mark_anew(attachment: Attachment, parameters: Iterable[nn.Parameter]) -> Attachment:
@@ -274,7 +262,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
     model = unwrap(model)
     parameters = weights_of(model)
     for record in plan.sites:
-        _check(model, record, parameters.get(base_name(record.name)))
+        check_fit(model, record, parameters.get(base_name(record.name)))
     attach_unchecked(model, plan)
     found = attached(model)
     if found is not None:
@@ -359,22 +347,3 @@ def attachments_of(weights: Mapping[fx.Node, nn.Parameter]) -> list[Attachment]:
     for attachment in found:
         adopt(attachment)
     return list(found)
-
-
-def _check(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) -> None:
-    name = type(model).__name__
-    if weight is not None and not has_data(weight):
-        raise not_ordinary(name, record.name, weight, record.dtype)
-    if weight is None:
-        raise PlanMismatch(model=name, site=record.name, got="no such weight", expected=f"a weight of a {record.op}")
-    shape = (record.in_features, record.out_features) if record.transposed else (record.out_features, record.in_features)
-    part = weight.dim() != 2 or base_name(record.name) != record.name
-    if tuple(weight.shape) != shape and not part:  # a part of a weight is checked by the digest of the whole weight
-        raise PlanMismatch(model=name, site=record.name, got=f"shape {tuple(weight.shape)}", expected=f"shape {shape}")
-    dtype = str(weight.dtype).removeprefix("torch.")
-    if dtype != record.dtype:
-        raise PlanMismatch(model=name, site=record.name, got=f"dtype {dtype}", expected=f"dtype {record.dtype}")
-    if is_freed(weight):
-        raise WeightsFreed(site=record.name, what="attach a plan")
-    if weight_digest(weight) != record.digest:
-        raise PlanMismatch(model=name, site=record.name, got="other weights", expected=f"weights with digest {record.digest}")

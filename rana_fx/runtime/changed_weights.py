@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rana_fx.adapter import Adapter
 from rana_fx.dense_memory import is_freed
 from rana_fx.errors import PlanMismatch
+from rana_fx.graph.operands import base_name
 from rana_fx.modules import weights_of
 from rana_fx.ordinary import has_data, is_ordinary, wrapped
 
@@ -192,6 +193,24 @@ def adopt(attachment: Attachment) -> None:
         return
     attachment.renew(replaced, {watch.ids[path]: site for path, site in watch.sites.items() if watch.ids[path] in replaced})
     watch.seen = {new: watch.seen[old] for new, old in replaced.items() if old in watch.seen}
+
+
+def stale_when_loaded(attachment: Attachment) -> dict[str, str]:
+    """Sites whose weights, as a checkpoint without factors has just set them, the plan does not stand for any more -> why."""
+    watch, stale = attachment.watch, dict(gone(attachment))
+    parameters = {} if watch is None else watch.parameters()
+    for site in (site for adapter in attachment.plan.adapters for site in adapter.sites):
+        weight, planned = parameters.get(base_name(site)), attachment.adapter(site)
+        if watch is None or weight is None or planned is None:
+            continue
+        before = watch.foreign
+        watch.foreign = before | {id(weight)}
+        reason = why_stale(attachment, weight, *planned)
+        if reason is None:
+            watch.foreign = before
+        else:
+            stale[site] = reason
+    return stale
 
 
 def gone(attachment: Attachment) -> list[tuple[str, str]]:

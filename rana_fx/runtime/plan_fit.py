@@ -1,0 +1,35 @@
+"""Whether a weight is the one that a plan was made for.
+
+In: the plan's record of a linear and the weight of that name in a model. Out: nothing, or the error that says what differs.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rana_fx.dense_memory import is_freed
+from rana_fx.errors import PlanMismatch, WeightsFreed
+from rana_fx.graph.operands import base_name
+from rana_fx.ordinary import has_data
+from rana_fx.plan import SiteRecord, weight_digest
+from rana_fx.runtime.changed_weights import not_ordinary
+
+
+def check_fit(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) -> None:
+    """Raises PlanMismatch where the weight is missing, wrapped or another one; WeightsFreed where its memory was freed."""
+    name = type(model).__name__
+    if weight is not None and not has_data(weight):
+        raise not_ordinary(name, record.name, weight, record.dtype)
+    if weight is None:
+        raise PlanMismatch(model=name, site=record.name, got="no such weight", expected=f"a weight of a {record.op}")
+    shape = (record.in_features, record.out_features) if record.transposed else (record.out_features, record.in_features)
+    part = weight.dim() != 2 or base_name(record.name) != record.name
+    if tuple(weight.shape) != shape and not part:  # a part of a weight is checked by the digest of the whole weight
+        raise PlanMismatch(model=name, site=record.name, got=f"shape {tuple(weight.shape)}", expected=f"shape {shape}")
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if dtype != record.dtype:
+        raise PlanMismatch(model=name, site=record.name, got=f"dtype {dtype}", expected=f"dtype {record.dtype}")
+    if is_freed(weight):
+        raise WeightsFreed(site=record.name, what="attach a plan")
+    if weight_digest(weight) != record.digest:
+        raise PlanMismatch(model=name, site=record.name, got="other weights", expected=f"weights with digest {record.digest}")
