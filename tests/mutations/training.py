@@ -52,7 +52,7 @@ MUTATIONS = (
       "rana_fx/training/export.py", "digest=weight_digest(weight))", "digest=record.digest)",
       "tests/training/test_export.py::test_trained_plan_is_what_the_model_computes"),
     M("regions-not-recomputed", "Opened regions of gradient checkpointing keep all activations.",
-      "rana_fx/graph/checkpoint_regions.py", 'made[inner].meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)',
+      "rana_fx/graph/checkpoint_regions.py", 'inner.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)',
       "pass",
       "tests/training/test_checkpointed.py::test_it_trains_the_same_and_keeps_less"),
 )  # fmt: skip
