@@ -34,8 +34,10 @@ def install(is_ours: Callable[[Any], bool]) -> None:
 
     @functools.wraps(original)
     def look_up(self: Any, name: str) -> Any:
+        if name == "_orig_mod" or torch.compiler.is_compiling():  # first: Dynamo traces this, as it traces the original
+            return original(self, name)
         found = original(self, name)
-        if not isinstance(found, types.MethodType) or torch.compiler.is_compiling():
+        if not isinstance(found, types.MethodType):
             return found
         model = self._modules.get("_orig_mod")
         if found.__self__ is not model or hasattr(nn.Module, name) or not is_ours(_backend_of(self)):

@@ -172,7 +172,7 @@ def test_the_report_shows_values_of_the_rows(rows, run):
         "Loss after training",
         "Downstream tasks",
         "Errors of MLP outputs",
-        "Components an input",
+        "Components that an input needs",
     ):
         assert f"## {title}" in text
     paper = next(row for row in rows["quality"] if row["recipe"] == "paper")

@@ -15,6 +15,8 @@ from tests.support.trained import relative
 FP32 = 1e-5  # sums of about a hundred terms in two orders, in a few layers
 
 
+# a varying number of tokens through Inductor: test_backend.py, and test_exact_compiled.py
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_any_number_of_tokens_is_what_every_mlp_gives_by_hand():
     model, _, plan = per_neuron(depth=1)
     compiled = torch.compile(model, backend=rana_fx.backend, dynamic=True)

@@ -144,7 +144,7 @@ def test_kernels_stays_without_an_init():
 
 def test_public_surface():
     assert set(rana_fx.__all__) == {
-        "Plan", "RanaError", "__version__", "adapt", "attach", "backend", "detach", "explain", "load_plan",
+        "Plan", "RanaError", "RanaWarning", "__version__", "adapt", "attach", "backend", "detach", "explain", "load_plan",
     }  # fmt: skip
     assert rana_fx.__all__ == sorted(rana_fx.__all__)
     assert all(hasattr(rana_fx, name) for name in rana_fx.__all__)
