@@ -1,8 +1,8 @@
-"""Aliasing of graph outputs: which share memory with inputs and with each other. A pass may not add such pairs.
+"""Aliasing of graph outputs: which share memory with inputs and with each other. A pass must not add such pairs.
 
 In: the fake values of a graph's nodes; views of a fake tensor share its storage as real ones do. Out: pairs that share memory.
-A node that reads another tensor than when it was traced has a fake value that still lies in the memory of the old one;
-``join`` records that both stand for the same memory.
+The fake value of a node that reads another tensor than when it was traced still uses the storage of the old tensor; ``join``
+records that both storages represent the same memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rana_fx.graph.transforms import unwrapped
 
 
 def storages(value: Any) -> set[StorageWeakRef]:
-    """The storages of the tensors of a value. Sparse layouts and tensor subclasses, which have several, are left out."""
+    """The storages of the tensors of a value. Sparse layouts and tensor subclasses, which have several, are omitted."""
     return {StorageWeakRef(leaf.untyped_storage()) for leaf in _strided(value)}
 
 
@@ -31,15 +31,15 @@ def _strided(value: Any) -> list[Tensor]:
 
 
 class Aliases:
-    """Union-find over the storages of one graph, some of which stand for the same memory."""
+    """Union-find over the storages of one graph, some of which represent the same memory."""
 
     def __init__(self) -> None:
-        # a weak reference keeps the address from being reused, so that it identifies one storage; with it, where the storage
-        # begins in the memory of its parent, in bytes (None: not known)
+        # storage -> (parent, offset of the storage in the memory of its parent in bytes; None: not known); a weak reference
+        # prevents reuse of the address, so that it identifies one storage
         self._parent: dict[StorageWeakRef, tuple[StorageWeakRef, int | None]] = {}
 
     def root(self, storage: StorageWeakRef) -> tuple[StorageWeakRef, int | None]:
-        """The representative of the storages that are the same as this one, and where this one begins in it, in bytes."""
+        """(the representative of a storage, the offset of the storage in it in bytes, or None where it is not known)."""
         shift: int | None = 0
         while storage in self._parent:
             storage, further = self._parent[storage]
@@ -47,7 +47,7 @@ class Aliases:
         return storage, shift
 
     def join(self, one: object, other: object) -> None:
-        """Record that the memory of two values is the same, element by element."""
+        """Record that two values are the same memory, element by element."""
         for first in _strided(one):
             for second in _strided(other):
                 (a, before), (b, after) = (self.root(StorageWeakRef(tensor.untyped_storage())) for tensor in (first, second))
@@ -59,8 +59,7 @@ class Aliases:
     def pairs(self, graph: fx.Graph) -> frozenset[tuple[str, str]]:
         """(output, input) and (output, output) that share memory; outputs by position.
 
-        Two pieces of one storage share nothing where none of their elements can be the same: columns of one stacked product, of
-        one token.
+        Pieces of one storage with disjoint byte ranges do not share memory, such as columns of a stacked product of one token.
         """
         inputs = {node.name: self._pieces(value_of(node)) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
         leaves: list[object] = []
@@ -85,7 +84,7 @@ class Aliases:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes ``start`` to ``stop`` of a memory; all of it where they are not known."""
+    """The bytes ``start`` to ``stop`` of the memory ``root``; all bytes where the range is not known."""
 
     root: StorageWeakRef
     start: int = -sys.maxsize
@@ -93,7 +92,7 @@ class _Piece:
 
 
 def _extent(tensor: Tensor) -> tuple[int, ...]:
-    """Where a tensor begins and ends in its storage, in bytes; empty where that depends on symbolic sizes."""
+    """(start, stop) of a tensor in its storage, in bytes; empty where the range depends on symbolic sizes."""
     sizes, strides, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
     if not all(isinstance(number, int) for number in (*sizes, *strides, offset)):
         return ()

@@ -1,12 +1,12 @@
-"""Compute rana operations by plain PyTorch where a transform of ``torch.func`` differentiates or vectorises them.
+"""Replace rana operations by plain PyTorch where a ``torch.func`` transform differentiates or vectorises them.
 
     _vmap_increment_nesting(...); y = rana.masked_gemv(v, tau, w, bias, scale, density); ...
   becomes
     _vmap_increment_nesting(...); y = reference.masked_gemv(v, tau, w, bias, scale); ...
 
-In: a rewritten Dynamo graph. Out: the same graph, in which operations between the beginning and the end of a transform are calls
-of kernels/reference.py: a selection and a dense matmul, which have every derivative and batching rule of PyTorch. The plan is
-applied and its values are the same; nothing is skipped, as for a prompt.
+In: a rewritten Dynamo graph. Out: the same graph, in which rana operations inside a transform are calls of kernels/reference.py:
+a selection and a dense matmul, which have all derivatives and batching rules of PyTorch. The plan is applied with the same
+results; no rows are skipped, as for a prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PLAIN: dict[object, Callable[..., Any]] = {
 
 
 def decompose_transformed(graph_module: fx.GraphModule, context: PreGrad) -> PassResult:
-    """Counts the operations; declines planned weights that a transform takes the gradient, or a batch, of."""
+    """Counts the operations replaced; declines planned weights that a transform wraps, for a gradient or a batch of them."""
     inside = transformed(graph_module.graph)
     count = 0
     for node in graph_module.graph.nodes:

@@ -1,9 +1,9 @@
-"""Take the tags of gradient checkpointing off a graph that has no backward pass.
+"""Remove the recompute tags of gradient checkpointing from a graph without a backward pass.
 
-In: a rewritten graph in which the nodes of checkpointed regions, or of sums of a weight and its LoRA, are tagged to be recomputed
-(rana_fx/graph/checkpoint_regions.py, rewrite_lora.py). Out: the same graph, without the tags where no gradient reaches an output:
-a call under ``torch.no_grad()``, or of a model nothing of which is trained. There is nothing to recompute for then, and PyTorch
-refuses tagged operations that draw random numbers, attention among them, in graphs without a backward pass of their own.
+In: a rewritten graph in which the nodes of checkpointed regions, or of sums of a weight and its LoRA, have recompute tags
+(rana_fx/graph/checkpoint_regions.py, rewrite_lora.py). Out: the same graph, without the tags if no gradient reaches an output:
+a call under ``torch.no_grad()``, or a model without trained Parameters. Nothing is recomputed then, and PyTorch rejects tagged
+operations that draw random numbers, attention included, in graphs without a backward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BACKWARD = frozenset({"grad", "backward", "_vjp", "vjp"})  # torch.autograd.gra
 
 
 def drop_recompute_tags(graph_module: fx.GraphModule, context: PreGrad) -> PassResult:
-    """Counts the nodes."""
+    """Counts the nodes whose tags are removed."""
     tagged = [node for node in graph_module.graph.nodes if "recompute" in node.meta]
     if not tagged or has_backward(graph_module, context.example_inputs):
         return PassResult()
@@ -39,7 +39,7 @@ def drop_recompute_tags(graph_module: fx.GraphModule, context: PreGrad) -> PassR
 def has_backward(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> bool:
     """Whether gradients may flow from an output, or from an input that is written, to anything that requires them.
 
-    By the graph's edges and by grad mode; True where an operation without a derivative is not known to be one.
+    Decided by the edges of the graph and the grad mode. Conservative: operations not known to stop gradients propagate them.
     """
     given = iter(example_inputs)
     enabled = torch.is_grad_enabled()

@@ -1,10 +1,10 @@
-"""Find the product of an activated gate with up in front of a down projection, and what lies between.
+"""Find the product of an activated gate with up in front of a down projection, and the operations between product and down.
 
     y = linear(f(g(act(linear(x, w_gate))) * linear(x, w_up)), w_down)
 
 In: a down projection of a Dynamo graph and its gated adapter. Out: a ``Product``: where the gate may be masked, and whether zeros
-reach down as zeros. f and g are identities where the plan was made; elsewhere dropout in training, a cast, a scale or a hook may
-be there. f may be any chain of pointwise operations and row views. g is dropout, in front of which the plan's mask was measured.
+reach down as zeros. f and g are identities in the graph that was calibrated; in other graphs they may be dropout in training, a
+cast, a scale or a hook. f is any chain of pointwise operations and row views. g is dropout; the mask was calibrated in front of it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _ZERO_AT_ZERO = {"mul", "neg", "abs", "relu"}  # yield zero where an operand is 
 class Product:
     """``node`` = ``factor`` * up. ``gate``, which ``reader`` reads, is ``factor`` in front of dropout.
 
-    between: what lies between the product and down, in order; empty where down reads the product.
-    changes_zeros: the first of these that makes other numbers of zeros; None: where the product is zero, so is what down reads.
+    between: the nodes between the product and down, in order; empty where down reads the product.
+    changes_zeros: the first of these that does not map zero to zero; None: where the product is zero, the input of down is zero.
     """
 
     node: fx.Node
@@ -39,13 +39,13 @@ class Product:
     changes_zeros: fx.Node | None
 
     def read_by(self, downs: Iterable[fx.Node]) -> bool:
-        """Whether nobody else reads the product, or anything between it and down."""
+        """Whether the product and the nodes between it and down have no other users than ``downs``."""
         inside = {*self.between, *downs}
         return all(user in inside for step in (self.node, *self.between) for user in step.users)
 
     @property
     def rows_stay(self) -> bool:
-        """Whether down reads the rows of the gate: as many, as long and in the same order."""
+        """Whether down reads the rows of the gate: equal number, length and order."""
         before, after = shape_of(self.gate), shape_of(self.node)
         if before is None or after is None or len(before) != len(after):
             return False
@@ -76,7 +76,7 @@ def _search(
 
 
 def _gated_factor(node: fx.Node, adapter: Adapter, named: Mapping[fx.Node, str]) -> fx.Node | None:
-    """The factor of a product that comes from the gate and not from up, where another one comes from up."""
+    """The factor of a product that depends on the gate and not on up, where another factor depends on up; else None."""
     factors = list(tensor_inputs(node)) if op_name(node) == "mul" else []
     behind = [_sites_behind(factor, named) for factor in factors]
     for factor, sites in zip(factors, behind, strict=True):
@@ -88,7 +88,7 @@ def _gated_factor(node: fx.Node, adapter: Adapter, named: Mapping[fx.Node, str])
 
 
 def _sites_behind(node: fx.Node, named: Mapping[fx.Node, str]) -> set[str]:
-    """Names of the linears a pointwise chain starts from."""
+    """Names of the linears that a node depends on through pointwise operations and row views."""
 
     def sources(current: fx.Node) -> Iterable[fx.Node]:
         links = current not in named and is_call(current) and (is_pointwise(current) or is_row_view(current))
@@ -98,14 +98,14 @@ def _sites_behind(node: fx.Node, named: Mapping[fx.Node, str]) -> set[str]:
 
 
 def _before_dropout(gate: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """(the gate in front of dropout, who reads it)."""
+    """(the gate in front of dropout, its reader)."""
     while _drops(gate) and not writes_first(gate) and len(gate.users) == 1 and isinstance(gate.args[0], fx.Node):
         gate, reader = gate.args[0], gate
     return gate, reader
 
 
 def _drops(node: fx.Node) -> bool:
-    """Dropout that sets elements to zero, and not to another number."""
+    """Whether a node is dropout that sets elements to zero (alpha dropout sets them to another value)."""
     return is_call(node) and op_name(node) in DROPOUT and "alpha" not in op_name(node) and bool(node.args)
 
 

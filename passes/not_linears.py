@@ -1,9 +1,9 @@
-"""Uses of planned weights in a graph that are matmuls of another form, or that cannot be seen into.
+"""Uses of planned weights in a graph that are not linears: other matmuls, and operators whose contents are not analysed.
 
 In: a Dynamo graph, its linears and the plans on its weights. Out: each such use, by the name of its linear, with the reason why
-it is computed by the weight as it is: a skip of rana_fx/graph/linears.py; a region of a higher-order operator (``torch.cond``, an
-autograd function) that takes the weight as an operand; an operator of another library. Reads of a weight that multiply nothing,
-such as a norm of it in a loss, are none.
+it is computed by the original weight: a skip of rana_fx/graph/linears.py; a region of a higher-order operator (``torch.cond``, an
+autograd function) with the weight as an operand; an operator of another library. Reads of a weight without a product, such as
+its norm in a loss, are not reported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KNOWN = ("aten", "prim", "prims", "rana")
 
 
 def not_linears(graph: fx.Graph, scan: Scan, attachments: Sequence[Attachment]) -> list[Declined]:
-    """Planned weights that something else than a linear multiplies by."""
+    """Planned weights that are multiplied by a node other than a linear, each with the reason."""
     planned = {base_name(site) for attachment in attachments for adapter in attachment.plan.adapters for site in adapter.sites}
     names = {key: name for attachment in attachments for key, name in attachment.names.items()}
     found = [Declined(skip.site, f"{skip.reason}: it runs dense") for skip in scan.skips if base_name(skip.site) in planned]
@@ -40,12 +40,12 @@ def not_linears(graph: fx.Graph, scan: Scan, attachments: Sequence[Attachment]) 
 
 
 def _shows(user: fx.Node) -> bool:
-    """Whether what a node yields is still the weight."""
+    """Whether the result of a node has the values of the weight: movement and casts."""
     return is_call(user) and op_name(user) in MOVEMENT | CASTS
 
 
 def _closed(user: fx.Node) -> str | None:
-    """What a node is that does with its operands nobody knows what."""
+    """Description of a node whose use of its operands is not analysed; None for other nodes."""
     target = user.target
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"a region ({target.name()})"

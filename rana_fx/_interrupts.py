@@ -1,8 +1,8 @@
 """Ctrl-C on the command line: one line and exit code 130, also while modules are imported.
 
-In: nothing; what ran the process tells whether it is the command. Out: a handler of SIGINT. Modules in C turn a KeyboardInterrupt
-inside their imports into errors of other types, so that no ``except KeyboardInterrupt`` sees it: until the command runs, the
-handler ends the process itself, and after that it remembers that there was one.
+In: nothing; the arguments of the process identify the command. Out: a handler of SIGINT. Extension modules turn a
+KeyboardInterrupt during import into errors of other types, which ``except KeyboardInterrupt`` does not catch. Until the command
+runs, the handler therefore exits the process; afterwards it records the signal and raises KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _seen: list[int] = []
 
 
 def while_importing() -> None:
-    """Leave at once, where this process is the command and nobody else handles SIGINT; there is nothing to clean up yet."""
+    """Exit on SIGINT if this process is the command and SIGINT has Python's default handler; nothing needs cleaning up yet."""
     program = PurePath(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
     if program == "rana-fx" or sys.orig_argv[1:3] == ["-m", "rana_fx.cli"]:
         _handle(signal.default_int_handler, _leave)
 
 
 def while_running() -> None:
-    """Raise KeyboardInterrupt from now on."""
+    """Raise KeyboardInterrupt on SIGINT from now on."""
     _handle(_leave, _raise)
 
 
 def happened() -> bool:
-    """Whether a KeyboardInterrupt was raised, whatever became of it."""
+    """Whether the handler raised a KeyboardInterrupt, whether or not it was caught."""
     return bool(_seen)
 
 

@@ -30,7 +30,7 @@ except ImportError:  # Windows
     fcntl = None
 
 READER_SECONDS = 5.0  # to wait for a process that reads a FIFO
-_STALE_SECONDS = 86_400  # where a file system has no locks: a temporary file as old as this is nobody's
+_STALE_SECONDS = 86_400  # on a file system without locks, a temporary file of this age counts as abandoned
 _TEMPORARY = re.compile(r"\.(.+)\.\d+(-[0-9a-f]{8})?\.tmp", re.DOTALL)
 
 
@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         _pour(path, descriptor, buffer.getvalue())
         return
     target = Path(os.path.realpath(path))
-    if found is not None and not os.access(target, os.W_OK):  # a rename would not ask
+    if found is not None and not os.access(target, os.W_OK):  # a rename does not check the permission of the file
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     remove_leftovers(target.parent, _label(target.name))
     temporary, file = _reserve(target, 0o666 if found is None else 0o600)
@@ -65,14 +65,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             if fcntl is None:
                 file.close()
-            temporary.replace(target)  # before the lock on it is gone
+            temporary.replace(target)  # before its lock is released
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """``path`` with this content. Raises OSError."""
+    """Replace ``path`` by a file with this content. Raises OSError."""
     with replacing(path) as file:
         file.write(content)
 
@@ -84,10 +84,10 @@ def read_regular(path: Path) -> bytes:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, or one that a link leads to, to read from.
+    """A regular file, or a symbolic link to one, opened for reading.
 
     Raises:
-        OSError: also for a folder, FIFO or device, at once: reading some of them never ends.
+        OSError: also for a folder, FIFO or device, before reading: a read of some of them never ends.
     """
     _check_regular(path.stat().st_mode, path)
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -101,7 +101,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process, and one thread of it, at a time; without effect where a file system has no locks. Raises OSError."""
+    """Exclusive lock of a folder across processes and threads; no effect on a file system without locks. Raises OSError."""
     if fcntl is None:
         yield
         return
@@ -115,7 +115,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path, label: str | None = None) -> None:
-    """Remove temporary files of writes that were killed: of one file, or of all of a folder. Those being written are locked."""
+    """Remove temporary files of killed writes, of one file or of all files of a folder. Locked files are being written and stay."""
     with suppress(OSError):
         for path in folder.iterdir():
             match = _TEMPORARY.fullmatch(path.name)
@@ -124,7 +124,7 @@ def remove_leftovers(folder: Path, label: str | None = None) -> None:
 
 
 def keep_mode(handle: int, found: os.stat_result) -> None:
-    """Give an open file the owner, where that is allowed, and the mode of the one it replaces."""
+    """Give an open file the mode and, where permitted, the owner of the file that it replaces."""
     now = os.fstat(handle)
     with suppress(OSError, AttributeError):
         if (now.st_uid, now.st_gid) != (found.st_uid, found.st_gid):
@@ -137,7 +137,7 @@ def keep_mode(handle: int, found: os.stat_result) -> None:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Of what ``path`` leads to; None where there is nothing. Raises OSError, for a circle of links too."""
+    """The status of the target of ``path``; None where it does not exist. Raises OSError, also for a cycle of links."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -154,7 +154,7 @@ def _check_regular(mode: int, path: Path) -> None:
 
 
 def _label(name: str) -> str:
-    """A name that leaves room for a suffix: file names have at most 255 bytes."""
+    """The name, or a digest of a long one: file names have at most 255 bytes, and a suffix is added."""
     encoded = os.fsencode(name)
     return name if len(encoded) <= 200 else hashlib.sha256(encoded).hexdigest()[:32]
 
@@ -169,7 +169,7 @@ def _reserve(target: Path, mode: int) -> tuple[Path, BinaryIO]:
             return temporary, file
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-        # until it was locked, another process could take it for a leftover
+        # before it was locked, another process may have removed it as abandoned
         with suppress(OSError):
             if os.path.samestat(temporary.stat(), os.fstat(handle)):
                 return temporary, file
@@ -207,10 +207,10 @@ def _own_descriptor(path: Path) -> int | None:
 
 
 def _pour(path: Path, descriptor: int | None, content: bytes) -> None:
-    """Write to a descriptor or to what is no regular file. Raises OSError."""
+    """Write to a descriptor, a FIFO or a device. Raises OSError."""
     if descriptor is not None:
         if sys.stdout is not None:
-            sys.stdout.flush()  # what was printed comes first
+            sys.stdout.flush()  # keeps the order of output
         handle = os.dup(descriptor)
     else:
         handle = _open_special(path)
@@ -219,7 +219,7 @@ def _pour(path: Path, descriptor: int | None, content: bytes) -> None:
 
 
 def _open_special(path: Path) -> int:
-    """A descriptor to write to; of a FIFO once a process reads it. Raises OSError."""
+    """A descriptor for writing; for a FIFO, waits up to ``READER_SECONDS`` for a reader. Raises OSError."""
     deadline = time.monotonic() + READER_SECONDS
     while True:
         try:

@@ -1,7 +1,7 @@
-"""What a plan could not do in a graph, said once: a ``RanaWarning`` for each cause in a process, or an error under ``strict``.
+"""Warnings of parts of a plan that are not applied: one ``RanaWarning`` per cause and process, or an error under ``strict``.
 
-In: places (the name of a linear, or of a node) and reasons. Out: one warning for each reason, with the first place, how many more
-there are and what to do. A cause that was warned of is not warned of again, whatever the filters of ``warnings`` are.
+In: places (the name of a linear, or of a node) and reasons. Out: one warning for each reason, with the first place, the number of
+further ones and what to do. A cause is warned of once, whatever the filters of ``warnings`` are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _warned: set[str] = set()
 
 
 def warn_once(cause: str, text: str) -> None:
-    """Warn with ``text`` unless ``cause`` was warned of in this process."""
+    """Emit ``text`` as a ``RanaWarning`` unless ``cause`` was warned of in this process. Thread-safe."""
     with _lock:
         if cause in _warned:
             return
@@ -34,7 +34,7 @@ def report(places: Iterable[tuple[str, str]], todo: str, *, strict: bool = False
         strict: raise for the first place instead.
 
     Raises:
-        NotApplied: under ``strict``.
+        NotApplied: under ``strict``, for the first place.
     """
     gathered: dict[str, list[str]] = {}
     for place, reason in places:
@@ -49,6 +49,6 @@ def report(places: Iterable[tuple[str, str]], todo: str, *, strict: bool = False
 
 
 def reset() -> None:
-    """Causes that were warned of are warned of again."""
+    """Clear the record of causes, so that each is warned of again."""
     with _lock:
         _warned.clear()

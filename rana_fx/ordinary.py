@@ -1,8 +1,8 @@
-"""Which tensors are ordinary: numbers in a memory that may be read, compared, stored otherwise or freed.
+"""Ordinary tensors: strided tensors whose memory may be read, compared, stored in another layout or freed.
 
-In: any tensor that a model holds. Out: whether it is one, and what it is otherwise. Wrapper subclasses (quantised weights,
-DTensor), fake tensors and whatever else computes by ``__torch_function__`` or ``__torch_dispatch__`` has its own idea of memory:
-nothing but its shape, dtype and device is asked for.
+In: any tensor of a model. Out: whether the tensor is ordinary, and a description if it is not. Wrapper subclasses (quantised
+weights, DTensor), fake tensors and other subclasses with ``__torch_function__`` or ``__torch_dispatch__`` manage their memory
+themselves: only their shape, dtype and device are read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 
 def is_ordinary(tensor: Tensor) -> bool:
-    """Whether it is a strided tensor, or a Parameter, that computes as PyTorch's own do. Meta tensors are, without data."""
+    """Whether a tensor is a strided Tensor or Parameter without overrides. Meta tensors are ordinary, without data."""
     kind = type(tensor)
     if kind not in (Tensor, nn.Parameter) and not _computes_as_parameter(kind):
         return False
@@ -25,25 +25,25 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether it is ordinary and its numbers exist: meta tensors stand for weights that are elsewhere."""
+    """Whether a tensor is ordinary and has data: meta tensors represent weights that are stored elsewhere or not loaded."""
     return is_ordinary(tensor) and tensor.device.type != "meta"
 
 
 def wrapped(tensor: Tensor) -> str:
-    """What is not ordinary, as a reason to leave it alone."""
+    """Description of a tensor that is not ordinary, as the reason of a skip."""
     return f"quantised or wrapped weight ({type(tensor).__name__})"
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Whether an ordinary tensor's memory is seen by other processes, or is a mapped file: it has to stay where it is."""
+    """Whether an ordinary tensor is in shared memory or a mapped file on the CPU, and must not be moved to other memory."""
     if tensor.device.type != "cpu":
-        return False  # on a GPU every tensor says so
+        return False  # PyTorch reports every tensor on a GPU as shared
     storage = tensor.untyped_storage()
     return bool(storage.is_shared()) or storage.filename is not None
 
 
 def _computes_as_parameter(kind: Any) -> bool:
-    """A subclass of Parameter without overrides. (One of Tensor makes results of its own class.)"""
+    """Whether a type is a subclass of Parameter without overrides. (Subclasses of Tensor yield results of their own type.)"""
     if nn.Parameter not in kind.__mro__ or issubclass(kind, UninitializedParameter):
         return False
     plain: bool = kind.__torch_dispatch__ is Tensor.__torch_dispatch__

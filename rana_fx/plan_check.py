@@ -1,7 +1,7 @@
-"""What a plan that was read from a file must be, beyond its schema: numbers, names and tensors that a recipe can have made.
+"""Semantic checks of a plan that was read from a file: numbers, names and tensors that a recipe can produce.
 
-In: a plan, and the names of the tensors that came with it. Out: nothing, or a ValueError that says what is wrong and where. A
-digest tells files that were changed; this tells plans that never could be right, whoever computed their digest.
+In: a plan, and the names of the tensors in its file. Out: nothing, or a ValueError that names the place and the fault. The digest
+detects files that were changed; these checks detect invalid plans whose digest is correct.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from rana_fx.adapter import MATRICES, Adapter
 from rana_fx.cost import METRICS
 
-# rana_fx.graph.roles says what they are
+# defined in rana_fx.graph.roles
 ROLES = ("attention_in", "attention_out", "up", "down", "router", "other", "constant", "head", "stem")
-_LARGEST = 2**48  # of sizes and counts: beyond it, products are no exact floats and no machine holds the tensor
+_LARGEST = 2**48  # bound of sizes and counts: above it, products are not exact in floating point and no machine holds the tensor
 _THRESHOLDS = ("tau", "router_tau", "exact_tau")
 
 
 def check(plan: Any, tensors: Iterable[str]) -> None:
-    """``plan``: a ``rana_fx.plan.Plan``. ``tensors``: all names in its file. Raises ValueError."""
+    """Check a ``rana_fx.plan.Plan``. ``tensors``: the names of all tensors in its file. Raises ValueError."""
     _expect(plan.metric in METRICS, f"metric {plan.metric!r} is none of {', '.join(METRICS)}")
     _expect(0 < plan.budget < math.inf, f"budget {plan.budget} is no positive number")
     _expect(0 <= plan.tokens <= _LARGEST, f"{plan.tokens} calibration tokens")
@@ -69,11 +69,11 @@ def _check_tensor(name: str, key: str, value: Tensor) -> None:
     if not value.is_floating_point():
         return
     if key in _THRESHOLDS:
-        # infinity: never kept
+        # infinity is valid: never kept
         _expect(not bool(value.isnan().any()), f"{name} has thresholds that are NaN")
         _expect(key == "exact_tau" or bool((value >= 0).all()), f"{name} has negative thresholds: a square is never below zero")
         return
-    # scales of formats that pack finite numbers are finite, too
+    # formats that pack finite numbers have finite scales
     what = "numbers" if key in (*MATRICES, "bias", "shift") else "scales"
     _expect(bool(value.isfinite().all()), f"{name} has {what} that are NaN or infinite")
 

@@ -1,14 +1,14 @@
-"""Several files of a folder, switched in one step.
+"""Atomic replacement of several files of a folder.
 
-In: a folder, and what writes new files. Out: the folder with the new files in it. After a kill at any point, a reader finds all
-old files or all new ones, under their own names, through symbolic links:
+In: a folder, and a ``with`` block that writes new files. Out: the folder with the new files in it. If the process is killed at
+any point, a reader finds all old files or all new ones, under their own names, through symbolic links:
 
     stage     the new files are written to .rana_fx-switch/new, with the names that they have in the folder
-    link      "now" is a link to "old", which has the old files once more; each file gives way to a link to its name below "now"
-    switch    "now" is replaced by a link to "new": the one step
-    settle    each link gives way to the file that it leads to, and .rana_fx-switch is removed
+    link      "now" is a link to "old", which has hard links to the old files; each file is replaced by a link to its name in "now"
+    switch    "now" is replaced by a link to "new": the atomic step
+    settle    each link is replaced by its target, and .rana_fx-switch is removed
 
-A switch first settles what a killed one left. Where a file system has no symbolic links, files are replaced one by one.
+A switch first settles an earlier one that was killed. On a file system without symbolic links, files are replaced one by one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _ENTRIES, _NOW, _OLD, _NEW = "entries.json", "now", "old", "new"
 
 @contextmanager
 def switching(folder: Path, *, stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """A folder to write new files to, by the names that they shall have in ``folder``, which has all of them at the end.
+    """A staging folder for new files, by their names in ``folder``; all of them replace the old ones when the block ends.
 
     Args:
-        stale: whether an old file, by its name relative to ``folder``, is to be gone if there is no new one of that name. Asked
-            of files beside new ones.
+        stale: whether an old file, by its name relative to ``folder``, is removed if there is no new one of that name. Called for
+            files in the same folders as new ones.
 
     Raises:
-        OSError, and what is raised inside: the folder is as it was.
+        OSError, and what the block raises: the folder is unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -56,12 +56,12 @@ def switching(folder: Path, *, stale: Callable[[str], bool] = lambda name: False
             with suppress(OSError):
                 settle(folder)
             raise
-        with suppress(OSError):  # the new files are in force, if only by links
+        with suppress(OSError):  # the new files are in place already, through links
             settle(folder)
 
 
 def settle(folder: Path) -> None:
-    """Put files in the place of links that a killed switch left: old ones, or new ones if it was through. Raises OSError."""
+    """Replace the links of a killed switch by files: the old ones, or the new ones after the atomic step. Raises OSError."""
     place = folder / PLACE
     if not place.is_dir():
         return
@@ -69,7 +69,7 @@ def settle(folder: Path) -> None:
         entries: dict[str, str] = json.loads(read_regular(place / _ENTRIES))
         way = (place / _NOW).readlink()
     except FileNotFoundError:
-        entries, way = {}, Path(_OLD)  # killed before there were links
+        entries, way = {}, Path(_OLD)  # killed before any link was made
     except ValueError as error:
         raise OSError(errno.EINVAL, "It was changed", str(place / _ENTRIES)) from error
     for name, relative in entries.items():
@@ -113,7 +113,7 @@ def _one_by_one(place: Path, entries: dict[str, Path]) -> None:
 
 
 def _entry(folder: Path, name: str) -> Path:
-    """What is replaced: of a link, the file that it leads to. Raises OSError where that is a folder or a device."""
+    """The file to replace; for a symbolic link, its target. Raises OSError where that is a folder or a device."""
     entry = Path(os.path.realpath(folder / name))
     if os.path.lexists(entry) and not entry.is_file():
         code = errno.EISDIR if entry.is_dir() else errno.EINVAL
@@ -122,7 +122,7 @@ def _entry(folder: Path, name: str) -> Path:
 
 
 def _finish(path: Path, entry: Path) -> None:
-    """A new file on the disk, with the mode and the owner of the old one."""
+    """Flush a new file to the disk, with the mode and the owner of the old one."""
     with path.open("rb") as file:
         if entry.exists():
             keep_mode(file.fileno(), entry.stat())
@@ -130,7 +130,7 @@ def _finish(path: Path, entry: Path) -> None:
 
 
 def _leads(folder: Path, entry: Path, name: str) -> str:
-    """Where the link in the place of a file leads; relative, so that a folder may be moved."""
+    """Target of the link that replaces a file; relative, so that the folder may be moved."""
     return os.path.relpath(Path(os.path.realpath(folder)) / PLACE / _NOW / name, entry.parent)
 
 
@@ -157,6 +157,6 @@ def _move(source: Path, entry: Path) -> None:
 
 
 def names_of(patterns: Iterable[str]) -> Callable[[str], bool]:
-    """For ``stale``: whether a name matches one of these patterns."""
+    """A predicate for ``stale``: whether a name matches one of the patterns."""
     found = tuple(patterns)
     return lambda name: any(Path(name).match(pattern) for pattern in found)

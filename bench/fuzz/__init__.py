@@ -1,1 +1,1 @@
-"""Drawn Transformers, plans and options, compiled and compared with an oracle: ``python -m bench.fuzz``."""
+"""Random Transformers, plans and options, compiled and compared with an oracle: ``python -m bench.fuzz``."""

@@ -1,12 +1,12 @@
-"""Draw examples, run them, and count what came out.
+"""Draw random examples, run them, and count the outcomes.
 
 In: nothing; hypothesis draws models, plans, options and calls (bench/fuzz/spec.py). Out: a table of outcomes, and with ``--out``
-JSONL: a row of counts, and a row for each kind of fault with the smallest example that was found of it. Exit status 1 where a
-compiled model differed from the oracle, crashed, or dropped its plan in silence.
+JSONL: a row of counts, and a row for each kind of fault with its smallest example. Exit status 1 if a compiled model differed
+from the oracle, crashed, or ran dense without a report.
 
     python -m bench.fuzz --examples 10000 --workers 2 --out bench/results/fuzz-cpu.jsonl
     python -m bench.fuzz --examples 2000 --device cuda --workers 8 --out bench/results/fuzz-h200.jsonl
-    python -m bench.fuzz --replay '{"seed": 3, ...}'                        # one example, as a row has it
+    python -m bench.fuzz --replay '{"seed": 3, ...}'                        # one example, copied from a row
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(
     replay: Annotated[str | None, typer.Option(help="One example as JSON, instead of drawn ones.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSONL file; overwritten.")] = None,
 ) -> None:
-    """Compiled models against an oracle, on drawn examples."""
+    """Compare compiled models with an oracle on random examples."""
     torch.set_num_threads(1)
     if replay is not None:
         given = json.loads(replay)
@@ -74,7 +74,12 @@ def main(
 
 
 def draw(examples: int, device: str, lowered: int, seconds: float, seed: int) -> Seen:
-    """Draw and run examples in this process; faults of one text are one, with the example that has the fewest oddities."""
+    """Draw and run examples in this process. Faults are grouped by text; each group keeps its smallest example.
+
+    Args:
+        examples: number of examples. device: "cpu" or "cuda". lowered: one in this many goes through Inductor; 0: none.
+        seconds: no new example is run after this time. seed: of the examples.
+    """
     import hypothesis
     from tqdm import tqdm
 
@@ -118,7 +123,7 @@ def _count(seen: Seen, spec: Spec, outcome: Outcome, through: bool) -> None:
 
 
 def _oddities(spec: Spec) -> str:
-    """What is unusual about an example, which is most often what its fault comes of."""
+    """The settings of an example that differ from the usual ones: the most frequent cause of its fault."""
     usual = {
         "dropout": "none",
         "cast": "none",
@@ -133,7 +138,7 @@ def _oddities(spec: Spec) -> str:
 
 
 def _size(spec: Spec | dict[str, Any]) -> int:
-    """A measure of how much an example has in it."""
+    """The size of an example, by which the smallest one is chosen: unusual settings, then layers, calls and features."""
     given = spec.to_dict() if isinstance(spec, Spec) else spec
     odd = sum(
         given[key] not in ("none", "linear", "masked", "float32")
@@ -143,7 +148,7 @@ def _size(spec: Spec | dict[str, Any]) -> int:
 
 
 def _spread(workers: int, examples: int, device: str, lowered: int, seconds: float, seed: int) -> Seen:
-    """The same in several processes, of other seeds."""
+    """``draw`` in several processes with different seeds; returns the merged counts."""
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for worker in range(workers):
@@ -169,7 +174,7 @@ def _spread(workers: int, examples: int, device: str, lowered: int, seconds: flo
             known["count"] += found["count"]
     lost = workers - len(parts)
     if lost:
-        # a process that died: its examples are not counted as anything
+        # the examples of a process that died are in no count
         total["faults"][f"{lost} of {workers} processes died"] = {"kind": "crash", "count": lost, "spec": {}, "detail": ""}
     return total
 

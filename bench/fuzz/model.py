@@ -1,7 +1,8 @@
 """The Transformer that a ``Spec`` describes, in plain PyTorch.
 
-In: a spec. Out: a module over token ids. Three attributes, None unless the oracle sets them, replace what a linear, a gate or a
-fused pair computes; everything else is what a user might write: other forms of a linear, writes between readers, casts, caches.
+In: a spec. Out: a module over token ids (sequences, tokens). The attributes ``Lin.replacement`` and ``Mlp.gate_mask``, None
+unless the oracle sets them, replace the computation of a linear and mask a gate. The rest is code as models contain it: other
+forms of a linear, writes between readers, casts, caches.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from bench.fuzz.spec import Spec
 
 VOCAB = 40
-CONTEXT = 64  # tokens of a cache
+CONTEXT = 64  # tokens of a static cache
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64, torch.float64: torch.float64}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -59,7 +60,7 @@ class Lin(nn.Module):
         return y if b is None else y + b
 
     def matrix(self) -> Tensor:
-        """(out, in)."""
+        """The weight as (out, in)."""
         return self.weight.t() if self.form == "by_inputs" else self.weight
 
 
@@ -77,7 +78,7 @@ def _norm(spec: Spec) -> nn.Module:
 
 
 def _write(spec: Spec, y: Tensor) -> Tensor:
-    """Write into y, which other linears have read, in the spec's way."""
+    """Write into ``y``, which other linears have read, in the way that the spec names."""
     if spec.write == "in_place":
         y.mul_(1.5)
     elif spec.write == "out":
@@ -226,13 +227,13 @@ class Transformer(nn.Module):
 
 
 def build(spec: Spec) -> Transformer:
-    """The model in its dtype, in evaluation mode, from the spec's seed."""
+    """The model with weights drawn from the spec's seed, in the spec's dtype, in evaluation mode."""
     torch.manual_seed(spec.seed)
     return Transformer(spec).to(getattr(torch, spec.dtype)).eval()
 
 
 def empty_cache(spec: Spec, sequences: int, like: Tensor) -> Cache:
-    """Of no token yet: "static" has room for all, "growing" for none."""
+    """An empty cache, (sequences, heads, tokens, features): "static" has room for ``CONTEXT`` tokens, "growing" for none."""
     keys = 1 if spec.attention == "shared_keys" else spec.heads
     shape = (sequences, keys, CONTEXT if spec.cache == "static" else 0, spec.width // spec.heads)
     return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(spec.layers)]

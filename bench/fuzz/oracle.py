@@ -1,10 +1,10 @@
-"""What an adapted model computes, without graphs and kernels: every linear by its adapter's formula, eagerly, in fp64.
+"""Reference of an adapted model, without graphs and kernels: every linear by its adapter's formula, eagerly, in fp64.
 
-In: a model, its plan, and the sites at which the compiled graph said that it does not apply the plan. Out: a copy of the model in
-fp64 that computes by the plan. It shares no code with rana_fx.apply: the formulas are those of rana_fx/adapter.py, once more.
+In: a model, its plan, and the sites at which the compiled graph reported that the plan is not applied. Out: a copy of the model
+in fp64 that applies the plan. It shares no code with rana_fx.apply: it implements the formulas of rana_fx/adapter.py separately.
 
-``margin``: how near a compared value came to its threshold, relative to it. Below ``NEAR`` rounding may decide either way, and
-the example says nothing.
+``margin``: the smallest relative distance of a compared value to its threshold. Below ``NEAR`` rounding may decide either way,
+and the example is inconclusive.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rana_fx.adapter import Adapter
 from rana_fx.formats import unpack
 from rana_fx.plan import Plan
 
-NEAR = 1e-4  # fp32 activations of two layers are off by some 1e-6 of their size
+NEAR = 1e-4  # the relative error of fp32 activations after two layers is about 1e-6
 
 
 class Oracle:
-    """The model by its plan. ``model``: in fp64, with every linear and gate replaced that the plan names."""
+    """``model``: a copy in fp64 in which every planned linear and gate is replaced, except the sites ``without``."""
 
     def __init__(self, model: Transformer, plan: Plan, *, without: Collection[str] = ()) -> None:
         self.margin = float("inf")

@@ -1,7 +1,7 @@
-"""A plan for a drawn model: of a recipe, or of adapters of any kind and storage whose masks are drawn.
+"""A plan for a random model: made by a recipe, or of adapters of any kind and storage with random masks.
 
-In: a model and its spec. Out: a ``Plan``. Drawn thresholds are zero and infinity: which ranks count depends on no rounding, so a
-wrong mask shows in any dtype; recipes bring thresholds inside the range of what is compared.
+In: a model and its spec. Out: a ``Plan``. Thresholds of random masks are zero and infinity: the kept ranks do not depend on
+rounding, so that a wrong mask is detected in any dtype. Thresholds of recipes are inside the range of the compared values.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _adapters(problem: Problem, spec: Spec) -> list[Adapter]:
             if block is None:
                 continue
             made.append(_gated(problem, block, spec.density, generator))
-        elif kind in ("neuron", "exact"):  # they read the model's own weight: one for each linear
+        elif kind in ("neuron", "exact"):  # these read the model's own weight: one adapter for each linear
             made += [_adapter(problem, [site], kind, spec, generator) for site in sites]
         elif kind != "dense":
             made.append(_adapter(problem, sites, kind, spec, generator))
@@ -51,7 +51,7 @@ def _adapters(problem: Problem, spec: Spec) -> list[Adapter]:
 
 
 def _groups(layout: Layout) -> list[tuple[str, ...]]:
-    """Stacks of attention, ups of MLPs, and every other counted linear by itself."""
+    """Linears that share an adapter: stacks of attention, ups of MLPs, and every other counted linear by itself."""
     found = [*layout.stacks(), *(block.ups for block in layout.blocks)]
     stacked = {name for names in found for name in names}
     found = [names for names in found if all(layout.sites[name].counted for name in names)]
@@ -109,7 +109,7 @@ def _adapter(problem: Problem, sites: list[Site], kind: str, spec: Spec, generat
 
 
 def _stored(matrix: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """In that many bits; an odd number of columns cannot be packed to 4."""
+    """(matrix, scale) in the given number of bits; 8 instead of 4 for an odd number of columns, which 4 bits cannot pack."""
     if bits == 16:
         return matrix.to(dtype).contiguous(), None
     return pack(matrix.float().contiguous(), 8 if matrix.shape[1] % 2 else bits)

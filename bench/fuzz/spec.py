@@ -1,6 +1,7 @@
-"""What is drawn: a small Transformer, how it is planned, how it is compiled, and the calls that are made.
+"""Specification of a random example: a small Transformer, its plan, the options of its compilation, and the calls.
 
-``Spec`` has no tensors, so that hypothesis can shrink it and a row of JSON can hold it; everything random is made from its seed.
+In: draws of hypothesis. Out: a ``Spec``. It has no tensors, so that hypothesis can shrink it and a row of JSON can hold it; all
+random tensors are made from its seed.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ class Spec:
     branch: str
     cache: str
     dtype: str
-    plan: str  # a recipe, or "drawn": adapters of any kind and storage, made from the weights
+    plan: str  # a recipe, or "drawn": adapters of random kinds and storage, made from the weights
     kinds: tuple[str, ...]
     router_bits: int
     bits: int
-    density: float  # of what drawn masks keep: zero and one are thresholds of infinity and zero
+    density: float  # fraction of thresholds of random masks that are zero (kept); the others are infinity
     shift: bool
     budget: float
     prefill: str
@@ -66,7 +67,7 @@ class Spec:
     calls: tuple[tuple[int, int], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The fields as values that JSON can hold."""
         return asdict(self)
 
 
@@ -75,13 +76,13 @@ def _shapes(tokens: tuple[int, ...]) -> st.SearchStrategy[tuple[tuple[int, int],
 
 
 def _mostly(usual: str, all_of: tuple[str, ...]) -> st.SearchStrategy[str]:
-    """The usual value in two of three cases: an example with every oddity at once would only show the first of them."""
+    """The usual value in at least two of three cases: an example with all unusual settings would show only the first fault."""
     return st.one_of(st.just(usual), st.just(usual), st.sampled_from(all_of))
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> Spec:
-    """Any example that makes sense: bf16, say, has thresholds of zero and infinity alone, which no rounding passes."""
+    """Any valid example. bf16 has only thresholds of zero and infinity, on which rounding has no effect."""
     heads = draw(st.sampled_from((1, 2, 4)))
     dtype = draw(_mostly("float32", ("float32", "bfloat16")))
     plan = "drawn" if dtype == "bfloat16" else draw(st.sampled_from(("drawn", *RECIPES)))

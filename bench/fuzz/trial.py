@@ -1,7 +1,7 @@
 """One example: build, plan, compile, call, and compare with the oracle.
 
-In: a spec. Out: an ``Outcome``: "right"; "near" where a value lies on its threshold; "refused" with one of the package's own
-errors; or a fault: "wrong", "dense" (the plan was dropped in silence), "crash", "warned" (a foreign warning of a fault).
+In: a spec. Out: an ``Outcome``: "right"; "near" where a value is too close to its threshold to decide; "refused" with an error
+class of the package; or a fault: "wrong", "dense" (the plan was not applied, and no report), "crash".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FAULTS = ("wrong", "dense", "crash")
 
 @dataclass(frozen=True)
 class Outcome:
-    """``kind``: see above. ``detail``: a number, or a message. ``declined``: places where the plan was said not to be applied."""
+    """``kind``: see above. ``detail``: a number, or a message. ``declined``: number of places reported as not applied."""
 
     kind: str
     detail: str = ""
@@ -39,7 +39,7 @@ class Outcome:
 
 
 def attempt(spec: Spec, device: torch.device, *, lowered: bool) -> Outcome:
-    """Run one example. lowered: through Inductor, else the graph as the passes leave it, with eager kernels."""
+    """Run one example. lowered: through Inductor; else the rewritten graph runs with eager kernels."""
     torch._dynamo.reset()
     notices.reset()
     try:
@@ -70,7 +70,7 @@ def _attempt(spec: Spec, device: torch.device, lowered: bool) -> Outcome:
         state: list[tuple[Any, Cache | None]] = []
         for place, ids in enumerate(_tokens(spec, list(spec.calls), device)):
             if spec.prefill in ("dense", "cheapest"):
-                # whether a call is dense depends on its tokens: each call is compiled, so that what was declined is its own
+                # whether a call is dense depends on its tokens: each call is compiled, so that its declined places are its own
                 torch._dynamo.reset()
                 declined.clear()
             outcome = _call(spec, compiled, model, original, plan, ids, place, state, declined)
@@ -84,7 +84,7 @@ def _call(
     spec: Spec, compiled: Any, model: Transformer, original: Transformer, plan: Plan, ids: Tensor, place: int,
     state: list[tuple[Any, Cache | None]], declined: set[str],
 ) -> Outcome:  # fmt: skip
-    """One call of the compiled model and the same of the oracle; caches are filled by the calls of one sequence count."""
+    """Compare one call of the compiled model with the oracle; with a cache, then a decoded token after the cached ones."""
     start, cache = None, None
     if spec.cache != "none" and spec.attention != "none":
         cache, start = empty_cache(spec, len(ids), original.embed.weight), torch.tensor(0, device=ids.device)
@@ -96,7 +96,7 @@ def _call(
     if outcome.kind == "right" and spec.gradients and place == 0:
         outcome = _gradients(model, got, oracle, expected)
     if outcome.kind == "right" and cache is not None and start is not None and ids.shape[1] < 40:
-        # a decoded token behind what was just cached
+        # a decoded token after the tokens that were just cached
         again, _ = compiled(ids[:, :1], kept, start + ids.shape[1])
         right, _ = oracle.model(ids[:, :1], wide_kept, start + ids.shape[1])
         outcome = _compare(spec, again, right, oracle, original, plan, None)
@@ -130,7 +130,7 @@ def _gradients(model: Transformer, got: Tensor, oracle: Oracle, expected: Tensor
 
 
 def _tolerance(spec: Spec) -> float:
-    """Each of some ten tensors a layer is rounded by half a step of its dtype; sums of up to 66 terms in fp32 add as many."""
+    """Bound of the relative error: about ten tensors per layer are rounded to their dtype; fp32 sums have up to 66 terms."""
     eps = torch.finfo(getattr(torch, spec.dtype)).eps
     return 64 * eps if spec.dtype == "float32" else 12 * eps * (10 * spec.layers) ** 0.5
 
@@ -147,7 +147,7 @@ def _tokens(spec: Spec, shapes: list[tuple[int, int]], device: torch.device) -> 
 
 @contextlib.contextmanager
 def _declined() -> Iterator[set[str]]:
-    """Names of linears that the rewrite said it leaves dense, as graphs are compiled."""
+    """Names of the linears that the rewrite declines while graphs are compiled."""
     found: set[str] = set()
     real = _backend.rewrite
 
@@ -165,7 +165,7 @@ def _declined() -> Iterator[set[str]]:
 
 @contextlib.contextmanager
 def _without_inductor(*, enabled: bool) -> Iterator[None]:
-    """The whole backend except for Inductor: graphs run as they are rewritten."""
+    """The backend without Inductor: rewritten graphs run as they are."""
     import importlib
 
     module = importlib.import_module("torch._inductor.compile_fx")

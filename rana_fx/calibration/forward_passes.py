@@ -1,8 +1,8 @@
-"""Which graphs ran together: the kinds of forward pass that calibration has seen, in an order that no order of batches decides.
+"""Kinds of forward pass: the sets of graphs that ran together, in an order that does not depend on the order of batches.
 
-In: traced graphs as they are added, and which of them each batch runs. Out: the graphs of every kind of forward pass, in order of
-execution. A model whose branches depend on the batch (an image or none, experts that got tokens) has several kinds; a kind whose
-graphs all run in another one, too, shows nothing more and is left out.
+In: traced graphs as they are added, and the graphs that each batch runs. Out: the graphs of every kind of forward pass, in order
+of execution. A model whose branches depend on the batch (an image or none, experts with tokens) has several kinds; a kind whose
+graphs are a subset of those of another kind is omitted.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class ForwardPasses:
         self._running: dict[int, None] = {}
 
     def add(self, graph: TracedGraph) -> int:
-        """A graph that was just traced; returns the number that ``ran`` takes."""
+        """Add a graph that was just traced; returns its number, the argument of ``ran``."""
         self.graphs.append(graph)
         return len(self.graphs) - 1
 
     def begin(self) -> None:
-        """A forward pass begins."""
+        """Begin a forward pass."""
         self._running = {}
 
     def ran(self, number: int) -> None:
-        """A graph runs in it; how often does not matter."""
+        """Record that a graph runs in the current forward pass; the number of runs is not recorded."""
         self._running.setdefault(number)
 
     def end(self) -> tuple[bool, frozenset[str]]:
-        """It is over; returns whether it is of a new kind, and the names of the linears in it."""
+        """End the current forward pass; returns (whether its kind is new, the names of its linears)."""
         kind = tuple(self._running)
         names = frozenset(found.linear.name for number in kind for found in self.graphs[number].occurrences)
         if any(set(kind) <= set(known) for known in self._kinds):
@@ -43,12 +43,12 @@ class ForwardPasses:
         return True, names
 
     def kinds(self) -> list[list[TracedGraph]]:
-        """The graphs of each kind of forward pass, ordered as ``in_order`` does."""
+        """The graphs of each kind of forward pass, ordered by ``in_order``."""
         return in_order([[self.graphs[number] for number in kind] for kind in self._kinds])
 
 
 def in_order(kinds: Sequence[Sequence[TracedGraph]]) -> list[list[TracedGraph]]:
-    """Kinds of forward pass with most linears first, whichever batch came first; those with the same linears as they came."""
+    """Kinds of forward pass by decreasing number of linears, whatever the order of batches; a stable sort for equal linears."""
 
     def rank(graphs: Sequence[TracedGraph]) -> tuple[int, int, list[str]]:
         names = [found.linear.name for graph in graphs for found in graph.occurrences]
@@ -58,7 +58,7 @@ def in_order(kinds: Sequence[Sequence[TracedGraph]]) -> list[list[TracedGraph]]:
 
 
 def spliced(known: Sequence[str], names: Iterable[str]) -> list[str]:
-    """``known`` with the further ones of ``names``, each behind the one that it follows there, or before the first known one."""
+    """``known`` with the new elements of ``names``, each behind its predecessor in ``names``, or before the first known one."""
     places = set(known)
     behind: dict[str | None, list[str]] = {}
     last, following = None, None

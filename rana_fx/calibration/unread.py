@@ -1,8 +1,9 @@
-"""Matrices of a model that no traced graph reads: those that nothing ran, and those that ran outside of the graphs.
+"""Matrices of a model that no traced graph reads: those that no batch reads, and those that are read outside of the graphs.
 
 In: a model, the Parameters that its graphs read, and some of the batches. Out: an ``Unread`` for every module all of whose
-matrices share that fate, so that a tower that got no batch is one entry. What runs outside of the graphs (functions under
-``torch.compiler.disable``, code on which tracing breaks off) is found by running a batch eagerly and looking at the arguments.
+matrices have the same status, so that a tower without a batch is one entry. Matrices that are read outside of the graphs
+(functions under ``torch.compiler.disable``, code on which tracing breaks) are found by running a batch eagerly and recording the
+arguments of all operations.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from rana_fx.calibration.batches import call
 from rana_fx.calibration.layout import Unread
 from rana_fx.modules import device_of, unwrap, weights_of
 
-_MOST_RUNS = 4  # batches that are run eagerly as well
+_MOST_RUNS = 4  # largest number of batches that are also run eagerly
 
 
 class UnreadMatrices:
-    """Which matrices of a model are still to be found, as its batches pass.
+    """The matrices of a model that no graph has read so far, updated after each batch.
 
     ``read``: ids of the tensors that traced graphs read.
     """
@@ -37,11 +38,11 @@ class UnreadMatrices:
         self.read: set[int] = set()
 
     def left(self) -> dict[str, int]:
-        """Names of the matrices that no graph read so far -> their ids."""
+        """Names of the matrices that no graph has read so far -> their ids."""
         return {name: key for name, key in self._matrices.items() if key not in self.read}
 
     def run_eagerly(self, batch: Any) -> None:
-        """Run a batch outside of torch.compile, if matrices are left, and note which of them it reads."""
+        """Run a batch outside of torch.compile, if matrices are left, and record which of them it reads."""
         wanted = set(self.left().values()) - self._eager
         if not wanted or self._runs == _MOST_RUNS:
             return
@@ -49,16 +50,16 @@ class UnreadMatrices:
         device = device_of(self._model)
         forked = [device] if device.type == "cuda" else []
         seen = _Arguments(wanted)
-        # what the model draws at random is to be the same with and without this run
+        # random numbers drawn by the model later must not depend on this run
         with torch.random.fork_rng(forked), torch.compiler.set_stance("force_eager"), warnings.catch_warnings(), seen:
             warnings.simplefilter("ignore")
-            # a model may only run compiled: what it read until it failed is known
+            # a model that cannot run eagerly: the arguments until the error are recorded
             with contextlib.suppress(Exception):
                 call(self._model, batch)
         self._eager |= seen.found
 
     def result(self) -> tuple[Unread, ...]:
-        """All that is left, by module."""
+        """All matrices that are left, by module."""
         left = self.left()
         fates = {name: "read" for name in self._matrices} | {
             name: "eager" if key in self._eager else "never" for name, key in left.items()
@@ -69,14 +70,14 @@ class UnreadMatrices:
                 inside.setdefault(module, set()).add(fate)
         counts: dict[tuple[str, str], int] = {}
         for name in left:
-            # the outermost module with none but matrices of this fate in it
+            # the outermost module all of whose matrices have this status
             module = next((found for found in _modules_around(name) if len(inside[found]) == 1), name)
             counts[module, fates[name]] = counts.get((module, fates[name]), 0) + 1
         return tuple(Unread(module, count, fate == "eager") for (module, fate), count in counts.items())
 
 
 class _Arguments(TorchFunctionMode):
-    """Collects the ids of those tensors, of some, that any operation is called with."""
+    """Collects the ids of the given tensors that are arguments of any operation."""
 
     def __init__(self, wanted: set[int]) -> None:
         super().__init__()
@@ -91,14 +92,14 @@ class _Arguments(TorchFunctionMode):
 
 
 def _matrices(model: nn.Module) -> dict[str, int]:
-    """Names of the Parameters that linears may multiply by -> their ids, each once; neither tables nor factors of a plan."""
+    """Names of the Parameters that linears may multiply by -> their ids, each once; without embeddings and factors of a plan."""
     others = set()
     for module in unwrap(model).modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__module__.partition(".")[0] == "rana_fx":
             others |= {id(parameter) for parameter in module.parameters(recurse=False)}
     found: dict[int, str] = {}
     for name, weight in weights_of(model).items():
-        if nn.parameter.is_lazy(weight):  # has a shape once it has run
+        if nn.parameter.is_lazy(weight):  # without a shape before the first run
             continue
         if weight.dim() == 2 and min(weight.shape) > 1 and weight.is_floating_point() and id(weight) not in others:
             found.setdefault(id(weight), name)
@@ -106,6 +107,6 @@ def _matrices(model: nn.Module) -> dict[str, int]:
 
 
 def _modules_around(name: str) -> list[str]:
-    """Names of the modules that a Parameter is in, the outermost first."""
+    """Names of the modules that contain a Parameter, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]

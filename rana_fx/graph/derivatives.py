@@ -1,9 +1,10 @@
-"""Whether the backward pass of an ``autograd.Function`` is the derivative of its forward pass, found by computing both.
+"""Whether the backward pass of an ``autograd.Function`` is the derivative of its forward pass, tested numerically.
 
-In: a call of ``autograd_function_apply`` and the two graphs it holds. Out: which inputs its backward pass gives no gradient; or
-``Unlike``, with the reason. Both passes run on random inputs of the shapes that were traced, with small and with large gradients
-of the outputs, so that a backward pass that clips, scales or reverses is told from the derivative; a forward pass that draws
-random numbers never agrees with itself. Neither the model's weights nor the state of its random number generators are used.
+In: a call of ``autograd_function_apply`` and its forward and backward graphs. Out: the inputs that get no gradient from the
+backward pass; or ``Unlike``, with the reason. Both passes run on random inputs of the traced shapes, with small and with large
+output gradients, so that a backward pass that clips, scales or reverses gradients differs from the derivative. A forward pass
+that draws random numbers differs between two runs and is rejected. The model's weights are not read, and the state of random
+number generators is restored.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from rana_fx.graph.effects import described, frozen, hashable
 _MOST_KNOWN = 256
 _known: dict[object, frozenset[int] | Unlike] = {}
 _SCALES = (1.0, 64.0)  # of the gradients of outputs
-# relative error of a chain of rounded products, either way of ordering them: far below what another formula makes
+# bound of the relative rounding error of a chain of products in any order: far below the difference of another formula
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 class Unlike(Exception):  # noqa: N818
-    """The backward pass is not the derivative, or that cannot be found out. The text continues "an autograd.Function"."""
+    """The backward pass is not the derivative, or cannot be compared. The text continues "an autograd.Function"."""
 
 
 def undifferentiated(
     node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule, switches: Collection[fx.Node]
 ) -> frozenset[int]:
-    """Positions among the inputs of ``forward`` that ``backward`` gives no gradient.
+    """Positions of the inputs of ``forward`` that get no gradient from ``backward``. The result is cached by form and shapes.
 
     Args:
-        switches: nodes of ``forward`` that turn gradients off and on.
+        switches: nodes of ``forward`` that set the grad mode.
 
     Raises:
-        Unlike.
+        Unlike: the passes do not match, or cannot be compared.
     """
     key = _key(node, forward, backward)
     if key is not None and key in _known:
@@ -60,7 +61,7 @@ def undifferentiated(
 
 
 def _key(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule) -> object:
-    """What the comparison depends on, so that a Function of many layers is compared once; None where it holds constants."""
+    """Cache key of the comparison, so that a Function of many layers is compared once; None where a body has attributes."""
     if any(inner.op == "get_attr" for body in (forward, backward) for inner in body.graph.nodes):
         return None
     fixed: Any = node.kwargs["non_differentiable_idx"]
@@ -89,14 +90,14 @@ def _tried(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule, swi
                 constant = _compared(given, forward, backward, switches, scale, generator, fixed)
         except Unlike:
             raise
-        except Exception as error:  # whatever the code of the Function raises on numbers that are not the model's
+        except Exception as error:  # the code of the Function may raise anything on random inputs
             reason = str(error).split("\n")[0][:100]
             raise Unlike(f"whose passes cannot be compared ({type(error).__name__}: {reason})") from error
     return frozenset(constant)
 
 
 def _drawn(operand: Any, generator: torch.Generator) -> Any:
-    """Random numbers, or zeros, which index anything, for what a node yields."""
+    """A random tensor with the metadata of a node's value; zeros for integers, since zero is a valid index."""
     value = value_of(operand) if isinstance(operand, fx.Node) else operand
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value.node.hint
@@ -143,7 +144,7 @@ def _compared(
 
 
 class _WithGradients(fx.Interpreter):
-    """Runs a graph without the nodes that turn gradients off and on."""
+    """Runs a graph without the nodes that set the grad mode."""
 
     def __init__(self, graph_module: fx.GraphModule, switches: Collection[fx.Node]) -> None:
         super().__init__(graph_module)

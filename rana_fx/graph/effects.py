@@ -1,14 +1,14 @@
-"""What a call does to memory: which of its inputs it writes, and which ones its results share memory with.
+"""The effect of a call on memory: which of its inputs it mutates, and which of its inputs its results alias.
 
     torch.mul(a, b, out=c)    writes c, and its result is c
     x.narrow(0, 0, 2)         its result is a view of x
-    x @ w                     neither; it multiplies
+    x @ w                     neither; it contains a matrix product
 
-In: a node of a Dynamo graph (torch function, method, operator of Python, higher-order operator) or of an exported one (overload).
-Out: an ``Effect``. A call is run once on values without data, like those of its inputs, and what it dispatches to aten shows
-the rest: schemas say which arguments an overload writes, and memory shows what is a view. What was learned is kept by the
-call's target and by shapes, strides, dtypes, devices and constants of its arguments. Only where a call does not run without data
-(a mask that selects rows) names decide (``rana_fx.graph.ops``).
+In: a node of a Dynamo graph (torch function, method, Python operator, higher-order operator) or of an exported graph (overload).
+Out: an ``Effect``. The call is run once on fake tensors with the metadata of its inputs, and the aten overloads that it
+dispatches are observed: their schemas declare which arguments are written, and shared storages identify views. Effects are cached
+by the target of the call and by shapes, strides, dtypes, devices and constants of its arguments. Calls that cannot run on fake
+tensors (a mask that selects rows) are classified by name (``rana_fx.graph.ops``).
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.ops import VIEWS, contains_matmul, is_call, op_name, writes_first
 from rana_fx.graph.transforms import unwrapped
 
-# products that the FLOP counter knows, and those that it counts only after they are taken apart
+# products that the FLOP counter counts, and those that it counts only after decomposition
 _FURTHER = (
     "mv", "addmv", "addmv_", "dot", "vdot", "addbmm", "addbmm_", "addmm_", "baddbmm_", "_int_mm", "_weight_int8pack_mm",
     "_weight_int4pack_mm", "_grouped_mm", "_trilinear", "_scaled_dot_product_flash_attention_for_cpu",
 )  # fmt: skip
 _PRODUCTS = {*flop_registry} | {getattr(torch.ops.aten, name) for name in _FURTHER if hasattr(torch.ops.aten, name)}
-_UNKNOWN_SIZE = 2  # in the place of a size that depends on data
+_UNKNOWN_SIZE = 2  # replaces a size that depends on data
 _MOST_KEPT = 8192
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Positions among ``node.all_input_nodes``. ``multiplies``: whether it contains a matrix product or a convolution."""
+    """Positions among ``node.all_input_nodes``. ``multiplies``: whether the call contains a matrix product or a convolution."""
 
     writes: frozenset[int] = frozenset()
     aliases: frozenset[int] = frozenset()
@@ -55,7 +55,7 @@ _learned: dict[object, Effect] = {}
 
 
 def effect_of(node: fx.Node) -> Effect:
-    """The effect of a node on its inputs."""
+    """The effect of a node on its inputs, from the cache where it holds one."""
     if not is_call(node) or not node.all_input_nodes:
         return _NONE
     if isinstance(node.target, HigherOrderOperator):
@@ -75,7 +75,7 @@ def effect_of(node: fx.Node) -> Effect:
 
 
 def written(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The inputs of a node that it writes into."""
+    """The inputs of a node that the node writes into."""
     sources = node.all_input_nodes
     return tuple(sources[position] for position in sorted(effect_of(node).writes))
 
@@ -85,7 +85,7 @@ def multiplies(node: fx.Node) -> bool:
     return is_call(node) and (contains_matmul(op_name(node)) or effect_of(node).multiplies)
 
 
-# ---- what was learned before
+# ---- cache keys
 
 
 def _signature(node: fx.Node, values: list[object]) -> object:
@@ -94,7 +94,7 @@ def _signature(node: fx.Node, values: list[object]) -> object:
 
 
 def hashable(key: object) -> object:
-    """The key, or None where it holds what has no hash, such as a symbolic size."""
+    """The key, or None where a part of it cannot be hashed, such as a symbolic size."""
     try:
         hash(key)
     except TypeError:
@@ -103,7 +103,7 @@ def hashable(key: object) -> object:
 
 
 def frozen(item: object, place: dict[fx.Node, int]) -> object:
-    """Arguments of a node as a key: other nodes by their place, constants with their types."""
+    """Arguments of a node as a key: other nodes by their positions, constants with their types."""
     if isinstance(item, fx.Node):
         return fx.Node, place[item]
     if isinstance(item, (tuple, list)):
@@ -116,7 +116,7 @@ def frozen(item: object, place: dict[fx.Node, int]) -> object:
 
 
 def described(value: object) -> object:
-    """A value as a key: of tensors what can be known without data."""
+    """A value as a key. Tensors are described by their metadata: dtype, device, layout, sizes and strides."""
     if isinstance(value, Tensor):
         sizes, strides = tuple(map(_known, value.shape)), tuple(map(_known, value.stride()))
         return value.dtype, value.device, value.layout, sizes, strides
@@ -128,17 +128,17 @@ def described(value: object) -> object:
 
 
 def _known(size: Any) -> Any:
-    """A size as a number: the one it was traced with, where it is symbolic."""
+    """A size as a number; a symbolic size by its hint, the size it was traced with."""
     if isinstance(size, (int, float, bool)):
         return size
     return _UNKNOWN_SIZE if size.node.hint is None else size.node.hint
 
 
-# ---- learning
+# ---- observing a run
 
 
 class _Watcher(TorchDispatchMode):
-    """Which of some tensors the overloads that are dispatched inside write into, by the memory they lie in."""
+    """Records which tensors the dispatched overloads write into, identified by storage, and whether one is a product."""
 
     def __init__(self, owners: dict[int, set[int]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -155,7 +155,7 @@ class _Watcher(TorchDispatchMode):
 
 
 def _written_arguments(overload: OpOverload, args: Any, kwargs: Any) -> Iterator[Any]:
-    """The arguments that an overload writes by its schema."""
+    """The arguments that an overload writes according to its schema."""
     if not overload._schema.is_mutable:
         return
     for position, argument in enumerate(overload._schema.arguments):
@@ -164,7 +164,7 @@ def _written_arguments(overload: OpOverload, args: Any, kwargs: Any) -> Iterator
 
 
 def owners_of(value: object, owners: dict[int, set[int]]) -> set[int]:
-    """The owners of the memory that the tensors of a value lie in."""
+    """The owners of the storages of the tensors of a value."""
     return set().union(*(owners.get(_memory(leaf), ()) for leaf in tensors_of(value)))
 
 
@@ -179,7 +179,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _owners(values: list[object]) -> dict[int, set[int]]:
-    """Memory -> the positions of the values that lie in it."""
+    """Storage -> the positions of the values that use it."""
     found: dict[int, set[int]] = {}
     for position, value in enumerate(values):
         for tensor in tensors_of(value):
@@ -200,14 +200,14 @@ def _by_running(node: fx.Node, values: list[object]) -> Effect:
     watcher = _Watcher(owners)
     try:
         with mode, torch.no_grad(), watcher, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the model's own run gives them
+            warnings.simplefilter("ignore")  # the run of the model emits them
             result = _call(node, place.__getitem__)
-    except Exception:  # it needs data, or its place's autocast
+    except Exception:  # the call needs data, or the autocast state of its place in the graph
         writes = watcher.written | set(named.writes) | _by_schema(node)
         return Effect(frozenset(writes), named.aliases, watcher.multiplies or named.multiplies)
     same = {position for position, value in enumerate(given) if any(leaf is value for leaf in tensors_of(result))}
     shared = owners_of(result, owners) | same
-    # ``x.set_(y)``: from then on x lies in the memory of y
+    # ``x.set_(y)``: from then on x uses the storage of y
     moved = {position for position, value in enumerate(given) if tensors_of(value) and position not in owners_of(value, owners)}
     shared |= moved | owners_of([given[position] for position in moved], owners)
     return Effect(frozenset(watcher.written | _by_schema(node)), frozenset(shared), watcher.multiplies)
@@ -222,7 +222,7 @@ def _call(node: fx.Node, values: Callable[[fx.Node], Any]) -> Any:
 
 
 def _alike(value: object) -> object:
-    """A tensor of one's own like another one, in the mode that is entered; numbers for symbols."""
+    """A new tensor with the metadata of the given one, in the active mode; symbolic numbers are replaced by their hints."""
     if isinstance(value, Tensor):
         sizes, strides = [_known(size) for size in value.shape], [_known(stride) for stride in value.stride()]
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
@@ -233,7 +233,7 @@ def _alike(value: object) -> object:
 
 
 def _by_schema(node: fx.Node) -> set[int]:
-    """What an overload of torch.ops writes by its schema; of a packet, what any of its overloads writes."""
+    """Positions that an overload of torch.ops writes according to its schema; for a packet, those that any overload writes."""
     target = node.target
     overloads = [target] if isinstance(target, OpOverload) else []
     if isinstance(target, OpOverloadPacket):
@@ -246,7 +246,7 @@ def _by_schema(node: fx.Node) -> set[int]:
 
 
 def _by_name(node: fx.Node) -> Effect:
-    """What the name of an operation tells, and its argument ``out``."""
+    """The effect inferred from the name of an operation and from its argument ``out``."""
     sources = node.all_input_nodes
     found: list[fx.Node] = []
     if writes_first(node):
@@ -260,7 +260,7 @@ def _by_name(node: fx.Node) -> Effect:
 
 
 def _indexed_by_tensor(node: fx.Node) -> bool:
-    """Indexing by a tensor copies."""
+    """Whether a node indexes by a tensor, which copies."""
     others = (value_of(source) for source in node.all_input_nodes if source is not node.args[0])
     return op_name(node) == "getitem" and any(isinstance(value, Tensor) for value in others)
 
@@ -269,7 +269,7 @@ def _indexed_by_tensor(node: fx.Node) -> bool:
 
 
 def bodies_of(node: fx.Node) -> list[tuple[fx.Node, fx.GraphModule]]:
-    """The graphs that a higher-order operator calls: the nodes that name them, and the modules."""
+    """The graphs that a higher-order operator calls: (``get_attr`` node of the graph, its module)."""
     if not isinstance(node.target, HigherOrderOperator) or node.graph.owning_module is None:
         return []
     found = []
@@ -283,7 +283,7 @@ def bodies_of(node: fx.Node) -> list[tuple[fx.Node, fx.GraphModule]]:
 
 
 def _of_operator(node: fx.Node) -> Effect:
-    """What a Triton kernel writes, or what the graphs do that an operator calls."""
+    """The effect of a Triton kernel, or of the graphs that a higher-order operator calls."""
     sources = node.all_input_nodes
     found: list[fx.Node] = []
     if node.target is torch.ops.higher_order.triton_kernel_wrapper_mutation:
@@ -302,22 +302,22 @@ def _of_operator(node: fx.Node) -> Effect:
 
 
 def _written_by_triton(node: fx.Node) -> list[str]:
-    """Names of the arguments that a Triton kernel stores to; all tensors, where its source cannot be read."""
+    """Names of the arguments that a Triton kernel stores to; of all tensors, where its source cannot be analysed."""
     from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
 
     given: Any = dict(node.kwargs)
-    over: Any = fx.node.map_arg  # its type knows no values
+    over: Any = fx.node.map_arg  # typed for arguments of nodes, used for values
     arguments = over(given["kwargs"], value_of)
     try:
         return list(
             get_mutated_tensors(given["kernel_idx"], given["constant_args_idx"], arguments, given["tma_descriptor_metadata"])
         )
-    except Exception:  # whatever the analysis of foreign source code meets
+    except Exception:  # the analysis of a kernel's source may fail in any way
         return [name for name, value in arguments.items() if isinstance(value, Tensor)]
 
 
 def _written_in(node: fx.Node, body: fx.GraphModule) -> list[fx.Node]:
-    """The inputs of an operator that share memory with what a body writes."""
+    """The inputs of an operator that alias a tensor that the body writes."""
     targets = [target for inner in body.graph.nodes for target in written(inner)]
     if not targets:
         return []

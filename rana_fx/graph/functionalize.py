@@ -1,12 +1,12 @@
-"""In-place writes, inferred from what calls do to memory: which value a node reads when memory changes under it.
+"""In-place writes, inferred from the memory effects of calls: which version of a tensor each node reads.
 
     h = linear(x, w); h.relu_(); y = linear(h, v)      becomes      h = linear(x, w); r = h.relu_(); y = linear(r, v)
     torch.mul(a, b, out=h); y = linear(h, v)           becomes      m = mul(a, b); h.copy_(m); y = linear(m, v)
 
-In: a Dynamo graph, whose tensors may be written in place. Out: a graph in which later uses of a written tensor name
-the node that wrote it (``redirect``), and for views that cannot be renamed, the last write before a use (``Writes``),
-so that two linears are never taken to read one tensor when it changed between them. ``hidden_edges`` are the uses of
-written memory that no argument shows. What a call writes is learned from its schema (rana_fx.graph.effects).
+In: a Dynamo graph, whose tensors may be written in place. Out: a graph in which later uses of a written tensor read
+the node that wrote it (``redirect``), and, for views that cannot be replaced, the last write before a use (``Writes``),
+so that two linears between which a tensor changes are never treated as readers of the same values. ``hidden_edges`` are
+dependencies through memory that no argument of a node expresses. Writes are inferred from schemas (rana_fx.graph.effects).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["Writes", "hidden_edges", "redirect", "separate_outputs", "written"]
 
 
 def separate_outputs(graph_module: fx.GraphModule) -> int:
-    """Compute a result that is to be written into a given tensor (``out=``) first, and write it then; returns how many.
+    """Split a call with ``out=`` into the call without it and a ``copy_`` into the tensor; returns the number of calls split.
 
-    Left as they are: results of another shape or dtype than the tensor, and calls with several.
+    Calls whose result has another shape or dtype than the tensor, and calls with several outputs, are left unchanged.
     """
     changed = 0
     for node in list(graph_module.graph.nodes):
@@ -58,7 +58,7 @@ def separate_outputs(graph_module: fx.GraphModule) -> int:
 
 
 def _value(node: fx.Node) -> object:
-    """The fake value of a new node, or None where it does not run."""
+    """The fake value of a new node, or None where the node cannot run on fake tensors."""
     try:
         return fake_run(node)
     except Exception:  # a call that needs ``out``
@@ -66,7 +66,7 @@ def _value(node: fx.Node) -> object:
 
 
 def _alike(one: fx.Node, other: fx.Node, *, strides: bool) -> bool:
-    """Whether two nodes yield tensors of one shape, dtype and device, and of the same strides."""
+    """Whether two nodes yield tensors of equal shape, dtype and device and, with ``strides``, of equal strides."""
     first, second = value_of(one), value_of(other)
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         return False
@@ -78,12 +78,12 @@ def _alike(one: fx.Node, other: fx.Node, *, strides: bool) -> bool:
 
 
 def redirect(graph_module: fx.GraphModule) -> int:
-    """Make uses of a tensor after a write into it read the writing node, which returns the same tensor; returns how many.
+    """Make uses of a tensor after a write read the writing node, which returns the same tensor; returns the number of uses.
 
-    Where that is a copy of another tensor, what only reads reads the other tensor, as long as neither changes.
+    Where the write is a ``copy_`` of another tensor, nodes that only read it read that other tensor, while neither changes.
     """
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
-    # ``x.set_(y)`` moves x, of which fake values only know where it lies in the end: its uses stay, and ``Writes`` sees to them
+    # ``x.set_(y)`` changes the storage of x, of which fake values hold only the final one: its uses stay, ``Writes`` handles them
     moved = {node.args[0] for node in position if is_call(node) and op_name(node) == "set" and node.args}
     changed = 0
     for node in graph_module.graph.nodes:
@@ -103,7 +103,7 @@ def redirect(graph_module: fx.GraphModule) -> int:
 
 
 def _same_tensor(node: fx.Node, target: fx.Node) -> bool:
-    """Whether a node that writes into ``target``, and yields what lies in its memory, yields all of it."""
+    """Whether a node that writes into ``target`` and returns an alias of it returns all of it."""
     return _alike(node, target, strides=True) and statically_equal(_offset(node), _offset(target))
 
 
@@ -138,17 +138,17 @@ def _read_what_was_copied(graph: fx.Graph) -> int:
 
 
 class Writes:
-    """The last write into each tensor's memory, views included, while a graph is walked in order."""
+    """The last write into the memory of each tensor, views included, while a graph is traversed in order."""
 
     def __init__(self) -> None:
-        self._parent: dict[Hashable, Hashable] = {}  # pieces of memory that are one, by one of them
+        self._parent: dict[Hashable, Hashable] = {}  # union-find over pieces of memory that are the same
         self._last: dict[Hashable, tuple[int, fx.Node]] = {}
         self._made: dict[fx.Node, int] = {}
         self._copied: dict[fx.Node, Hashable] = {}  # a copy of rows -> the version of what it copied
         self._clock = itertools.count()
 
     def add(self, node: fx.Node) -> None:
-        """The next node of the graph."""
+        """Process the next node of the graph."""
         now = self._made[node] = next(self._clock)
         effect, sources = effect_of(node), node.all_input_nodes
         for place in effect.aliases:
@@ -161,7 +161,7 @@ class Writes:
             self._copied[node] = self.version(source)
 
     def shares(self, one: fx.Node, other: fx.Node) -> bool:
-        """Whether two nodes may lie in one piece of memory."""
+        """Whether two nodes may share memory."""
         return bool(self._roots(one) & self._roots(other))
 
     def last(self, node: fx.Node) -> fx.Node | None:
@@ -175,7 +175,7 @@ class Writes:
         return None if found is None or found[0] <= self._made.get(node, -1) else found[1]
 
     def version(self, node: fx.Node) -> Hashable:
-        """What tells the values of ``node`` as they are now from those at other times; None where nothing was written."""
+        """A key of the current values of ``node``, which changes with each write; None where nothing was written."""
         source = node.args[0] if node.args else None
         if node in self._copied:
             last = self.last(node)
@@ -189,7 +189,7 @@ class Writes:
         return max(times, key=lambda found: found[0], default=None)
 
     def _join(self, node: fx.Node, source: fx.Node) -> None:
-        """They lie in one piece of memory, also where their values, which were made apart, do not."""
+        """Record that two nodes share memory, also where their fake values, which were made separately, do not."""
         mine, others = self._roots(node), self._roots(source)
         if mine & others:
             return
@@ -209,7 +209,7 @@ class Writes:
 
 
 def _cells(node: fx.Node) -> Iterable[Hashable]:
-    """The pieces of memory that the value of a node lies in; the node where it has no value."""
+    """The storages of the value of a node; the node itself where it has no value."""
     value = value_of(node)
     if value is None:
         return (node,)
@@ -220,7 +220,7 @@ def _cells(node: fx.Node) -> Iterable[Hashable]:
 
 
 def hidden_edges(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Writing node -> later nodes that read what it wrote through another name of the same memory."""
+    """Writing node -> later nodes that read the written memory through another alias."""
     writes = Writes()
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:

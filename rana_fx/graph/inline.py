@@ -1,7 +1,7 @@
-"""Put the nodes of a graph that a graph calls in the place of the call.
+"""Inline the body of a higher-order operator into the calling graph.
 
-In: a call of a higher-order operator, the node that names the body, and what the body's inputs are. Out: the body's nodes in
-front of the call, and its results; then, for a call of which only items are read, the results in the place of these items.
+In: a call of a higher-order operator, the ``get_attr`` node of its body, and the operands of the body. Out: copies of the body's
+nodes in front of the call, and the results; for a call of which only items are read, the results then replace these items.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import fx
 
 
 def module_at(graph_module: fx.GraphModule, name: str) -> Any:
-    """What an attribute of dotted name holds."""
+    """The attribute of dotted name. Raises AttributeError where it is missing."""
     found: Any = graph_module
     for part in name.split("."):
         found = getattr(found, part)
@@ -23,12 +23,12 @@ def module_at(graph_module: fx.GraphModule, name: str) -> Any:
 def inline_body(
     node: fx.Node, reference: fx.Node, body: fx.GraphModule, operands: Sequence[Any], left_out: Sequence[fx.Node] = ()
 ) -> tuple[list[fx.Node], Any]:
-    """(the nodes made in front of ``node``, what the body returns). Attributes of the body stay in the body.
+    """(the new nodes in front of ``node``, the results of the body). Attributes of the body stay in the body's module.
 
     Args:
-        reference: the node that names the body.
+        reference: the ``get_attr`` node of the body.
         operands: a node or a constant for each input of the body.
-        left_out: nodes of the body that are not wanted; nothing may read them.
+        left_out: nodes of the body that are not copied; no other node may read them.
     """
     graph, made = node.graph, dict[fx.Node, Any]()
     given, results = iter(operands), None
@@ -47,7 +47,7 @@ def inline_body(
 
 
 def replace_items(node: fx.Node, results: Sequence[Any]) -> None:
-    """Results in the place of the items of ``node`` that are read, which is removed with the node that names its body."""
+    """Replace the items of ``node`` that are read by ``results``; remove ``node``, and ``get_attr`` nodes that become unused."""
     for user in list(node.users):
         index: Any = user.args[1]
         user.replace_all_uses_with(results[index])

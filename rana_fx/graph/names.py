@@ -1,4 +1,7 @@
-"""What a graph input is called: by its weight's name in the model, or by where Dynamo found it."""
+"""Names of graph inputs.
+
+In: a placeholder or attribute of a Dynamo graph. Out: the dotted name of its weight in the model, or the text of Dynamo's source.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from rana_fx.graph.real_values import source_of
 
 
 def source_text(node: fx.Node) -> str:
-    """Dynamo's source of a graph input as it writes it, or ""."""
+    """The text of Dynamo's source of a graph input, or ""."""
     source = source_of(node)
     if source is None:
         return ""
@@ -18,12 +21,12 @@ def source_text(node: fx.Node) -> str:
 
 
 def source_name(node: fx.Node) -> str:
-    """Dotted name of a graph input, from Dynamo's source (relative to the compiled callable) or the attribute."""
+    """Dotted name of a graph input without ``.weight``, by Dynamo's source (relative to the compiled callable) or its target."""
     text = source_text(node)
     parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
     return site_name(".".join(parts) or str(node.target))
 
 
 def site_name(parameter_name: str) -> str:
-    """A site is called after its weight, without a final ``.weight``: ``model.layers.0.mlp.up_proj``."""
+    """The name of a site: that of its weight without a final ``.weight``, such as ``model.layers.0.mlp.up_proj``."""
     return parameter_name.removesuffix(".weight")

@@ -1,8 +1,9 @@
-"""The real tensor behind an input of a graph, and Dynamo's source of it.
+"""The real tensor of a graph input, and Dynamo's source of it.
 
-In: a placeholder and its example value, which may be fake: what splits a Dynamo graph and compiles the pieces
-(DistributedDataParallel's buckets) passes fake tensors, and so may any backend around this one. Out: the tensor itself, by what
-Dynamo recorded of the placeholder, by its source among the inputs of the frame that is compiled, or by the fake mode's own table.
+In: a placeholder and its example value, which may be fake: backends that split a Dynamo graph and compile the pieces
+(DistributedDataParallel's buckets) pass fake tensors, as may any backend that wraps this one. Out: the real tensor, from
+Dynamo's record of the placeholder, from its source among the inputs of the frame being compiled, or from the table of the
+fake mode.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch._subclasses import FakeTensor
 
 
 def real_value(node: fx.Node, value: object) -> object:
-    """``value``, or the real tensor that it stands for. A fake tensor whose tensor is not known is returned as it is."""
+    """``value``, or the real tensor that a fake one was made from. A fake tensor without a known real one is returned as it is."""
     if not isinstance(value, FakeTensor):
         return value
     recorded = _example(node.meta.get("grapharg"))
@@ -24,7 +25,7 @@ def real_value(node: fx.Node, value: object) -> object:
 
 
 def source_of(node: fx.Node, value: object = None) -> Any:
-    """Dynamo's source of a graph input, or None. ``value``: the real tensor, which is looked for where the node has no source."""
+    """Dynamo's source of a graph input, or None. ``value``: the real tensor, which is looked up if the node has no source."""
     source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
     if source is not None or value is None:
         return source
@@ -32,7 +33,7 @@ def source_of(node: fx.Node, value: object = None) -> Any:
 
 
 def translator() -> Any:
-    """Of the outermost frame that Dynamo is compiling; None outside of a compilation."""
+    """The instruction translator of the outermost frame that Dynamo is compiling; None outside of a compilation."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -42,15 +43,15 @@ def translator() -> Any:
 
 
 def root_of(source: Any) -> Any:
-    """The source of the local or global variable that a source starts from."""
+    """The source of the local or global variable at the root of a source."""
     while getattr(source, "base", None) is not None:
         source = source.base
     return source
 
 
 def local(source: object) -> object:
-    """What a local variable of the frame that is being compiled holds, or None."""
-    # the frame's locals live on the translator of the outermost function
+    """The value of a local variable of the frame that is being compiled, or None."""
+    # the frame's locals are held by the translator of the outermost function
     held: Any = getattr(translator(), "f_locals", {})
     return held.get(getattr(source, "local_name", ""), None)
 
@@ -66,13 +67,13 @@ def _arguments() -> dict[Any, Any]:
 def _example(argument: Any) -> Tensor | None:
     try:
         found = getattr(argument, "example", None)
-    except AssertionError:  # its tensor is gone
+    except AssertionError:  # its tensor was freed
         return None
     return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None
 
 
 def _fakified(value: FakeTensor) -> Tensor | None:
-    """The tensor that a fake one was made from, while both live."""
+    """The tensor that a fake one was made from, while both exist."""
     try:
         converter = value.fake_mode.fake_tensor_converter.meta_converter
         numbers = list(converter.describer.lookup_tensor.items())

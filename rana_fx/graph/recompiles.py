@@ -1,12 +1,12 @@
 """Compiled variants of a model beyond Dynamo's recompile limit.
 
-Dynamo compiles a function at most ``torch._dynamo.config.recompile_limit`` times (8) for one module, and then runs it eagerly,
-for good and with a warning of its own. For a dense model that is a loss of time. For an adapted one it would be other numbers:
-those of the dense model, or NaN where its weights are freed. Dynamo does not count variants that were made for another object; so
-in every compile of ours the variants made before are marked as such. What remains is ``accumulated_recompile_limit`` (256).
+Dynamo compiles a function at most ``torch._dynamo.config.recompile_limit`` times (8) for one module, and runs it eagerly from
+then on, with a warning. For a dense model that only costs time. An adapted model would return other results: those of the dense
+model, or NaN where its weights are freed. Dynamo does not count variants that were compiled for another object. Each compilation
+by this backend therefore marks the earlier variants as such. The limit that remains is ``accumulated_recompile_limit`` (256).
 
-In: a compile that is in progress, and how to tell the variants of our backend. Out: warnings of many variants, and of the last
-one that Dynamo will compile.
+In: the compilation in progress, and a predicate that identifies variants of this backend. Out: earlier variants marked, and
+warnings of many variants and of the last one that Dynamo compiles.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _LAST = "torch._dynamo.config.accumulated_recompile_limit"
 
 
 class _Owner:
-    """What marked variants are said to be made for."""
+    """The object that marked variants are recorded as compiled for."""
 
 
 _owner = _Owner()
 
 
 def keep_compiling(is_ours: Callable[[Any], bool]) -> None:
-    """Mark variants that were compiled before, where nothing says that the limit shall be an error.
+    """Mark the variants of the frame being compiled, unless ``fail_on_recompile_limit_hit`` is set.
 
     Args:
-        is_ours: of the backend that Dynamo keeps with a variant, whether it is ours.
+        is_ours: whether the backend recorded with a variant is this one.
     """
     config = torch._dynamo.config
     frame = frame_being_compiled()
@@ -68,9 +68,9 @@ def keep_compiling(is_ours: Callable[[Any], bool]) -> None:
 
 
 def forget_invalid() -> None:
-    """Let Dynamo forget functions of which no variant is valid any more, as after a plan was taken off.
+    """Reset Dynamo's cache of functions without a valid variant, as after a plan was detached.
 
-    Variants that are not valid keep their code and their weights in memory, and count to the last limit.
+    Invalid variants hold their code and their weights in memory, and count towards ``accumulated_recompile_limit``.
     """
     if frame_being_compiled() is not None:
         return
@@ -85,7 +85,7 @@ def _entries(code: CodeType) -> list[Any]:
 
 
 def _codes() -> Iterator[CodeType]:
-    """Of all functions that Dynamo has met."""
+    """The code objects of all functions that Dynamo has processed."""
     from torch._dynamo.convert_frame import input_codes
 
     found = (reference() for reference in getattr(input_codes, "seen", ()))
@@ -93,7 +93,7 @@ def _codes() -> Iterator[CodeType]:
 
 
 def _is_variant(entry: Any, frame: Any, is_ours: Callable[[Any], bool]) -> bool:
-    """Whether a variant that is valid was made by our backend for the module that is being compiled, marked or not."""
+    """Whether a variant is valid and was compiled by this backend for the module being compiled, marked or not."""
     if not _made_by_us(entry, is_ours) or _is_invalid(entry):
         return False
     matched = entry.guard_manager.id_matched_objs.items()
@@ -102,12 +102,12 @@ def _is_variant(entry: Any, frame: Any, is_ours: Callable[[Any], bool]) -> bool:
 
 
 def _made_by_us(entry: Any, is_ours: Callable[[Any], bool]) -> bool:
-    backend = getattr(entry, "backend", None)  # not every version of torch tells
+    backend = getattr(entry, "backend", None)  # not recorded by every version of torch
     return backend is None or is_ours(backend)
 
 
 def _is_invalid(entry: Any) -> bool:
-    """Whether something that a variant was made for is gone."""
+    """Whether an object that a variant is guarded on was freed."""
     from torch._dynamo.guards import DeletedGuardManagerWrapper
 
     return isinstance(entry.guard_manager, DeletedGuardManagerWrapper)

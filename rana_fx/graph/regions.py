@@ -1,18 +1,18 @@
-"""Inline regions that hold linears: what an operator calls as a graph of its own, once and as it is.
+"""Inline regions that hold linears: graphs that a higher-order operator calls exactly once.
 
     y = autograd_function_apply(forward, backward, x, w)[0]        becomes        the nodes of forward
     y = invoke_subgraph(body, "0", x, w)[0], wrap(body, x, w)      becomes        the nodes of body
 
-In: a Dynamo graph and its Parameters. Out: one flat graph. A region is inlined where it gets a matrix and multiplies, so that
-a region without linears stays what it was. Bodies that run another number of times than once (cond, while_loop, scan, map)
-stay; linears in them are reported (rana_fx.graph.unadapted).
+In: a Dynamo graph and its Parameters. Out: one flat graph. A region is inlined if one of its operands is a weight of at least
+two dimensions and its body contains a product; other regions are left unchanged. Bodies that do not run exactly once (cond,
+while_loop, scan, map) stay; linears in them are reported (rana_fx.graph.unadapted).
 
-An ``autograd.Function`` becomes an operator where gradients flow. Its linears are replaced by adapters, and its own backward pass
-computes gradients of the linears that were there before: of a dense product, and none of the factors. So autograd
-differentiates the inlined forward pass instead, which is right where the backward pass that was written is the derivative of
-the forward pass (a kernel of its own, less memory), and wrong where it is another one on purpose (a straight-through estimator,
-reversed or clipped gradients). That is decided by computing both (rana_fx.graph.derivatives). Inputs that get no gradient from
-the backward pass get none from the inlined one.
+Where gradients flow, an ``autograd.Function`` is traced as a higher-order operator. Its backward pass computes gradients of the
+dense linears, and none of the factors of the adapters that replace them. Autograd therefore differentiates the inlined forward
+pass instead. This is correct where the Function's backward pass is the derivative of its forward pass (a specialised kernel,
+less memory), and incorrect where it differs on purpose (a straight-through estimator, reversed or clipped gradients). Both are
+computed and compared (rana_fx.graph.derivatives). Inputs that get no gradient from the Function's backward pass get none from
+the inlined forward pass.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FUNCTION = "autograd_function_apply"
 
 
 def open_regions(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Parameter]) -> PassResult:
-    """Inline every region that holds linears, also nested ones."""
+    """Inline every region that holds linears, nested regions included; declines regions that cannot be inlined."""
     opened, declined = 0, dict[fx.Node, str]()
     changed = True
     while changed:
@@ -50,7 +50,7 @@ def open_regions(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Para
             else:
                 declined[node] = reason
         if changed:
-            opened += open_checkpoints(graph_module)  # those that lay in what was opened
+            opened += open_checkpoints(graph_module)  # checkpoint regions inside the inlined bodies
     if opened:
         graph_module.graph.lint()
         graph_module.recompile()
@@ -58,7 +58,7 @@ def open_regions(graph_module: fx.GraphModule, weights: Mapping[fx.Node, nn.Para
 
 
 def _operands(node: fx.Node) -> list[Any] | None:
-    """What the first body gets, where it is called once with the operator's own arguments."""
+    """Operands of the first body, where the operator calls it once with the operator's own arguments; else None."""
     name = getattr(node.target, "__name__", "")
     if not bodies_of(node):
         return None
@@ -75,7 +75,7 @@ def _holds_linears(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> bo
 
 
 def _open(node: fx.Node, operands: Sequence[Any] | None) -> str | None:
-    """Opens a region, or returns why not."""
+    """Inline a region and return None, or return the reason why it cannot be inlined."""
     if operands is None or any(user.target is not operator.getitem for user in node.users):
         return "its results are read as a whole"
     reference, body = bodies_of(node)[0]
@@ -113,7 +113,7 @@ def _open_function(node: fx.Node, operands: Sequence[Any]) -> str | None:
 
 
 def _settle(inner: fx.Node, node: fx.Node) -> None:
-    """Values as with gradients, which the region was traced without; tags of the region around it."""
+    """Recompute the fake value with gradients enabled, which the region was traced without; copy recompute tags of the call."""
     for key in ("recompute", "ac_graph_id"):
         if key in node.meta:
             inner.meta.setdefault(key, node.meta[key])

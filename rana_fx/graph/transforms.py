@@ -1,9 +1,9 @@
-"""Which nodes of a graph run inside of a transform of ``torch.func``: grad, vjp, jvp, vmap and what is made of them, or on duals.
+"""Nodes of a graph inside a ``torch.func`` transform (grad, vjp, jvp, vmap and their compositions) or on dual tensors.
 
     level = _vmap_increment_nesting(3, "error"); b = _add_batch_dim(x, 0, level); y = linear(b, w); ...; _vmap_decrement_nesting()
 
 In: a Dynamo graph, which opens and closes levels of transforms by calls such as these. Out: the nodes between them. Their fake
-values are wrapped tensors of a level that was closed when tracing ended: they have shapes, and operations cannot run on them.
+values are wrapped tensors of a level that was closed when tracing ended: they have shapes, but operations cannot run on them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OPENS, _CLOSES = "increment_nesting", "decrement_nesting"
 
 
 def transformed(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes at a level of a transform, and what is computed from dual numbers that the graph makes."""
+    """All nodes at a level of a transform, and all nodes computed from dual tensors that the graph makes."""
     depth = 0
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -39,13 +39,13 @@ def transformed(graph: fx.Graph) -> set[fx.Node]:
 
 
 def is_plumbing(node: fx.Node) -> bool:
-    """Whether a node opens or closes a level, or wraps a tensor for one: what it yields depends on which levels are open."""
+    """Whether a node opens or closes a level, or wraps a tensor for one; its result depends on the open levels."""
     module = str(getattr(node.target, "__module__", None) or "")
     return is_call(node) and (module.startswith(_MODULES) or op_name(node) in _DUAL)
 
 
 def plain(value: Any) -> Any:
-    """A tensor that operations can run on in the place of one that a transform wrapped: its shape, dtype and device."""
+    """Replace tensors wrapped by a transform by plain ones of their shape, dtype and device, on which operations can run."""
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return type(value)(map(plain, value))
     if not isinstance(value, Tensor) or not is_wrapped(value):
@@ -54,12 +54,12 @@ def plain(value: Any) -> Any:
 
 
 def unwrapped(value: Tensor) -> Tensor:
-    """The tensor that levels of transforms wrapped, which has the memory."""
+    """The innermost tensor under all levels of transforms, which has the storage."""
     while is_wrapped(value):
         value = torch._C._functorch.get_unwrapped(value)
     return value
 
 
 def is_wrapped(value: Tensor) -> bool:
-    """Whether it belongs to a level of a transform."""
+    """Whether a tensor is wrapped by a level of a transform."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))

@@ -1,8 +1,8 @@
-"""Products with weights that are no linears, and why not: what is reported instead of adapted.
+"""Products with weights that are not linears, with the reasons: reported instead of adapted.
 
-In: a node that is no linear (rana_fx.graph.linears), and what of the graph depends on no data. Out: a ``Skip`` for every weight
-of more than one dimension that it multiplies by: experts, convolutions, fused operators, graphs that an operator calls,
-weights that are computed, quantised, or multiplied from the left.
+In: a node that is not a linear (rana_fx.graph.linears), and the nodes of the graph that depend on no data. Out: a ``Skip`` for
+every weight of more than one dimension that is an operand of the node: experts, convolutions, fused operators, graphs that an
+operator calls, weights that are computed, quantised, or multiplied from the left.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ COMPUTED = "its weight is computed in the forward pass"
 
 
 class Unadapted:
-    """Looks at the products of one graph.
+    """Classifies the products of one graph that are not linears.
 
     Args:
-        constant: what depends on no data -> the weights in it (``constants``).
-        origins: the same, weights that went in through a product included.
+        weights: graph inputs that are Parameters.
+        constant: nodes that depend on no data -> the weights that they are computed from, products excluded (``constants``).
+        origins: the same, with the weights that enter through a product.
         name_of: a graph input that is a Parameter -> its site.
     """
 
@@ -45,7 +46,7 @@ class Unadapted:
         self.computed: list[fx.Node] = []  # matrices of linears that are computed from weights, so far
 
     def skips(self, node: fx.Node, operands: Operands | None) -> list[Skip]:
-        """The weights of a product that is no linear."""
+        """The weights of a product that is not a linear, each with the reason."""
         unknown = opaque(node)
         if unknown is not None:
             return self._expert(node) or self._all(node, f"inside an operator whose parts are not known ({unknown})")
@@ -66,12 +67,12 @@ class Unadapted:
         return self._expert(node) or self._computed(node, operands)
 
     def _all(self, node: fx.Node, reason: str) -> list[Skip]:
-        """All weights of an operator, which is not taken apart."""
+        """All weights of an operator that is not decomposed."""
         leaves = (leaf for source in node.all_input_nodes for leaf in self._constant.get(source, ()))
         return [Skip(self._name_of(leaf), reason) for leaf in leaves if self._weights[leaf].dim() > 1]
 
     def _inside(self, node: fx.Node, bodies: list[fx.GraphModule]) -> list[Skip]:
-        """The weights that are multiplied in graphs that an operator calls, another number of times than once."""
+        """The weights that are multiplied in the graphs of an operator that does not call them exactly once."""
         reason = f"inside {op_name(node)}, whose graphs are not rewritten"
         known = {source: leaf for source in node.all_input_nodes for leaf in self._constant.get(source, ())}
         return [Skip(self._name_of(leaf), reason) for leaf in _multiplied(bodies, known) if self._weights[leaf].dim() > 1]
@@ -93,10 +94,10 @@ class Unadapted:
         return []
 
     def _computed(self, node: fx.Node, operands: Operands | None) -> list[Skip]:
-        """A product of data with what is computed from Parameters alone, or from the left: reported, not adapted."""
+        """A product of an activation with a matrix computed from Parameters alone, or a product from the left."""
         inputs = list(tensor_inputs(node))
         if all(item in self._constant for item in inputs):
-            return []  # depends on no data: computed once, not a layer
+            return []  # depends on no data: not a layer
         matrix = operands.matrix if operands is not None else None
         if isinstance(matrix, fx.Node) and matrix in self._constant and not self._constant[matrix]:
             return self._made_of_weights(matrix)
@@ -113,7 +114,7 @@ class Unadapted:
         return max(leaves, key=lambda leaf: self._weights[leaf].numel(), default=None)
 
     def _made_of_weights(self, matrix: fx.Node) -> list[Skip]:
-        """A product of Parameters, in the place of a linear's matrix; a product of heads or positions is an activation."""
+        """A matrix that is a product of Parameters. A product of more than two dimensions (heads, positions) is an activation."""
         value = value_of(matrix)
         if not isinstance(value, torch.Tensor) or value.dim() != 2:
             return []
@@ -131,7 +132,7 @@ class Unadapted:
         return [Skip(source_name(source), "its matrix is a buffer, and no Parameter")] if found else []
 
     def _through_indexing(self, node: fx.Node) -> fx.Node | None:
-        """The Parameter that a node shows, cast, transposed or indexed by whatever."""
+        """The Parameter that a node is a cast, a transpose, a copy or an indexing of; None where there is none."""
         while node not in self._weights:
             if not is_call(node) or op_name(node) not in TRANSPOSES | CASTS | INDEXING | COPIES:
                 return None
@@ -142,14 +143,14 @@ class Unadapted:
 
 
 def is_convolution(node: fx.Node) -> bool:
-    """Whether a node convolves."""
+    """Whether a node is a convolution."""
     return is_call(node) and op_name(node).lstrip("_").startswith(("conv1d", "conv2d", "conv3d", "conv_", "convolution"))
 
 
 def _multiplied(bodies: Sequence[fx.GraphModule], operands: Mapping[fx.Node, fx.Node]) -> Iterator[fx.Node]:
-    """Weights that a product reads in a body. ``operands``: what bodies get of weights -> the weight.
+    """Weights that are operands of a product in a body. ``operands``: operands of the operator -> the weight they come from.
 
-    An input of a body is a weight where both lie in one piece of memory.
+    An input of a body is identified with a weight where both share memory.
     """
     writes = Writes()
     for body in bodies:

@@ -1,13 +1,13 @@
-"""Notice that weights of an attached plan were replaced or changed since it was attached.
+"""Detect weights of an attached plan that were replaced or changed after the plan was attached.
 
-In: an attachment and its model, at every compilation and after every ``load_state_dict``. Out: Parameters that took the place of
-marked ones are marked, so that their linears are known; and for a weight with other numbers the reason why its adapter no longer
-stands for it. Nothing is looked at when compiled code runs.
+In: an attachment and its model, at every compilation and after every ``load_state_dict``. Out: Parameters that replaced marked
+ones are marked, so that their linears are recognised; and for a weight with changed values, the reason why its adapter is no
+longer valid. Nothing is checked when compiled code runs.
 
-A weight is compared by its version counter, its address and a sample of at most 64 x 64 of its numbers, since a write through
-``weight.data`` shows in the numbers alone. A cast of model and factors together changes neither. Training changes weights as
-well: what is multiplied by the model's own weight may change while it requires gradients, and so may whatever changes together
-with its factors (training, averages of models, checkpoints that hold both).
+A weight is compared by its version counter, its address and a sample of at most 64 x 64 of its values, since a write through
+``weight.data`` changes the values alone. A cast of model and factors together does not count as a change. Training changes
+weights too: a weight that its adapter reads may change while it requires gradients, and so may a weight that changes together
+with the factors of its adapter (training, averages of models, checkpoints that hold both).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SIDE = 64
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A weight as it was: where, in which version, and some of its numbers, on the CPU."""
+    """A snapshot of a weight: its address, its version counter, and a sample of its values, on the CPU."""
 
     pointer: int
     version: int | None
@@ -48,7 +48,7 @@ class Seen:
 
     @classmethod
     def of(cls, weight: Tensor) -> Seen | None:
-        """None where there are no numbers to see."""
+        """The snapshot; None where the weight has no data."""
         if not has_data(weight) or is_freed(weight):
             return None
         version = version_of(weight)
@@ -56,11 +56,11 @@ class Seen:
         return cls(weight.data_ptr(), version, values.to("cpu", copy=True))
 
     def moved(self, now: Seen) -> bool:
-        """Whether something may have been written since, or the numbers are elsewhere."""
+        """Whether the weight may have been written since, or has another address."""
         return (self.pointer, self.version) != (now.pointer, now.version)
 
     def equals(self, now: Seen) -> bool:
-        """Whether the sampled numbers are the same, in the dtype that they now have."""
+        """Whether the sampled values are equal in the current dtype; NaN equals NaN."""
         if self.sample.shape != now.sample.shape:
             return False
         before = self.sample.to(now.sample.dtype)
@@ -68,10 +68,10 @@ class Seen:
 
 
 class Watch:
-    """What an attachment remembers of its model.
+    """The state of a model's Parameters and factors that later states are compared with.
 
-    ids: name in the model -> id of the Parameter there, of all that are marked. sites: the same -> the plan's name of its weight.
-    seen: id -> the weight, of those that adapters stand for.
+    ids: name in the model -> id of the Parameter of that name, for all marked Parameters. sites: name in the model -> name of the
+    weight in the plan. seen: id -> snapshot, for the weights that adapters replace.
     """
 
     def __init__(self, model: nn.Module, ids: Mapping[str, int], names: Mapping[int, str]) -> None:
@@ -79,12 +79,12 @@ class Watch:
         self.ids = dict(ids)
         self.sites = {path: names[id_] for path, id_ in ids.items() if id_ in names}
         self.seen: dict[int, Seen] = {}
-        self.foreign: set[int] = set()  # loaded without factors, so not by a training
-        self.wrapped: dict[str, str] = {}  # sites whose weights were replaced by what is not ordinary -> what they are
+        self.foreign: set[int] = set()  # ids of weights that were loaded without factors, so not changed by training
+        self.wrapped: dict[str, str] = {}  # sites whose weights were replaced by tensors that are not ordinary -> description
         self._factors: dict[str, Seen] = {}
 
     def remember(self, attachment: Attachment) -> None:
-        """The weights, and the factors, are right as they are now."""
+        """Record the current weights and factors as those of the plan."""
         self._factors = _seen(attachment.factors)
         planned = {id_ for id_, name in attachment.names.items() if name in attachment.planned}
         self.seen = {
@@ -95,7 +95,7 @@ class Watch:
         self.foreign = set()
 
     def converted(self, factors: nn.Module) -> None:
-        """After a cast or a move of the whole model: what is the same but for that is remembered as it is now."""
+        """After a cast or a move of the whole model, record new snapshots of weights and factors whose values are the same."""
         for name, seen in _seen(factors).items():
             if name in self._factors and self._factors[name].equals(seen):
                 self._factors[name] = seen
@@ -106,18 +106,18 @@ class Watch:
                 self.seen[id(parameter)] = now
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Of the model as it now is."""
+        """The current Parameters of the model by name; empty where the model was freed."""
         model = self.model()
         return {} if model is None else weights_of(model)
 
     def retrained(self, index: int, factors: nn.Module) -> bool:
-        """Whether factors of an adapter have other numbers than before."""
+        """Whether factors of an adapter have other values than recorded."""
         prefix = f"a{index}_"
         now = {name: seen for name, seen in _seen(factors).items() if name.startswith(prefix)}
         return any(name in self._factors and not self._factors[name].equals(seen) for name, seen in now.items())
 
     def copied(self, twin: Attachment, model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> Watch:
-        """The same of a deep copy, whose Parameters are given by the ids of the original's."""
+        """The state of a deep copy. ``parameters``: id of a Parameter of the original -> its copy."""
         factors, ids = twin.factors, {name: id(parameters[key]) for name, key in self.ids.items() if key in parameters}
         watch = Watch(model, ids, twin.names)
         watch._factors = _seen(factors)
@@ -129,7 +129,7 @@ class Watch:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often it was written, as far as PyTorch counts; None for tensors of inference mode, whose writes it does not count."""
+    """PyTorch's version counter of a tensor; None for tensors of inference mode, which have none."""
     try:
         return tensor._version
     except RuntimeError:
@@ -142,7 +142,7 @@ def _seen(factors: nn.Module) -> dict[str, Seen]:
 
 
 def why_stale(attachment: Attachment, weight: nn.Parameter, index: int, adapter: Adapter) -> str | None:
-    """Why an adapter does not stand for a weight any more; None where it does. The linear is then computed by the weight."""
+    """The reason why an adapter is no longer valid for a weight, and the linear runs dense; None where the adapter is valid."""
     watch = attachment.watch
     if watch is None or not has_data(weight):
         return None
@@ -160,7 +160,7 @@ def why_stale(attachment: Attachment, weight: nn.Parameter, index: int, adapter:
 
 
 def _unfit(attachment: Attachment, weight: nn.Parameter, index: int, adapter: Adapter) -> str | None:
-    """Where weight and factors were moved or cast apart."""
+    """The reason where the device or dtype of a weight no longer fits the factors; else None."""
     for key in adapter.tensors():
         factor = attachment.tensor(index, key)
         if factor is None:
@@ -174,12 +174,12 @@ def _unfit(attachment: Attachment, weight: nn.Parameter, index: int, adapter: Ad
 
 
 def adopt(attachment: Attachment) -> None:
-    """Mark the Parameters that took the places of marked ones, under the names of those."""
+    """Mark the Parameters that replaced marked ones, under the same names."""
     watch = attachment.watch
-    if watch is None or watch.model() is None:  # its Parameters may live on without it
+    if watch is None or watch.model() is None:  # Parameters may outlive their model
         return
     parameters, before = watch.parameters(), dict(watch.ids)
-    replaced: dict[int, int] = {}  # id -> id of what was in its place; ids of tensors that are gone may be those of others now
+    replaced: dict[int, int] = {}  # new id -> id of the replaced Parameter; Python may reuse ids of freed tensors
     watch.wrapped = {}
     for path, old in before.items():
         parameter, site = parameters.get(path), watch.sites.get(path)
@@ -196,7 +196,7 @@ def adopt(attachment: Attachment) -> None:
 
 
 def stale_when_loaded(attachment: Attachment) -> dict[str, str]:
-    """Sites whose weights, as a checkpoint without factors has just set them, the plan does not stand for any more -> why."""
+    """Sites for whose weights the plan is no longer valid after a checkpoint without factors was loaded -> the reason."""
     watch, stale = attachment.watch, dict(gone(attachment))
     parameters = {} if watch is None else watch.parameters()
     for site in (site for adapter in attachment.plan.adapters for site in adapter.sites):
@@ -214,13 +214,13 @@ def stale_when_loaded(attachment: Attachment) -> dict[str, str]:
 
 
 def gone(attachment: Attachment) -> list[tuple[str, str]]:
-    """(site, reason) of planned weights in whose place there is now something that is no ordinary Parameter."""
+    """(site, reason) of planned weights that were removed, or replaced by something other than an ordinary Parameter."""
     watch = attachment.watch
     return [] if watch is None else [(site, why) for site, why in watch.wrapped.items() if site in attachment.planned]
 
 
 def not_ordinary(model: str, site: str, weight: Tensor, dtype: str) -> PlanMismatch:
-    """The error where the plan has a linear whose weight has no numbers of its own."""
+    """The error for a planned linear whose weight is not an ordinary tensor with data."""
     got = "a weight without data (on the meta device)" if is_ordinary(weight) else f"a {wrapped(weight)}"
     expected = f"an ordinary {dtype} weight; the plan was made before it was quantised, wrapped, sharded or offloaded"
     return PlanMismatch(model=model, site=site, got=got, expected=expected)

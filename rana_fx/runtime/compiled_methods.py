@@ -1,11 +1,12 @@
 """Methods of a compiled model run the compiled model: ``torch.compile(model, backend="rana").generate(...)``.
 
-``torch.compile(model)`` is a module around the model. It compiles calls; every other method is looked up in the model, which then
-calls itself, uncompiled. That costs a model compiled by Inductor only time. An adapted model would silently be the dense one.
+``torch.compile(model)`` is a module that wraps the model. It compiles calls; every other method is looked up in the model and
+calls the model uncompiled. With Inductor that only costs time. With this backend the dense model would run instead of the adapted
+one.
 
-In: torch.compile's wrapper (``OptimizedModule``) around a model, compiled by our backend. Out: methods got through it in which
-the model's calls of itself are compiled, as after ``model.compile(...)``. The model's own methods stay as they are, and nothing
-changes for other backends. Calls of the wrapper take the way they always took.
+In: torch.compile's wrapper (``OptimizedModule``) of a model compiled by this backend. Out: methods looked up through the wrapper,
+in which the model's calls of itself are compiled, as after ``model.compile(...)``. The methods of the model itself, other
+backends and calls of the wrapper are unchanged.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import torch
 from torch import nn
 
 _lock = threading.Lock()
-_ATTRIBUTE = "_compiled_call_impl"  # what a module calls instead of its forward, if it has one
+_ATTRIBUTE = "_compiled_call_impl"  # called by a module instead of its forward, where it is set
 
 
 def install(is_ours: Callable[[Any], bool]) -> None:
-    """Look methods up in this way from now on. ``is_ours``: whether a backend that torch.compile was given is ours."""
+    """Patch the look-up of methods in ``OptimizedModule``, once a process. ``is_ours``: whether a backend is this one."""
     wrapper: Any = torch._dynamo.OptimizedModule
     original = wrapper.__getattr__
     if getattr(original, "rana_fx", False):
@@ -49,12 +50,12 @@ def install(is_ours: Callable[[Any], bool]) -> None:
 
 
 def _backend_of(wrapper: Any) -> Any:
-    """The backend behind a wrapper of torch.compile."""
+    """The backend that a wrapper of torch.compile was compiled with; None where it is not known."""
     return getattr(wrapper.__dict__.get("dynamo_ctx"), "callback", None)
 
 
 def _compiled(function: Callable[..., Any], wrapper: Any) -> Callable[..., Any]:
-    """A method of the model, during which its calls of itself are compiled; a generator's, whenever it runs."""
+    """A method of the model during which the model's calls of itself are compiled; for a generator, during each of its steps."""
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -79,14 +80,14 @@ def _compiled(function: Callable[..., Any], wrapper: Any) -> Callable[..., Any]:
 
 
 class _Calls:
-    """What a model calls itself by while some threads run its methods: compiled in these, as it was in others."""
+    """The call implementation of a model while threads run compiled methods: compiled in these threads, eager in all others."""
 
     def __init__(self, model: nn.Module, wrapper: Any) -> None:
         self._eager = model._call_impl
         self._compiled = wrapper.dynamo_ctx(model._call_impl)
-        self.threads: list[int] = []  # once for each method that runs
+        self.threads: list[int] = []  # one entry for each running method
 
-    # transformers compiles a model's __call__ by Inductor while it generates, on a GPU: that must not see what is behind this
+    # on a GPU, transformers compiles the model's __call__ by Inductor during generate: Dynamo must not trace into this
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self._compiled if threading.get_ident() in self.threads else self._eager)(*args, **kwargs)
@@ -97,7 +98,7 @@ def _compiling(model: nn.Module, wrapper: Any) -> Iterator[None]:
     with _lock:
         found = model.__dict__.get(_ATTRIBUTE)
         calls = _Calls(model, wrapper) if found is None else found if isinstance(found, _Calls) else None
-        if calls is not None:  # after model.compile() it is compiled anyway
+        if calls is not None:  # None: compiled already, by model.compile()
             setattr(model, _ATTRIBUTE, calls)
             calls.threads.append(threading.get_ident())
     try:

@@ -1,6 +1,6 @@
-"""Whether a weight is the one that a plan was made for.
+"""Check that a weight is the one that a plan was made for.
 
-In: the plan's record of a linear and the weight of that name in a model. Out: nothing, or the error that says what differs.
+In: the plan's record of a linear and the weight of that name in a model. Out: nothing, or an error that names the difference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from rana_fx.runtime.changed_weights import not_ordinary
 
 
 def check_fit(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None) -> None:
-    """Raises PlanMismatch where the weight is missing, wrapped or another one; WeightsFreed where its memory was freed."""
+    """Compare shape, dtype and digest of a weight with the record.
+
+    Raises:
+        PlanMismatch: the weight is missing, wrapped, without data or a different one. WeightsFreed: its memory was freed.
+    """
     name = type(model).__name__
     if weight is not None and not has_data(weight):
         raise not_ordinary(name, record.name, weight, record.dtype)

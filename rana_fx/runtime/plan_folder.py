@@ -1,8 +1,9 @@
-"""The folder of a plan as an option of torch.compile: read once while it stays as it is, and noticed when it changes.
+"""The folder of a plan as an option of torch.compile: read once while it is unchanged, read again after a change.
 
-In: the path that a user gave. Out: the plan in it now. torch.compile takes code that was compiled with equal options, so a path
-alone would run the old plan after another one was saved there. The options that a graph was compiled with therefore hold a
-``Folder``, which is equal to a path as long as the header there has the content that was compiled. Code that runs is not asked.
+In: the path given by the user. Out: the plan currently in it. torch.compile reuses code that was compiled with equal options, so
+that a path alone would run the old plan after another one was saved there. The options that a graph was compiled with therefore
+hold a ``Folder``, which equals a path as long as the header file there has the content that was compiled. Nothing is checked when
+compiled code runs.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import torch
 from rana_fx.plan import Plan, load_plan
 from rana_fx.plan_io import HEADER
 
-# by path and header: the header has the plan's digest, and the name of the tensors' file, which is their digest
+# by path and digest of the header: the header has the plan's digest, and the name of the tensors' file, which is their digest
 _loaded: WeakValueDictionary[tuple[str, str], Plan] = WeakValueDictionary()
 
 
 class Folder:
-    """The folder of a saved plan, and what was in it when it was loaded."""
+    """The folder of a saved plan, and the digest of its header when the plan was loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,11 +35,11 @@ class Folder:
         self._header, self._stat = "", (0, 0, 0, 0)
 
     def load(self) -> Plan:
-        """The plan in it now. Raises PlanFileError, PlanVersion."""
+        """The plan currently in the folder. Raises PlanFileError, PlanVersion."""
         while True:
             before = self._content()
             plan = _loaded.get((self._at, before)) or load_plan(self.path)
-            if self._content() == before:  # else: saved anew meanwhile
+            if self._content() == before:  # else: saved again during the load
                 break
         self._header, self._stat = before, self._status()
         return _loaded.setdefault((self._at, before), plan)
@@ -68,7 +69,7 @@ class Folder:
             return ""
 
     def _status(self) -> tuple[int, int, int, int]:
-        """Changes with the file, whatever its modification time is set to."""
+        """(inode, size, mtime, ctime) of the header: differs after a change, also where the modification time was set back."""
         try:
             found = (self.path / HEADER).stat()
         except OSError:
@@ -77,7 +78,7 @@ class Folder:
 
 
 def compiled_with(options: Mapping[str, Any] | None, folder: Folder) -> None:
-    """Put ``folder`` into the options that torch.compile compares, of the compilation in progress; a user's mapping stays."""
+    """Put ``folder`` into the options that torch.compile compares for the current compilation; the user's mapping is not changed."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         wrapper: Any = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
@@ -89,9 +90,9 @@ def compiled_with(options: Mapping[str, Any] | None, folder: Folder) -> None:
 
 
 def kept_alive(compiled: Any, *things: object) -> Any:
-    """``compiled``, which holds ``things`` as long as it lives."""
+    """``compiled``, with references to ``things`` for its lifetime."""
     try:
         compiled._rana_fx_holds = things
-    except AttributeError:  # a bound method, say
+    except AttributeError:  # such as a bound method
         return kept_alive(lambda *args: compiled(*args), *things)
     return compiled

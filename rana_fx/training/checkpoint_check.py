@@ -1,7 +1,7 @@
-"""Whether the state of a checkpoint is one that a training can go on from; asked before anything of the training is changed.
+"""Check that training can resume from the state of a checkpoint, before any state of the training is changed.
 
-In: a state as ``checkpoint.read`` gives it, the trained Parameters, their optimizer and the number of steps. Out: nothing, or
-CheckpointError. A checksum tells most of this; files from before there was one have only these checks.
+In: a state as ``checkpoint.read`` returns it, the trained Parameters, their optimizer and the number of steps. Out: nothing, or
+CheckpointError. A checksum detects most faults; files of earlier versions, without a checksum, have only these checks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HISTORY = {"tokens", "losses", "evaluations", "seconds", "step_seconds"}
 def check(
     path: Path, state: Mapping[str, Any], trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int
 ) -> None:
-    """Raises CheckpointError."""
+    """Check parameters, optimizer state, random state and history. Raises CheckpointError."""
     try:
         _check_parameters(state["parameters"], trained)
         _check_optimizer(state["optimizer"], list(trained.items()), optimizer.state_dict()["param_groups"])
@@ -67,7 +67,7 @@ def _check_optimizer(found: Any, trained: list[tuple[str, nn.Parameter]], groups
     _expect(alike, "its optimizer has other Parameters or options")
     states = found["state"]
     _expect(isinstance(states, dict) and set(states) <= set(range(len(trained))), "its optimizer has other Parameters")
-    for index, moments in states.items():  # a Parameter that has had no gradient has none
+    for index, moments in states.items():  # a Parameter that never had a gradient has no state
         name, parameter = trained[index]
         _expect(isinstance(moments, dict) and moments.keys() == _MOMENTS, f"the optimizer's state of {name} is none")
         for key in ("exp_avg", "exp_avg_sq"):
@@ -78,7 +78,7 @@ def _check_optimizer(found: Any, trained: list[tuple[str, nn.Parameter]], groups
 
 
 def _same_options(mine: dict[str, Any], other: dict[str, Any]) -> bool:
-    """The rate is set before each step; releases of torch add options."""
+    """Whether two groups agree in their common options, except the rate, which is set before each step; torch adds options."""
     if not {"lr", "betas", "eps", "weight_decay"} <= other.keys() or not isinstance(other["lr"], int | float):
         return False
     both = mine.keys() & other.keys() - {"lr", "params"}
@@ -106,5 +106,5 @@ def _check_history(found: Any, steps: int) -> None:
 
 
 def _numbers(found: Any) -> bool:
-    """A list of finite numbers."""
+    """Whether a value is a list of finite numbers."""
     return isinstance(found, list) and all(isinstance(one, int | float) and math.isfinite(one) for one in found)

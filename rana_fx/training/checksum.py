@@ -1,6 +1,6 @@
-"""Checksum of what is saved: of values, not of the bytes of a file, whatever the format around them is.
+"""Checksum of saved values, independent of the file format.
 
-In: tensors, numbers and texts in dictionaries and lists. Out: a SHA-256 over types, order, names, dtypes, shapes and bytes.
+In: tensors, numbers and strings in dictionaries and lists. Out: a SHA-256 over types, order, names, dtypes, shapes and bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rana_fx.plan import tensor_bytes
 
 
 def checksum(value: Any) -> str:
-    """In hex digits. Raises TypeError for anything else than named above."""
+    """The SHA-256 in hex digits. Raises TypeError for values of other types than those listed above."""
     state = hashlib.sha256()
     _add(state, value)
     return state.hexdigest()

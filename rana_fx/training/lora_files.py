@@ -1,8 +1,8 @@
 """LoRA on disk, in peft's layout: adapter_config.json and adapter_model.safetensors.
 
-In: a model with LoRA on it, or a folder. Out: both files, switched in one step, or the model with LoRA on it. The header of the
-safetensors file names the plan, and has checksums of the matrices and of the options that decide what they mean. Files from
-before there were checksums are read, too; everything else is checked of them. A load that fails leaves the model as it was.
+In: a model with LoRA, or a folder. Out: both files, replaced atomically, or the model with LoRA. The header of the safetensors
+file has the digest of the plan, and checksums of the matrices and of the options that determine their meaning. Files of earlier
+versions, without checksums, are read with all other checks. A load that fails leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of names in files that peft itself wrote
+_PREFIX = "base_model.model."  # of names in files written by peft
 
 
 def save_lora(model: nn.Module, folder: str | Path) -> None:
-    """Write what LoRA trained as peft does: adapter_config.json and adapter_model.safetensors, which names the plan, too.
+    """Write the LoRA matrices in peft's format: adapter_config.json, and adapter_model.safetensors with the digest of the plan.
 
     Raises:
-        NoPlan, NothingToTrain: there is no LoRA on the model. CheckpointError: it cannot be written; the folder is as it was.
+        NoPlan, NothingToTrain: the model has no LoRA. CheckpointError: the files cannot be written; the folder is unchanged.
     """
     found = attachment_to_train(model)
     module = lowrank_of(model)
@@ -55,10 +55,10 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> dict[str, nn.Parameter]:
-    """``add_lora`` with the matrices that ``save_lora`` wrote.
+    """``add_lora`` with the options and matrices that ``save_lora`` wrote; returns the trained Parameters by name.
 
     Raises:
-        CheckpointError: it is not there, damaged, half of it, or was trained with another plan. What ``add_lora`` raises.
+        CheckpointError: the files are missing, incomplete or damaged, or belong to another plan. Also what ``add_lora`` raises.
     """
     folder, model = Path(folder), unwrap(model)
     found = attachment_to_train(model)
@@ -87,7 +87,7 @@ def _state(module: LowRank) -> dict[str, Tensor]:
 
 
 def _read_config(folder: Path) -> tuple[LoraConfig, str]:
-    """(the options, digest of those that matter). Raises CheckpointError."""
+    """(the options, digest of those that determine the matrices). Raises CheckpointError."""
     library = peft_library()
     try:
         facts = json.loads(read_regular(folder / _CONFIG))
@@ -111,7 +111,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check(folder: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless the matrices are those that the options ask for, whole."""
+    """Raises CheckpointError unless names, shapes and dtypes are those that the options select and all values are finite."""
     odd = sorted(state.keys() ^ expected.keys())
     if odd:
         raise _damaged(folder, f"it lacks matrices, or has others than its targets have: {', '.join(odd[:4])}")
@@ -128,7 +128,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _options(facts: Mapping[str, Any]) -> str:
-    """Digest of what decides which matrices there are and what they mean; the order of targets does not."""
+    """Digest of the options that determine the matrices and their meaning; independent of the order of targets."""
     found = {name: facts.get(name) for name in sorted(SUPPORTED)}
     found = {name: sorted(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
