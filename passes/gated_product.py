@@ -4,7 +4,7 @@
 
 In: a down projection of a Dynamo graph and its gated adapter. Out: a ``Product``: where the gate may be masked, and whether zeros
 reach down as zeros. f and g are identities in the graph that was calibrated; in other graphs they may be dropout in training, a
-cast, a scale or a hook. f is any chain of pointwise operations and row views. g is dropout; the mask was calibrated in front of it.
+cast, a scale or a hook. f is any chain of pointwise operations and row views. g is dropout; the mask is calibrated before it.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path, label: str | None = None) -> None:
-    """Remove temporary files of killed writes, of one file or of all files of a folder. Locked files are being written and stay."""
+    """Remove temporary files of killed writes, of one file or of all files of a folder. Files being written are locked."""
     with suppress(OSError):
         for path in folder.iterdir():
             match = _TEMPORARY.fullmatch(path.name)

@@ -4,11 +4,11 @@ In: a folder, and a ``with`` block that writes new files. Out: the folder with t
 any point, a reader finds all old files or all new ones, under their own names, through symbolic links:
 
     stage     the new files are written to .rana_fx-switch/new, with the names that they have in the folder
-    link      "now" is a link to "old", which has hard links to the old files; each file is replaced by a link to its name in "now"
+    link      "now" links to "old", which has hard links to the old files; each file is replaced by a link to its name in "now"
     switch    "now" is replaced by a link to "new": the atomic step
     settle    each link is replaced by its target, and .rana_fx-switch is removed
 
-A switch first settles an earlier one that was killed. On a file system without symbolic links, files are replaced one by one.
+A switch first completes an earlier one that was killed. On a file system without symbolic links, files are replaced one by one.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 
 
 def real_value(node: fx.Node, value: object) -> object:
-    """``value``, or the real tensor that a fake one was made from. A fake tensor without a known real one is returned as it is."""
+    """``value``, or the real tensor that a fake one was made from; a fake tensor whose real one is unknown is returned."""
     if not isinstance(value, FakeTensor):
         return value
     recorded = _example(node.meta.get("grapharg"))

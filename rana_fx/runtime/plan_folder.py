@@ -78,7 +78,7 @@ class Folder:
 
 
 def compiled_with(options: Mapping[str, Any] | None, folder: Folder) -> None:
-    """Put ``folder`` into the options that torch.compile compares for the current compilation; the user's mapping is not changed."""
+    """Put ``folder`` into the options that torch.compile compares for this compilation; the user's mapping is not changed."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         wrapper: Any = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
