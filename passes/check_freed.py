@@ -41,5 +41,5 @@ def weights_to_free(matches: Matches) -> list[nn.Parameter]:
 
 
 def _unread(node: fx.Node) -> bool:
-    """Whether the only users of a node are views that nobody reads."""
+    """Whether the only users of a node are views without users."""
     return all(op_name(user) in MOVEMENT and _unread(user) for user in node.users)

@@ -42,7 +42,7 @@ class Match:
     adapter: Adapter
     linears: tuple[Linear, ...]
     named: Mapping[fx.Node, str]  # every linear of the graph -> its site
-    number: int = 0  # of the attachment, among those of the graph
+    number: int = 0  # index of the attachment among those of the graph
 
     @property
     def x(self) -> fx.Node:
@@ -62,7 +62,7 @@ class Matches:
 
     @property
     def planned(self) -> set[str]:
-        """Linears that an adapter stands for, or whose cost it changes, in all of the plans."""
+        """Linears that an adapter replaces, or whose cost it changes, in all plans of the graph."""
         adapters = [adapter for attachment in self.attachments for adapter in attachment.plan.adapters]
         return {site for adapter in adapters for site in (*adapter.sites, *adapter.also)}
 
@@ -128,14 +128,14 @@ def gradients_flow(match: Match, node: fx.Node) -> bool:
 
 def _at_most(x: fx.Node, tokens: int) -> bool:
     """Whether x has at most ``tokens`` rows. Comparing a symbolic number installs a guard; a number that depends on data (the
-    tokens of an expert) cannot be guarded on, and is at most what its bounds say.
+    tokens of an expert) cannot be guarded on and is decided by its known upper bound.
     """
     shape = shape_of(x)
     return shape is not None and guard_or_false(math.prod(shape[:-1]) <= tokens)
 
 
 def _of_tokens(x: fx.Node, reason: str) -> str:
-    """A reason that counts the rows of x, or that they are counted when the graph runs."""
+    """A reason extended by the number of rows of x, or by the fact that it is only known when the graph runs."""
     shape = shape_of(x)
     unknown = shape is not None and bool(free_unbacked_symbols(shape[:-1]))
     return f"{reason.partition(',')[0]}, and how many tokens it reads depends on data" if unknown else reason

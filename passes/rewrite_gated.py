@@ -5,14 +5,14 @@
     a = act(linear(x, w_gate)); a = where(a^2 >= tau, a, 0)
     h = rana.masked_rows(x, a, w_up); y = rana.masked_gemv(h, 0+, w_down.t())
 
-tau is one number, or one for each neuron. So a decoded token costs what the plan counts. Both operations multiply by the model's
-own weights. Up is not changed, and only down skips rows, where up's linear has an adapter of its own or other users (gate and up
-in one), or is not the only other factor of the product; where a tensor is written in between; and where gradients flow: there
-tokens are many, and up would have to be recomputed in the backward pass.
+tau is one number, or one for each neuron. The cost of a decoded token is then the one that the plan counts. Both operations
+multiply by the model's own weights. Up is left dense, and only down skips rows, where up's linear has an adapter of its own or
+other users (a stacked gate and up), or is not the only other factor of the product; where a tensor is written in between; and
+where gradients flow: tokens are then many, and up would have to be recomputed in the backward pass.
 
-Operations between the product and down (dropout, casts, scales) keep zeros, and all stays as above. Where they do not, the gate
-is masked and all rows of down are read. Where the product has other users, too, down's input is masked instead of the gate. Where
-the product is not found in this graph, its down projection is dense. ``PassResult.declined`` has the reasons.
+Operations between the product and down that keep zeros (dropout, casts, scales) change nothing of this. Behind other operations
+the gate is masked and all rows of down are read. Where the product has further users, the input of down is masked instead of the
+gate. Where the product is not found in this graph, down is dense. ``PassResult.declined`` has the reasons.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _rewrite(graph_module: fx.GraphModule, match: Match, down: Linear) -> PassRe
 
 
 def _keep_bias(graph_module: fx.GraphModule, match: Match, down: Linear) -> None:
-    """The adapter's own bias stands for what the mask drops, so that it belongs to the mask."""
+    """Apply the bias of the adapter, which approximates the masked terms and is valid only together with the mask."""
     if match.adapter.bias is None:
         return
     emit, (matrix, transposed) = Emitter(graph_module, down.node), down.factor
@@ -98,9 +98,9 @@ def _left(match: Match, reason: str) -> tuple[Declined, ...]:
 
 
 def _skip_rows_of_up(graph_module: fx.GraphModule, product: fx.Node, masked: fx.Node, match: Match) -> tuple[Declined, ...]:
-    """Put ``rana.masked_rows`` in the place of a product, where its other factor is up's linear; otherwise why not.
+    """Replace a product by ``rana.masked_rows`` where its other factor is up's linear; else return the reason why not.
 
-    Nothing is declined where up has an adapter of its own, and where gradients flow: all of its rows are needed then.
+    Nothing is declined where up has an adapter of its own or gradients flow: all rows of up are needed then.
     """
     if gradients_flow(match, product) or any(match.attachment.adapter(name) is not None for name in match.adapter.also):
         return ()
@@ -112,7 +112,7 @@ def _skip_rows_of_up(graph_module: fx.GraphModule, product: fx.Node, masked: fx.
 
 
 def _chain_to_up(product: fx.Node, masked: fx.Node, match: Match) -> list[fx.Node] | str:
-    """The other factor of the product and what it is a reshape of, down to up's linear; or why that must stay."""
+    """The other factor of the product and its chain of reshapes, ending at up's linear; or the reason why up must stay dense."""
     others = [node for node in product.args if node is not masked]
     value = value_of(product)
     if len(others) != 1 or product.kwargs or written(product) or not isinstance(value, torch.Tensor):

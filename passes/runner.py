@@ -131,10 +131,10 @@ class Result:
 
     @property
     def not_applied(self) -> list[Declined]:
-        """Of what was declined, linears of the plan that nobody asked to leave."""
+        """The declined linears of the plan, except those that an option or the plan leaves dense (``Intended``)."""
         planned = self.matches.planned
         planned |= {base_name(site) for site in planned}
-        # what a pass found out before linears were looked for says more than that they were not found
+        # the reason of a pass that ran before the search for linears is more specific than "not found"
         places = [*(place for _, place in self.runner.declined()), *self.matches.declined]
         found: dict[str, Declined] = {}
         for place in places:

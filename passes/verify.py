@@ -87,7 +87,7 @@ class Verifier:
             self._check_memory(node, value, found, fresh=fresh)
 
     def _check_memory(self, node: fx.Node, value: object, found: object, *, fresh: bool) -> None:
-        """A new node's value must lie in the memory of the inputs that it views; for an older node this is recorded as true."""
+        """A new node that is a view must share the storage of its input; for an older node this is recorded as true."""
         for source in node.all_input_nodes:
             views = bool(storages(found) & storages(value_of(source)))
             if fresh:

@@ -103,7 +103,7 @@ def backend(
 
 
 def _own_options(given: dict[str, Any], plan: Plan | None) -> tuple[str, bool]:
-    """("prefill", "strict"), taken out of the options. Raises InvalidOption."""
+    """The values of ("prefill", "strict"), removed from the options. Raises InvalidOption."""
     prefill = given.pop("prefill", "masked")
     if prefill not in MODES:
         raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(MODES)}")
@@ -123,7 +123,7 @@ def _freeing_after_first_run(compiled: Callable[..., Any], weights: list[nn.Para
 
     def run_and_free(*args: Any) -> Any:
         output = compiled(*args)
-        # what is compiled in pieces (DistributedDataParallel) is first run on fake tensors
+        # graphs compiled in pieces (DistributedDataParallel) first run on fake tensors
         if weights and mode_of(args) is None:
             with torch.inference_mode(False):
                 while weights:
@@ -141,14 +141,14 @@ def rewrite(
     prefill: str = "masked",
     strict: bool = False,
 ) -> Result:
-    """Rewrite a Dynamo graph in place, and add guards on the weights and the plan that the result depends on, and warn of
-    what could not be applied.
+    """Rewrite a Dynamo graph in place, add guards on the weights and the plan that the result depends on, and warn of the
+    parts of the plan that are not applied.
 
     Args:
         gm, example_inputs: as ``backend`` takes them.
         plan: to use instead of the plan attached to the weights.
         prefill: one of ``rana_fx.runtime.prefill.MODES``.
-        strict: raise for what could not be applied instead.
+        strict: raise ``NotApplied`` instead of the warning.
 
     Returns:
         For each pass what it changed, and what it declined with the reason (``Result``).
@@ -183,7 +183,7 @@ def rewritten(
 
 
 def is_ours(compiler: Any) -> bool:
-    """Whether what Dynamo calls to compile ends in a backend of this module."""
+    """Whether the compiler function that Dynamo calls is, or wraps, a backend of this module."""
     while compiler is not None:
         if compiler is backend or compiler is rewritten:
             return True
@@ -193,7 +193,7 @@ def is_ours(compiler: Any) -> bool:
 
 
 def _attached_nearby() -> bool:
-    """Whether a plan is on a model that the code being compiled belongs to, of which this graph may be a part without a plan."""
+    """Whether a model of the frame being compiled has a plan attached: this graph may be a part of it without planned weights."""
     variables = getattr(translator(), "f_locals", {}).values()
     return any(attached(value) is not None for value in variables if isinstance(value, nn.Module))
 
@@ -241,5 +241,5 @@ class _PostGrad(CustomGraphPass):
         return None if None in inner else (sources_hash(), fingerprint(), self._plans, *inner)
 
 
-# from here on, methods got through torch.compile(model, backend=...) run the compiled model
+# from here on, methods looked up through torch.compile(model, backend=...) run the compiled model
 compiled_methods.install(is_ours)

@@ -203,7 +203,7 @@ def _skips(layout: Layout, chosen: Sequence[Skip | Note]) -> tuple[Skip | Note, 
 
 
 def _unread(unread: Sequence[Unread]) -> list[Skip | Note]:
-    """An entry for each module whose matrices no graph reads, and a note on the plan that names the first of them."""
+    """A skip for each module whose matrices no graph reads, and a note on the plan that names the first of them."""
     found: list[Skip | Note] = []
     for eager, fate in ((False, "ran in no batch"), (True, OUTSIDE_OF_GRAPHS)):
         modules = [item for item in unread if item.eager == eager]

@@ -61,13 +61,13 @@ def quantised_modules(model: nn.Module) -> dict[str, str]:
 
 
 def wrapped_weights(model: nn.Module) -> dict[str, str]:
-    """Site names of matrices that are wrapper subclasses, whose graphs may show only what they wrap -> what they are."""
+    """Site names of matrices that are wrapper subclasses, whose graphs may have only the inner tensors -> description."""
     shaped = {name: weight for name, weight in weights_of(model).items() if not nn.parameter.is_lazy(weight)}
     return {name: wrapped(weight) for name, weight in shaped.items() if not is_ordinary(weight) and weight.dim() > 1}
 
 
 def absent_weight(model: nn.Module) -> str | None:
-    """The name of a Parameter without data (on the meta device), if there is one: not loaded, or offloaded until it is used."""
+    """The name of a Parameter without data (on the meta device), or None: not loaded, or offloaded until it is used."""
     absent = (name for name, weight in unwrap(model).named_parameters() if weight.device.type == "meta")
     return next(absent, None)
 
@@ -76,11 +76,11 @@ def absent_weight(model: nn.Module) -> str | None:
 def trainable_tensors(model: nn.Module) -> Iterator[None]:
     """Inside, Parameters and buffers that were made in inference mode are replaced by ordinary ones in the same memory.
 
-    Autograd refuses tensors of inference mode, also as what a backward pass needs.
+    Autograd rejects tensors of inference mode, also as tensors saved for the backward pass.
     """
     changed: list[tuple[dict[str, Any], str, Tensor]] = []
     held: Any
-    twins: dict[int, Tensor] = {}  # tied ones stay tied
+    twins: dict[int, Tensor] = {}  # tied tensors stay tied
     with torch.inference_mode(False), torch.no_grad():
         for module in unwrap(model).modules():
             for held in (module._parameters, module._buffers):

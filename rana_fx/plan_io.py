@@ -66,7 +66,7 @@ def _name_of(content: bytes) -> str:
 
 
 def _holds(path: Path, content: bytes) -> bool:
-    """Whether a file has this content, which one that was damaged since has not."""
+    """Whether a file exists with this content; False where it was damaged."""
     try:
         return path.stat().st_size == len(content) and read_regular(path) == content
     except OSError:
@@ -74,13 +74,13 @@ def _holds(path: Path, content: bytes) -> bool:
 
 
 def _remove_unnamed(folder: Path, tensors: Iterable[Path]) -> None:
-    """Of these, remove the ones that the header does not name, as far as it goes: of an older plan, or of a save that failed."""
+    """Remove, where possible, the files that the header does not name: those of an older plan or of a failed save."""
     try:
         named = json.loads(read_regular(folder / HEADER))["tensors"]
     except FileNotFoundError:
         named = None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # which ones are needed is not known
+        return  # without a readable header, all files may be needed
     for path in tensors:
         if path.name != named:
             with suppress(OSError):
@@ -139,7 +139,7 @@ def _parse(folder: Path, content: bytes, schema: pydantic.TypeAdapter[Any]) -> S
         raise PlanFileError(path=folder / HEADER, reason=f"{where or 'plan'}: {first['msg']}") from error
     except KeyError as error:
         raise PlanFileError(path=folder, reason=f"facts and tensors do not belong together ({error})") from error
-    except (ArithmeticError, RecursionError, ValueError) as error:  # of numbers that no float holds; of names that no file has
+    except (ArithmeticError, RecursionError, ValueError) as error:  # numbers out of the range of floats; invalid file names
         raise PlanFileError(path=folder / HEADER, reason=str(error)) from error
 
 

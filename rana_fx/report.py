@@ -81,7 +81,7 @@ class Report:
 
 
 def explain(model: nn.Module, example_inputs: Any) -> Report:
-    """Trace a model on one batch and report what its plan does with each linear, and what of it would not be applied there.
+    """Trace a model on one batch and report, for each linear, what the plan does and which adapters would not be applied.
 
     Nothing is compiled: the rewritten graphs run once, operation by operation, without gradients.
 

@@ -63,13 +63,13 @@ class _Sampler:
         self.samples: dict[tuple[str, ...], Reservoir] = {}  # by the sites of a group
         self.layout_only = False  # keep no rows of what is new
         self.left_out: frozenset[frozenset[str]] = frozenset()  # sets of sites whose input is not sampled in this run
-        self.known: frozenset[frozenset[str]] = frozenset()  # sets of sites that read a tensor, in the layout as it is settled
+        self.known: frozenset[frozenset[str]] = frozenset()  # sets of sites that read a tensor, in the current layout
         self._unsettled: dict[frozenset[str], Reservoir] = {}  # of sets that are not known yet
         self._together: set[frozenset[str]] = set()  # all sets of sites that read a tensor
         self._wanted: dict[Group, Keep] = {}
 
     def settle(self, wanted: Mapping[Group, Keep]) -> None:
-        """From now on sample only these; what was sampled of their sites so far counts."""
+        """Sample only these groups from now on; rows that were already sampled of their sites are kept."""
         before = {name: sample for sites, sample in self.samples.items() for name in sites}
         self._wanted, self.samples = dict(wanted), {}
         for group, keep in self._wanted.items():
@@ -146,11 +146,10 @@ def calibrate(
     """Layout of the model, samples per group and the number of tokens seen.
 
     Args:
-        batches: a ``Tee`` is told which linears each batch ran, and what it holds out is sampled only for linears that no other
-            batch runs.
-        wanted: given the layout, the groups (by their site names) whose inputs to sample; a mapping says what to ``Keep`` of
-            each. Called after the first batch with linears, and again whenever a batch runs what none did before. Such a batch
-            runs twice where it is large: the first time, the groups are not known.
+        batches: of a ``Tee``, held-out batches are sampled only for linears that no other batch runs.
+        wanted: given the layout, the groups (by their site names) whose inputs to sample; a mapping has what to ``Keep`` of
+            each. Called after the first batch with linears, and again whenever a batch runs linears that no earlier one did.
+            Such a batch runs twice where it is large, since its groups are not known in the first run.
         capacity: rows kept per group where ``wanted`` is no mapping.
 
     Raises:
@@ -178,7 +177,7 @@ def calibrate(
 
 
 class _Calibrating:
-    """A model that takes one batch after the other, and the layout that they make up."""
+    """A model that runs batches one by one, and the layout merged from all of them."""
 
     def __init__(
         self, model: nn.Module, sampler: _Sampler, wanted: Callable[[Layout], Collection[tuple[str, ...]]], keep: Keep
@@ -206,7 +205,7 @@ class _Calibrating:
         return count, ran
 
     def take_held_out(self, tee: Tee, index: int) -> int:
-        """Run what a tee holds out, and sample it where batches are mixed; returns the tokens that were sampled."""
+        """Run the held-out batches of a tee, and sample them where batches are mixed; returns the number of sampled tokens."""
         counted = 0
         sampled: list[tuple[Any, int, frozenset[frozenset[str]]]] = []
         for batch in tee.held_out():
@@ -227,7 +226,7 @@ class _Calibrating:
         return self.sampler.passes.end()
 
     def result(self) -> Layout:
-        """With what nothing read. Raises NoLinears."""
+        """The layout, with the matrices that no graph read. Raises NoLinears."""
         return _complete(self._model, self._layout, self.sampler)
 
 

@@ -1,4 +1,4 @@
-"""Whether torch.compile compiles in this process: without it nothing of a model can be seen, or adapted.
+"""Whether torch.compile is enabled in this process: without it no model can be traced or adapted.
 
 In: the switches of TorchDynamo. Out: an error that names the one that is off, or a context in which functions are compiled by the
 backend that they are given.
@@ -32,7 +32,7 @@ def check_compiling() -> None:
 
 
 def check_backend_is_called() -> None:
-    """For a model that was run and made no graph. Raises CompilationDisabled where no function would make one."""
+    """For a model whose run produced no graph. Raises CompilationDisabled where no function would produce one."""
     seen: list[object] = []
 
     def backend(graph_module: torch.fx.GraphModule, _: object) -> object:
@@ -49,7 +49,7 @@ def check_backend_is_called() -> None:
 
 
 def own_backends() -> AbstractContextManager[object]:
-    """Inside, compiled functions are traced on their first call by their own backend, whatever stance is set outside."""
+    """Inside, compiled functions are traced on their first call by their own backend, independently of the stance set outside."""
     stance = _stance()
     plain = stance.stance == "default" and stance.backend is None
     return nullcontext() if plain else torch.compiler.set_stance("default")

@@ -67,8 +67,8 @@ class Holdout:
 class Tee:
     """Iterates over batches for calibration, keeps a few of them, and holds every eighth out.
 
-    Told by ``ran`` what each batch ran: where batches run different linears, it keeps some of each kind, by their content, so
-    that the order of batches does not matter; calibration then samples what is held out as well.
+    ``ran`` records the linears of each batch. Where batches run different linears, some of each kind are kept, chosen by content,
+    so that the order of batches does not matter; calibration then also samples the held-out batches.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -91,13 +91,13 @@ class Tee:
             yield batch
 
     def held_out(self) -> Iterator[Any]:
-        """The batches that are held out, one by one, once all others have come."""
+        """The held-out batches, one by one, after the iteration over all others."""
         for batch in self._held:
             self._last = batch
             yield batch
 
     def ran(self, linears: frozenset[str]) -> None:
-        """Names of the linears that the last batch of ``__iter__`` or of ``held_out`` ran."""
+        """Record the names of the linears that the last batch of ``__iter__`` or of ``held_out`` ran."""
         known = frozenset[str]().union(*self._kinds)
         if linears not in self._kinds and len(self._kinds) >= (_MOST_KEPT if linears <= known else _MOST_KINDS):
             return
@@ -117,7 +117,7 @@ class Tee:
         if self.mixed:
             kinds = sorted(self._kinds, key=lambda linears: (-len(linears), sorted(linears)))
             ordered = [[self._kinds[kind][key] for key in sorted(self._kinds[kind])] for kind in kinds]
-            # the last of a kind judges, where it has more than one
+            # the last batch of a kind is held out, where the kind has more than one
             held = [found[-1] for found in ordered[: 2 * _MOST_HELD]]
             turns = itertools.zip_longest(*(found[: max(1, len(found) - 1)] for found in ordered), fillvalue=None)
             kept = [batch for turn in turns for batch in turn if batch is not None][: 2 * _MOST_KEPT]

@@ -89,7 +89,7 @@ class MlpBlock:
 class Unread:
     """Matrices of the model that no traced graph reads: how many there are in ``module`` (or the one of that name).
 
-    ``eager``: they are read outside of the graphs, where compilation is switched off or broke off; otherwise nothing ran them.
+    ``eager``: they are read outside of the graphs, where compilation is switched off or failed; otherwise no batch reads them.
     """
 
     module: str
@@ -98,7 +98,7 @@ class Unread:
 
     @property
     def linears(self) -> str:
-        """How many of what."""
+        """Their number and kind, as text."""
         return f"{self.count} linears of {self.module}" if self.count > 1 else f"the linear {self.module}"
 
 
@@ -106,7 +106,7 @@ class Unread:
 class Layout:
     """Everything that adaptation takes from a model.
 
-    ``graphs``: how many a forward pass is traced to, at most. ``unread``: what none of them reads.
+    ``graphs``: the largest number of graphs of a forward pass. ``unread``: matrices that no graph reads.
     """
 
     sites: dict[str, Site]
@@ -134,10 +134,10 @@ class Layout:
 
 
 def merge(kinds: Sequence[Sequence[TracedGraph]]) -> Layout:
-    """Settle heads and stems, and merge the occurrences of shared weights.
+    """Determine heads and stems, and merge the occurrences of shared weights.
 
     Args:
-        kinds: the graphs of each kind of forward pass. What several show is taken from the first in order (``in_order``).
+        kinds: the graphs of each kind of forward pass. Facts on a site of several kinds are those of the first (``in_order``).
     """
     kinds = in_order(kinds)
     graphs = list({id(graph): graph for kind in kinds for graph in kind}.values())
@@ -175,7 +175,7 @@ def _skips(kinds: Sequence[Sequence[TracedGraph]]) -> list[Skip]:
 
 
 def _blocks(kinds: Sequence[Sequence[TracedGraph]], sites: Mapping[str, Site]) -> list[MlpBlock]:
-    """Those whose members are sites, and which every kind of forward pass that has their down sees alike."""
+    """The MLP blocks whose members are sites, and which are equal in every kind of forward pass that has their down."""
     found: dict[str, MlpBlock] = {}
     unlike: set[str] = set()
     for kind in kinds:
@@ -270,7 +270,7 @@ def _is_embedding(found: Occurrence) -> bool:
 def _sites(
     found: Iterable[tuple[int, Occurrence]], group_of: dict[str, int], attentions: dict[tuple[int, fx.Node], int]
 ) -> dict[str, Site]:
-    """Of one kind of forward pass. ``attentions``: numbers given so far."""
+    """The sites of one kind of forward pass. ``attentions``: numbers of attentions assigned so far."""
     sites: dict[str, Site] = {}
     merged: dict[str, list[tuple[int, Occurrence]]] = {}
     for index, occurrence in found:

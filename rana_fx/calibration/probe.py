@@ -34,7 +34,7 @@ class Probe:
         self._model, self._instrument = model, instrument
         self._compiled = torch.compile(model, backend=self._backend)
         self._traced = False
-        self.masks: dict[str, Tensor] = {}  # of the batch that runs, as ``padding_masks`` names them
+        self.masks: dict[str, Tensor] = {}  # of the current batch, by the names of ``padding_masks``
 
     def run(self, batch: Any) -> Any:
         """The model's output for a batch as ``adapt`` takes them."""
@@ -53,10 +53,10 @@ class Probe:
         return self._checked(self._compiled(*args, **kwargs))
 
     def _checked(self, output: Any) -> Any:
-        """After a run. Raises CompilationDisabled."""
+        """The output, after a check that a graph was traced. Raises CompilationDisabled."""
         if not self._traced:
             check_backend_is_called()
-            self._traced = True  # nothing of the model is ever in a graph
+            self._traced = True  # no part of the model is ever in a graph
         return output
 
     def tokens(self, batch: Any) -> int:
@@ -86,7 +86,7 @@ def probing(model: nn.Module) -> Iterator[None]:
         CompilationDisabled.
     """
     check_compiling()
-    # hooks on every module (accelerate's) make one function of all of them: past the limit Dynamo would show no graph
+    # with hooks on every module (accelerate) all forwards are one function: above the recompile limit Dynamo makes no graph
     config, modules = torch._dynamo.config, 2 * sum(1 for _ in model.modules())
     limits = {name: max(getattr(config, name), modules) for name in ("recompile_limit", "accumulated_recompile_limit")}
     with evaluating(model), observing(model), own_backends(), config.patch(**limits):

@@ -31,7 +31,7 @@ class Keep:
         return made(self.capacity, seed=seed, host=self.host)
 
     def continued(self, sample: Reservoir, *, seed: int) -> Reservoir:
-        """A sample that keeps so much and begins with what another one holds, which stays as it is."""
+        """A sample of this capacity that starts with the rows of another one, which is not changed."""
         if isinstance(sample, Summary) == self.moment and (sample.capacity, sample.host) == (self.capacity, self.host):
             return sample.copy()
         made = self.start(seed=seed)

@@ -10,7 +10,7 @@ import typer
 from rana_fx.errors import InvalidOption
 from rana_fx.recipes import RECIPES
 
-MOST = 2**40  # of anything that is counted
+MOST = 2**40  # largest value of any count
 _LONGEST = 2**24  # in tokens
 _SEEDS = {"min": -(2**63), "max": 2**63 - 1}
 

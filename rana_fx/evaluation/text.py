@@ -200,7 +200,7 @@ def _pick(source: str, found: Any, split: str | None) -> Any:
 
 def _first_line(error: BaseException) -> str:
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
-        return _first_line(error.__cause__)  # which says what is wrong
+        return _first_line(error.__cause__)  # the cause names the fault
     text = str(error).strip().split("\n")[0].rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Write an einsum of an activation with a Parameter, or a product that is one (tensordot, inner, mv), as the linear layer it is.
+"""Rewrite an einsum of an activation with a Parameter, or an equivalent product (tensordot, inner, mv), as a linear layer.
 
     q = einsum("ibh,hnd->ibnd", x, w)
   becomes
@@ -25,8 +25,8 @@ from rana_fx.graph.dataflow import shape_of, statically_equal
 from rana_fx.graph.operands import Operand, operand
 from rana_fx.graph.ops import is_call, op_name, opaque
 
-_SECOND = ("b", "other", "vec", "vec2", "mat2", "tensor2")  # how the second operand is called
-SPELLINGS = ("einsum", "tensordot", "inner", "mv", "matmul")  # what ``parse`` may know
+_SECOND = ("b", "other", "vec", "vec2", "mat2", "tensor2")  # names of the second operand
+SPELLINGS = ("einsum", "tensordot", "inner", "mv", "matmul")  # operations that ``parse`` accepts
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Einsum:
 
 
 def parse(node: fx.Node) -> Einsum | None:
-    """The einsum of two tensors that a node is, also as tensordot, inner or mv, or None."""
+    """The node as an einsum of two tensors (tensordot, inner and mv included), or None."""
     if not is_call(node) or opaque(node) is not None:
         return None
     name = op_name(node)
@@ -115,7 +115,7 @@ def _contraction(operands: list[Any], ranks: list[int], dims: Any) -> Einsum | N
 
 
 def _parsed(node: fx.Node) -> Einsum | None:
-    """Of an equation or of lists of dimensions, with or without an ellipsis, spaces and an output."""
+    """The einsum of an equation or of lists of dimensions, with or without an ellipsis, spaces and an output; else None."""
     if node.kwargs or not node.args:
         return None
     if isinstance(node.args[0], str):
@@ -154,7 +154,7 @@ def _implied(terms: Sequence[str]) -> str:
 def _without_ellipsis(
     terms: Sequence[str], result: str | None, shapes: Sequence[torch.Size | None]
 ) -> tuple[str, str, str] | None:
-    """(left, right, output) with letters for what an ellipsis stands for; None where that is broadcast or not known."""
+    """(left, right, output) with letters for the dimensions of an ellipsis; None where these broadcast or are not known."""
     spare = [letter for letter in string.ascii_letters if letter not in "".join((*terms, result or ""))]
     counts = [0 if "..." not in t or s is None else len(s) - len(t) + 3 for t, s in zip(terms, shapes, strict=True)]
     if any(shape is None for shape in shapes) or min(counts) < 0 or max(counts) > len(spare):

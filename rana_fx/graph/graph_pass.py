@@ -24,13 +24,13 @@ class Declined(NamedTuple):
 
 
 class Intended(Declined):
-    """A place left as it was because an option or the plan wants it so: no warning is due."""
+    """A place left unchanged on purpose, because of an option or the plan: no warning is emitted."""
 
     __slots__ = ()
 
 
 class Outdated(Declined):
-    """A linear whose weight is not the one that the plan was made for, or is not as it was when the plan was attached."""
+    """A linear whose weight is not the one that the plan was made for, or has changed since the plan was attached."""
 
     __slots__ = ()
 

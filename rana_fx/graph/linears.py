@@ -45,7 +45,7 @@ class Linear:
     bias: torch.Tensor | None
     bias_node: fx.Node | None
     name: str
-    version: Hashable = None  # tells what x holds at this linear from what it holds at other times (``Writes.version``)
+    version: Hashable = None  # key of the values of x at this linear (``Writes.version``)
 
     @property
     def x(self) -> fx.Node:
@@ -95,13 +95,13 @@ class Scan:
     constant: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)  # see ``constants``
     products: set[fx.Node] = field(default_factory=set)  # nodes that multiply an activation by a weight, linears or not
     convolutions: set[fx.Node] = field(default_factory=set)  # nodes that convolve with a weight
-    unseen: set[fx.Node] = field(default_factory=set)  # nodes that read what was written through another name of the memory
+    unseen: set[fx.Node] = field(default_factory=set)  # nodes that read memory written through another alias
 
 
 def parameters_of(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> dict[fx.Node, nn.Parameter]:
     """Graph inputs that are Parameters: placeholders (Dynamo) and get_attr nodes (exported programs).
 
-    A fake tensor in the place of a Parameter stays one where its Parameter cannot be found (``rana_fx.graph.real_values``).
+    A fake tensor that represents a Parameter stays fake where the Parameter cannot be found (``rana_fx.graph.real_values``).
     """
     found: dict[fx.Node, nn.Parameter] = {}
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
@@ -188,7 +188,7 @@ class _Matcher:
         self.unadapted = Unadapted(scan.weights, scan.constant, origins, self._name)
 
     def match(self, node: fx.Node) -> Linear | list[Skip]:
-        """The linear; or the weights in a product that cannot be adapted; none where no weight is multiplied."""
+        """The linear; or the weights in a product that cannot be adapted, empty where no weight is multiplied."""
         operands = operands_of(node)
         found = None if operands is None else operand(operands.matrix, self._weights)
         if operands is None or found is None or (isinstance(found, Operand) and found.value.dim() != 2):

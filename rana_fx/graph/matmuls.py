@@ -28,7 +28,7 @@ def operands_of(node: fx.Node) -> Operands | None:
     """The operands of a matmul that may be a linear layer, or None."""
     name = op_name(node)
     if node.kwargs.get("out") is not None or opaque(node) is not None:
-        return None  # what it is written into has another shape or dtype; what has the name of a matmul, and is none
+        return None  # ``out`` has another shape or dtype; or the node has the name of a matmul and is a different operation
     if name == "linear":
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         x = node.args[0] if node.args else node.kwargs.get("input")

@@ -1,8 +1,8 @@
-"""``NORMALIZE``: what is done to every Dynamo graph before linears are looked for, so that all stages find the same ones.
+"""``NORMALIZE``: passes over every Dynamo graph before the search for linears, so that all stages find the same ones.
 
-In: a graph and its inputs. Out: the same graph, in which regions that hold linears are inlined, results are computed before they
-are written into given tensors, tensors written in place have the name of their last write, and fused operations are linears and
-what lies between them.
+In: a graph and its inputs. Out: the same graph, in which regions that hold linears are inlined, calls with ``out=`` are split
+into the computation and a copy, uses of a tensor written in place read its last write, and fused operations are decomposed into
+linears and the operations between them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def inline_checkpoint_regions(graph_module: fx.GraphModule, _: Sequence[object])
 
 
 def inline_regions(graph_module: fx.GraphModule, example_inputs: Sequence[object]) -> PassResult:
-    """Other regions that hold linears, among them the forward pass of an autograd.Function, become part of the graph."""
+    """Inline other regions that hold linears, including the forward pass of an autograd.Function."""
     return open_regions(graph_module, parameters_of(graph_module, example_inputs))
 
 
 def separate_results(graph_module: fx.GraphModule, _: Sequence[object]) -> PassResult:
-    """What is computed into a given tensor (``out=``) is computed first, and written then."""
+    """Split calls with ``out=`` into the computation and a copy."""
     return PassResult(separate_outputs(graph_module))
 
 
@@ -53,7 +53,7 @@ NORMALIZE: tuple[Pass[Sequence[object]], ...] = (
     # first: the others look at one flat graph
     inline_checkpoint_regions,
     inline_regions,
-    # before the reads: a result that is written into a tensor has a name of its own, which they may get
+    # before uses are redirected: the result of a call with ``out=`` is then a node of its own, which they may read
     separate_results,
     # before operations are taken apart: their parts then read what the whole would have read
     redirect_reads,

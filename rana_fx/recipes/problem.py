@@ -89,11 +89,11 @@ class Problem:
     def calibrated(self, names: tuple[str, ...], needed: int) -> bool:
         """Whether the input of these sites was sampled often enough for ``needed`` ranks.
 
-        A pooler, an expert that few tokens reach or a tower that runs in few batches may see one row where the rest of the model
-        sees a hundred: such sites are left dense, with the reason in ``skips``.
+        A pooler, an expert that few tokens reach or a tower that runs in few batches may have one row where the rest of the model
+        has a hundred: such sites are left dense, with the reason in ``skips``.
 
         Raises:
-            TooFewTokens: the model as a whole saw too little text: no layer sees more rows.
+            TooFewTokens: too little text: no layer of the model has more rows.
         """
         seen = len(self.rows(names[0]))
         largest = max((len(sample.rows()) for sample in self.samples.values()), default=0)

@@ -134,18 +134,18 @@ class Attachment:
         return getattr(self.factors, f"a{index}_{key}", None)
 
     def marks(self, parameter: nn.Parameter) -> bool:
-        """Whether a Parameter carries it."""
+        """Whether a Parameter has the mark of this attachment."""
         return attachment_of(parameter) is self
 
     def mark(self, parameter: nn.Parameter) -> bool:
-        """Put it on a Parameter, unless that carries another one."""
+        """Mark a Parameter with this attachment, unless it has the mark of another one; returns whether it was marked."""
         free = attachment_of(parameter) is None
         if free:
             setattr(parameter, ATTRIBUTE, self.current_mark())
         return free
 
     def current_mark(self) -> _Mark:
-        """What sits on its Parameters; a new one where it sits on none."""
+        """The mark on the Parameters; a new one where no Parameter has it."""
         mark = None if self._mark is None else self._mark()
         if mark is None:
             mark = _Mark(self)
@@ -153,7 +153,7 @@ class Attachment:
         return mark
 
     def renew(self, replaced: Mapping[int, int], names: Mapping[int, str]) -> None:
-        """Other Parameters carry it. replaced: their ids -> ids of those in whose places they are, which may be they."""
+        """Update the records for replaced Parameters. replaced: new id -> old id, equal where a Parameter was not replaced."""
         self.names.clear()
         self.names.update(names)
         self.marked = tuple(replaced)
@@ -161,7 +161,7 @@ class Attachment:
         self.unshared = frozenset(new for new, old in replaced.items() if new == old and old in self.unshared)
 
     def dtype_of(self, weight: nn.Parameter) -> torch.dtype | None:
-        """What the plan was made for."""
+        """The dtype of a weight that the plan was made for."""
         record = self._record(weight)
         return None if record is None else getattr(torch, record.dtype)
 
@@ -178,9 +178,9 @@ class Attachment:
 
 
 class _Mark:
-    """What sits on marked Parameters. Compiled code is guarded on it, and nothing else holds it.
+    """The attribute of marked Parameters, on which compiled code is guarded. Only Parameters hold a reference to it.
 
-    Once it is taken off the last of them, that code is invalid by itself.
+    Once it is removed from the last Parameter, the guards of that code fail.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -205,12 +205,12 @@ def _mark(attachment: Attachment, parameters: list[nn.Parameter]) -> None:
 
 
 def _loaded(attachment: Attachment, *, with_factors: bool) -> None:
-    """After ``load_state_dict``: say which weights the plan does not stand for any more, and let compiled code compile again."""
+    """After ``load_state_dict``: warn of weights that the plan is no longer valid for, and let compiled code compile again."""
     watch = attachment.watch
     if watch is None:
         return
     adopt(attachment)
-    if with_factors:  # as a training left both
+    if with_factors:  # weights and factors of one training
         watch.remember(attachment)
         return
     places = stale_when_loaded(attachment)
@@ -220,7 +220,7 @@ def _loaded(attachment: Attachment, *, with_factors: bool) -> None:
 
 
 def _mark_anew(attachment: Attachment, parameters: Iterable[nn.Parameter]) -> Attachment:
-    """Another attachment of the same plan and factors: what was compiled for the old one compiles again."""
+    """A new attachment of the same plan and factors: code compiled for the old one compiles again."""
     new = Attachment(attachment.plan, attachment.factors, attachment.names)
     new.__dict__.update(attachment.__dict__)
     _mark(new, [parameter for parameter in parameters if attachment.marks(parameter)])
@@ -337,7 +337,7 @@ def attachment_of(parameter: Any) -> Attachment | None:
 
 
 def attachments_of(weights: Mapping[fx.Node, nn.Parameter]) -> list[Attachment]:
-    """The attachments of a graph's weights. Weights that took the place of marked ones since the last time are marked."""
+    """The attachments of a graph's weights. Weights that have replaced marked ones since the last call are marked."""
     found = dict.fromkeys(known for known in map(attachment_of, weights.values()) if known is not None)
     if not found:  # all of them were replaced
         roots = {id(root): root for root in (local(root_of(source_of(node))) for node in weights)}

@@ -48,7 +48,7 @@ def by_rows_(weights: Iterable[nn.Parameter]) -> None:
 
 
 def why_by_rows(weight: nn.Parameter) -> str | None:
-    """Why ``by_columns_`` left a weight as it is; None where it is stored by columns."""
+    """The reason why ``by_columns_`` did not change a weight; None where it is column-major."""
     if weight.dim() != 2 or not weight.is_contiguous() or 1 in weight.shape:
         return None
     if is_shared(weight):

@@ -32,7 +32,7 @@ _ATTACHMENTS = "_rana_fx_attachments"  # of a plan: device -> its factors there
 
 @dataclass(frozen=True)
 class _Known:
-    """What a weight was found to be while it was as ``seen``. Hashing takes about a second per gigabyte."""
+    """The identified site of a weight, valid while the weight equals ``seen``. Hashing takes about a second per gigabyte."""
 
     site: str | None
     seen: Seen
@@ -45,7 +45,7 @@ _sites: WeakKeyDictionary[Plan, WeakTensorKeyDictionary] = WeakKeyDictionary()
 
 
 def plan_of(value: object, options: Mapping[str, Any] | None = None) -> Plan:
-    """The plan that an option is, or is the folder of. ``options``: what a graph is compiled with now (``compiled_with``).
+    """The plan given as an option, or the one in the folder given. ``options``: of the current compilation (``compiled_with``).
 
     Raises:
         InvalidOption, PlanFileError, PlanVersion.
@@ -105,7 +105,7 @@ def _alike(name: str, known: str) -> bool:
 
 
 def _refuse_wrapped(plan: Plan, name: str, weight: nn.Parameter) -> None:
-    """Raises PlanMismatch where the plan has a linear of that name, and knows of none that was wrapped when it was made."""
+    """Raises PlanMismatch where the plan has a linear of that name and does not record it as wrapped when the plan was made."""
     sites = {base_name(record.name): record for record in plan.sites}
     alike = [known for known in sites if _alike(name, known)]
     if weight.dim() < 2 or not alike or any(_alike(name, base_name(skip.site)) for skip in plan.left if skip.site not in sites):

@@ -55,7 +55,7 @@ def read(folder: Path, fingerprint: dict[str, str]) -> dict[str, Any]:
     try:
         with file:
             state: Any = torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # whatever zipfile and the unpickler raise
+    except Exception as error:  # zipfile and the unpickler may raise anything
         raise _damaged(path, type(error).__name__) from error
     if not isinstance(state, dict):
         raise _damaged(path, f"it is a {type(state).__name__}")
@@ -65,7 +65,7 @@ def read(folder: Path, fingerprint: dict[str, str]) -> dict[str, Any]:
         raise _damaged(path, f"it lacks, or should not have: {', '.join(odd[:4])}")
     try:
         right = written is None or written == checksum(state)
-    except (TypeError, RecursionError):  # holds what no training has
+    except (TypeError, RecursionError):  # values of types that no training state has
         right = False
     if not right:
         raise _damaged(path, "its content does not match its checksum: it was changed after it was saved")

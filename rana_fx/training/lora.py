@@ -63,7 +63,7 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, *, seed: int = 
 
 
 def low_rank(model: nn.Module, config: LoraConfig, seed: int = 0) -> LowRank:
-    """The module that ``add_lora`` adds, the model as it was. Raises what ``add_lora`` raises."""
+    """The module that ``add_lora`` adds; the model is not changed. Raises what ``add_lora`` raises."""
     peft = peft_library()
     found = attachment_to_train(model)
     config, chosen = resolved(model, config)
@@ -107,7 +107,7 @@ def resolved(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str
 
 
 def put_on(model: nn.Module, module: LowRank) -> dict[str, nn.Parameter]:
-    """Train these additions alone. Returns the new Parameters by name."""
+    """Add the module to the model and train only its Parameters; returns them by name."""
     module.train(model.training)
     attachment_to_train(model).factors.lowrank = module
     added = {f"{MODULE}.lowrank.{name}": parameter for name, parameter in module.named_parameters()}
