@@ -115,7 +115,7 @@ def starts_early(x: Any, constants: Sequence[Any]) -> bool:
 
 
 def _of_this_graph(name: str) -> dict[Any, Any]:
-    """A cache that lives as long as the graph that is being lowered."""
+    """A cache with the lifetime of the graph that is being lowered."""
     caches: dict[str, dict[Any, Any]] = vars(V.graph).setdefault("rana_fx", {})
     return caches.setdefault(name, {})
 

@@ -1,7 +1,7 @@
 """rana_fx: adaptive rank allocation as a torch.compile backend.
 
 ``adapt`` calibrates a model on a little text and attaches a ``Plan`` to it; ``backend`` rewrites and compiles the model
-by that plan; ``explain`` lists what happens to every linear layer, and why. Everything else is reached through these.
+by that plan; ``explain`` lists the action and the reason for every linear layer. Everything else is reached through these.
 """
 
 from __future__ import annotations

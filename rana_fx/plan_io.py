@@ -153,5 +153,5 @@ def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
         raise PlanFileError(path=path, reason="its bytes do not match its name: it is truncated or was changed")
     try:
         return safetensors.torch.load(content)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:  # a dtype that torch or this release does not know
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:  # a dtype that torch or this release does not support
         raise PlanFileError(path=path, reason=f"it is not a safetensors file ({error})") from error

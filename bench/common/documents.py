@@ -2,7 +2,7 @@
 
 In: a text as ``rana_fx.evaluation.text`` reads it. Out: the same packed batches as ``batches_of`` gives, and for each the
 document index of every token. Documents are packed back to back, so a sequence may hold several documents and a document may
-span several sequences. ``Text.unit`` says what counts as a document:
+span several sequences. ``Text.unit`` names what counts as a document:
 
     document   a row of the data set, if the data set has several rows
     article    a text without rows is split at its first-level headings, which WikiText writes as " = Title = "

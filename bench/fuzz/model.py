@@ -65,6 +65,8 @@ class Lin(nn.Module):
 
 
 class Rms(nn.Module):
+    """Root-mean-square norm over the last dimension, with a weight (width,)."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(1 + torch.randn(width) / 5)
@@ -95,6 +97,8 @@ def _write(spec: Spec, y: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Self-attention over (sequences, tokens, width); returns the output, and the keys and values with those of the cache."""
+
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec, self.size = spec, spec.width // spec.heads
@@ -134,6 +138,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """A plain, gated or packed (gate and up in one weight) MLP, (..., width) to (..., width)."""
+
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec, self.act = spec, ACTIVATIONS[spec.activation]
@@ -170,6 +176,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer: attention and MLP with their norms and residuals, with the branch, cast and hook of the spec."""
+
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
@@ -204,6 +212,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Token ids (sequences, tokens) to logits (sequences, tokens, VOCAB), and the cache of each layer."""
+
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec

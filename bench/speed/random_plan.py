@@ -262,7 +262,7 @@ def _stored(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _floating(bits: int, weight: Tensor) -> int:
-    """Actual bits: 16 stands for the dtype of the model's weights."""
+    """Actual bits: 16 represents the dtype of the model's weights."""
     return 8 * weight.element_size() if bits == 16 else bits
 
 

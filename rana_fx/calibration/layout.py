@@ -1,7 +1,7 @@
 """The model as adaptation sees it: sites, groups of sites and MLP blocks, merged over all traced graphs.
 
-In: one ``TracedGraph`` per graph of a forward pass, in order of execution, for every kind of forward pass that was seen. Out: a
-``Layout`` without any FX node, so that nothing downstream depends on how the model happened to be traced.
+In: one ``TracedGraph`` per graph of a forward pass, in order of execution, for every kind of forward pass in calibration. Out: a
+``Layout`` without any FX node, so that no later step depends on the way in which the model was traced.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def run_tasks(
     """Scores by task and metric, standard errors beside them as ``<metric>_stderr``.
 
     Args:
-        tasks: task names of lm_eval; "paper" stands for ``PAPER_TASKS``.
+        tasks: task names of lm_eval; "paper" selects ``PAPER_TASKS``.
         shots: worked examples before each question; default: the task's own number.
         limit: maximum number of documents of each task.
         include: folder of further tasks, as lm_eval's ``--include_path``.

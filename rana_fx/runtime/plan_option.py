@@ -79,7 +79,7 @@ def attachment_for(plan: Plan, weights: Mapping[fx.Node, nn.Parameter]) -> Attac
 
 
 def _attachment(plan: Plan, device: torch.device) -> Attachment:
-    """One set of factors serves every graph (prefill, decode) that is compiled by a plan. It lives as long as the plan does."""
+    """One set of factors serves every graph (prefill, decode) that is compiled by a plan. It is freed with the plan."""
     made: dict[torch.device, Attachment] = plan.__dict__.setdefault(_ATTACHMENTS, {})
     if device not in made:
         made[device] = Attachment(plan, Factors(plan, device), {})
