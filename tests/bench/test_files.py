@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from bench.common.record import append, start
-from bench.common.result_store import Ledger, whole_rows
+from bench.common.result_store import ResultStore, whole_rows
 
 
 def test_rows_go_through_links(tmp_path):
@@ -28,7 +28,7 @@ def test_rows_go_into_a_fifo(tmp_path):
     path, got = tmp_path / "fifo", []
     os.mkfifo(path)
     start(path)
-    ledger = Ledger(path, {"commit": "c"})
+    ledger = ResultStore(path, {"commit": "c"})
     reader = threading.Thread(target=lambda: got.append(path.read_text()))
     reader.start()
     ledger.add("stage", {"seed": 1}, {"loss": 2.0})

@@ -11,7 +11,7 @@ import torch
 import rana_fx
 from bench.common.models import build, layers_of
 from bench.speed.decoding import Decoder
-from bench.speed.random_plan import Watch, attach_unchecked, layout_of, menus
+from bench.speed.random_plan import RecordingMeter, attach_unchecked, layout_of, plan_configs
 from bench.speed.variants import Variant, on_model, reference
 from bench.speed.verify import bound, check_logits
 from rana_fx.calibration.batches import evaluating, observing
@@ -37,15 +37,15 @@ def test_errors_that_the_model_enlarges(sharp):
         for name, parameter in model.named_parameters():
             if "q_proj" in name:
                 parameter.mul_(sharp)
-    (menu,) = menus("neuron:16/8", density=0.5, stacked=True)
-    variant, decoder = Variant("rana", "rana", "default", 0.25, menu=menu), Decoder(model, batch=1, room=128)
+    (config,) = plan_configs("neuron:16/8", density=0.5, stacked=True)
+    variant, decoder = Variant("rana", "rana", "default", 0.25, config=config), Decoder(model, batch=1, room=128)
     limit = bound(model.dtype, layers_of(model), 160)
     with on_model(variant, model, layout_of(model), seed=0) as prepared, torch.no_grad():
         script, expected = reference(variant, prepared, decoder, seed=0)
         wide, plan = in_fp32(model, prepared.plan)
         exact = Decoder(wide, batch=1, room=128)
         with implementation("reference"), evaluating(wide), observing(wide):
-            watch = Watch(wide, plan)
+            watch = RecordingMeter(wide, plan)
             good = check_logits(lambda: exact.logits(watch, script), plan, expected, limit=limit)
             scale = next(adapter for adapter in plan.adapters if "down" in adapter.name).weight_scale
             scale.mul_(2)

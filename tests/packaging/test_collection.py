@@ -24,4 +24,9 @@ def test_collection_needs_no_extra():
     assert "tests/kernels/" in done.stdout
     # tests of extras are skipped with the missing package as reason; no other test is left out
     skipped = set(re.findall(r"^SKIPPED \[1\] tests/(\S+?):", done.stdout, re.M))
-    assert skipped == {"training/test_lora.py", "integrations/test_trainers.py", "integrations/test_lm_eval_harness.py"}
+    assert skipped == {
+        "training/test_lora.py",
+        "training/test_lora_files.py",
+        "integrations/test_trainers.py",
+        "integrations/test_lm_eval_harness.py",
+    }
