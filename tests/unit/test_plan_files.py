@@ -255,7 +255,7 @@ TENSORS = {
     "a tensor of no adapter": (lambda t: t.update({"7.tau": torch.ones(2)}), "tensors that no adapter has: 7.tau"),
     "a missing factor": (lambda t: t.pop("0.weight"), "a router needs a weight"),
     "a missing threshold": (lambda t: t.pop("2.tau"), "2.tau"),
-    "a missing bias": (lambda t: t.pop("0.bias"), "belongs into the bias"),
+    "a missing bias": (lambda t: t.pop("0.bias"), "a shift needs a bias"),
     "another shape": (lambda t: t.update({"0.weight": torch.ones(3, 11)}), "expected"),
     "another dtype": (lambda t: t.update({"0.tau": torch.ones(3, dtype=torch.float64)}), "expected"),
     "whole numbers": (lambda t: t.update({"0.bias": torch.ones(12, dtype=torch.int64)}), "expected"),
