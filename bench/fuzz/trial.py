@@ -64,43 +64,54 @@ def _attempt(spec: Spec, device: torch.device, lowered: bool) -> Outcome:
         rana_fx.attach(model, plan)
     options: dict[str, Any] = {"prefill": spec.prefill} | ({"plan": plan} if spec.as_option else {})
     options |= {"strict": True} if spec.strict else {}
-    worst, declined_of = Outcome("right"), set[str]()
+    worst, places = Outcome("right"), set[str]()
     with _declined() as declined, _without_inductor(enabled=not lowered), torch.set_grad_enabled(spec.gradients):
         compiled = torch.compile(model, backend=rana_fx.backend, options=options, dynamic=spec.dynamic or None)
-        state: list[tuple[Any, Cache | None]] = []
+        pair = _Pair(spec, compiled, model, original, plan, declined)
         for place, ids in enumerate(_tokens(spec, list(spec.calls), device)):
-            if spec.prefill in ("dense", "cheapest"):
-                # whether a call is dense depends on its tokens: each call is compiled, so that its declined places are its own
-                torch._dynamo.reset()
-                declined.clear()
-            outcome = _call(spec, compiled, model, original, plan, ids, place, state, declined)
-            declined_of |= declined
+            outcome = pair.sequence(ids, gradients=spec.gradients and place == 0)
+            places |= declined
             if outcome.kind != "right":
                 worst = outcome if worst.kind in ("right", "near") else worst
-    return Outcome(worst.kind, worst.detail, len(declined_of))
+    return Outcome(worst.kind, worst.detail, len(places))
 
 
-def _call(
-    spec: Spec, compiled: Any, model: Transformer, original: Transformer, plan: Plan, ids: Tensor, place: int,
-    state: list[tuple[Any, Cache | None]], declined: set[str],
-) -> Outcome:  # fmt: skip
-    """Compare one call of the compiled model with the oracle; with a cache, then a decoded token after the cached ones."""
-    start, cache = None, None
-    if spec.cache != "none" and spec.attention != "none":
-        cache, start = empty_cache(spec, len(ids), original.embed.weight), torch.tensor(0, device=ids.device)
-    wide = None if cache is None else [(k.double(), v.double()) for k, v in cache]
-    got, kept = compiled(ids, cache, start)
-    oracle = Oracle(original, plan, without=declined)
-    expected, wide_kept = oracle.model(ids, wide, start)
-    outcome = _compare(spec, got, expected, oracle, original, plan, ids)
-    if outcome.kind == "right" and spec.gradients and place == 0:
-        outcome = _gradients(model, got, oracle, expected)
-    if outcome.kind == "right" and cache is not None and start is not None and ids.shape[1] < 40:
-        # a decoded token after the tokens that were just cached
-        again, _ = compiled(ids[:, :1], kept, start + ids.shape[1])
-        right, _ = oracle.model(ids[:, :1], wide_kept, start + ids.shape[1])
-        outcome = _compare(spec, again, right, oracle, original, plan, None)
-    return outcome
+@dataclass(frozen=True)
+class _Pair:
+    """The compiled model and what its oracle is made of. declined: linears left dense in the graphs compiled so far."""
+
+    spec: Spec
+    compiled: Any
+    model: Transformer
+    original: Transformer
+    plan: Plan
+    declined: set[str]
+
+    def sequence(self, ids: Tensor, *, gradients: bool) -> Outcome:
+        """Compare one call with the oracle; with a cache, then a decoded token after the cached ones."""
+        start, cache = None, None
+        if self.spec.cache != "none" and self.spec.attention != "none":
+            cache, start = empty_cache(self.spec, len(ids), self.original.embed.weight), torch.tensor(0, device=ids.device)
+        wide = None if cache is None else [(k.double(), v.double()) for k, v in cache]
+        outcome, kept, wide = self._call(ids, cache, wide, start, gradients=gradients)
+        if outcome.kind == "right" and start is not None and ids.shape[1] < 40:
+            outcome, _, _ = self._call(ids[:, :1], kept, wide, start + ids.shape[1])
+        return outcome
+
+    def _call(
+        self, ids: Tensor, cache: Cache | None, wide: Cache | None, start: Tensor | None, *, gradients: bool = False
+    ) -> tuple[Outcome, Cache, Cache]:
+        if self.spec.prefill in ("dense", "cheapest"):
+            # whether a call is dense depends on its tokens: each call is compiled, so that its declined linears are its own
+            torch._dynamo.reset()
+            self.declined.clear()
+        got, kept = self.compiled(ids, cache, start)
+        oracle = Oracle(self.original, self.plan, without=self.declined)
+        expected, wide_kept = oracle.model(ids, wide, start)
+        outcome = _compare(self.spec, got, expected, oracle, self.original, self.plan, ids if cache is None else None)
+        if outcome.kind == "right" and gradients:
+            outcome = _gradients(self.model, got, oracle, expected)
+        return outcome, kept, wide_kept
 
 
 def _compare(
