@@ -33,7 +33,7 @@ class Oracle:
         self.model = copy.deepcopy(model).double()
         modules: dict[str, Any] = dict(self.model.named_modules())
         sizes = {record.name: record.out_features for record in plan.sites}
-        for adapter in plan.adapters:
+        for adapter in (made.on(self.model.embed.weight.device) for made in plan.adapters):
             first = 0
             for site in adapter.sites:
                 span = slice(first, first + sizes[site])
@@ -44,7 +44,7 @@ class Oracle:
                     assert adapter.gate is not None
                     self._gate(modules, adapter, site)
                 else:
-                    modules[site].replacement = self._linear(adapter, span, modules[site])
+                    modules[site].replacement = _with_added_bias(self._linear(adapter, span, modules[site]), modules[site])
 
     def _keep(self, scores: Tensor, tau: Tensor) -> Tensor:
         tau = tau.double()
@@ -60,7 +60,7 @@ class Oracle:
         mlp.gate_mask = lambda a: torch.where(self._keep(a.square(), adapter.tau), a, 0.0)
         if adapter.bias is not None:
             bias = adapter.bias.double()
-            mlp.down.replacement = lambda h: F.linear(h, mlp.down.matrix(), bias)
+            mlp.down.replacement = _with_added_bias(lambda h: F.linear(h, mlp.down.matrix(), bias), mlp.down)
 
     def _linear(self, adapter: Adapter, span: slice, module: Lin) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ class Oracle:
                 v = v - adapter.shift.double()
             v = torch.where(self._keep(v.square(), adapter.tau), v, 0.0)
             if adapter.weight is None:
-                bias = module.bias if adapter.bias is None else adapter.bias.double()[span]
+                own = module.bias if module.form in ("linear", "addmm") else None
+                bias = own if adapter.bias is None else adapter.bias.double()[span]
                 return F.linear(v, module.matrix(), bias)
             y = v @ unpack(adapter.weight, adapter.weight_scale, torch.float64)[:, span]
             y = y if adapter.bias is None else y + adapter.bias.double()[span]
@@ -86,6 +87,15 @@ class Oracle:
             if bool(finite.any()) and y.numel():
                 scale = y[..., finite].abs().clamp_min(float(y.abs().max()) * 1e-2 + 1e-300)
                 self.margin = min(self.margin, float(((y[..., finite] - tau[finite]).abs() / scale).min()))
-            return torch.where(y >= tau, module.dense(x), y)
+            own = module.bias if module.form in ("linear", "addmm") else None
+            return torch.where(y >= tau, F.linear(x, module.matrix(), own), y)
 
         return forward
+
+
+def _with_added_bias(forward: Callable[[Tensor], Tensor], module: Lin) -> Callable[[Tensor], Tensor]:
+    """Where the model adds the bias behind the matmul, it is no part of the linear, and is added to whatever replaces that."""
+    bias = module.bias
+    if bias is None or module.form in ("linear", "addmm"):
+        return forward
+    return lambda x: forward(x) + bias

@@ -148,7 +148,8 @@ def test_operations(device, tokens, columns, rows, bits):
     if bits == 4 and columns % 2:
         pytest.skip("columns of 4 bits are pairs")
     torch.manual_seed(tokens)
-    given = [(op, args) for op, args in operands(tokens, columns, rows, bits)]
+    with device:
+        given = [(op, args) for op, args in operands(tokens, columns, rows, bits)]
     right = [exact(op, args) for op, args in given]
     for name in ("auto", "reference", "triton"):
         with implementation(name):
