@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.fuzz.model import Lin, Transformer
 from rana_fx.adapter import Adapter
@@ -32,6 +32,8 @@ class Oracle:
         self.margin = float("inf")
         self.model = copy.deepcopy(model).double()
         modules: dict[str, Any] = dict(self.model.named_modules())
+        if modules["head"].weight is modules["embed"].weight:
+            modules["embed"] = modules["head"]  # a tied head goes by the name of the table
         sizes = {record.name: record.out_features for record in plan.sites}
         for adapter in (made.on(self.model.embed.weight.device) for made in plan.adapters):
             first = 0
@@ -44,7 +46,15 @@ class Oracle:
                     assert adapter.gate is not None
                     self._gate(modules, adapter, site)
                 else:
-                    modules[site].replacement = _with_added_bias(self._linear(adapter, span, modules[site]), modules[site])
+                    function = _with_added_bias(self._linear(adapter, span, modules[site]), modules[site])
+                    setattr(modules[site], "replacement" if isinstance(modules[site], Lin) else "forward", function)
+
+    def rounding(self, original: Transformer) -> float:
+        """Relative error of the dense model in its own dtype against fp64, on one text."""
+        ids = torch.arange(32, device=original.embed.weight.device).reshape(2, 16)
+        with torch.no_grad():
+            exact, found = copy.deepcopy(original).double()(ids)[0], original(ids)[0]
+        return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
     def _keep(self, scores: Tensor, tau: Tensor) -> Tensor:
         tau = tau.double()
@@ -62,7 +72,7 @@ class Oracle:
             bias = adapter.bias.double()
             mlp.down.replacement = _with_added_bias(lambda h: F.linear(h, mlp.down.matrix(), bias), mlp.down)
 
-    def _linear(self, adapter: Adapter, span: slice, module: Lin) -> Callable[[Tensor], Tensor]:
+    def _linear(self, adapter: Adapter, span: slice, module: Lin | nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             v = x
             if adapter.router is not None:
@@ -75,9 +85,8 @@ class Oracle:
                 v = v - adapter.shift.double()
             v = torch.where(self._keep(v.square(), adapter.tau), v, 0.0)
             if adapter.weight is None:
-                own = module.bias if module.form in ("linear", "addmm") else None
-                bias = own if adapter.bias is None else adapter.bias.double()[span]
-                return F.linear(v, module.matrix(), bias)
+                bias = _own_bias(module) if adapter.bias is None else adapter.bias.double()[span]
+                return F.linear(v, _matrix(module), bias)
             y = v @ unpack(adapter.weight, adapter.weight_scale, torch.float64)[:, span]
             y = y if adapter.bias is None else y + adapter.bias.double()[span]
             if adapter.exact_tau is None:
@@ -87,15 +96,24 @@ class Oracle:
             if bool(finite.any()) and y.numel():
                 scale = y[..., finite].abs().clamp_min(float(y.abs().max()) * 1e-2 + 1e-300)
                 self.margin = min(self.margin, float(((y[..., finite] - tau[finite]).abs() / scale).min()))
-            own = module.bias if module.form in ("linear", "addmm") else None
-            return torch.where(y >= tau, F.linear(x, module.matrix(), own), y)
+            return torch.where(y >= tau, F.linear(x, _matrix(module), _own_bias(module)), y)
 
         return forward
 
 
-def _with_added_bias(forward: Callable[[Tensor], Tensor], module: Lin) -> Callable[[Tensor], Tensor]:
+def _with_added_bias(forward: Callable[[Tensor], Tensor], module: Lin | nn.Linear) -> Callable[[Tensor], Tensor]:
     """Where the model adds the bias behind the matmul, it is no part of the linear, and is added to whatever replaces that."""
     bias = module.bias
-    if bias is None or module.form in ("linear", "addmm"):
+    if bias is None or _own_bias(module) is not None:
         return forward
     return lambda x: forward(x) + bias
+
+
+def _matrix(module: Lin | nn.Linear) -> Tensor:
+    """(out, in)."""
+    return module.matrix() if isinstance(module, Lin) else module.weight
+
+
+def _own_bias(module: Lin | nn.Linear) -> Tensor | None:
+    """The bias of the linear itself."""
+    return module.bias if not isinstance(module, Lin) or module.form in ("linear", "addmm") else None

@@ -118,7 +118,10 @@ def _compare(
     spec: Spec, got: Tensor, expected: Tensor, oracle: Oracle, original: Transformer, plan: Plan, ids: Tensor | None
 ) -> Outcome:
     error = _relative(got.detach(), expected.detach())
-    if error <= _tolerance(spec):
+    allowed = _tolerance(spec)
+    if error > allowed and not spec.gradients:
+        allowed += 8 * oracle.rounding(original)  # of models that amplify rounding errors
+    if error <= allowed:
         return Outcome("right")
     if oracle.margin < NEAR:
         return Outcome("near", f"{oracle.margin:.1e}")
@@ -127,7 +130,7 @@ def _compare(
             dense, _ = copy.deepcopy(original).double()(ids)
         if spec.cache == "none" and _relative(got.detach(), dense) <= _tolerance(spec):
             return Outcome("dense", f"relative distance to the plan {error:.2e}")
-    return Outcome("wrong", f"relative distance {error:.2e}, allowed {_tolerance(spec):.1e}")
+    return Outcome("wrong", f"relative distance {error:.2e}, allowed {allowed:.1e}")
 
 
 def _gradients(model: Transformer, got: Tensor, oracle: Oracle, expected: Tensor) -> Outcome:
