@@ -15,6 +15,7 @@ import functools
 import inspect
 import threading
 import types
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from torch._dynamo import trace_rules
 from torch._dynamo.external_utils import wrap_inline
 
 _lock = threading.Lock()
+_made: weakref.WeakKeyDictionary[nn.Module, dict[nn.Module, _Calls]] = weakref.WeakKeyDictionary()  # wrapper -> by module
 _ATTRIBUTE = "_compiled_call_impl"  # what a module calls instead of its forward, if it has one
 
 
@@ -134,7 +136,12 @@ def _compiling(model: nn.Module, wrapper: Any) -> Iterator[None]:
 def _calls_of(module: nn.Module, wrapper: Any, kind: type[_Calls]) -> _Calls | None:
     """What it calls itself by already, or from now on; None if it was compiled in place."""
     found = module.__dict__.get(_ATTRIBUTE)
-    return kind(module, wrapper) if found is None else found if isinstance(found, _Calls) else None
+    if found is not None:
+        return found if isinstance(found, _Calls) else None
+    made = _made.setdefault(wrapper, {})
+    if module not in made:  # where Dynamo reads it, compiled code is guarded on it: the same one every time
+        made[module] = kind(module, wrapper)
+    return made[module]
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:

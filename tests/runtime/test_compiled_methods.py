@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -246,8 +247,13 @@ def test_parts_that_a_method_calls_run_compiled(kind):
 def test_hooks_on_a_part_are_inlined_where_it_is_called_in_compiled_code(model):
     """With a hook Dynamo reads what a module calls itself by; that must not break the graph."""
     model.linear.register_forward_hook(lambda module, inputs, output: 2 * output)
-    fast = torch.compile(model, backend=rewritten, fullgraph=True)
-    assert torch.equal(fast.twice(X), fast(fast(X)))
+    graphs = []
+    counted = functools.wraps(rewritten)(lambda gm, inputs: graphs.append(gm) or rewritten(gm, inputs))
+    counted.func = rewritten
+    fast = torch.compile(model, backend=counted, fullgraph=True)
+    got, first = fast.twice(X), len(graphs)
+    assert torch.equal(got, fast(fast(X))) and torch.equal(got, fast.twice(X)) and torch.equal(got, fast.twice(X))
+    assert first == 1 and len(graphs) == 2  # one more of the call from outside
 
 
 def test_a_compiled_layer_lies_in_a_compiled_model():
