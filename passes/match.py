@@ -29,6 +29,7 @@ from rana_fx.runtime.changed_weights import gone, why_stale
 from rana_fx.runtime.plan_option import attachment_for
 from rana_fx.runtime.prefill import costs_more, tokens_masked
 
+_OTHER_WAY = "its weight is multiplied the other way round, by its transpose, which the plan does not stand for: it runs dense"
 _FAKE = "the graph was given a fake tensor for its weight, and the weight itself was not found"
 _FAKE_TODO = "Pass the inputs that Dynamo gives to the backend, or compile without what splits the graph."
 
@@ -83,6 +84,7 @@ def match_plan(
     attachments = attachments_of(parameters) if plan is None else [given] if given is not None else []
     names = {key: name for attachment in attachments for key, name in attachment.names.items()}
     scan = find_linears(graph_module, example_inputs, names)
+    by_inputs = {one: {record.name for record in one.plan.sites if record.transposed} for one in attachments}  # stored (in, out)
     gathered: dict[tuple[Attachment, int, fx.Node, Hashable], list[Linear]] = {}
     declined: list[Declined] = []
     declined += [Outdated(*place) for attachment in attachments for place in gone(attachment)]
@@ -95,6 +97,10 @@ def match_plan(
         reason = why_stale(attachment, linear.weight, index, adapter)
         if reason is not None:
             declined.append(Outdated(linear.name, reason))
+            continue
+        if linear.transposed != (linear.name in by_inputs[attachment]):
+            # as the backward pass of a linear does: the adapter stands for the other one of the two
+            declined.append(Declined(linear.name, _OTHER_WAY))
             continue
         if row_source(linear.x) in scan.constant:
             # for example positions, multiplied by a weight that is also multiplied by tokens

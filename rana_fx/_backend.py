@@ -30,6 +30,8 @@ from rana_fx.plan import Plan
 from rana_fx.runtime import compiled_methods
 from rana_fx.runtime.attachment import attached, attachment_of
 from rana_fx.runtime.changed_weights import TODO as OUTDATED
+from rana_fx.runtime.disabled_parts import disabled_parts
+from rana_fx.runtime.plain_weights import attachments_of_models, in_place_of_planned
 from rana_fx.runtime.plan_folder import kept_alive
 from rana_fx.runtime.plan_option import plan_of
 from rana_fx.runtime.prefill import MODES
@@ -164,6 +166,11 @@ def rewrite(
     outdated = [place for place in result.not_applied if isinstance(place, Outdated)]
     notices.report(outdated, OUTDATED, strict=strict)
     notices.report((place for place in result.not_applied if place not in outdated), _TODO, strict=strict)
+    for attachment in result.matches.attachments if plan is None else ():
+        notices.report(disabled_parts(attachment), _TODO, strict=strict)
+    if plan is None and not result.matches.attachments:
+        models = attachments_of_models(_variables())
+        notices.report(in_place_of_planned(gm.graph, models) if models else (), _TODO, strict=strict)
     keep_compiling(is_ours)
     weights = result.matches.scan.weights
     if plan is not None:
@@ -194,8 +201,12 @@ def is_ours(compiler: Any) -> bool:
 
 def _attached_nearby() -> bool:
     """Whether a model of the frame being compiled has a plan attached: this graph may be a part of it without planned weights."""
-    variables = getattr(translator(), "f_locals", {}).values()
-    return any(attached(value) is not None for value in variables if isinstance(value, nn.Module))
+    return any(attached(value) is not None for value in _variables() if isinstance(value, nn.Module))
+
+
+def _variables() -> list[object]:
+    """The local variables of the code that is being compiled."""
+    return list(getattr(translator(), "f_locals", {}).values())
 
 
 def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import functools
 import importlib.metadata
 import numbers
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,9 +131,18 @@ def calibrated(
     return CalibratedModel(type(unwrap(model)).__name__, found.layout, found.samples, found.tokens, seed, holdout)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, the autocast of a caller is off: a recipe chooses its dtypes by itself."""
+    with ExitStack() as stack:
+        for device in (device for device in ("cpu", "cuda", "xpu") if torch.is_autocast_enabled(device)):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def solved(problem: Problem, recipe: Recipe) -> tuple[Adapter, ...]:
     """The recipe's adapters. Raises BudgetUnreachable, TooFewTokens."""
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         return tuple(recipe.solve(problem))
 
 

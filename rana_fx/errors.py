@@ -115,6 +115,14 @@ class WeightAbsent(RanaError, RuntimeError):
     )
 
 
+class FactorsCalled(RanaError, RuntimeError):
+    message = (
+        "{model}: the factors of its plan were called as if they were a layer: the model calls all of its parts in turn "
+        "(self.children()), and attaching a plan adds a part, rana_fx. Expected a model that calls its parts by name, or an "
+        "nn.Sequential. Put the model into a module of its own (self.inner = model), and adapt that."
+    )
+
+
 class AlreadyAdapted(RanaError, RuntimeError):
     message = (
         "{model} already has a plan attached (recipe={recipe!r}, budget={budget}, digest {digest}). "

@@ -29,12 +29,13 @@ from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.runtime.changed_weights import TODO, Watch, adopt, stale_when_loaded
 from rana_fx.runtime.column_major import by_columns_, by_rows_, why_by_rows
 from rana_fx.runtime.lora_state import LowRank
+from rana_fx.runtime.pass_through import LastPart
 from rana_fx.runtime.plan_fit import check_fit
 
 MODULE = "rana_fx"
 
 
-class Factors(nn.Module):
+class Factors(LastPart):
     """Factors of all adapters.
 
     What ``Adapter.trained`` names are Parameters ``a<index>_router`` ...; thresholds (fp32 whatever the model's dtype), quantised
@@ -295,7 +296,7 @@ def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None
     ids = {name: id(weight) for name, weight in parameters.items() if is_ordinary(weight)}
     attachment.watch = Watch(model, ids, names)
     attachment.watch.remember(attachment)
-    model.add_module(MODULE, attachment.factors)
+    model.add_module(MODULE, attachment.factors.as_part_of(model))
 
 
 def detach(model: nn.Module) -> Plan | None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import rana_fx
 from rana_fx import RanaWarning
-from rana_fx.errors import InvalidOption, NotApplied
+from rana_fx.errors import FactorsCalled, InvalidOption, NotApplied
 from rana_fx.kernels.ops import masked_gemv, router
 from tests.support.adapted import relative
 from tests.support.oracle import masked
@@ -235,3 +235,63 @@ def test_a_region_that_is_not_entered_is_said(low):
     up = static(plan)["up"](X).float() + model.up.bias
     right = model.down(torch.relu(up)) * (1 if X.sum() > 0 else 2)
     assert relative(got, right) < 100 * EPS
+
+
+# ---- weights that no graph shows as they are
+
+
+def test_a_transposed_use_alone_is_dense(model):
+    """As in the backward pass of a linear in code of its own: an adapter stands for x @ W.T, and not for g @ W."""
+    weight, g = model.blocks[0].up.weight, torch.randn(3, FFN, generator=torch.Generator().manual_seed(2))
+    rana_fx.detach(model)
+    rana_fx.adapt(model, [torch.randn(64, WIDTH) for _ in range(3)], budget=0.7, recipe="teal", progress=False)
+    with pytest.warns(RanaWarning, match=r"blocks\.0\.up: .*multiplied the other way round"):
+        got = torch.compile(lambda g: g @ weight, backend=rana_fx.backend)(g)
+    assert torch.equal(got, g @ weight)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_tensors_in_the_place_of_parameters_are_said(model, scale):
+    """functional_call with other tensors; FSDP swaps Parameters for plain tensors, too."""
+    tensors = {name: scale * parameter.detach() for name, parameter in model.named_parameters()}
+    functional = torch.compile(lambda given, x: torch.func.functional_call(model, given, (x,)), backend=rana_fx.backend)
+    with pytest.warns(RanaWarning, match=r"and 1 more.*a tensor in the place of the model's Parameter"):
+        got = functional(tensors, X)
+    torch.testing.assert_close(got, torch.func.functional_call(model, tensors, (X,)))
+
+
+def test_the_models_own_parameters_may_be_passed_to_it(model):
+    own = dict(model.named_parameters())
+    got = torch.compile(lambda given, x: torch.func.functional_call(model, given, (x,)), backend=rana_fx.backend)(own, X)
+    torch.testing.assert_close(got, compiled(model)(X))
+
+
+def test_a_part_that_was_disabled_later_is_said(model):
+    block = model.blocks[1]
+    block.forward = torch.compiler.disable(block.forward)
+    with pytest.warns(RanaWarning, match=r"blocks\.1\..*under torch\.compiler\.disable"):
+        compiled(model)(X)
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed, match=r"blocks\.1\..*under torch\.compiler\.disable"):
+        compiled(model, strict=True)(X)
+
+
+def test_a_sequential_model():
+    """``nn.Sequential`` calls all of its parts in turn, the factors as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Mlp(), Mlp()).requires_grad_(False)
+    dense = model(X)
+    plan = rana_fx.adapt(model, [torch.randn(64, WIDTH) for _ in range(3)], budget=0.7, recipe="static", progress=False)
+    got = compiled(model)(X)
+    assert torch.equal(model(X), dense) and relative(got, dense) > 1e-3
+    rana_fx.detach(model)
+    by_name = nn.ModuleDict({"0": model[0], "1": model[1]})
+    by_name.forward = lambda x: by_name["1"](by_name["0"](x))
+    rana_fx.attach(by_name, plan)
+    torch.testing.assert_close(got, compiled(by_name)(X))
+
+
+def test_a_loop_over_all_parts_is_refused(model):
+    model.forward = lambda x: [part(x) for part in model.children()]
+    with pytest.raises(FactorsCalled, match=r"Model: .*the model calls all of its parts in turn \(self\.children\(\)\)"):
+        model.rana_fx(X)

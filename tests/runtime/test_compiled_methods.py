@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -200,3 +201,88 @@ def test_generate_while_transformers_compiles_calls_by_itself():
     got = text(fast, cache_implementation="static", compile_config=config)
     assert seen == []
     assert torch.equal(got, text(fast, cache_implementation="static"))
+
+
+# ---- parts that a method calls by themselves
+
+
+class Tower(nn.Module):
+    """Blocks and a projection that ``encode`` calls one by one, as models with an encoder do when they generate."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Model() for _ in range(2))
+
+    def encode(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x):
+        return self.encode(x).sum(-1)
+
+
+class CallsAnother(Model):
+    """Its class has a ``__call__`` of its own, as transformers' layers with gradient checkpointing."""
+
+    def __call__(self, *args):
+        return super().__call__(*args)
+
+
+@pytest.mark.parametrize("kind", [Model, CallsAnother])
+def test_parts_that_a_method_calls_run_compiled(kind):
+    torch.manual_seed(0)
+    tower = Tower().requires_grad_(False)
+    for block in tower.blocks:
+        block.__class__ = kind
+    rana_fx.adapt(tower, [torch.randn(200, 16)], budget=0.6, recipe="static", progress=False)
+    fast = torch.compile(tower, backend=rewritten)
+    dense, adapted_sum = tower.encode(X), fast(X)
+    assert relative(fast.encode(X).sum(-1), adapted_sum) < 100 * EPS
+    assert relative(dense.sum(-1), adapted_sum) > 1e-3
+    assert torch.equal(tower.encode(X), dense)
+    assert not [part for part in tower.modules() if "_compiled_call_impl" in vars(part)]
+
+
+def test_hooks_on_a_part_are_inlined_where_it_is_called_in_compiled_code(model):
+    """With a hook Dynamo reads what a module calls itself by; that must not break the graph."""
+    model.linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+    graphs = []
+    counted = functools.wraps(rewritten)(lambda gm, inputs: graphs.append(gm) or rewritten(gm, inputs))
+    counted.func = rewritten
+    fast = torch.compile(model, backend=counted, fullgraph=True)
+    got, first = fast.twice(X), len(graphs)
+    assert torch.equal(got, fast(fast(X))) and torch.equal(got, fast.twice(X)) and torch.equal(got, fast.twice(X))
+    assert first == 1 and len(graphs) == 2  # one more of the call from outside
+
+
+def test_a_compiled_layer_lies_in_a_compiled_model():
+    """Dynamo reads how attributes of the inner wrapper are looked up."""
+    tower = Tower().requires_grad_(False)
+    expected = tower(X)
+    tower.blocks[1] = torch.compile(tower.blocks[1], backend="eager")
+    assert torch.equal(torch.compile(tower, backend="eager")(X), expected)
+
+
+def test_a_method_is_looked_up_while_another_thread_compiles(model, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    fast = torch.compile(model, backend=rewritten)
+    assert fast.twice.__func__ is not Model.twice
+
+
+def test_generate_runs_the_encoder_compiled():
+    torch.manual_seed(0)
+    config = hf.T5Config(
+        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
+        eos_token_id=None, initializer_factor=3.0,
+    )  # fmt: skip
+    model = hf.T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    batches = [{"input_ids": torch.randint(3, 93, (4, 32)), "decoder_input_ids": torch.randint(3, 93, (4, 8))} for _ in range(4)]
+    rana_fx.adapt(model, batches, budget=0.6, recipe="paper", progress=False)
+    fast = torch.compile(model, backend=rewritten)
+    say = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True}
+    mask = torch.ones_like(PROMPT)
+    encoded = fast(input_ids=PROMPT, attention_mask=mask, decoder_input_ids=PROMPT[:, :1]).encoder_last_hidden_state
+    got = fast.generate(PROMPT, attention_mask=mask, **say).encoder_hidden_states[-1]
+    dense = model.generate(PROMPT, attention_mask=mask, **say).encoder_hidden_states[-1]
+    assert relative(got, encoded) < 100 * EPS and relative(dense, encoded) > 1e-2

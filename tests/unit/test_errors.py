@@ -42,6 +42,7 @@ EXAMPLES = {
     "TraceFailed": {"model": "Tower", "batch": 2, "part": "forward", "reason": "data-dependent branch"},
     "CompilationDisabled": {"reason": "a switch is off", "todo": "Turn it on"},
     "WeightAbsent": {"model": "Tower", "site": SITE},
+    "FactorsCalled": {"model": "Tower"},
     "AlreadyAdapted": {"model": "Tower", "recipe": "paper", "budget": 0.58, "digest": "0a1b2c3d"},
     "NoPlan": {"site": SITE},
     "NotApplied": {"site": SITE, "reason": "its input is cast between the product and down", "todo": "Remove the cast."},
