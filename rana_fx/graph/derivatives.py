@@ -141,9 +141,7 @@ class _Inputs:
 
     def made(self) -> list[Any]:
         """One for each operand, computed from what was drawn."""
-        return [
-            replayed(chain, value) if chain else value for value, (_, chain) in zip(self._drawn, self._views, strict=True)
-        ]
+        return [replayed(chain, value) if chain else value for value, (_, chain) in zip(self._drawn, self._views, strict=True)]
 
     def places(self) -> dict[int, list[int]]:
         """Positions in ``values`` of floating tensors -> positions of the operands that show it."""
