@@ -34,7 +34,7 @@ from rana_fx.graph.transforms import outside, unbatched
 from rana_fx.modules import absent_weight, names_of, quantised_modules, unwrap, weights_of, wrapped_weights
 
 _MOST_SEEN = 4096  # tokens of a batch whose rows are kept before ``wanted`` has been called for what it runs first
-_FOREIGN = "its weight is no Parameter of the model, but of a module in a plain list, or a variable"
+_FOREIGN = "its weight is no Parameter of the model: a variable, of a module in a plain list, or gathered while the model runs"
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
