@@ -118,8 +118,7 @@ def test_weights_that_no_module_registers_are_skipped():
     model = WithPlainList().eval()
     plan = rana_fx.adapt(model, batches(), budget=0.7, recipe="teal", progress=False)
     assert {site for adapter in plan.adapters for site in adapter.sites} == {"first.up", "first.down"}
-    reasons = [skip.reason for skip in plan.left]
-    assert reasons.count("its weight is no Parameter of the model: a variable, of a module in a plain list, or gathered while the model runs") == 2
+    assert [skip.reason.partition(":")[0] for skip in plan.left].count("its weight is no Parameter of the model") == 2
 
 
 class TiedWithTwoBiases(nn.Module):
