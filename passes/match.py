@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_or_false
 
@@ -20,12 +20,13 @@ from rana_fx.adapter import Adapter
 from rana_fx.graph.dataflow import row_source, shape_of, value_of
 from rana_fx.graph.graph_pass import Declined, Intended, Outdated
 from rana_fx.graph.linears import Linear, Scan, find_linears, parameters_of, source_name
+from rana_fx.graph.operands import Operand, operand
 from rana_fx.kernels.triton.config import MAX_TOKENS
 from rana_fx.notices import report
 from rana_fx.passes.not_linears import not_linears
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import Attachment, attachment_of, attachments_of
-from rana_fx.runtime.changed_weights import gone, why_stale
+from rana_fx.runtime.changed_weights import gone, why_bias_stale, why_stale
 from rana_fx.runtime.plan_option import attachment_for
 from rana_fx.runtime.prefill import costs_more, tokens_masked
 
@@ -95,6 +96,7 @@ def match_plan(
             continue
         index, adapter = planned
         reason = why_stale(attachment, linear.weight, index, adapter)
+        reason = reason or why_bias_stale(attachment, _bias_of(linear, parameters), index, adapter)
         if reason is not None:
             declined.append(Outdated(linear.name, reason))
             continue
@@ -123,6 +125,12 @@ def match_plan(
     missing = scan.linears[0].name if scan.linears and not attachments else None
     declined += not_linears(graph_module.graph, scan, attachments)
     return Matches(scan, tuple(attachments), found, missing, tuple(declined))
+
+
+def _bias_of(linear: Linear, parameters: Mapping[fx.Node, nn.Parameter]) -> nn.Parameter | None:
+    """The Parameter that a linear's bias is, or is a part of."""
+    shown = operand(linear.bias_node, parameters)
+    return shown.parameter if isinstance(shown, Operand) else None
 
 
 def gradients_flow(match: Match, node: fx.Node) -> bool:

@@ -14,8 +14,7 @@ import functools
 import importlib.metadata
 import numbers
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +22,14 @@ import torch
 from torch import nn
 
 from rana_fx.adapter import Adapter
+from rana_fx.calibration.autocast import autocast_as
 from rana_fx.calibration.batches import check_batches
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.holdout import Holdout, Tee
 from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Layout, Unread
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.cost import METRICS
-from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, UnknownMetric, UnknownRecipe
+from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, InvalidOption, UnknownMetric, UnknownRecipe
 from rana_fx.modules import trainable_tensors, unwrap
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.recipes import RECIPES, Problem, Recipe, needs_holdout
@@ -78,6 +78,7 @@ def adapt(
         >>> fast = torch.compile(model, backend=rana_fx.backend)
     """
     chosen = _check_options(budget, metric, recipe)
+    seed = _checked_seed(seed)
     model = unwrap(model)
     _check_not_adapted(model)
     with trainable_tensors(model):
@@ -131,18 +132,9 @@ def calibrated(
     return CalibratedModel(type(unwrap(model)).__name__, found.layout, found.samples, found.tokens, seed, holdout)
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Inside, the autocast of a caller is off: a recipe chooses its dtypes by itself."""
-    with ExitStack() as stack:
-        for device in (device for device in ("cpu", "cuda", "xpu") if torch.is_autocast_enabled(device)):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
 def solved(problem: Problem, recipe: Recipe) -> tuple[Adapter, ...]:
     """The recipe's adapters. Raises BudgetUnreachable, TooFewTokens."""
-    with torch.no_grad(), full_precision():
+    with torch.no_grad(), autocast_as(()):
         return tuple(recipe.solve(problem))
 
 
@@ -192,6 +184,12 @@ def _check_options(budget: float, metric: str, recipe: str) -> Recipe:
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise UnknownRecipe(kind="recipe", got=recipe, valid=", ".join(RECIPES))
     return RECIPES[recipe]
+
+
+def _checked_seed(seed: object) -> int:
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
+        raise InvalidOption(name="seed", got=seed, expected="an integer of 64 bits")
+    return int(seed)
 
 
 def _check_not_adapted(model: nn.Module) -> None:

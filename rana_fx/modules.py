@@ -41,14 +41,12 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 
 def quantised_modules(model: nn.Module) -> dict[str, str]:
-    """Name -> description of each module that holds a quantised matrix outside of Parameters, where no graph contains it."""
+    """Name -> description of each module that holds a quantised matrix in a form that no linear of a graph shows."""
     found = {}
     for name, module in unwrap(model).named_modules():
-        matrices = [
-            str(buffer.dtype)
-            for buffer in module.buffers(recurse=False)
-            if buffer.dtype in (torch.int8, torch.uint8, torch.int32) and buffer.dim() == 2 and min(buffer.shape) > 1
-        ]
+        matrices = [str(buffer.dtype) for buffer in module.buffers(recurse=False) if _is_packed(buffer)]
+        # what numbers in integers are for, only the module knows; where a graph shows it as a linear, that is reported
+        matrices += [str(weight.dtype) for weight in module.parameters(recurse=False) if _is_packed(weight, whole=True)]
         if hasattr(module, "_packed_params") and not isinstance(module._packed_params, nn.Module):
             continue  # only the container of the packed weight: the layer is the module around it
         if type(module).__module__.partition(".")[0] == "rana_fx":
@@ -58,6 +56,13 @@ def quantised_modules(model: nn.Module) -> dict[str, str]:
                 f" ({m})" for m in matrices[:1]
             )
     return found
+
+
+def _is_packed(tensor: Tensor, *, whole: bool = False) -> bool:
+    """Whether it may be a quantised matrix. ``whole``: also one in a single row or column, as packed Parameters are."""
+    if nn.parameter.is_lazy(tensor) or tensor.dtype not in (torch.int8, torch.uint8, torch.int32):
+        return False
+    return tensor.numel() > 1 if whole else tensor.dim() == 2 and min(tensor.shape) > 1
 
 
 def wrapped_weights(model: nn.Module) -> dict[str, str]:

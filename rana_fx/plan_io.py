@@ -59,6 +59,8 @@ def write(stored: Stored, folder: Path) -> None:
             remove_leftovers(folder)
     except OSError as error:
         raise PlanWriteError(path=folder, reason=error.strerror or str(error)) from error
+    except ValueError as error:  # a null byte in the name
+        raise PlanWriteError(path=folder, reason=str(error)) from error
 
 
 def _name_of(content: bytes) -> str:

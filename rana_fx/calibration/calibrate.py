@@ -28,10 +28,13 @@ from rana_fx.errors import CompilationDisabled, NoBatches, NoLinears, NonFinite,
 from rana_fx.graph.guards import guard_weights
 from rana_fx.graph.linears import Scan, Skip, find_linears
 from rana_fx.graph.normalize import prepare
+from rana_fx.graph.operands import base_name
 from rana_fx.graph.roles import Occurrence, read_graph
-from rana_fx.modules import absent_weight, names_of, quantised_modules, unwrap, wrapped_weights
+from rana_fx.graph.transforms import outside, unbatched
+from rana_fx.modules import absent_weight, names_of, quantised_modules, unwrap, weights_of, wrapped_weights
 
 _MOST_SEEN = 4096  # tokens of a batch whose rows are kept before ``wanted`` has been called for what it runs first
+_FOREIGN = "its weight is no Parameter of the model: a variable, of a module in a plain list, or gathered while the model runs"
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
@@ -56,6 +59,7 @@ class _Sampler:
     def __init__(self, model: nn.Module, *, capacity: int, seed: int) -> None:
         self.probe = Probe(model, self._instrument)
         self._names = names_of(model)
+        self._held = weights_of(model).keys()
         self._capacity, self._seed = capacity, seed
         self.passes = ForwardPasses()
         self.unread = UnreadMatrices(model)
@@ -87,6 +91,7 @@ class _Sampler:
         prepare(graph_module, example_inputs)
         scan = find_linears(graph_module, example_inputs, self._names)
         _check_weights(scan)
+        self._leave_foreign(scan)
         traced = read_graph(scan, _values(graph_module.graph, example_inputs))
         self.nodes += len(graph_module.graph.nodes)
         self.unread.read |= {id(value) for value in (*example_inputs, *scan.weights.values())}
@@ -103,9 +108,20 @@ class _Sampler:
         start = next(node for node in graph_module.graph.nodes if node.op != "placeholder")
         call_before(start, self.passes.ran, self.passes.add(traced))
 
+    def _leave_foreign(self, scan: Scan) -> None:
+        """A weight that the model does not hold as a Parameter of a module: no plan is attached to it."""
+        foreign = [linear for linear in scan.linears if base_name(linear.name) not in self._held]
+        scan.linears = [linear for linear in scan.linears if linear not in foreign]
+        scan.skips += [Skip(linear.name, _FOREIGN) for linear in foreign]
+
     def _observe(self, names: tuple[str, ...], decoder: bool, x: Tensor) -> None:
+        with outside(x):
+            self._take(names, decoder, unbatched(x))
+
+    def _take(self, names: tuple[str, ...], decoder: bool, x: Tensor) -> None:
         key = frozenset(names)
         if key in self.left_out:
+            _check_input(names[0], x, real_rows(x, self.probe.masks.get("decoder_" if decoder else "")))
             return
         new = key not in self.known
         groups = [(group, keep) for group, keep in self._wanted.items() if key in group.seen_with]
@@ -115,10 +131,7 @@ class _Sampler:
         if any(sample is not None and sample.features not in (None, x.shape[-1]) for sample in held):
             return  # a weight used transposed as well; the layout leaves it out
         rows = real_rows(x, self.probe.masks.get("decoder_" if decoder else ""))
-        finite = torch.isfinite(rows)
-        if not finite.all():
-            count = int((~finite).sum())
-            raise NonFinite(site=names[0], count=count, what="input activations", shape=tuple(x.shape))
+        _check_input(names[0], x, rows)
         if new and not self.layout_only:
             self._unsettled.setdefault(key, Reservoir(self._capacity, seed=self._seed)).add(rows)
         for group, keep in groups:
@@ -281,6 +294,13 @@ def _check_weights(scan: Scan) -> None:
             bad = ~torch.isfinite(parameter.detach())
             if bad.any():
                 raise NonFinite(site=linear.name, count=int(bad.sum()), what=what, shape=tuple(parameter.shape))
+
+
+def _check_input(site: str, x: Tensor, rows: Tensor) -> None:
+    """``rows``: of x, those that are not padding. Raises NonFinite."""
+    finite = torch.isfinite(rows)
+    if not finite.all():
+        raise NonFinite(site=site, count=int((~finite).sum()), what="input activations", shape=tuple(x.shape))
 
 
 def _cause(error: BaseException | None, kind: tuple[type[BaseException], ...]) -> BaseException | None:

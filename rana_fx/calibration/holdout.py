@@ -10,13 +10,14 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from rana_fx.calibration.batches import count_tokens, digest_of, leading, part_of, to_device
+from rana_fx.calibration.autocast import State, autocast_now
+from rana_fx.calibration.batches import count_tokens, digest_of, leading, padding_masks, part_of, to_device
 from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.probe import probing
@@ -40,6 +41,7 @@ class Holdout:
     model: nn.Module
     batches: tuple[Any, ...]
     held: tuple[Any, ...]
+    autocast: State = field(default_factory=autocast_now)  # that the model was calibrated under
 
     @contextmanager
     def instrumented(self, layout: Layout) -> Iterator[InstrumentedModel]:
@@ -53,7 +55,7 @@ class Holdout:
             try:
                 for parameter in trained:
                     parameter.requires_grad_(False)
-                yield InstrumentedModel(model, layout)
+                yield InstrumentedModel(model, layout, self.autocast)
             finally:
                 for parameter in trained:
                     parameter.requires_grad_(True)
@@ -82,7 +84,8 @@ class Tee:
 
     def __iter__(self) -> Iterator[Any]:
         for index, batch in enumerate(self._batches):
-            if index % _EVERY == _EVERY - 1 and len(self._held) < _MOST_HELD:
+            # what has no tokens judges nothing
+            if index % _EVERY == _EVERY - 1 and len(self._held) < _MOST_HELD and count_tokens(batch, padding_masks(batch)):
                 self._held.append(batch)
                 continue
             if len(self._kept) < _MOST_KEPT:

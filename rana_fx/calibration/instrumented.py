@@ -7,14 +7,17 @@ model's output. The step is called at every linear that the budget counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from rana_fx.calibration.autocast import State, autocast_as
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.probe import Probe
 from rana_fx.graph.linears import find_linears
 from rana_fx.graph.normalize import prepare
+from rana_fx.graph.transforms import batched, is_wrapped, outside, unbatched
 from rana_fx.modules import names_of
 
 Step = Callable[[str, Tensor, Tensor], Tensor]
@@ -23,8 +26,10 @@ Step = Callable[[str, Tensor, Tensor], Tensor]
 class InstrumentedModel:
     """Runs with any step; traced once."""
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, autocast: State | None = None) -> None:
+        """``autocast``: to run the model under, in place of the caller's."""
         self._layout = layout
+        self._autocast = autocast
         self._names = names_of(model)
         self._step: Step | None = None
         self._probe = Probe(model, self._instrument)
@@ -33,7 +38,8 @@ class InstrumentedModel:
         """The model's output for a batch as ``adapt`` takes them; without a step, the dense model's."""
         self._step = step
         try:
-            return self._probe.run(batch)
+            with nullcontext() if self._autocast is None else autocast_as(self._autocast):
+                return self._probe.run(batch)
         finally:
             self._step = None
 
@@ -61,4 +67,9 @@ class InstrumentedModel:
             replaced[linear.node] = taken
 
     def _at_linear(self, site: str, x: Tensor, y: Tensor) -> Tensor:
-        return y if self._step is None else self._step(site, x, y)
+        if self._step is None or not is_wrapped(y):
+            return y if self._step is None else self._step(site, x, y)
+        with outside(y):
+            made = self._step(site, unbatched(x), unbatched(y))
+        again = batched(made, y)
+        return y if again is None else again

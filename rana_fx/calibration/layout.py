@@ -141,11 +141,14 @@ def merge(kinds: Sequence[Sequence[TracedGraph]]) -> Layout:
     """
     kinds = in_order(kinds)
     graphs = list({id(graph): graph for kind in kinds for graph in kind}.values())
-    both = _used_both_orientations([found for graph in graphs for found in graph.occurrences])
-    groups = _groups([[item for item in graph.occurrences if item.linear.name not in both] for graph in graphs])
+    occurrences = [found for graph in graphs for found in graph.occurrences]
+    both, biased = _used_both_orientations(occurrences), _used_with_two_biases(occurrences)
+    left = {*both, *biased}
+    groups = _groups([[item for item in graph.occurrences if item.linear.name not in left] for graph in graphs])
     sites = _sites_of_kinds(kinds, {name: i for i, group in enumerate(groups) for name in group.sites})
     skips = _skips(kinds)
     skips += [Skip(name, "its weight is also used transposed, and one adapter cannot serve both") for name in both]
+    skips += [Skip(name, "its weight is used with different biases, and one adapter cannot serve both") for name in biased]
     skips = [skip for skip in skips if skip.site not in sites]
     adaptable = tuple(block for block in _blocks(kinds, sites) if _is_adaptable(block, sites))
     return Layout(sites, groups, adaptable, tuple(skips), max(map(len, kinds), default=0))
@@ -198,6 +201,16 @@ def _used_both_orientations(found: Sequence[Occurrence]) -> list[str]:
     for occurrence in found:
         ways.setdefault(occurrence.linear.name, set()).add(occurrence.linear.transposed)
     return sorted(name for name, orientations in ways.items() if len(orientations) > 1)
+
+
+def _used_with_two_biases(found: Sequence[Occurrence]) -> list[str]:
+    """Weights of several linears that do not have the same bias: an adapter has one of its own, or none."""
+    biases: dict[str, set[tuple[int, int] | None]] = {}
+    for occurrence in found:
+        bias = occurrence.linear.bias
+        place = None if bias is None else (bias.data_ptr(), bias.numel())
+        biases.setdefault(occurrence.linear.name, set()).add(place)
+    return sorted(name for name, held in biases.items() if len(held) > 1)
 
 
 def _groups(graphs: Sequence[Sequence[Occurrence]]) -> tuple[Group, ...]:

@@ -10,6 +10,7 @@ number generators is restored.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, fx
 
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.effects import described, frozen, hashable
+from rana_fx.graph.operands import replayed
+from rana_fx.graph.ops import MOVEMENT, is_call, op_name
 
 _MOST_KNOWN = 256
 _known: dict[object, frozenset[int] | Unlike] = {}
@@ -66,7 +69,14 @@ def _key(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule) -> ob
         return None
     fixed: Any = node.kwargs["non_differentiable_idx"]
     operands = tuple(described(value_of(item) if isinstance(item, fx.Node) else item) for item in node.args[2:])
-    return hashable((_form(forward), _form(backward), operands, tuple(fixed)))
+    place: dict[int, int] = {}
+    views = tuple((place.setdefault(id(root), len(place)), *map(_form_of, chain)) for root, chain in _views(node.args[2:]))
+    return hashable((_form(forward), _form(backward), operands, views, tuple(fixed)))
+
+
+def _form_of(movement: fx.Node) -> object:
+    inputs = {source: position for position, source in enumerate(movement.all_input_nodes)}
+    return movement.op, movement.target, frozen((movement.args, movement.kwargs), inputs)
 
 
 def _form(body: fx.GraphModule) -> object:
@@ -81,11 +91,10 @@ def _tried(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule, swi
     constant: set[int] = set()
     for seed, scale in enumerate(_SCALES):
         generator = torch.Generator().manual_seed(seed)
-        operands = node.args[2:]
         try:
-            given = [_drawn(operand, generator) for operand in operands]
+            given = _Inputs(node.args[2:], generator)
             fixed: Any = node.kwargs["non_differentiable_idx"]
-            devices = {leaf.device for leaf in given if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
+            devices = {leaf.device for leaf in given.values if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
             with torch.random.fork_rng(devices):
                 constant = _compared(given, forward, backward, switches, scale, generator, fixed)
         except Unlike:
@@ -94,6 +103,55 @@ def _tried(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule, swi
             reason = str(error).split("\n")[0][:100]
             raise Unlike(f"whose passes cannot be compared ({type(error).__name__}: {reason})") from error
     return frozenset(constant)
+
+
+def _views(operands: Sequence[Any]) -> list[tuple[Any, tuple[fx.Node, ...]]]:
+    """For each operand the tensor that it shows and the movements that lead from there to it, where others show it, too.
+
+    Dynamo computes ``w.T`` in a forward pass outside of it, so that ``w`` and ``w.T`` are two operands.
+    """
+    found = [_origin(operand) for operand in operands]
+    shown = Counter(root for root, _ in found if isinstance(root, fx.Node))
+    return [
+        (root, chain) if isinstance(root, fx.Node) and shown[root] > 1 else (own, ())
+        for own, (root, chain) in zip(operands, found, strict=True)
+    ]
+
+
+def _origin(operand: Any) -> tuple[Any, tuple[fx.Node, ...]]:
+    chain: list[fx.Node] = []
+    current = operand
+    while isinstance(current, fx.Node) and is_call(current) and op_name(current) in MOVEMENT - {"detach"}:
+        if len(current.all_input_nodes) != 1 or current.args[:1] != tuple(current.all_input_nodes):
+            break
+        chain.insert(0, current)
+        current = current.all_input_nodes[0]
+    shown = value_of(current) if isinstance(current, fx.Node) else None
+    return (current, tuple(chain)) if isinstance(shown, Tensor) else (operand, ())
+
+
+class _Inputs:
+    """Random numbers in the places of a Function's operands; those that show one tensor are views of one."""
+
+    def __init__(self, operands: Sequence[Any], generator: torch.Generator) -> None:
+        self._views = _views(operands)
+        roots = list(dict.fromkeys(root for root, _ in self._views if isinstance(root, fx.Node)))
+        drawn = {root: _drawn(root, generator) for root in roots}
+        self._drawn = [drawn[root] if isinstance(root, fx.Node) else root for root, _ in self._views]
+        self.values = list(drawn.values())
+
+    def made(self) -> list[Any]:
+        """One for each operand, computed from what was drawn."""
+        return [replayed(chain, value) if chain else value for value, (_, chain) in zip(self._drawn, self._views, strict=True)]
+
+    def places(self) -> dict[int, list[int]]:
+        """Positions in ``values`` of floating tensors -> positions of the operands that show it."""
+        ids = {id(value): index for index, value in enumerate(self.values)}
+        found: dict[int, list[int]] = {}
+        for place, value in enumerate(self._drawn):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                found.setdefault(ids[id(value)], []).append(place)
+        return found
 
 
 def _drawn(operand: Any, generator: torch.Generator) -> Any:
@@ -111,7 +169,7 @@ def _drawn(operand: Any, generator: torch.Generator) -> Any:
 
 
 def _compared(
-    given: Sequence[Any],
+    given: _Inputs,
     forward: fx.GraphModule,
     backward: fx.GraphModule,
     switches: Collection[fx.Node],
@@ -120,25 +178,30 @@ def _compared(
     fixed: Collection[int],
 ) -> set[int]:
     with torch.no_grad():
-        outputs, saved = fx.Interpreter(forward).run(*given)
+        outputs, saved = fx.Interpreter(forward).run(*given.made())
         gradients = [_gradient_of(y, place in fixed, scale, generator) for place, y in enumerate(outputs)]
         theirs = fx.Interpreter(backward).run(*gradients, *saved)
-    leaves = [leaf.requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in given]
+    places = given.places()
+    wanted = [given.values[index].requires_grad_() for index in places]
     with torch.enable_grad():
-        again, _ = _WithGradients(forward, switches).run(*leaves)
+        operands = given.made()
+        again, _ = _WithGradients(forward, switches).run(*operands)
     if not all(_close(one, other) for one, other in zip(outputs, again, strict=True) if isinstance(one, Tensor)):
         raise Unlike("whose forward pass is not the same each time")
-    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     flowing = [(y, g) for y, g in zip(again, gradients, strict=True) if g is not None and y.requires_grad]
     ours = torch.autograd.grad([y for y, _ in flowing], wanted, [g for _, g in flowing], allow_unused=True) if flowing else ()
-    found = {id(leaf): gradient for leaf, gradient in zip(wanted, ours, strict=False)}
-    constant = set()
-    for place, (leaf, gradient) in enumerate(zip(leaves, theirs, strict=True)):
-        if not isinstance(leaf, Tensor) or gradient is None:
-            constant.add(place)
+    mine = dict(zip(places, ours, strict=False))
+    constant = set(range(len(operands))).difference(*places.values())
+    for index, shown in places.items():
+        returned = [(operands[place], theirs[place]) for place in shown if theirs[place] is not None]
+        if not returned:
+            constant.update(shown)
             continue
-        mine = found.get(id(leaf))
-        if not _close(gradient, torch.zeros_like(gradient) if mine is None else mine):
+        if any(gradient.shape != operand.shape for operand, gradient in returned):
+            raise Unlike("whose backward pass is not the derivative of its forward pass")
+        value, found = given.values[index], mine.get(index)
+        (total,) = torch.autograd.grad([operand for operand, _ in returned], [value], [gradient for _, gradient in returned])
+        if not _close(total, torch.zeros_like(total) if found is None else found):
             raise Unlike("whose backward pass is not the derivative of its forward pass")
     return constant
 

@@ -8,7 +8,7 @@ Parameter, some rows of a packed one (q, k, v in one), or a 3-D weight of attent
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def operand(node: object, weights: Mapping[fx.Node, nn.Parameter]) -> Operand | 
         return f"quantised weight ({parameter.dtype})"
     if cast:
         return "its weight is cast in the forward pass"
-    value = _run(chain[::-1], parameter.detach())
+    value = replayed(chain[::-1], parameter.detach())
     if value is None:
         return "its weight is viewed by a symbolic size"
     part = "" if value.numel() == parameter.numel() else _part(chain[::-1], parameter)
@@ -75,8 +75,8 @@ def _dtype(node: object) -> torch.dtype | None:
     return value.dtype if isinstance(value, Tensor) else None
 
 
-def _run(chain: list[fx.Node], value: Tensor) -> Tensor | None:
-    """Repeat a chain of movements on a real tensor."""
+def replayed(chain: Sequence[fx.Node], value: Tensor) -> Tensor | None:
+    """A chain of movements repeated on a tensor; None where it needs other values of the graph, such as symbolic sizes."""
     current: Any = value
     for node in chain:
         rest, kwargs = node.args[1:], dict(node.kwargs)
@@ -95,14 +95,14 @@ def _flat(items: Any) -> list[Any]:
 def _flips(chain: list[fx.Node], parameter: nn.Parameter) -> bool:
     """Whether a chain transposes. The Parameter's own strides do not show it: it may be stored by columns, or freed."""
     whole = torch.empty(parameter.shape, device="meta")
-    view = _run(chain, whole)
+    view = replayed(chain, whole)
     return view is not None and view.stride() == whole.stride()[::-1] != whole.stride()
 
 
 def _part(chain: list[fx.Node], parameter: nn.Parameter) -> str | None:
     """Where a part lies, as an index: "[0:32]" rows, "[:, 4:8]" columns; None if it is no block."""
     whole = torch.empty(parameter.shape, device="meta")  # contiguous: a view's strides show which dimensions it has
-    view = _run(chain, whole)
+    view = replayed(chain, whole)
     if view is None or view._base is not whole:
         return None
     offset = view.storage_offset()

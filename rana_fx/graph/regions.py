@@ -31,6 +31,7 @@ from rana_fx.graph.effects import bodies_of, effect_of, multiplies
 from rana_fx.graph.fake_values import fake_run
 from rana_fx.graph.graph_pass import Declined, PassResult
 from rana_fx.graph.inline import inline_body, replace_items
+from rana_fx.graph.operands import Operand, operand
 
 _FUNCTION = "autograd_function_apply"
 
@@ -69,9 +70,15 @@ def _operands(node: fx.Node) -> list[Any] | None:
 
 def _holds_linears(node: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> bool:
     operands = _operands(node)
-    if operands is None or not any(source in weights and weights[source].dim() > 1 for source in node.all_input_nodes):
+    if operands is None or not any(_is_matrix(source, weights) for source in node.all_input_nodes):
         return False
     return any(multiplies(inner) for inner in bodies_of(node)[0][1].graph.nodes)
+
+
+def _is_matrix(source: fx.Node, weights: Mapping[fx.Node, nn.Parameter]) -> bool:
+    """Whether it is a Parameter of more than one dimension, or shows one (Dynamo computes ``w.T`` outside of the region)."""
+    shown = operand(source, weights)
+    return isinstance(shown, Operand) and shown.value.dim() > 1 or source in weights and weights[source].dim() > 1
 
 
 def _open(node: fx.Node, operands: Sequence[Any] | None) -> str | None:

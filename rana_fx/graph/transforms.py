@@ -8,6 +8,7 @@ values are wrapped tensors of a level that was closed when tracing ended: they h
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +59,37 @@ def unwrapped(value: Tensor) -> Tensor:
     while is_wrapped(value):
         value = torch._C._functorch.get_unwrapped(value)
     return value
+
+
+def unbatched(value: Tensor) -> Tensor:
+    """The tensor that levels of transforms wrapped, with the dimensions of vmap in front; for use ``outside`` of them."""
+    dimensions = []
+    while is_wrapped(value):
+        dimensions.append(torch._C._functorch.maybe_get_bdim(value))
+        value = torch._C._functorch.get_unwrapped(value)
+    for moved, dimension in enumerate(found for found in reversed(dimensions) if found >= 0):
+        value = value.movedim(dimension + moved, 0)
+    return value
+
+
+def batched(value: Tensor, like: Tensor) -> Tensor | None:
+    """What ``unbatched`` would make ``value`` of; None where another transform than vmap wrapped ``like``."""
+    levels = []
+    while is_wrapped(like):
+        if not torch._C._functorch.is_batchedtensor(like):
+            return None
+        levels.append(torch._C._functorch.maybe_get_level(like))
+        like = torch._C._functorch.get_unwrapped(like)
+    for level in levels[::-1]:
+        value = torch._C._functorch._add_batch_dim(value, len(levels) - 1 - levels[::-1].index(level), level)
+    return value
+
+
+def outside(value: Tensor) -> AbstractContextManager[object]:
+    """A context outside of the transforms that wrapped a tensor, for what is no part of the function that they transform."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack() if is_wrapped(value) else nullcontext()
 
 
 def is_wrapped(value: Tensor) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rana_fx.adapter import Adapter
 from rana_fx.dense_memory import is_freed
 from rana_fx.errors import PlanMismatch
+from rana_fx.formats import is_plain
 from rana_fx.graph.operands import base_name
 from rana_fx.modules import weights_of
 from rana_fx.ordinary import has_data, is_ordinary, wrapped
@@ -35,6 +36,8 @@ TODO = (
 )
 GONE = "its weight is no longer a Parameter of the model"
 CHANGED = "its weight has other values than when the plan was attached"
+ADDED = "it has a bias, and had none when the plan was made"
+BIAS = "its bias was added, replaced or written since the plan was attached, and the adapter computes with the one from before"
 _SIDE = 64
 
 
@@ -52,7 +55,8 @@ class Seen:
         if not has_data(weight) or is_freed(weight):
             return None
         version = version_of(weight)
-        values = weight.detach()[tuple(slice(None, None, max(1, size // _SIDE)) for size in weight.shape)]
+        steps = [max(1, size // _SIDE) if weight.dim() > 1 else 1 for size in weight.shape]  # of a bias, all
+        values = weight.detach()[tuple(slice(None, None, step) for step in steps)]
         return cls(weight.data_ptr(), version, values.to("cpu", copy=True))
 
     def moved(self, now: Seen) -> bool:
@@ -90,7 +94,7 @@ class Watch:
         self.seen = {
             id(parameter): seen
             for parameter in self.parameters().values()
-            if id(parameter) in planned and (seen := Seen.of(parameter)) is not None
+            if (id(parameter) in planned or parameter.dim() == 1) and (seen := Seen.of(parameter)) is not None
         }
         self.foreign = set()
 
@@ -159,6 +163,21 @@ def why_stale(attachment: Attachment, weight: nn.Parameter, index: int, adapter:
     return CHANGED
 
 
+def why_bias_stale(attachment: Attachment, bias: nn.Parameter | None, index: int, adapter: Adapter) -> str | None:
+    """Why an adapter that computes with a bias of its own does not stand for a linear with this one; None where it does."""
+    watch = attachment.watch
+    if bias is None or not has_data(bias) or (adapter.weight is None and adapter.bias is None):
+        return None
+    if adapter.bias is None and bool(bias.detach().any()):
+        return ADDED
+    if watch is None:
+        return None
+    before, now = watch.seen.get(id(bias)), Seen.of(bias)
+    if before is not None and now is not None and before.equals(now):
+        return None
+    return None if before is not None and watch.retrained(index, attachment.factors) else BIAS
+
+
 def _unfit(attachment: Attachment, weight: nn.Parameter, index: int, adapter: Adapter) -> str | None:
     """The reason where the device or dtype of a weight no longer fits the factors; else None."""
     for key in adapter.tensors():
@@ -186,6 +205,8 @@ def adopt(attachment: Attachment) -> None:
         if parameter is None or not is_ordinary(parameter):
             if site is not None and (parameter is not None or old not in map(id, parameters.values())):
                 watch.wrapped[site] = GONE if parameter is None else wrapped(parameter)
+        elif site in attachment.planned and id(parameter) != old and not is_plain(parameter):
+            watch.wrapped[site] = f"quantised weight ({parameter.dtype})"
         elif attachment.marks(parameter) or attachment.mark(parameter):
             watch.ids[path] = id(parameter)
             replaced[id(parameter)] = old
@@ -206,6 +227,8 @@ def stale_when_loaded(attachment: Attachment) -> dict[str, str]:
         before = watch.foreign
         watch.foreign = before | {id(weight)}
         reason = why_stale(attachment, weight, *planned)
+        bias = parameters.get(f"{base_name(site)}.bias")
+        reason = reason or why_bias_stale(attachment, bias, *planned)
         if reason is None:
             watch.foreign = before
         else:

@@ -40,6 +40,39 @@ class Derivative(torch.autograd.Function):
         return g @ w, g.flatten(0, -2).t() @ a.flatten(0, -2)
 
 
+class Transposed(Derivative):
+    """Dynamo computes ``w.T`` outside of the forward pass, which then gets both ``w`` and ``w.T``."""
+
+    @staticmethod
+    def forward(ctx, a, w):
+        ctx.save_for_backward(a, w)
+        return a @ w.T
+
+
+class TransposedAlone(torch.autograd.Function):
+    """The same, in the newer form, and the backward pass saves ``w.T`` alone."""
+
+    @staticmethod
+    def forward(a, w):
+        return a @ w.mT
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: ARG004
+        ctx.save_for_backward(inputs[0], inputs[1].mT)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, w = ctx.saved_tensors
+        return g @ w.mT, g.flatten(0, -2).t() @ a.flatten(0, -2)
+
+
+class TransposedAndReversed(Transposed):
+    @staticmethod
+    def backward(ctx, g):
+        a, w = ctx.saved_tensors
+        return g @ w, -g.flatten(0, -2).t() @ a.flatten(0, -2)
+
+
 class Frozen(Derivative):
     @staticmethod
     def backward(ctx, g):
@@ -122,7 +155,11 @@ def same(one, other):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("product", [Derivative.apply, counted], ids=["one result", "two results"])
+@pytest.mark.parametrize(
+    "product",
+    [Derivative.apply, counted, Transposed.apply, TransposedAlone.apply],
+    ids=["one result", "two results", "transposed", "transposed alone"],
+)
 def test_a_function_is_trained_as_it_is_served(product):
     results, model = [], planned(product)
     plain = copy.deepcopy(model)
@@ -151,7 +188,12 @@ def test_a_weight_that_gets_no_gradient_gets_none():
 
 @pytest.mark.parametrize(
     ("function", "reason"),
-    [(Clipped, "not the derivative"), (Reversed, "not the derivative"), (Random, "not the same each time")],
+    [
+        (Clipped, "not the derivative"),
+        (Reversed, "not the derivative"),
+        (TransposedAndReversed, "not the derivative"),
+        (Random, "not the same each time"),
+    ],
 )
 def test_another_backward_pass_stays_and_its_linears_are_reported(function, reason):
     model = planned()

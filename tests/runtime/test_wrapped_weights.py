@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import rana_fx
-from rana_fx.errors import PlanMismatch
+from rana_fx.errors import PlanMismatch, RanaWarning
 from rana_fx.ordinary import is_ordinary
 from rana_fx.passes.runner import run
 from tests.support.adapted import adapted, relative
@@ -92,3 +92,36 @@ def test_a_subclass_without_overrides_is_ordinary():
         got = output(torch.compile(model, backend=counted)(**batch))
     assert sum(sum(counts.values()) for counts in seen) == sum(len(adapter.sites) for adapter in plan.adapters)
     assert relative(got, dense) > 1e-3
+
+
+class Packed(nn.Linear):
+    """Its weight is integers in one column, and their scale an attribute of it, as of 4-bit layers."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        scale = linear.weight.detach().abs().max() / 127
+        numbers = (linear.weight.detach() / scale + 128).round().to(torch.uint8)
+        self.weight = nn.Parameter(numbers.reshape(-1, 1), requires_grad=False)
+        self.weight.scale = scale
+
+    def forward(self, x):
+        weight = (self.weight.to(x.dtype) - 128) * self.weight.scale
+        return nn.functional.linear(x, weight.view(self.out_features, self.in_features))
+
+
+def test_packed_integers_are_named():
+    model, batch = make(ARCHITECTURES["llama"], 1)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = Packed(mlp.up_proj)
+    plan = rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.8, recipe="teal", progress=False)
+    assert {skip.site: skip.reason for skip in plan.left}["model.layers.0.mlp.up_proj"] == "quantised layer Packed (torch.uint8)"
+
+
+@pytest.mark.usefixtures("graphs_as_rewritten")
+def test_a_weight_packed_under_a_plan_is_reported():
+    model, batch, _ = adapted()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = Packed(mlp.up_proj)
+    reason = r"up_proj: the plan is not applied here: quantised weight \(torch.uint8\)"
+    with pytest.warns(RanaWarning, match=reason), torch.no_grad():
+        torch.compile(model, backend=rana_fx.backend)(**batch)
