@@ -106,8 +106,8 @@ def specs(draw: st.DrawFn) -> Spec:
         shared=draw(st.sampled_from((False, False, True))),
         dropout=draw(_mostly("none", DROPOUTS)),
         cast=draw(_mostly("none", CASTS)),
-        # autograd refuses writes into what a linear has read, dense or adapted
-        write=draw(_mostly("none", ("none", "hidden") if gradients else WRITES)),
+        # autograd refuses writes into what a linear has read, or an activation made, dense or adapted
+        write=draw(_mostly("none", ("none",) if gradients else WRITES)),
         branch=draw(_mostly("none", BRANCHES)),
         cache=cache,
         dtype=dtype,

@@ -174,3 +174,26 @@ def test_whether_there_is_a_backward_pass(function, expected):
     with torch.no_grad():
         torch.compile(function, backend=look)(torch.ones(2, 4), weight)
     assert found == [expected, False]
+
+
+def test_dropout_of_nothing_in_a_region():
+    """With p = 0 it is its input or a copy, by where it was traced; as in models whose config has attention_dropout = 0.0."""
+    torch.manual_seed(0)
+
+    class Region(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def inner(self, x):
+            return self.down(nn.functional.dropout(torch.relu(self.up(x)), 0.0, True))
+
+        def forward(self, x):
+            return x + torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+    model, x = Region().train(), torch.randn(3, 5, 8)
+    rana_fx.adapt(model, [torch.randn(4, 16, 8) for _ in range(4)], budget=0.8, recipe="teal", progress=False)
+    with torch.no_grad():
+        got = compiled(model)(x)
+        torch.testing.assert_close(got, compiled(model.eval())(x))
+    assert (got - model(x)).abs().max() > 1e-3
