@@ -10,6 +10,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import rana_fx
 from rana_fx._backend import rewrite
 from rana_fx.graph.checkpoint_regions import open_checkpoints
 from rana_fx.kernels.ops import masked_gemv
