@@ -108,24 +108,24 @@ class _Pair:
         got, kept = self.compiled(ids, cache, start)
         oracle = Oracle(self.original, self.plan, without=self.declined)
         expected, wide_kept = oracle.model(ids, wide, start)
-        outcome = _compare(self.spec, got, expected, oracle, self.original, self.plan, ids if cache is None else None)
+        outcome = _compare(self.spec, got, expected, oracle, self.original, self.plan, ids, cached=cache is not None)
         if outcome.kind == "right" and gradients:
             outcome = _gradients(self.model, got, oracle, expected)
         return outcome, kept, wide_kept
 
 
 def _compare(
-    spec: Spec, got: Tensor, expected: Tensor, oracle: Oracle, original: Transformer, plan: Plan, ids: Tensor | None
+    spec: Spec, got: Tensor, expected: Tensor, oracle: Oracle, original: Transformer, plan: Plan, ids: Tensor, *, cached: bool
 ) -> Outcome:
     error = _relative(got.detach(), expected.detach())
     allowed = _tolerance(spec)
     if error > allowed and not spec.gradients:
-        allowed += 8 * oracle.rounding(original)  # of models that amplify rounding errors
+        allowed += 8 * oracle.rounding(original, ids)  # of models that amplify rounding errors
     if error <= allowed:
         return Outcome("right")
     if oracle.margin < NEAR:
         return Outcome("near", f"{oracle.margin:.1e}")
-    if ids is not None and plan.adapters:
+    if not cached and plan.adapters:
         with torch.no_grad():
             dense, _ = copy.deepcopy(original).double()(ids)
         if spec.cache == "none" and _relative(got.detach(), dense) <= _tolerance(spec):
