@@ -75,9 +75,10 @@ def _gated(problem: Problem, block: MlpBlock, density: float, generator: torch.G
 
 def _adapter(problem: Problem, sites: list[Site], kind: str, spec: Spec, generator: torch.Generator) -> Adapter:
     names = tuple(site.name for site in sites)
-    matrix = torch.cat([site.matrix() for site in sites]).double()
+    matrix = torch.cat([site.matrix() for site in sites]).double().cpu()  # adapters are made on the CPU, as random numbers are
     dtype = sites[0].weight.dtype
     bias = problem.bias(names)
+    bias = None if bias is None else bias.cpu()
     fields: dict[str, object] = {}
     if kind in ("rank", "static", "hybrid", "exact"):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
