@@ -1,7 +1,8 @@
 """One example: build, plan, compile, call, and compare with the oracle.
 
 In: a spec. Out: an ``Outcome``: "right"; "near" where a value is too close to its threshold to decide; "refused" with an error
-class of the package; or a fault: "wrong", "dense" (the plan was not applied, and no report), "crash".
+class of the package; "unsupported" where PyTorch does not compile the model without a plan either; or a fault: "wrong", "dense"
+(the plan was not applied, and no report), "crash".
 """
 
 from __future__ import annotations
@@ -48,11 +49,32 @@ def attempt(spec: Spec, device: torch.device, *, lowered: bool) -> Outcome:
             return _attempt(spec, device, lowered)
     except Exception as error:
         inner = getattr(error, "inner_exception", None) or error
-        own = isinstance(inner, RanaError)
-        where = "" if own else traceback.format_exc(limit=-3)
-        return Outcome("refused" if own else "crash", f"{type(inner).__name__}: {str(inner)[:300]}{where[-600:]}")
+        message = f"{type(inner).__name__}: {str(inner)[:300]}"
+        if isinstance(inner, RanaError):
+            return Outcome("refused", message)
+        where = traceback.format_exc(limit=-3)[-600:]
+        return (
+            Outcome("unsupported", message) if _fails_without_plan(spec, device, lowered) else Outcome("crash", message + where)
+        )
     finally:
         torch._dynamo.reset()
+
+
+def _fails_without_plan(spec: Spec, device: torch.device, lowered: bool) -> bool:
+    """Whether PyTorch's own backend raises an error on the model as it is."""
+    torch._dynamo.reset()
+    model = build(spec).to(device)
+    fast = torch.compile(model, backend="inductor" if lowered else "eager", dynamic=spec.dynamic or None)
+    try:
+        with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradients):
+            warnings.simplefilter("ignore")
+            for ids in _tokens(spec, list(spec.calls), device):
+                logits, _ = fast(ids)
+                if spec.gradients:
+                    logits.float().square().mean().backward()
+    except Exception:
+        return True
+    return False
 
 
 def _attempt(spec: Spec, device: torch.device, lowered: bool) -> Outcome:

@@ -69,3 +69,13 @@ def test_counts_are_written_and_faults_have_an_example(tmp_path, monkeypatch, ca
     assert faults and all(fault["kind"] in ("wrong", "dense", "crash") for fault in faults)
     command.main(replay=json.dumps(faults[0]["spec"]), device="cpu")
     assert "as rewritten Outcome(kind=" in capsys.readouterr().out
+
+
+def test_what_pytorch_does_not_compile_is_unsupported():
+    """The branches of torch.cond return one layout of different strides, which PyTorch refuses with any backend."""
+    spec = replace(
+        PLAIN, width=40, heads=4, attention="none", mlp="packed", norm="rms", form="einsum", cast="gate", branch="cond",
+        shared=True, plan="teal", as_option=True, calls=((1, 5),),
+    )  # fmt: skip
+    outcome = attempt(spec, CPU, lowered=False)
+    assert outcome.kind == "unsupported" and "cond" in outcome.detail, outcome
