@@ -24,6 +24,7 @@ from rana_fx.atomic import write_bytes
 
 C = TypeVar("C")
 _ROTATED_BYTES = 200e6  # an H200 has 50 MiB of L2
+_MOST_ROTATED = 256
 _REPLAYS = 15
 _MARGIN = 0.05
 
@@ -62,8 +63,11 @@ def fastest(key: str, choices: Sequence[C], measure: Callable[[C], float], *, fi
 
 
 def copies_of(bytes_each: float) -> int:
-    """How many weights to rotate over, so that a launch does not find in L2 what another one left there."""
-    return max(2, -int(-_ROTATED_BYTES // max(bytes_each, 1)))
+    """How many weights to rotate over, so that a launch does not find in L2 what another one left there.
+
+    At most some hundreds: matrices so small that these fit into L2 are those of a model that fits as well.
+    """
+    return min(max(2, -int(-_ROTATED_BYTES // max(bytes_each, 1))), _MOST_ROTATED)
 
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> float:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from rana_fx.kernels.autotune import bucket, fastest
+from rana_fx.kernels.autotune import bucket, copies_of, fastest
 
 TIMES = {"a": 3.0, "b": 1.0, "c": 2.0}
 
@@ -61,3 +61,8 @@ def test_layers_that_differ_by_a_few_ranks_share_a_bucket():
     different = [(4096, 12288, 1, 0.5, 16), (2448, 4096, 1, 0.5, 16), (2448, 12288, 2, 0.5, 16), (2448, 12288, 1, 0.3, 16)]
     names = {bucket(*facts, bf16) for facts in [(2448, 12288, 1, 0.5, 16), (2448, 12288, 1, 0.5, 8), *different]}
     assert len(names) == 6
+
+
+@pytest.mark.parametrize(("megabytes", "copies"), [(1000, 2), (50, 4), (1, 200), (0.001, 256), (0, 256)])
+def test_copies_exceed_l2_but_are_never_thousands(megabytes, copies):
+    assert copies_of(1e6 * megabytes) == copies

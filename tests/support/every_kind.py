@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import rana_fx
 from rana_fx._backend import rewritten
 from rana_fx.adapter import Adapter
-from rana_fx.kernels import cost
+from rana_fx.kernels import autotune, cost
 from rana_fx.kernels.ops import implementation
 from tests.support.storages import sites_of, stored
 
@@ -143,12 +143,23 @@ def relative(got, expected):
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
+def quickly_tuned():
+    """Autotuning measures two configs of a kernel, a few times: which one is chosen is no subject here, and all that are offered
+    would compile for a quarter of an hour. Inductor's own templates are left out for the same reason."""
+    real = autotune.fastest
+    autotune.fastest = lambda key, choices, measure, **more: real(key, choices[:2], measure, **more)
+    autotune.copies_of = lambda _: 2
+    torch._inductor.config.max_autotune_gemm_backends = "ATEN"
+
+
 def main(device, mode, bits, way):
     """Two rounds over all numbers of tokens, three calls each: warm-up, capture, replay. Then the reference."""
     chosen = set()
     log = logging.getLogger("rana_fx.passes.lower")
     log.setLevel(logging.DEBUG)
     log.addFilter(lambda record: chosen.add(record.getMessage().split(";")[0]) or False)
+    if mode == "max-autotune":
+        quickly_tuned()
     if way == "kernels":
         cost.masked_us = cost.rows_us = lambda *_, **__: 0.0
     model, plan = made(int(bits))
