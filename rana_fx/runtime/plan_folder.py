@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from rana_fx.atomic import read_regular
 from rana_fx.plan import Plan, load_plan
 from rana_fx.plan_io import HEADER
 
@@ -64,7 +65,7 @@ class Folder:
 
     def _content(self) -> str:
         try:
-            return hashlib.sha256((self.path / HEADER).read_bytes()).hexdigest()
+            return hashlib.sha256(read_regular(self.path / HEADER)).hexdigest()
         except OSError:
             return ""
 
