@@ -288,7 +288,7 @@ def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None
     own |= {site for adapter in plan.adapters if adapter.exact_tau is not None for site in adapter.sites} & transposed
     with torch.inference_mode(False):  # inference tensors cannot be trained
         attachment = Attachment(plan, Factors(plan, device_of(model), parameters, copy=copy), names)
-        relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
+        relaid = by_columns_((parameters[site] for site in own & parameters.keys()), (*model.parameters(), *model.buffers()))
     attachment.relaid = tuple(map(id, relaid))
     attachment.by_rows = {site: why for site in own if site in parameters and (why := why_by_rows(parameters[site])) is not None}
     attachment.unshared = unshared(model)
