@@ -92,7 +92,8 @@ def backend(
 
     lower.register()
     given = dict(options or {})
-    plan = plan_of(given.pop("plan"), options) if "plan" in given else None
+    plan = plan_of(options or {})
+    given.pop("plan", None)
     prefill, strict = _own_options(given, plan)
     patches = inductor_options(given, mode)
     result = rewrite(gm, example_inputs, plan=plan, prefill=prefill, strict=strict)

@@ -22,7 +22,7 @@ from rana_fx.errors import InvalidOption, PlanMismatch
 from rana_fx.graph.linears import source_name
 from rana_fx.graph.operands import base_name
 from rana_fx.ordinary import has_data
-from rana_fx.plan import Plan, weight_digest
+from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.runtime.attachment import Attachment, Factors
 from rana_fx.runtime.changed_weights import Seen, not_ordinary
 from rana_fx.runtime.plan_folder import Folder, compiled_with
@@ -44,12 +44,15 @@ class _Known:
 _sites: WeakKeyDictionary[Plan, WeakTensorKeyDictionary] = WeakKeyDictionary()
 
 
-def plan_of(value: object, options: Mapping[str, Any] | None = None) -> Plan:
-    """The plan given as an option, or the one in the folder given. ``options``: of the current compilation (``compiled_with``).
+def plan_of(options: Mapping[str, Any]) -> Plan | None:
+    """The plan among the options of the current compilation, or the one in the folder given there; None where there is none.
 
     Raises:
         InvalidOption, PlanFileError, PlanVersion.
     """
+    if "plan" not in options:
+        return None
+    value = options["plan"]
     if isinstance(value, Plan):
         return value
     if isinstance(value, (str, Path, Folder)):
@@ -100,13 +103,18 @@ def _known_site(plan: Plan, name: str, weight: nn.Parameter, sites: WeakTensorKe
     return known.site
 
 
+def _records(plan: Plan) -> dict[str, SiteRecord]:
+    """By the names of weights; several sites may be parts of one."""
+    return {base_name(record.name): record for record in plan.sites}
+
+
 def _alike(name: str, known: str) -> bool:
     return f".{known}".endswith(f".{name}") or f".{name}".endswith(f".{known}")
 
 
 def _refuse_wrapped(plan: Plan, name: str, weight: nn.Parameter) -> None:
     """Raises PlanMismatch where the plan has a linear of that name and does not record it as wrapped when the plan was made."""
-    sites = {base_name(record.name): record for record in plan.sites}
+    sites = _records(plan)
     alike = [known for known in sites if _alike(name, known)]
     if weight.dim() < 2 or not alike or any(_alike(name, base_name(skip.site)) for skip in plan.left if skip.site not in sites):
         return
@@ -115,7 +123,7 @@ def _refuse_wrapped(plan: Plan, name: str, weight: nn.Parameter) -> None:
 
 def _site(plan: Plan, name: str, weight: nn.Parameter) -> str | None:
     """The plan's name of a weight (several sites may be parts of it), or None."""
-    names = {base_name(record.name): record for record in plan.sites}
+    names = _records(plan)
     if not any(record.out_features * record.in_features <= weight.numel() for record in plan.sites) or weight.dim() < 2:
         return None
     alike = {known: record for known, record in names.items() if _alike(name, known)}

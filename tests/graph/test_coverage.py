@@ -99,7 +99,7 @@ def test_every_product_is_listed(name):
     assert sum(spent.values()) == total and spent["linears"] > 0
     # not every product of a skip is counted: grouped ones of experts are not
     assert not spent["skips"] or EVERY[name].expected(1).skips
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     assert listed == {*layout.sites, *(skip.site for skip in layout.skips)}
 
 
@@ -194,7 +194,7 @@ def test_an_operator_that_only_has_the_name_of_a_product_is_none(name):
 
 
 def layout_of(model, x):
-    return calibrate(model, [x], wanted=lambda _: set(), progress=False).layout
+    return calibrate(model, [x], progress=False).layout
 
 
 @pytest.mark.parametrize("name", ADAPTED)
