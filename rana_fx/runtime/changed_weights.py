@@ -35,6 +35,7 @@ TODO = (
     "load the checkpoint that it was made for and attach it again."
 )
 GONE = "its weight is no longer a Parameter of the model"
+PLAIN = "its weight is a tensor in the place of the model's Parameter (torch.func.functional_call, FSDP): it runs dense"
 CHANGED = "its weight has other values than when the plan was attached"
 ADDED = "it has a bias, and had none when the plan was made"
 BIAS = "its bias was added, replaced or written since the plan was attached, and the adapter computes with the one from before"
@@ -208,6 +209,9 @@ def adopt(attachment: Attachment) -> None:
         if parameter is None or not is_ordinary(parameter):
             if site is not None and (parameter is not None or old not in map(id, parameters.values())):
                 watch.wrapped[site] = GONE if parameter is None else wrapped(parameter)
+        elif not isinstance(parameter, nn.Parameter):  # as long as functional_call runs a compiled model
+            if site is not None:
+                watch.wrapped[site] = PLAIN
         elif site in attachment.planned and id(parameter) != old and not is_plain(parameter):
             watch.wrapped[site] = f"quantised weight ({parameter.dtype})"
         elif attachment.marks(parameter) or attachment.mark(parameter):
