@@ -390,6 +390,25 @@ def test_a_part_that_was_disabled_later_is_said(model):
         compiled(model, strict=True)(X)
 
 
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_linear_behind_a_backward_hook_is_said(model, hook):
+    getattr(model.blocks[1].down, hook)(lambda *_: None)
+    with pytest.warns(RanaWarning, match=r"^blocks\.1\.down: .*a backward hook") as seen:
+        compiled(model)(X)
+    assert len(seen) == 1
+    torch.compiler.reset()
+    with pytest.raises(BackendCompilerFailed, match=r"blocks\.1\.down: .*a backward hook"):
+        compiled(model, strict=True)(X)
+
+
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook", "register_forward_hook"])
+def test_hooks_on_a_block_leave_its_linears_adapted(model, hook):
+    expected = compiled(model, strict=True)(X)
+    torch.compiler.reset()
+    getattr(model.blocks[1], hook)(lambda *_: None)
+    torch.testing.assert_close(compiled(model, strict=True)(X), expected)
+
+
 def test_a_sequential_model():
     """``nn.Sequential`` calls all of its parts in turn, the factors as well."""
     torch.manual_seed(0)
