@@ -61,16 +61,20 @@ class Aliases:
 
         Pieces of one storage with disjoint byte ranges do not share memory, such as columns of a stacked product of one token.
         """
-        inputs = {node.name: self._pieces(value_of(node)) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
         leaves: list[object] = []
         fx.node.map_aggregate(graph.output_node().args, lambda leaf: leaves.append(leaf))
-        outputs = [
-            (f"output {index}", self._pieces(value_of(leaf))) for index, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)
-        ]
-        found = {(output, name) for output, pieces in outputs for name, others in inputs.items() if _overlap(pieces, others)}
-        found |= {
-            (a, b) for index, (a, pieces) in enumerate(outputs) for b, others in outputs[:index] if _overlap(pieces, others)
-        }
+        by_root: dict[StorageWeakRef, list[tuple[str, _Piece]]] = {}  # of all inputs, and of the outputs so far
+        for node in graph.nodes:
+            for piece in self._pieces(value_of(node)) if node.op in ("placeholder", "get_attr") else ():
+                by_root.setdefault(piece.root, []).append((node.name, piece))
+        found = set()
+        for output, leaf in ((f"output {index}", leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)):
+            pieces = self._pieces(value_of(leaf))
+            found |= {
+                (output, other) for piece in pieces for other, known in by_root.get(piece.root, ()) if _overlap(piece, known)
+            }
+            for piece in pieces:
+                by_root.setdefault(piece.root, []).append((output, piece))
         return frozenset(found)
 
     def _pieces(self, value: object) -> list[_Piece]:
@@ -105,5 +109,6 @@ def _steps(tensor: Tensor) -> list[tuple[int, int]]:
     return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
 
 
-def _overlap(pieces: list[_Piece], others: list[_Piece]) -> bool:
-    return any(a.root == b.root and a.start < b.stop and b.start < a.stop for a in pieces for b in others)
+def _overlap(one: _Piece, other: _Piece) -> bool:
+    """Whether two pieces of the same memory have a byte in common."""
+    return one.start < other.stop and other.start < one.stop

@@ -9,7 +9,6 @@ operations that draw random numbers, attention included, in graphs without a bac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +16,7 @@ from torch import Tensor, fx
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.effects import written
 from rana_fx.graph.functionalize import Writes
+from rana_fx.graph.names import attribute_at
 from rana_fx.graph.ops import is_call, op_name
 from rana_fx.passes.base import PassResult, PreGrad
 
@@ -53,7 +53,7 @@ def has_backward(graph_module: fx.GraphModule, example_inputs: Sequence[object])
             value = next(given, None)
             flows = _requires_grad(value) or _requires_grad(value_of(node))
         elif node.op == "get_attr":
-            flows = _requires_grad(_attribute(graph_module, str(node.target)))
+            flows = _requires_grad(attribute_at(graph_module, node.target))
         elif node.op == "output":
             return bool(sources)
         elif node.target is torch._C._set_grad_enabled:
@@ -81,10 +81,3 @@ def _differentiable(node: fx.Node) -> bool:
 
 def _requires_grad(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _attribute(graph_module: fx.GraphModule, name: str) -> object:
-    found: Any = graph_module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found

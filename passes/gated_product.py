@@ -114,7 +114,9 @@ def _keeps_zeros(node: fx.Node, source: fx.Node) -> bool:
     name = op_name(node)
     if is_row_view(node) or _drops(node) or name in _ZERO_AT_ZERO or name in IDENTITY:
         return True
-    return name == "div" and node.args[0] is source and source not in _flat(node.args[1:]) and "rounding_mode" not in node.kwargs
+    return (
+        name == "div" and node.args[:1] == (source,) and source not in _flat(node.args[1:]) and "rounding_mode" not in node.kwargs
+    )
 
 
 def _flat(args: Sequence[object]) -> set[object]:

@@ -17,6 +17,8 @@ gate. Where the product is not found in this graph, down is dense. ``PassResult.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -141,6 +143,9 @@ def _alike(product: fx.Node, masked: fx.Node, up: fx.Node) -> bool:
 
 def _rewritten_between(up: fx.Node, product: fx.Node) -> bool:
     """Whether an input of up's linear is written between up and the product, where the rewrite would read it."""
+    between = itertools.takewhile(lambda node: node is not product, _from(up))
+    if not any(written(node) for node in between):
+        return False  # without a look at the graph in front of the block, which has many
     writes = Writes()
     before: list[fx.Node | None] = []
     for node in product.graph.nodes:
@@ -150,6 +155,13 @@ def _rewritten_between(up: fx.Node, product: fx.Node) -> bool:
             break
         writes.add(node)
     return before != [writes.last(source) for source in up.all_input_nodes]
+
+
+def _from(node: fx.Node) -> Iterator[fx.Node]:
+    """A node and those behind it, in the order of the graph."""
+    while node.op != "root":
+        yield node
+        node = node.next
 
 
 def _skip_rows(emit: Emitter, product: fx.Node, masked: fx.Node, chain: list[fx.Node], match: Match) -> None:

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, f
 from rana_fx.graph.dataflow import value_of
 from rana_fx.graph.effects import written
 from rana_fx.graph.fake_values import fake_run, mode_of
+from rana_fx.graph.names import attribute_at
 from rana_fx.graph.ops import DROPOUT, op_name
 from rana_fx.graph.transforms import is_plumbing
 from rana_fx.kernels import ops
@@ -76,7 +77,7 @@ class Verifier:
         if not _is_run(node):
             return
         try:
-            found = _attribute(self._module, str(node.target)) if node.op == "get_attr" else _run(node, mode)
+            found = attribute_at(self._module, node.target) if node.op == "get_attr" else _run(node, mode)
         except _NEEDS_DATA:
             return
         except Exception as error:
@@ -107,13 +108,6 @@ def _is_run(node: fx.Node) -> bool:
         return False
     # modules, constants and nodes that were not traced have no fake value
     return node.target not in _NOT_RUN and all(value_of(source) is not None for source in node.all_input_nodes)
-
-
-def _attribute(graph_module: fx.GraphModule, name: str) -> object:
-    found: Any = graph_module
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def _run(node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -30,9 +30,11 @@ from rana_fx.plan import Plan
 from rana_fx.runtime import compiled_methods
 from rana_fx.runtime.attachment import attached, attachment_of
 from rana_fx.runtime.changed_weights import TODO as OUTDATED
+from rana_fx.runtime.changed_weights import adopt, gone
 from rana_fx.runtime.disabled_parts import disabled_parts
 from rana_fx.runtime.plain_weights import attachments_of_models, in_place_of_planned
 from rana_fx.runtime.plan_folder import kept_alive
+from rana_fx.runtime.plan_option import gone as gone_by_option
 from rana_fx.runtime.plan_option import plan_of
 from rana_fx.runtime.prefill import MODES
 
@@ -92,7 +94,8 @@ def backend(
 
     lower.register()
     given = dict(options or {})
-    plan = plan_of(given.pop("plan"), options) if "plan" in given else None
+    plan = plan_of(options or {})
+    given.pop("plan", None)
     prefill, strict = _own_options(given, plan)
     patches = inductor_options(given, mode)
     result = rewrite(gm, example_inputs, plan=plan, prefill=prefill, strict=strict)
@@ -168,9 +171,7 @@ def rewrite(
     notices.report((place for place in result.not_applied if place not in outdated), _TODO, strict=strict)
     for attachment in result.matches.attachments if plan is None else ():
         notices.report(disabled_parts(attachment), _TODO, strict=strict)
-    if plan is None and not result.matches.attachments:
-        models = attachments_of_models(_variables())
-        notices.report(in_place_of_planned(gm.graph, models) if models else (), _TODO, strict=strict)
+    _report_lost(gm.graph, result, plan, strict=strict)
     keep_compiling(is_ours)
     weights = result.matches.scan.weights
     if plan is not None:
@@ -178,6 +179,24 @@ def rewrite(
     elif result.matches.attachments:
         guard_weights((node for node in weights if attachment_of(weights[node]) is not None), attachment=True)
     return result
+
+
+def _report_lost(graph: fx.Graph, result: Result, plan: Plan | None, *, strict: bool) -> None:
+    """Warn of planned linears whose weights are none of the graph's Parameters, which the search for linears does not see."""
+    attachments, weights = result.matches.attachments, result.matches.scan.weights.values()
+    said = {place.where for place in result.not_applied}
+    if plan is not None:
+        plans, lost = [plan], list(gone_by_option(plan, (value for value in _variables() if isinstance(value, nn.Module))))
+    else:
+        others = [] if attachments else attachments_of_models(_variables())
+        for attachment in others:
+            adopt(attachment)
+        plans = [attachment.plan for attachment in (*attachments, *others)]
+        lost = [place for attachment in others for place in gone(attachment)]
+    notices.report((place for place in lost if place[0] not in said), OUTDATED, strict=strict)
+    present = {attachment.names.get(id(weight)) for attachment in attachments for weight in weights}
+    present |= {site for site, _ in lost} | said
+    notices.report(in_place_of_planned(graph, plans, present), _TODO, strict=strict)
 
 
 def rewritten(

@@ -225,6 +225,10 @@ class CheckpointError(RanaError, ValueError):
     message = "{path} cannot be resumed from: {reason}. Expected a checkpoint of the same plan, settings and text; {todo}."
 
 
+class CheckpointWriteError(CheckpointError, OSError):
+    message = "{path} could not be written: {reason}. {kept}; free space or pick another folder."
+
+
 # ---- kernels
 
 

@@ -102,7 +102,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         CompilationDisabled: torch.compile is switched off.
         WeightAbsent: a weight is on the meta device, without data.
     """
-    layout = calibrate(model, [example_inputs], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [example_inputs], progress=False).layout
     found = attached(model)
     plan = None if found is None else found.plan
     by_rows = {} if found is None else found.by_rows

@@ -29,6 +29,7 @@ from bench.speed import decode
 from rana_fx.errors import BudgetUnreachable, TooFewTokens
 from rana_fx.evaluation.perplexity import Quality, evaluate, load_model
 from rana_fx.plan import Plan, load_plan
+from rana_fx.plan_io import HEADER
 
 UNREACHABLE = (BudgetUnreachable, TooFewTokens)
 
@@ -141,7 +142,7 @@ class Study:
     def plan(self, recipe: str, budget: float) -> tuple[Plan, float]:
         """(plan, seconds to solve). A saved plan is loaded on the CPU, with 0 seconds. Raises BudgetUnreachable, TooFewTokens."""
         folder = self.folder("plan", recipe, budget)
-        if folder.is_dir():
+        if (folder / HEADER).is_file():  # written last: a save that was killed leaves a folder without it
             return load_plan(folder), 0.0
         calibrated, began = self.calibrated, time.perf_counter()
         plan = calibrated.plan(budget=budget, metric=self.setup.metric, recipe=recipe, progress=self.progress)
@@ -223,7 +224,7 @@ class Study:
                 settings |= {} if folder is None else {"trained": folder.name}
                 if (state == "trained" and folder is None) or self.store.has("tasks", settings):
                     continue
-                if folder is not None and not (folder / "plan").is_dir():
+                if folder is not None and not (folder / "plan" / HEADER).is_file():
                     missing = f"tasks of the trained {recipe} {budget:g} left out: {folder} not found"
                     print(f"{missing}; run finetune with the same --work first")
                     continue

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from rana_fx.errors import InvalidOption
 from rana_fx.plan import tensor_bytes
 
+_VARIANTS = 64  # of one function, at least, that are compiled while a model is observed
+
 
 def check_batches(batches: object) -> Iterable[Any]:
     """Raises InvalidOption for one batch where many are expected: iterating it would yield its keys or its rows."""
@@ -207,8 +209,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """Only our own backend compiles inside, and its compiled code is dropped at the end."""
+    """Only our own backend compiles inside, all that runs, and its compiled code is dropped at the end."""
     import torch._dynamo
+
+    # above the recompile limit Dynamo makes no graph: many forms of batches compile a function anew, and so does every module
+    # where hooks on all of them (accelerate) make their forwards one function
+    config, needed = torch._dynamo.config, max(_VARIANTS, 2 * sum(1 for _ in model.modules()))
+    limits = {name: max(getattr(config, name), needed) for name in ("recompile_limit", "accumulated_recompile_limit")}
 
     # module.compile() and module.forward = torch.compile(module.forward): a call would run code of another backend, past ours
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl is not None]
@@ -220,7 +227,7 @@ def observing(model: nn.Module) -> Iterator[None]:
         for module, forward in forwards:
             if not getattr(forward, "_torchdynamo_disable", False):  # torch.compiler.disable: it stays out of graphs
                 module.forward = getattr(forward, "_torchdynamo_orig_callable", forward)
-        with torch._dynamo.config.patch(recompile_limit=64):
+        with config.patch(**limits):
             yield
     finally:
         for module, implementation in compiled:

@@ -151,7 +151,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    wanted: Callable[[Layout], Collection[tuple[str, ...]]],
+    wanted: Callable[[Layout], Collection[tuple[str, ...]]] = lambda _: (),
     capacity: int = CAPACITY,
     seed: int = 0,
     progress: bool = True,
@@ -160,9 +160,9 @@ def calibrate(
 
     Args:
         batches: of a ``Tee``, held-out batches are sampled only for linears that no other batch runs.
-        wanted: given the layout, the groups (by their site names) whose inputs to sample; a mapping has what to ``Keep`` of
-            each. Called after the first batch with linears, and again whenever a batch runs linears that no earlier one did.
-            Such a batch runs twice where it is large, since its groups are not known in the first run.
+        wanted: given the layout, the groups (by their site names) whose inputs to sample, none by default; a mapping has what to
+            ``Keep`` of each. Called after the first batch with linears, and again whenever a batch runs linears that no earlier
+            one did. Such a batch runs twice where it is large, since its groups are not known in the first run.
         capacity: rows kept per group where ``wanted`` is no mapping.
 
     Raises:

@@ -86,10 +86,7 @@ def probing(model: nn.Module) -> Iterator[None]:
         CompilationDisabled.
     """
     check_compiling()
-    # with hooks on every module (accelerate) all forwards are one function: above the recompile limit Dynamo makes no graph
-    config, modules = torch._dynamo.config, 2 * sum(1 for _ in model.modules())
-    limits = {name: max(getattr(config, name), modules) for name in ("recompile_limit", "accumulated_recompile_limit")}
-    with evaluating(model), observing(model), own_backends(), config.patch(**limits):
+    with evaluating(model), observing(model), own_backends():
         yield
 
 

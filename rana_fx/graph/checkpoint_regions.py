@@ -15,7 +15,8 @@ import operator
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from rana_fx.graph.inline import inline_body, module_at, replace_items
+from rana_fx.graph.inline import inline_body, replace_items
+from rana_fx.graph.names import attribute_at
 
 # of regions, in order: what a later one reads of an earlier one is kept. PyTorch counts its own from zero
 _regions = itertools.count(1 << 32)
@@ -43,7 +44,7 @@ def _open(graph_module: fx.GraphModule, node: fx.Node) -> int:
     """Inline one region; returns how many regions lay in it."""
     reference = node.args[0]
     assert isinstance(reference, fx.Node)
-    body = module_at(graph_module, str(reference.target))
+    body = attribute_at(graph_module, reference.target)
     region = next(_regions)
     nested = open_checkpoints(body)
     made, results = inline_body(node, reference, body, node.args[1:])

@@ -83,7 +83,7 @@ def _permutation_keeps_last(node: fx.Node) -> bool:
 
 def is_column_slice(node: fx.Node) -> bool:
     """Takes some columns of the last dimension for every row: chunk, split, narrow, ``x[..., a:b]`` and their items."""
-    if not is_call(node) or op_name(node) not in SPLITS:
+    if not is_call(node) or not node.args or op_name(node) not in SPLITS:
         return False
     source = node.args[0]
     if not isinstance(source, fx.Node):

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rana_fx.graph.dataflow import value_of
+from rana_fx.graph.names import attribute_at
 from rana_fx.graph.ops import VIEWS, contains_matmul, is_call, op_name, writes_first
 from rana_fx.graph.transforms import unwrapped
 
@@ -274,10 +275,8 @@ def bodies_of(node: fx.Node) -> list[tuple[fx.Node, fx.GraphModule]]:
         return []
     found = []
     for source in node.all_input_nodes:
-        held: Any = node.graph.owning_module
-        for part in str(source.target).split(".") if source.op == "get_attr" else ():
-            held = getattr(held, part, None)
-        if source.op == "get_attr" and isinstance(held, fx.GraphModule):
+        held = attribute_at(node.graph.owning_module, source.target) if source.op == "get_attr" else None
+        if isinstance(held, fx.GraphModule):
             found.append((source, held))
     return found
 

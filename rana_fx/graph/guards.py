@@ -3,39 +3,87 @@
 In: the graph inputs of the weights a rewrite depends on. Out: guards in the compile that is in progress.
 Why: Dynamo inlines modules, so one graph may serve every layer of a model compiled in pieces (graph breaks, or
 ``layer.compile()``), with the layer's weights as inputs. A rewrite bakes in the factors of one layer, so the weight's
-identity, and the attachment found on it, become part of what the compiled code is valid for.
+identity, and the attachment found on it, become part of what the compiled code is valid for. A ``guard_filter_fn`` that was given
+to torch.compile selects among all guards but these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch._dynamo.hooks import Hooks
 from torch._dynamo.source import AttrSource
-from torch._guards import TracingContext
+from torch._guards import Guard, TracingContext
 
+from rana_fx.errors import InvalidOption
 from rana_fx.graph.real_values import local, root_of, source_of
 
 ATTRIBUTE = "_rana_fx"  # where an attachment sits on a Parameter
 
 
 def guard_weights(nodes: Iterable[fx.Node], *, attachment: bool) -> None:
-    """Guard on the identity of each weight and of its owner, and (``attachment``) on the attachment it carries."""
+    """Guard on the identity of each weight and of its owner, and (``attachment``) on the attachment it carries.
+
+    Raises:
+        InvalidOption: PyTorch is configured to drop guards on identity.
+    """
     from torch._dynamo.guards import GuardBuilder, install_guard
 
     if TracingContext.try_get() is None:  # called on a plain GraphModule, outside of a compile
         return
+    if getattr(torch._dynamo.config, "caching_precompile", False):
+        expected = (
+            "False, since PyTorch drops guards on the identity of weights, so that a layer would run by the factors of another"
+        )
+        raise InvalidOption(name="torch._dynamo.config.caching_precompile", got=True, expected=expected)
+    kept: list[Guard] = []
     roots: set[Any] = set()
     for node in nodes:
         source = source_of(node)
         if source is None:
             continue
-        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+        kept.append(source.make_guard(GuardBuilder.ID_MATCH))
         if attachment:
-            install_guard(AttrSource(source, ATTRIBUTE).make_guard(GuardBuilder.ID_MATCH))
+            kept.append(AttrSource(source, ATTRIBUTE).make_guard(GuardBuilder.ID_MATCH))
         roots.add(root_of(source))
+    install_guard(*kept)
+    _keep(kept)
     for root in roots:
         # an id-matched root makes Dynamo count its recompile limit per module instead of per function
         if isinstance(local(root), nn.Module):
             install_guard(root.make_guard(GuardBuilder.ID_MATCH))
+
+
+class _Filter:
+    """A ``guard_filter_fn`` that keeps some guards whatever the one that was given selects."""
+
+    def __init__(self, given: Callable[[Sequence[Any]], Sequence[bool]]) -> None:
+        self._given = given
+        self.kept: set[object] = set()
+
+    def __call__(self, entries: Sequence[Any]) -> Sequence[bool]:
+        chosen = self._given(entries)
+        return [keep or _key(entry.orig_guard) in self.kept for keep, entry in zip(chosen, entries, strict=True)]
+
+
+def _key(guard: Guard) -> object:
+    return guard.name, guard.create_fn  # Dynamo may have installed an equal one before
+
+
+def _keep(guards: Iterable[Guard]) -> None:
+    """Exempt guards from the filter of the compilation in progress, if it has one."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        hooks = frame.f_locals.get("hooks") if frame.f_code.co_name == "_compile" else None
+        if isinstance(hooks, Hooks):
+            if hooks.guard_filter_fn is not None:
+                if not isinstance(hooks.guard_filter_fn, _Filter):
+                    hooks.guard_filter_fn = _Filter(hooks.guard_filter_fn)
+                hooks.guard_filter_fn.kept |= set(map(_key, guards))
+            return
+        frame = frame.f_back

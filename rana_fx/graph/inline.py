@@ -12,14 +12,6 @@ from typing import Any
 from torch import fx
 
 
-def module_at(graph_module: fx.GraphModule, name: str) -> Any:
-    """The attribute of dotted name. Raises AttributeError where it is missing."""
-    found: Any = graph_module
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
 def inline_body(
     node: fx.Node, reference: fx.Node, body: fx.GraphModule, operands: Sequence[Any], left_out: Sequence[fx.Node] = ()
 ) -> tuple[list[fx.Node], Any]:

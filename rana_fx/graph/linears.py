@@ -19,6 +19,7 @@ from rana_fx.graph.dataflow import ancestors, reads_values, row_source, value_of
 from rana_fx.graph.effects import written
 from rana_fx.graph.functionalize import Writes
 from rana_fx.graph.matmuls import Operands, operands_of
+from rana_fx.graph.names import attribute_at
 from rana_fx.graph.names import site_name as site_name
 from rana_fx.graph.names import source_name as source_name
 from rana_fx.graph.names import source_text as source_text
@@ -111,9 +112,7 @@ def parameters_of(graph_module: fx.GraphModule, example_inputs: Sequence[object]
             found[node] = real
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            value = graph_module
-            for part in str(node.target).split("."):
-                value = getattr(value, part, None)
+            value = attribute_at(graph_module, node.target)
             if isinstance(value, nn.Parameter):
                 found[node] = value
     return found

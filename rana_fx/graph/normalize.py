@@ -1,8 +1,8 @@
 """``NORMALIZE``: passes over every Dynamo graph before the search for linears, so that all stages find the same ones.
 
-In: a graph and its inputs. Out: the same graph, in which regions that hold linears are inlined, calls with ``out=`` are split
-into the computation and a copy, uses of a tensor written in place read its last write, and fused operations are decomposed into
-linears and the operations between them.
+In: a graph and its inputs. Out: the same graph, in which operands given by name are positional, regions that hold linears are
+inlined, calls with ``out=`` are split into the computation and a copy, uses of a tensor written in place read its last write, and
+fused operations are decomposed into linears and the operations between them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from rana_fx.graph.decompose_fused import unfuse
 from rana_fx.graph.functionalize import redirect, separate_outputs
 from rana_fx.graph.graph_pass import Declined, Pass, PassResult
 from rana_fx.graph.linears import parameters_of
+from rana_fx.graph.positional import by_position
 from rana_fx.graph.regions import open_regions
+
+
+def order_arguments(graph_module: fx.GraphModule, _: Sequence[object]) -> PassResult:
+    """Tensors given by name, and dimensions of data movement, become positional."""
+    return PassResult(by_position(graph_module))
 
 
 def inline_checkpoint_regions(graph_module: fx.GraphModule, _: Sequence[object]) -> PassResult:
@@ -50,7 +56,9 @@ def decompose_fused(graph_module: fx.GraphModule, example_inputs: Sequence[objec
 
 # context: the graph's inputs
 NORMALIZE: tuple[Pass[Sequence[object]], ...] = (
-    # first: the others look at one flat graph
+    # first: all others read operands by position, also those of regions
+    order_arguments,
+    # the others look at one flat graph
     inline_checkpoint_regions,
     inline_regions,
     # before uses are redirected: the result of a call with ``out=`` is then a node of its own, which they may read

@@ -126,7 +126,7 @@ class Unadapted:
 
     def _buffer(self, matrix: fx.Node) -> list[Skip]:
         source = matrix
-        while is_call(source) and op_name(source) in MOVEMENT | CASTS and isinstance(source.args[0], fx.Node):
+        while is_call(source) and op_name(source) in MOVEMENT | CASTS and source.args and isinstance(source.args[0], fx.Node):
             source = source.args[0]
         found = source.op in ("placeholder", "get_attr")
         return [Skip(source_name(source), "its matrix is a buffer, and no Parameter")] if found else []

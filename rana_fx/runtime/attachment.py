@@ -120,6 +120,7 @@ class Attachment:
         self.watch: Watch | None = None  # of the model that it is attached to
         self._mark: weakref.ref[_Mark] | None = None
         self.planned = frozenset(base_name(site) for adapter in plan.adapters for site in adapter.sites)
+        self._records = {base_name(record.name): record for record in reversed(plan.sites)}
         self._by_site = {site: (index, adapter) for index, adapter in enumerate(plan.adapters) for site in adapter.sites}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,8 +175,7 @@ class Attachment:
         return weight_digest(weight) == record.digest
 
     def _record(self, weight: nn.Parameter) -> SiteRecord | None:
-        name = self.names.get(id(weight))
-        return next((record for record in self.plan.sites if base_name(record.name) == name), None)
+        return self._records.get(self.names.get(id(weight), ""))
 
 
 class _Mark:
@@ -288,7 +288,7 @@ def attach_unchecked(model: nn.Module, plan: Plan, *, copy: bool = True) -> None
     own |= {site for adapter in plan.adapters if adapter.exact_tau is not None for site in adapter.sites} & transposed
     with torch.inference_mode(False):  # inference tensors cannot be trained
         attachment = Attachment(plan, Factors(plan, device_of(model), parameters, copy=copy), names)
-        relaid = by_columns_((parameters[site] for site in own if site in parameters), among=model.parameters())
+        relaid = by_columns_((parameters[site] for site in own & parameters.keys()), (*model.parameters(), *model.buffers()))
     attachment.relaid = tuple(map(id, relaid))
     attachment.by_rows = {site: why for site in own if site in parameters and (why := why_by_rows(parameters[site])) is not None}
     attachment.unshared = unshared(model)

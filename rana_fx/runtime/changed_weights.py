@@ -35,6 +35,7 @@ TODO = (
     "load the checkpoint that it was made for and attach it again."
 )
 GONE = "its weight is no longer a Parameter of the model"
+PLAIN = "its weight is a tensor in the place of the model's Parameter (torch.func.functional_call, FSDP): it runs dense"
 CHANGED = "its weight has other values than when the plan was attached"
 ADDED = "it has a bias, and had none when the plan was made"
 BIAS = "its bias was added, replaced or written since the plan was attached, and the adapter computes with the one from before"
@@ -114,11 +115,14 @@ class Watch:
         model = self.model()
         return {} if model is None else weights_of(model)
 
-    def retrained(self, index: int, factors: nn.Module) -> bool:
+    def retrained(self, attachment: Attachment, index: int, adapter: Adapter) -> bool:
         """Whether factors of an adapter have other values than recorded."""
-        prefix = f"a{index}_"
-        now = {name: seen for name, seen in _seen(factors).items() if name.startswith(prefix)}
-        return any(name in self._factors and not self._factors[name].equals(seen) for name, seen in now.items())
+        for key in adapter.tensors():
+            before, factor = self._factors.get(f"a{index}_{key}"), attachment.tensor(index, key)
+            now = None if before is None or factor is None else Seen.of(factor)
+            if before is not None and now is not None and not before.equals(now):
+                return True
+        return False
 
     def copied(self, twin: Attachment, model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> Watch:
         """The state of a deep copy. ``parameters``: id of a Parameter of the original -> its copy."""
@@ -154,7 +158,7 @@ def why_stale(attachment: Attachment, weight: nn.Parameter, index: int, adapter:
     before, now = watch.seen.get(id(weight)), Seen.of(weight)
     if unfit is not None or before is None or now is None:
         return unfit
-    trained = adapter.reads_model and weight.requires_grad or watch.retrained(index, attachment.factors)
+    trained = adapter.reads_model and weight.requires_grad or watch.retrained(attachment, index, adapter)
     if trained and id(weight) not in watch.foreign:
         return None
     if before.equals(now) and (not before.moved(now) or attachment.confirms(weight)):
@@ -175,7 +179,7 @@ def why_bias_stale(attachment: Attachment, bias: nn.Parameter | None, index: int
     before, now = watch.seen.get(id(bias)), Seen.of(bias)
     if before is not None and now is not None and before.equals(now):
         return None
-    return None if before is not None and watch.retrained(index, attachment.factors) else BIAS
+    return None if before is not None and watch.retrained(attachment, index, adapter) else BIAS
 
 
 def _unfit(attachment: Attachment, weight: nn.Parameter, index: int, adapter: Adapter) -> str | None:
@@ -205,6 +209,9 @@ def adopt(attachment: Attachment) -> None:
         if parameter is None or not is_ordinary(parameter):
             if site is not None and (parameter is not None or old not in map(id, parameters.values())):
                 watch.wrapped[site] = GONE if parameter is None else wrapped(parameter)
+        elif not isinstance(parameter, nn.Parameter):  # as long as functional_call runs a compiled model
+            if site is not None:
+                watch.wrapped[site] = PLAIN
         elif site in attachment.planned and id(parameter) != old and not is_plain(parameter):
             watch.wrapped[site] = f"quantised weight ({parameter.dtype})"
         elif attachment.marks(parameter) or attachment.mark(parameter):

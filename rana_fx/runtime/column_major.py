@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rana_fx.ordinary import has_data, is_shared
 
 
-def by_columns_(weights: Iterable[nn.Parameter], among: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Make weights column-major in place; returns those that were changed. ``among``: all Parameters of the model."""
+def by_columns_(weights: Iterable[nn.Parameter], among: Iterable[Tensor]) -> list[nn.Parameter]:
+    """Make weights column-major in place; returns those that were changed. ``among``: all Parameters and buffers of the model."""
     owners: dict[int, set[int]] = {}
-    for parameter in among:
-        if has_data(parameter) and parameter.numel():
-            owners.setdefault(parameter.untyped_storage().data_ptr(), set()).add(id(parameter))
+    for tensor in among:
+        if has_data(tensor) and tensor.numel():
+            owners.setdefault(tensor.untyped_storage().data_ptr(), set()).add(id(tensor))
     changed = []
     for weight in filter(_may_move, weights):
         storage = weight.untyped_storage()

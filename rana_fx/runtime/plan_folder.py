@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from rana_fx.atomic import read_regular
 from rana_fx.plan import Plan, load_plan
 from rana_fx.plan_io import HEADER
 
@@ -64,7 +65,7 @@ class Folder:
 
     def _content(self) -> str:
         try:
-            return hashlib.sha256((self.path / HEADER).read_bytes()).hexdigest()
+            return hashlib.sha256(read_regular(self.path / HEADER)).hexdigest()
         except OSError:
             return ""
 
@@ -77,14 +78,14 @@ class Folder:
         return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def compiled_with(options: Mapping[str, Any] | None, folder: Folder) -> None:
+def compiled_with(options: Mapping[str, Any], folder: Folder) -> None:
     """Put ``folder`` into the options that torch.compile compares for this compilation; the user's mapping is not changed."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         wrapper: Any = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
         if isinstance(wrapper, torch._TorchCompileWrapper):
-            if options and wrapper.kwargs.get("options") is options:
-                wrapper.kwargs["options"] = dict(options or {}) | {"plan": folder}
+            if wrapper.kwargs.get("options") is options:
+                wrapper.kwargs["options"] = dict(options) | {"plan": folder}
             return
         frame = frame.f_back
 

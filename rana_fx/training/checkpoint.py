@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rana_fx.atomic import open_regular, replacing
-from rana_fx.errors import CheckpointError
+from rana_fx.errors import CheckpointError, CheckpointWriteError
 from rana_fx.training.checksum import checksum
 
 NAME = "checkpoint.pt"
@@ -22,16 +22,15 @@ _CHECKSUM = "checksum"
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state to a folder, atomically. Raises CheckpointError."""
+    """Write the state to a folder, atomically. Raises CheckpointWriteError."""
     path = folder / NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             torch.save(state | {_CHECKSUM: checksum(state)}, file)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            path=path, reason=f"it could not be written ({error})", todo="free space or pick another folder"
-        ) from error
+        kept = "The checkpoint that was there before is unchanged" if path.is_file() else "No checkpoint was left there"
+        raise CheckpointWriteError(path=path, reason=getattr(error, "strerror", None) or str(error), kept=kept) from error
 
 
 def rate_of(folder: Path) -> float:

@@ -18,7 +18,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from rana_fx.atomic import read_regular, write_bytes
-from rana_fx.errors import CheckpointError
+from rana_fx.errors import CheckpointError, CheckpointWriteError
 from rana_fx.modules import unwrap
 from rana_fx.runtime.lora_state import ADAPTER, LowRank
 from rana_fx.switching import switching
@@ -37,21 +37,25 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
     """Write the LoRA matrices in peft's format: adapter_config.json, and adapter_model.safetensors with the digest of the plan.
 
     Raises:
-        NoPlan, NothingToTrain: the model has no LoRA. CheckpointError: the files cannot be written; the folder is unchanged.
+        NoPlan, NothingToTrain: the model has no LoRA. CheckpointWriteError: a file cannot be written; the folder is unchanged.
     """
     found = attachment_to_train(model)
     module = lowrank_of(model)
     config: Any = module.adapters.peft_config[ADAPTER]  # type: ignore[index]
     tensors = {name: value.detach().cpu().contiguous() for name, value in _state(module).items()}
     metadata = {"format": "pt", "plan": found.plan.digest(), "matrices": _digest(tensors)}
+    path = folder = Path(folder)
     try:
-        with switching(Path(folder)) as new:
+        with switching(folder) as new:
+            path = folder / _CONFIG
             config.save_pretrained(str(new))
             metadata["options"] = _options(json.loads((new / _CONFIG).read_bytes()))
+            path = folder / _WEIGHTS
             write_bytes(new / _WEIGHTS, safetensors.torch.save(tensors, metadata=metadata))
+            path = folder  # both of them
     except OSError as error:
-        reason = f"LoRA could not be written there ({error.strerror or error})"
-        raise CheckpointError(path=folder, reason=reason, todo="free space or pick another folder") from error
+        kept = "The LoRA that was there before is unchanged" if (folder / _WEIGHTS).is_file() else "No LoRA was left there"
+        raise CheckpointWriteError(path=path, reason=error.strerror or str(error), kept=kept) from error
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> dict[str, nn.Parameter]:

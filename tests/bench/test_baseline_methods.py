@@ -161,7 +161,7 @@ def test_a_transposed_weight_is_rounded_along_its_inputs():
 
 
 def layout_of(dense):
-    return calibrate(dense, batches(1), wanted=lambda _: set(), progress=False).layout
+    return calibrate(dense, batches(1), progress=False).layout
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma", "GPTNeoX"])

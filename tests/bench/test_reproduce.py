@@ -134,6 +134,17 @@ def test_existing_rows_are_not_computed_again(rows, run, monkeypatch):
     assert "unreachable" in more[1] and "cats: budget=0.200 cannot be reached" in run.out.with_suffix(".md").read_text()
 
 
+def test_a_plan_whose_save_was_killed_is_made_again(rows, run):
+    (folder,) = (run.out.parent / "work").glob("plan-paper-0.6-*")
+    header = (folder / "plan.json").read_bytes()
+    (folder / "plan.json").unlink()
+    run.out.write_text(
+        "".join(line + "\n" for line in run.out.read_text().splitlines() if json.loads(line)["stage"] != "quality")
+    )
+    run(stages="quality")
+    assert json.loads((folder / "plan.json").read_bytes())["digest"] == json.loads(header)["digest"]
+
+
 def test_rows_of_another_commit_are_computed_again_unless_asked(rows, run, monkeypatch):
     def loaded(*_, **__):
         raise InterruptedError

@@ -64,6 +64,22 @@ def test_a_probe_observes_nodes_and_leaves_the_output_alone():
     assert seen[1][1].shape == (3, 16)
 
 
+@pytest.mark.parametrize("limits", [{}, {"recompile_limit": 100, "accumulated_recompile_limit": 300}])
+def test_every_form_of_batch_of_a_small_model_is_traced(limits):
+    """A text that is an argument is compiled anew for every value; a model of few modules may have as many as others."""
+
+    class Scaled(Mlp):
+        def forward(self, x, rate):
+            return super().forward(x) if rate == "none" else super().forward(x * len(rate))
+
+    model, traced = Scaled(), []
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False, **limits), probing(model), torch.no_grad():
+        probe = Probe(model, lambda *_: traced.append(1))
+        for length in range(max(40, limits.get("recompile_limit", 0))):
+            probe.run({"x": torch.randn(2, 8), "rate": "r" * length})
+    assert len(traced) == max(40, limits.get("recompile_limit", 0))
+
+
 def test_what_a_block_computes_in_place_leaves_the_callers_rows_alone():
     """The pointwise part of a block writes into its input: relu_."""
     model = Mlp()

@@ -99,7 +99,7 @@ def test_every_product_is_listed(name):
     assert sum(spent.values()) == total and spent["linears"] > 0
     # not every product of a skip is counted: grouped ones of experts are not
     assert not spent["skips"] or EVERY[name].expected(1).skips
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     assert listed == {*layout.sites, *(skip.site for skip in layout.skips)}
 
 
@@ -194,7 +194,7 @@ def test_an_operator_that_only_has_the_name_of_a_product_is_none(name):
 
 
 def layout_of(model, x):
-    return calibrate(model, [x], wanted=lambda _: set(), progress=False).layout
+    return calibrate(model, [x], progress=False).layout
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -227,3 +227,62 @@ def test_a_buffer_is_reported():
 
     skips = {skip.site: skip.reason for skip in layout_of(Projected(), torch.randn(2, 3, 8)).skips}
     assert skips == {"fixed": "its matrix is a buffer, and no Parameter"}
+
+
+class Named(nn.Module):
+    """A gated MLP and products with a weight and a buffer; ``parts``: gate and up of one activation."""
+
+    def __init__(self, parts, named):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_up, self.down, self.w = matrix(32, 8), matrix(8, 16), matrix(8, 8)
+        self.register_buffer("fixed", torch.randn(8, 8))
+        self.parts, self.named = parts, named
+
+    def forward(self, x):
+        if not self.named:
+            gate, up = F.linear(x, self.gate_up).chunk(2, -1)
+            x = x + F.linear((F.silu(gate) * up).reshape(2, 3, 16), self.down)
+            x = x + torch.matmul(x, self.w.t())
+            return x + torch.matmul(x, self.fixed.t())
+        gate, up = self.parts(F.linear(input=x, weight=self.gate_up))
+        hidden = torch.reshape(input=torch.mul(input=F.silu(input=gate), other=up), shape=(2, 3, 16))
+        x = x + F.linear(input=F.dropout(input=hidden, training=False), weight=self.down)
+        x = x + torch.matmul(input=x, other=torch.transpose(input=self.w, dim0=0, dim1=1))
+        return x + torch.matmul(input=x, other=torch.transpose(input=self.fixed, dim0=0, dim1=1))
+
+
+PARTS = {
+    "narrow": lambda h: [torch.narrow(input=h, dim=-1, start=start, length=16) for start in (0, 16)],
+    "narrow, some by name": lambda h: [torch.narrow(h, -1, start=start, length=16) for start in (0, 16)],
+    "method narrow": lambda h: [h.narrow(dim=-1, start=start, length=16) for start in (0, 16)],
+    "chunk": lambda h: torch.chunk(input=h, chunks=2, dim=-1),
+    "split": lambda h: torch.split(tensor=h, split_size_or_sections=16, dim=-1),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_arguments_by_name_are_those_by_position(name):
+    x, rows = torch.randn(2, 3, 8), torch.randn(5, 32)
+    expected, found = (layout_of(Named(PARTS[name], named), x) for named in (False, True))
+    assert set(found.sites) == set(expected.sites) == {"gate_up", "down", "w"}
+    assert [(skip.site, skip.reason) for skip in found.skips] == [("fixed", "its matrix is a buffer, and no Parameter")]
+    assert [(block.ups, block.down) for block in found.blocks] == [(block.ups, block.down) for block in expected.blocks]
+    torch.testing.assert_close(found.blocks[0].pointwise(rows), expected.blocks[0].pointwise(rows), rtol=0, atol=0)
+
+
+@torch.compiler.allow_in_graph
+def split(tensor):
+    return tensor[..., :8]
+
+
+def test_a_function_that_has_the_name_of_a_split_may_have_no_arguments_by_position():
+    class Projected(Spelled):
+        def __init__(self):
+            super().__init__(lambda x, w: F.linear(split(tensor=F.linear(x, w)), split(tensor=self.fixed)), (16, 8))
+            self.register_buffer("fixed", torch.randn(8, 16))
+
+        def forward(self, x):
+            return super().forward(x) + self.down(torch.relu(split(tensor=self.up(x))).repeat(1, 1, 2))
+
+    assert set(layout_of(Projected(), torch.randn(2, 3, 8)).sites) == {"up", "down", "w.0"}

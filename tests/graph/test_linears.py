@@ -35,7 +35,7 @@ def test_dense_rows_replay_the_block(name):
 
 def test_roles_and_names():
     model, batch = build("llama", 1)
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     roles = {name: site.role for name, site in layout.sites.items()}
     prefix = "model.layers.0."
     assert roles == {
@@ -53,7 +53,7 @@ def test_roles_and_names():
 
 def test_transposed_weights_are_recognised():
     model, batch = build("gpt2", 1)
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     site = layout.sites["transformer.h.0.attn.c_attn"]
     assert site.transposed
     assert (site.out_features, site.in_features) == (96, 32)
@@ -70,14 +70,14 @@ def test_shared_weights_are_one_site_used_twice():
                 x = x + self.down(torch.relu(self.up(x)))
             return x
 
-    layout = calibrate(Twice(), [torch.randn(3, 8)], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(Twice(), [torch.randn(3, 8)], progress=False).layout
     assert {name: site.uses for name, site in layout.sites.items()} == {"up": 2, "down": 2}
     assert len(layout.blocks) == 1
 
 
 def test_expert_weights_are_reported_with_a_reason():
     model, batch = build("mixtral", 1)
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     assert {skip.site for skip in layout.skips} == {
         "model.layers.0.mlp.experts.gate_up_proj",
         "model.layers.0.mlp.experts.down_proj",
@@ -87,7 +87,7 @@ def test_expert_weights_are_reported_with_a_reason():
 
 def test_weights_that_cannot_be_adapted_are_reported_with_a_reason():
     model, batch = make(FURTHER["unusual"], 1)
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     reasons = {skip.site.removeprefix("blocks.0."): skip.reason for skip in layout.skips}
     assert reasons == {
         "up.parametrizations.weight.original1": "its weight is computed in the forward pass",
@@ -99,14 +99,14 @@ def test_weights_that_cannot_be_adapted_are_reported_with_a_reason():
 
 def test_what_reads_no_data_is_outside():
     model, batch = make(FURTHER["xlnet"], 1)
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     outside = {name.rpartition(".")[2]: site.role for name, site in layout.sites.items() if not site.counted}
     assert outside == {"r": "constant", "word_embedding": "head"}
 
 
 def test_a_layer_of_the_first_block_is_no_stem():
     model, batch = make(FURTHER["chained"], 2)
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     roles = [{n.removeprefix(f"blocks.{i}."): s.role for n, s in layout.sites.items() if f".{i}." in n} for i in (0, 1)]
     assert roles[0] == roles[1]
     assert "stem" not in roles[0].values()
@@ -114,7 +114,7 @@ def test_a_layer_of_the_first_block_is_no_stem():
 
 def test_a_linear_before_the_blocks_is_a_stem():
     model, batch = make(FURTHER["albert"], 2)
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     assert {n for n, s in layout.sites.items() if s.role == "stem"} == {"albert.encoder.embedding_hidden_mapping_in"}
     assert layout.sites["albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"].uses == 2
 
@@ -130,7 +130,7 @@ def test_a_buffer_that_data_is_written_into_is_data():
             hidden[:, ::2] = torch.relu(self.up(x))[:, 1::2]
             return x + self.down(hidden)
 
-    layout = calibrate(Scatter(), [torch.randn(3, 8)], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(Scatter(), [torch.randn(3, 8)], progress=False).layout
     assert {name: site.counted for name, site in layout.sites.items()} == {"up": True, "down": True}
 
 
@@ -144,7 +144,7 @@ def test_attention_whose_weights_are_asked_for_is_reported():
             mixed, weights = self.attention(x, x, x)
             return x + self.up(mixed) * weights.sum()
 
-    layout = calibrate(Asked(), [torch.randn(2, 3, 8)], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(Asked(), [torch.randn(2, 3, 8)], progress=False).layout
     assert [skip.site for skip in layout.skips] == ["attention.in_proj_weight", "attention.out_proj"]
     assert all("fused operator" in skip.reason for skip in layout.skips)
 
@@ -159,7 +159,7 @@ def test_model_without_linears():
             return x * self.gain
 
     with pytest.raises(NoLinears, match="no linear layer was found in Scale"):
-        calibrate(Scale(), [torch.randn(2, 4)], wanted=lambda _: set(), progress=False)
+        calibrate(Scale(), [torch.randn(2, 4)], progress=False)
 
 
 def test_padding_is_not_sampled():

@@ -52,7 +52,7 @@ def full_rank(name, depth):
 @pytest.mark.parametrize("name", EVERY)
 def test_counts_of_one_layer(name):
     model, batch = make(EVERY[name], 1)
-    calibrated = calibrate(model, [batch], wanted=lambda _: set(), progress=False)
+    calibrated = calibrate(model, [batch], progress=False)
     layout = calibrated.layout
     assert counts(layout) == EVERY[name].expected(1)
     assert calibrated.samples == {}

@@ -18,45 +18,17 @@ from rana_fx import RanaWarning
 from rana_fx.errors import FactorsCalled, InvalidOption, NotApplied
 from rana_fx.kernels.ops import masked_gemv, router
 from tests.support.adapted import relative
+from tests.support.gated_blocks import FFN, WIDTH, Mlp, X, compiled, planned_model
 from tests.support.oracle import masked
 
 pytestmark = pytest.mark.usefixtures("graphs_as_rewritten")
 
-WIDTH, FFN = 16, 40
 EPS = torch.finfo(torch.float32).eps
-
-
-class Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate, self.up, self.down = (nn.Linear(a, b) for a, b in ((WIDTH, FFN), (WIDTH, FFN), (FFN, WIDTH)))
-
-    def forward(self, x):
-        return self.down(self.between(F.silu(self.gate(x)) * self.up(x)))
-
-    def between(self, h):
-        return h
-
-
-class Model(nn.Module):
-    """Two blocks with a residual stream, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks, self.head = nn.ModuleList([Mlp(), Mlp()]), nn.Linear(WIDTH, 5)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
 
 
 @pytest.fixture(scope="module")
 def planned():
-    torch.manual_seed(0)
-    model = Model().requires_grad_(False)
-    rana_fx.adapt(model, [torch.randn(64, WIDTH) for _ in range(3)], budget=0.7, recipe="cats", progress=False)
-    return model
+    return planned_model()
 
 
 @pytest.fixture
@@ -64,15 +36,8 @@ def model(planned):
     return copy.deepcopy(planned)
 
 
-X = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(1))
-
-
 def normed(h):
     return F.rms_norm(h, (FFN,))
-
-
-def compiled(model, **options):
-    return torch.compile(model, backend=rana_fx.backend, options=options)
 
 
 def test_one_warning_for_all_layers_with_one_cause(model):
@@ -248,32 +213,6 @@ def test_a_transposed_use_alone_is_dense(model):
     with pytest.warns(RanaWarning, match=r"blocks\.0\.up: .*multiplied the other way round"):
         got = torch.compile(lambda g: g @ weight, backend=rana_fx.backend)(g)
     assert torch.equal(got, g @ weight)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1.5])
-def test_tensors_in_the_place_of_parameters_are_said(model, scale):
-    """functional_call with other tensors; FSDP swaps Parameters for plain tensors, too."""
-    tensors = {name: scale * parameter.detach() for name, parameter in model.named_parameters()}
-    functional = torch.compile(lambda given, x: torch.func.functional_call(model, given, (x,)), backend=rana_fx.backend)
-    with pytest.warns(RanaWarning, match=r"and 1 more.*a tensor in the place of the model's Parameter"):
-        got = functional(tensors, X)
-    torch.testing.assert_close(got, torch.func.functional_call(model, tensors, (X,)))
-
-
-def test_the_models_own_parameters_may_be_passed_to_it(model):
-    own = dict(model.named_parameters())
-    got = torch.compile(lambda given, x: torch.func.functional_call(model, given, (x,)), backend=rana_fx.backend)(own, X)
-    torch.testing.assert_close(got, compiled(model)(X))
-
-
-def test_a_part_that_was_disabled_later_is_said(model):
-    block = model.blocks[1]
-    block.forward = torch.compiler.disable(block.forward)
-    with pytest.warns(RanaWarning, match=r"blocks\.1\..*under torch\.compiler\.disable"):
-        compiled(model)(X)
-    torch._dynamo.reset()
-    with pytest.raises(BackendCompilerFailed, match=r"blocks\.1\..*under torch\.compiler\.disable"):
-        compiled(model, strict=True)(X)
 
 
 def test_a_sequential_model():

@@ -88,7 +88,7 @@ MUTATIONS = (
       "rana_fx/graph/guards.py", "        if attachment:\n", "        if False:\n",
       "tests/integration/test_backend.py::test_another_plan_recompiles_by_itself"),
     M("weights-not-guarded", "One compiled layer is used for all equal layers, with the factors of the first.",
-      "rana_fx/graph/guards.py", "install_guard(source.make_guard(GuardBuilder.ID_MATCH))\n        if", "pass\n        if",
+      "rana_fx/graph/guards.py", "kept.append(source.make_guard(GuardBuilder.ID_MATCH))\n        if", "pass\n        if",
       "tests/runtime/test_weight_guard.py"),
     M("limit-is-eager", "Beyond Dynamo's recompile limit an adapted model runs eagerly, dense.",
       "rana_fx/graph/recompiles.py", "entry.guard_manager.id_matched_objs[_MARK] = weakref.ref(_owner)", "pass",

@@ -62,7 +62,7 @@ def case(name):
 
 def both(model, batch, plan, context=contextlib.nullcontext):
     """(output, kept share by adapter and part) simulated inside the dense model, and of the rewritten graph."""
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     with torch.no_grad(), context(), Holdout(model, (), ()).instrumented(layout) as stage:
         simulator = AdapterSimulator(stage, layout, plan.adapters)
         simulated = output(stage.run(batch, simulator.step))

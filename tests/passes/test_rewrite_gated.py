@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -253,3 +254,12 @@ def test_lora_beside_up_is_gated_as_well():
         got, targets, _ = rewritten(model, batch)
     assert targets.count(masked_rows) == 1
     assert float(got.square().mean()) == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_graph_without_writes_is_not_searched_for_them(monkeypatch):
+    """The search passes over the whole graph, for every block."""
+    model, batch = adapted("cats", depth=2)
+    module = importlib.import_module("rana_fx.passes.rewrite_gated")  # the package has the pass under this name
+    monkeypatch.setattr(module, "Writes", lambda: pytest.fail("a search"))
+    with torch.no_grad():
+        assert rewritten(model, batch)[2] == 2

@@ -26,6 +26,7 @@ def names(passes):
 
 def test_order():
     assert names(NORMALIZE) == [
+        "order_arguments",
         "inline_checkpoint_regions",
         "inline_regions",
         "separate_results",

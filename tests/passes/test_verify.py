@@ -12,6 +12,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.nn import functional as F
 
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_add
+from rana_fx.passes import aliasing
 from rana_fx.passes.verify import Verifier
 
 MODE = FakeTensorMode()
@@ -365,3 +366,23 @@ def test_a_graph_without_fake_values_needs_none():
     output.args = (node,)
     assert verifier.changed()
     verifier.verify()
+
+
+def test_only_tensors_of_one_memory_are_compared(monkeypatch):
+    graph, value = fx.Graph(), fake(2, 4)
+    given = [graph.placeholder(f"x{index}") for index in range(6)]
+    made = [graph.call_function(torch.relu, (node,)) for node in given]
+    made += [graph.call_function(torch.t, (node,)) for node in given[:2]]
+    for node in (*given, *made):
+        node.meta["example_value"] = fake(2, 4)
+    with MODE:
+        for source, node in zip(given, made[6:], strict=False):
+            node.meta["example_value"] = source.meta["example_value"].t()
+    made += [graph.call_function(torch.clone, (node,)) for node in given[:2]]
+    with MODE:
+        made[-1].meta["example_value"], made[-2].meta["example_value"] = value[:1], value[1:]
+    graph.output(tuple(made))
+    compared, overlap = [], aliasing._overlap
+    monkeypatch.setattr(aliasing, "_overlap", lambda one, other: compared.append(one) or overlap(one, other))
+    assert aliasing.Aliases().pairs(graph) == {("output 6", "x0"), ("output 7", "x1")}
+    assert len(compared) == 3  # two views, and two rows of one tensor

@@ -12,7 +12,7 @@ from tests.support.storages import stored_plan
 
 def test_everything_kept_behind_a_shift_is_the_dense_model():
     model, batch, plan = stored_plan("llama", 1, "hybrid", shift=0.3)
-    layout = calibrate(model, [batch], wanted=lambda _: set(), progress=False).layout
+    layout = calibrate(model, [batch], progress=False).layout
     tee = Tee([batch])
     assert len(list(tee)) == 1
     with torch.no_grad(), tee.holdout(model).instrumented(layout) as instrumented:

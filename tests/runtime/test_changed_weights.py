@@ -14,6 +14,7 @@ import rana_fx
 from rana_fx._backend import rewrite, rewritten
 from rana_fx.errors import RanaWarning
 from rana_fx.runtime.attachment import attached
+from rana_fx.runtime.changed_weights import Seen
 from tests.support.adapted import adapted, relative
 from tests.support.architectures import output
 
@@ -234,3 +235,20 @@ def test_a_weight_that_became_a_tensor_is_reported():
     up(model).register_buffer("weight", weight.clone())
     with pytest.warns(RanaWarning, match="up_proj: the plan is not applied here: its weight is no longer a Parameter"):
         replaced(model, batch)
+
+
+def test_factors_are_compared_for_their_own_linears_only(monkeypatch):
+    model, batch, plan = adapted(depth=2)
+    attachment, looks, of = attached(model), {}, Seen.of
+    names = {id(tensor): name for name, tensor in (*attachment.factors.named_parameters(), *attachment.factors.named_buffers())}
+
+    def counted(weight):
+        if id(weight) in names:
+            looks[names[id(weight)]] = looks.get(names[id(weight)], 0) + 1
+        return of(weight)
+
+    monkeypatch.setattr(Seen, "of", counted)
+    replaced(model, batch)
+    assert looks
+    for name, count in looks.items():
+        assert count <= len(plan.adapters[int(name[1:].partition("_")[0])].sites), name

@@ -38,6 +38,17 @@ def test_shared_memory_is_left_alone(case):
     assert made[0].is_contiguous()
 
 
+def test_a_weight_that_shares_its_memory_with_a_buffer_is_left_alone():
+    model, batches = build("llama", 1)[0], [ids() for _ in range(4)]
+    plan = rana_fx.adapt(model, batches, budget=0.7, recipe="paper", progress=False)
+    rana_fx.detach(model)
+    down = model.model.layers[0].mlp.down_proj
+    down.register_buffer("shown", down.weight.data)
+    rana_fx.attach(model, plan)
+    assert down.weight.is_contiguous() and down.shown.data_ptr() == down.weight.data_ptr()
+    assert "shared with another tensor" in str(rana_fx.explain(model, batches[0]))
+
+
 def test_attach_and_detach_undo_each_other():
     model, _ = build("llama", 2)
     before = {name: (parameter.detach().clone(), parameter.stride()) for name, parameter in model.named_parameters()}

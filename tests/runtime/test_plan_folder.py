@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import threading
 import weakref
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import rana_fx
+from rana_fx.errors import PlanFileError
 from rana_fx.runtime.plan_folder import Folder
 from tests.support.adapted import adapted, relative
 from tests.support.architectures import ids, output
@@ -109,3 +111,20 @@ def test_weights_written_in_place_are_noticed(two_plans):
         model.model.layers[0].mlp.up_proj.weight.data.mul_(2)  # no version counts this write
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="up_proj: got digest"):
             torch.compile(model, backend=rana_fx.backend, options={"plan": plan})(**batch)
+
+
+def test_a_header_that_never_ends_is_an_error(two_plans, tmp_path):
+    """A read of a FIFO waits for a process that writes."""
+    model, batch, plan, _ = two_plans
+    plan.save(tmp_path)
+    folder = Folder(tmp_path)
+    folder.load()
+    (tmp_path / "plan.json").unlink()
+    os.mkfifo(tmp_path / "plan.json")
+    found = []
+    thread = threading.Thread(target=lambda: found.append(folder == str(tmp_path)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found == [False]
+    with pytest.raises(PlanFileError, match="not a regular file"):
+        Folder(tmp_path).load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
 import os
 import pickle
@@ -192,6 +193,18 @@ def test_what_is_no_file(folder, kind):
     {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
     with pytest.raises(CheckpointError, match="not a regular file|Is a directory"):
         checkpoint.read(folder, {})
+
+
+def test_a_full_disk(folder, monkeypatch):
+    before = (folder / checkpoint.NAME).read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="pt could not be written: No space left on device. The checkpoint .* is unchanged"):
+        checkpoint.write(folder, {})
+    assert (folder / checkpoint.NAME).read_bytes() == before
 
 
 def test_leftovers_of_killed_writes_are_removed(folder, saved):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import peft
 
 from rana_fx.errors import CheckpointError, InvalidOption
 from rana_fx.runtime.attachment import attached
-from rana_fx.training import add_lora, load_lora, lora_config, save_lora
+from rana_fx.training import add_lora, load_lora, lora_config, lora_files, save_lora
 from tests.support.trained import adapted
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -239,9 +240,29 @@ def test_an_interrupted_save_leaves_the_old_one(folder, saved, monkeypatch):
 
 def test_where_it_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match="LoRA could not be written there .File exists"):
+    with pytest.raises(CheckpointError, match="file could not be written: File exists. No LoRA was left there"):
         save_lora(moved(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_full_disk(folder, name, before, monkeypatch):
+    """The file that did not fit, and what is there: as it was."""
+    if not before:
+        shutil.rmtree(folder)
+    content = {path.name: path.read_bytes() for path in folder.iterdir()} if before else None
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner, function = (peft.PeftConfig, "save_pretrained") if name == CONFIG else (lora_files, "write_bytes")
+    monkeypatch.setattr(owner, function, full)
+    kept = "The LoRA that was there before is unchanged" if before else "No LoRA was left there"
+    with pytest.raises(CheckpointError, match=f"lora/{name} could not be written: No space left on device. {kept}; free space"):
+        save_lora(moved(seed=3), folder)
+    assert not before or {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    assert before or not list(folder.iterdir())
 
 
 def test_a_model_that_has_some_keeps_it(folder):

@@ -65,6 +65,7 @@ EXAMPLES = {
     "LossNotFinite": {"step": 7, "what": "loss", "got": "nan", "last": 6, "kept": "no checkpoint was written yet", "rate": 0.5},
     "TooLittleText": {"source": "a.txt", "got": 90, "expected": 128, "trained": 96, "held_out": 32, "batch": 16},
     "CheckpointError": {"path": "out/checkpoint.pt", "reason": "it is of another plan", "todo": "start anew"},
+    "CheckpointWriteError": {"path": "out/checkpoint.pt", "reason": "No space left on device", "kept": "It is unchanged"},
     "BadOperand": {
         "name": "scale",
         "got": "(4,)",
