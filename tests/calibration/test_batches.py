@@ -60,7 +60,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_wrapped_models_have_the_plan_of_the_model_itself(kind):
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     batches = [ids() for _ in range(4)]
     plain = adapt(model, batches)
     rana_fx.detach(model)
@@ -80,7 +80,7 @@ def test_wrapped_models_have_the_plan_of_the_model_itself(kind):
 
 @pytest.mark.usefixtures("graphs_as_rewritten")
 def test_a_compiled_model_is_adapted_on_its_next_call():
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     compiled = torch.compile(model, backend=rana_fx.backend)
     adapt(compiled)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_a_compiled_model_is_adapted_on_its_next_call():
 
 @pytest.mark.parametrize("batches", [ids(), ids()["input_ids"], "text", None, 3], ids=lambda value: type(value).__name__)
 def test_one_batch_is_not_many(batches):
-    model, _ = build("llama", 1)
+    model, _ = build("plain_llama", 1)
     with pytest.raises(InvalidOption, match=r"batches='\w+' is not valid: expected an iterable of batches.*put a single batch"):
         rana_fx.adapt(model, batches, progress=False)
 
@@ -105,7 +105,7 @@ class Nested(nn.Module):
 
     def __init__(self, take):
         super().__init__()
-        self.model, self.take = build("llama", 1)[0], take
+        self.model, self.take = build("plain_llama", 1)[0], take
 
     def forward(self, batch):
         return self.model(**self.take(batch))
@@ -144,7 +144,7 @@ SHAPES = {
 @pytest.mark.parametrize(("shape", "side"), [*((shape, "left") for shape in SHAPES), ("dict", "right"), ("nested", "right")])
 def test_padding_does_not_count_in_any_shape_of_batch(shape, side):
     take, make = SHAPES[shape]
-    model = build("llama", 1)[0] if take is None else Nested(take)
+    model = build("plain_llama", 1)[0] if take is None else Nested(take)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, slice(0, 5) if side == "left" else slice(7, 12)] = 0
     found = calibrate(
@@ -163,7 +163,7 @@ def test_datasets(kind, loader):
     batches = rows.with_format(kind)
     if loader:
         batches = torch.utils.data.DataLoader(rows.with_format("torch"), batch_size=3)
-    assert adapt(build("llama", 1)[0], batches).tokens == 144
+    assert adapt(build("plain_llama", 1)[0], batches).tokens == 144
 
 
 def test_padding_of_time_first_layers():
@@ -191,7 +191,7 @@ def test_padding_of_time_first_layers():
 
 @pytest.mark.usefixtures("graphs_as_rewritten")
 def test_factors_made_in_inference_mode_can_be_trained():
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     with torch.inference_mode():
         adapt(model)
     torch.compile(model, backend=rana_fx.backend)(**batch).logits.sum().backward()
@@ -199,7 +199,7 @@ def test_factors_made_in_inference_mode_can_be_trained():
 
 
 def test_factors_of_frozen_weights_are_frozen():
-    model, _ = build("llama", 1)
+    model, _ = build("plain_llama", 1)
     model.model.layers[0].self_attn.requires_grad_(False)
     adapt(model)
     assert not model.rana_fx.a0_router.requires_grad
@@ -211,7 +211,7 @@ def test_factors_of_frozen_weights_are_frozen():
 def test_dtypes(dtype, request):
     if dtype != torch.float16:  # bf16 is compiled in test_decode.py
         request.getfixturevalue("graphs_as_rewritten")
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     plan = adapt(model.to(dtype))
     assert {value.dtype for adapter in plan.adapters for key, value in adapter.tensors().items() if key != "tau"} == {dtype}
     with torch.no_grad():

@@ -7,6 +7,6 @@ from tests.support.architectures import build
 
 
 def test_the_head_is_outside_of_the_budget():
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     layout = calibrate(model, [batch], progress=False).layout
     assert {name for name, site in layout.sites.items() if not site.counted} == {"lm_head"}

@@ -1,7 +1,8 @@
 """Every linear of a model is found: adapted, or listed as found and skipped with the reason.
 
 Held against PyTorch's FLOP counter: what the model computes eagerly is what its traced graphs compute, and each product there
-is a linear, a skipped weight, a product of activations, or a product that reads no data.
+is a linear, a skipped weight, a product of activations, or a product that reads no data. How many linears, groups, blocks and
+stacks one layer has is counted on the same trace (of two layers: tests/integration/test_architectures.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rana_fx.graph.linears import find_linears
 from rana_fx.graph.normalize import prepare
 from rana_fx.modules import names_of
 from tests.support.adapted import EVERY
-from tests.support.architectures import make
+from tests.support.architectures import counts_of, make
 
 
 class Counting(fx.Interpreter):
@@ -99,8 +100,11 @@ def test_every_product_is_listed(name):
     assert sum(spent.values()) == total and spent["linears"] > 0
     # not every product of a skip is counted: grouped ones of experts are not
     assert not spent["skips"] or EVERY[name].expected(1).skips
-    layout = calibrate(model, [batch], progress=False).layout
+    calibrated = calibrate(model, [batch], progress=False)
+    layout = calibrated.layout
     assert listed == {*layout.sites, *(skip.site for skip in layout.skips)}
+    assert counts_of(layout) == EVERY[name].expected(1)
+    assert calibrated.samples == {}
 
 
 def matrix(*shape):

@@ -15,7 +15,7 @@ from tests.support.further_architectures import FURTHER
 EVERY = ARCHITECTURES | FURTHER
 
 
-REPLAYED = ["llama", "gpt2", "falcon", "t5", "nn_encoder", "plain", "apertus", "moshi", "in_place", "packed"]
+REPLAYED = ["plain_llama", "gpt2", "falcon", "t5", "nn_encoder", "plain", "apertus", "moshi", "in_place", "packed"]
 
 
 @pytest.mark.parametrize("name", REPLAYED)
@@ -24,7 +24,7 @@ def test_dense_rows_replay_the_block(name):
     from rana_fx.recipes.mlp_rows import hidden_rows
     from rana_fx.recipes.problem import Problem
 
-    model, batch = make(EVERY[name])
+    model, batch = make(EVERY[name], 1)
     found = calibrate(model, [batch], wanted=lambda layout: {g.sites for g in layout.groups}, progress=False)
     layout = found.layout
     problem = Problem(layout, found.samples, 0.5, "flops", "paper", False)
@@ -34,7 +34,7 @@ def test_dense_rows_replay_the_block(name):
 
 
 def test_roles_and_names():
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     layout = calibrate(model, [batch], progress=False).layout
     roles = {name: site.role for name, site in layout.sites.items()}
     prefix = "model.layers.0."
@@ -163,7 +163,7 @@ def test_model_without_linears():
 
 
 def test_padding_is_not_sampled():
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, 5:] = 0
     found = calibrate(model, [batch | {"attention_mask": mask}], wanted=lambda layout: {layout.groups[0].sites}, progress=False)
@@ -175,7 +175,7 @@ def test_padding_is_not_sampled():
 def test_rows_of_a_dataset_are_batches_of_one():
     from datasets import Dataset
 
-    model, _ = build("llama", 1)
+    model, _ = build("plain_llama", 1)
     rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "attention_mask": [[1, 1, 1], [1, 0]]})
     found = calibrate(model, rows, wanted=lambda layout: {layout.groups[0].sites}, progress=False)
     assert found.tokens == 4

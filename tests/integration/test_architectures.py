@@ -1,5 +1,5 @@
 """Every architecture, with few traces: linears, groups, blocks and stacks are found by dataflow, their counts are functions of
-the depth, and a plan that keeps everything equals the dense model.
+the depth, and a plan that keeps everything equals the dense model. Counts of one layer: tests/graph/test_coverage.py.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ import torch
 
 import rana_fx
 from rana_fx.calibration.batches import call
-from rana_fx.calibration.calibrate import calibrate
 from rana_fx.evaluation.measure import measuring
 from tests.support.adapted import EVERY, layouts, relative
-from tests.support.architectures import Counts, make, output
-
-
-def counts(layout):
-    return Counts(len(layout.sites), len(layout.groups), len(layout.blocks), len(layout.stacks()), len(layout.skips))
+from tests.support.architectures import counts_of, make, output
 
 
 def full_rank(name, depth):
@@ -50,19 +45,10 @@ def full_rank(name, depth):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_counts_of_one_layer(name):
-    model, batch = make(EVERY[name], 1)
-    calibrated = calibrate(model, [batch], progress=False)
-    layout = calibrated.layout
-    assert counts(layout) == EVERY[name].expected(1)
-    assert calibrated.samples == {}
-
-
-@pytest.mark.parametrize("name", EVERY)
 def test_counts_of_two_layers_and_full_rank_equals_dense(name):
-    """Counts are linear in the depth, so one and two layers determine them."""
+    """Counts are linear in the depth, so they are determined by two layers, and by one (tests/graph/test_coverage.py)."""
     model, batch, layout, plan = full_rank(name, 2)
-    assert counts(layout) == EVERY[name].expected(2)
+    assert counts_of(layout) == EVERY[name].expected(2)
     covered = {site for adapter in plan.adapters for site in adapter.sites}
     # a rank of a layer with one output costs more than the layer
     assert covered == {site.name for site in plan.sites if site.counted and site.out_features > 1}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
+import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,18 +21,22 @@ from rana_fx.evaluation.measure import measuring
 from rana_fx.kernels.triton.config import CPU_TOKENS
 from rana_fx.passes.runner import run
 from rana_fx.runtime.attachment import attached
+from tests.support import cached
 from tests.support.adapted import adapted, relative
 from tests.support.architectures import build, ids, output
 
+ROOT = Path(__file__).parents[2]
 # the subject is a guard, an option or a name: no lowering
 AS_REWRITTEN = pytest.mark.usefixtures("graphs_as_rewritten")
 
 
-@pytest.mark.parametrize("recipe", ["paper", "static", "cats", "teal", "wina"])
-def test_compiled_equals_reference(recipe, request):
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("llama", "paper"), *(("plain_llama", recipe) for recipe in ("static", "cats", "teal", "wina"))]
+)
+def test_compiled_equals_reference(name, recipe, request):
     if recipe in ("teal", "wina"):  # the operations are those of paper's masks on the model's own weight
         request.getfixturevalue("graphs_as_rewritten")
-    model, batch, plan = adapted(budget=0.85, recipe=recipe)
+    model, batch, plan = adapted(name, budget=0.85, recipe=recipe)
     with measuring(model) as meter:
         expected = output(meter.run(batch))
     with torch.no_grad():
@@ -154,7 +159,7 @@ def test_graph_breaks_and_many_equal_layers():
 
 
 def test_no_plan_is_an_error_and_no_linears_is_not():
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     with pytest.raises(BackendCompilerFailed, match="no plan attached") as caught:
         torch.compile(model, backend=rana_fx.backend)(**batch)
     assert isinstance(caught.value.inner_exception, NoPlan)
@@ -278,7 +283,7 @@ def test_generate(cache, request):
         request.getfixturevalue("graphs_as_rewritten")
     elif torch.__version__.startswith("2.11."):
         pytest.skip("Inductor 2.11 writes C++ that does not compile for a cache of symbolic length, for dense models, too")
-    model, _, _ = adapted()
+    model, _, _ = adapted("llama")
     prompt = torch.randint(3, 90, (1, 6))
     settings = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0, "eos_token_id": None}
 
@@ -299,7 +304,7 @@ def test_generate_with_the_frameworks_own_compile_config():
     """By the registered name of the backend; under CompileConfig the prompt runs eagerly, so dense, and decoding adapted."""
     from transformers import CompileConfig
 
-    model, _, _ = adapted()
+    model, _, _ = adapted("llama")
     prompt = torch.randint(3, 90, (1, 6))
     settings = {
         "max_new_tokens": 5,
@@ -326,23 +331,10 @@ def test_generate_with_the_frameworks_own_compile_config():
     assert not torch.equal(dense, expected)
 
 
-def test_second_process_hits_the_cache(tmp_path):
-    script = """
-import sys, torch, rana_fx
-from torch._dynamo.utils import counters
-from tests.support.architectures import build, ids
-model, batch = build("plain", 1)
-torch.manual_seed(1)
-rana_fx.adapt(model, [ids()], budget=0.7, recipe="teal", progress=False)
-with torch.no_grad():
-    torch.compile(model, backend=rana_fx.backend)(**batch)
-print({k: v for k, v in counters["inductor"].items() if k.startswith("fxgraph_cache")})
-"""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    outs = [
-        subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert "fxgraph_cache_miss" in outs[0]
-    assert "fxgraph_cache_hit" in outs[1]
-    assert "fxgraph_cache_miss" not in outs[1]
+def test_second_process_hits_the_cache():
+    assert "fxgraph_cache_miss" in cached.found()
+    command = [sys.executable, "-m", "tests.support.cached"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    second = json.loads(done.stdout)
+    assert "fxgraph_cache_hit" in second
+    assert "fxgraph_cache_miss" not in second

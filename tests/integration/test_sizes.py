@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -69,11 +71,22 @@ def masked(model, *batches):
         return [meter.run((x,)) for x in batches]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_no_token(recipe):
+def mixed(recipes):
+    """A model with an MLP for each recipe: what all of them need, in one graph."""
+    model = nn.Sequential(*(Mlp() for _ in recipes))
+    found = []
+    for index, recipe in enumerate(recipes):
+        plan = adapted(model, recipe)
+        found += [adapter for adapter in plan.adapters if adapter.sites[0].startswith(f"{index}.")]
+        rana_fx.detach(model)
+    assert {adapter.sites[0][0] for adapter in found} == {str(index) for index in range(len(recipes))}
+    rana_fx.attach(model, replace(plan, adapters=tuple(found)))
+    return model
+
+
+def test_no_token():
     """Flat and in a batch; then some tokens of the same compiled function, then none again."""
-    model = Mlp()
-    adapted(model, recipe)
+    model = mixed(RECIPES)
     fast = torch.compile(model, backend=rana_fx.backend)
     full = torch.randn(3, WIDTH)
     (expected,) = masked(model, full)
@@ -141,15 +154,14 @@ def exact(op, given):
         return op(**{name: wide(value) for name, value in by_name.items()})
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize(("tokens", "columns", "rows"), [(0, 128, 24), (1, 128, 1), (3, 2, 1), (12, 1, 1)])
-def test_operations(device, tokens, columns, rows, bits):
-    """No token, one column, one row; in eager mode, by the kernels and compiled."""
-    if bits == 4 and columns % 2:
-        pytest.skip("columns of 4 bits are pairs")
+def test_operations(device, tokens, columns, rows):
+    """No token, one column, one row; in every storage; in eager mode, by the kernels and compiled."""
     torch.manual_seed(tokens)
+    # columns of 4 bits are pairs
+    every = (16, 8) if columns % 2 else (16, 8, 4)
     with device:
-        given = [(op, args) for op, args in operands(tokens, columns, rows, bits)]
+        given = [(op, args) for bits in every for op, args in operands(tokens, columns, rows, bits)]
     right = [exact(op, args) for op, args in given]
     for name in ("auto", "reference", "triton"):
         with implementation(name):
@@ -177,7 +189,7 @@ def test_experts_in_one_graph(mode, by_mask, lowered, request):
     """Sizes that depend on data cannot be guarded on. All experts have tokens, one has all, none has any."""
     if not lowered:
         request.getfixturevalue("graphs_as_rewritten")
-    model = Experts(by_mask=by_mask)
+    model = Experts(2 if lowered else 3, by_mask=by_mask)
     adapted(model)
     some = torch.randn(12, WIDTH)
     batches = [some, some[:1], torch.randn(0, WIDTH), torch.randn(2, 30, WIDTH)]
@@ -207,6 +219,7 @@ def test_why_linears_of_an_expert_stay_dense():
     assert reasons.count("prefill=dense, and how many tokens it reads depends on data") == 9
 
 
+@AS_REWRITTEN
 def test_experts_between_graph_breaks():
     """As PyTorch compiles them by default: an expert without tokens is a graph of its own."""
     model = Experts()
@@ -238,11 +251,9 @@ def test_a_bounded_number_that_depends_on_data():
             assert_close(got, masked_v @ weight.double(), f"{kept} of 6")
 
 
-@pytest.mark.parametrize("recipe", ["paper", "cats"])
-def test_marked_dynamic(recipe):
+def test_marked_dynamic():
     """One graph for every batch and length above one."""
-    model = Mlp()
-    adapted(model, recipe)
+    model = mixed(["paper", "cats"])
     batches = [torch.randn(2, 3, WIDTH), torch.randn(7, 11, WIDTH), torch.randn(3, 2, WIDTH)]
     expected = masked(model, *batches)
     seen = []

@@ -52,7 +52,7 @@ def losses(trainer):
 
 
 def test_a_model_compiled_in_place_trains():
-    model, batch = adapted(depth=1)
+    model, batch = adapted(depth=1, name="llama")
     chosen = trainable(model)
     _, expected = gradients(model, compiled(model), batch)
     torch._dynamo.reset()
@@ -80,7 +80,7 @@ def test_accelerate_refuses_the_name_until_it_is_registered(unregistered, monkey
 
 @pytest.mark.filterwarnings("default")
 def test_the_trainer_compiles_by_name(graphs, unregistered, tmp_path):
-    model, _ = adapted(depth=1)
+    model, _ = adapted(depth=1, name="llama")
     chosen = {name: p.detach().clone() for name, p in add_lora(model).items()}
     settings = arguments(
         tmp_path, max_steps=6, gradient_accumulation_steps=2, torch_compile=True, torch_compile_backend="rana", bf16=True
@@ -98,7 +98,7 @@ def test_the_trainer_compiles_by_name(graphs, unregistered, tmp_path):
 
 @pytest.mark.filterwarnings("default")
 def test_the_trainer_takes_a_compiled_model_and_checkpoints_gradients(graphs, tmp_path):
-    model, _ = adapted(depth=1)
+    model, _ = adapted(depth=1, name="llama")
     trainable(model)
     model.compile(backend="rana")
     settings = arguments(
@@ -114,7 +114,7 @@ def test_the_trainer_takes_a_compiled_model_and_checkpoints_gradients(graphs, tm
 def test_the_trainer_resumes_from_its_own_checkpoints(graphs, tmp_path):
     found = []
     for start in (None, str(tmp_path / "checkpoint-2")):
-        model, _ = adapted(depth=1)
+        model, _ = adapted(depth=1, name="llama")
         add_lora(model)
         model.compile(backend="rana")
         trainer = Trainer(model, arguments(tmp_path, max_steps=3, save=2), train_dataset=ROWS)
@@ -126,7 +126,7 @@ def test_the_trainer_resumes_from_its_own_checkpoints(graphs, tmp_path):
 @pytest.mark.filterwarnings("default")
 def test_a_loop_of_accelerate(graphs):
     register_with_accelerate()
-    model, _ = adapted(depth=1)
+    model, _ = adapted(depth=1, name="llama")
     added = add_lora(model, lora_config(rank=8))
     accelerator = Accelerator(
         cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2, dynamo_plugin=TorchDynamoPlugin(backend="rana")

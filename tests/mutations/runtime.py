@@ -10,7 +10,7 @@ _ATTACH, _T_SITES = "rana_fx/runtime/attachment.py", "tests/graph/test_linears.p
 MUTATIONS = (
     M("einsum-operands-swapped", "An einsum's weight is contracted as if it were the other operand.",
       "rana_fx/graph/einsums.py", "x_order = form.kept_x + form.summed", "x_order = form.summed + form.kept_x",
-      "tests/integration/test_architectures.py::test_counts_of_one_layer -k einsum"),
+      "tests/graph/test_coverage.py::test_every_product_is_listed -k einsum"),
     M("write-in-place-unseen", "A view of memory that was written in between counts as the same tensor.",
       "rana_fx/graph/functionalize.py", "self._last[root] = now, node", "self._last[node] = now, node",
       f"{_T_SITES} -k 'in_place or data_is_written or write'"),

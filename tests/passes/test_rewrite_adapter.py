@@ -49,11 +49,11 @@ def case(name):
         model, batch = adapted(name, depth=1)
         plan = rana_fx.detach(model)
     elif name == "exact":
-        model, batch = build("gpt_neox", 1)
-        plan = plan_for(model, batch, ("dense_h_to_4h",), ranks=8)
+        model, batch = build("plain_biased", 1)
+        plan = plan_for(model, batch, ("up_proj",), ranks=8)
     else:
         storage = name.removesuffix(", shifted")
-        model, batch, plan = stored_plan("llama", 1, storage, shift=0.0 if storage == name else 0.3)
+        model, batch, plan = stored_plan("plain_llama", 1, storage, shift=0.0 if storage == name else 0.3)
         plan = plan if storage.startswith("stored") else with_masks(plan, 0.6)
     mask = torch.ones_like(batch["input_ids"])
     mask[0, -3:] = 0

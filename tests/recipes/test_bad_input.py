@@ -16,7 +16,7 @@ from tests.support.architectures import build, ids
 
 @pytest.fixture
 def model():
-    return build("llama", 1)[0]
+    return build("plain_llama", 1)[0]
 
 
 def batches(count=4):
@@ -132,7 +132,7 @@ def test_nan_in_activations(model):
 
 
 def test_model_that_does_not_run(model):
-    with pytest.raises(errors.TraceFailed, match="LlamaForCausalLM could not be traced .* batch 0"):
+    with pytest.raises(errors.TraceFailed, match="PlainLlama could not be traced .* batch 0"):
         rana_fx.adapt(model, [{"input_idz": torch.ones(1, 2, dtype=torch.long)}], progress=False)
 
 

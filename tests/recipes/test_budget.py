@@ -9,25 +9,27 @@ import pytest
 
 import rana_fx
 from rana_fx.adaptation import calibrated, planned, solved
-from rana_fx.evaluation.perplexity import evaluate_adapted, load_model
+from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
 from rana_fx.evaluation.text import load_texts, token_batches
 from rana_fx.recipes import RECIPES
 
 DATA = Path(rana_fx.__file__).parent / "data"
+LAYERS = 3
 
 
 @pytest.fixture(scope="module")
 def material():
     model, tokenizer = load_model(str(DATA / "tiny-llama-prose-5m"), device="cpu")
+    # its first half: the search for a plan takes twice as long for twice the layers
+    model.model.layers = model.model.layers[:LAYERS]
+    model.config.num_hidden_layers = LAYERS
     texts = load_texts(DATA / "calib.jsonl.xz")
     random.Random(0).shuffle(texts)
     batches = token_batches(texts, tokenizer, tokens=8000, context=256)
+    held_out = token_batches(load_texts(DATA / "eval.jsonl.xz"), tokenizer, tokens=2048, context=256)
+    dense = evaluate(model, held_out, progress=False).mean_loss
     # recipe rana samples every group that another one does
-    return (
-        model,
-        calibrated(model, batches, RECIPES["rana"]),
-        token_batches(load_texts(DATA / "eval.jsonl.xz"), tokenizer, tokens=2048, context=256),
-    )
+    return model, calibrated(model, batches, RECIPES["rana"]), held_out, dense
 
 
 @pytest.mark.parametrize(
@@ -39,11 +41,11 @@ def material():
         ("teal", "flops", 0.58),
         ("cats", "bytes", 0.8),
         ("rana", "flops", 0.58),
-        ("rana", "bytes", 0.4),
+        ("rana", "bytes", 0.25),  # with more it stores all of this model
     ],
 )
 def test_budget_on_held_out_text(material, recipe, metric, budget):
-    model, calibration, held_out = material
+    model, calibration, held_out, dense = material
     problem = calibration.problem(budget=budget, metric=metric, recipe=recipe)
     plan = planned(calibration, problem, solved(problem, RECIPES[recipe]))
     rana_fx.attach(model, plan)
@@ -55,4 +57,5 @@ def test_budget_on_held_out_text(material, recipe, metric, budget):
     # static ranks are whole: of 256 inputs one is 0.4 %
     assert plan.expected_budget() == pytest.approx(budget, abs=0.005)
     assert found == pytest.approx(budget, abs=0.02)
-    assert 3 < quality.mean_loss < 6
+    # within 1 of the dense model, from which a plan in 8 bits differs by rounding
+    assert dense - 0.01 < quality.mean_loss < dense + 1

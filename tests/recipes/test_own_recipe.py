@@ -39,14 +39,14 @@ def problem_of(model, batch, budget=0.5, recipe="half", metric="flops"):
 
 
 def test_the_documented_recipe_adapts_every_layer(half):
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     plan = rana_fx.adapt(model, [batch, *(ids() for _ in range(3))], budget=0.5, recipe="half", progress=False)
     assert len(plan.adapters) == 7 and {adapter.kind for adapter in plan.adapters} == {"neuron"}
     assert plan.expected_budget() == pytest.approx(0.5)
 
 
 def test_errors_name_the_recipes_that_adapt_every_layer(half):
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     problem = problem_of(model, batch, budget=0.05, recipe="paper")
     with pytest.raises(BudgetUnreachable, match=r"static, teal, wina, rana and half adapt every layer") as caught:
         split_budget(problem, problem.counted()[:1])
@@ -59,7 +59,7 @@ def test_errors_name_the_recipes_that_adapt_every_layer(half):
 
 
 def test_builders_that_were_methods_of_the_problem_still_are():
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     problem = problem_of(model, batch)
     block, (name, *_) = problem.layout.blocks[0], problem.counted()
     norms = torch.ones(problem.layout.sites[name].in_features)
@@ -123,6 +123,6 @@ def test_stages_run_in_their_contexts_and_return_the_adapters():
 
     assert run_stages(nothing(), Within) == [] and len(events) == 7
     # a recipe without stages is solved as it is
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     problem = problem_of(model, batch)
     assert len(solve_in_stages(RECIPES["teal"], problem, Within)) == 7 and len(events) == 7

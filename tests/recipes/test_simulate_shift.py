@@ -11,7 +11,7 @@ from tests.support.storages import stored_plan
 
 
 def test_everything_kept_behind_a_shift_is_the_dense_model():
-    model, batch, plan = stored_plan("llama", 1, "hybrid", shift=0.3)
+    model, batch, plan = stored_plan("plain_llama", 1, "hybrid", shift=0.3)
     layout = calibrate(model, [batch], progress=False).layout
     tee = Tee([batch])
     assert len(list(tee)) == 1

@@ -50,7 +50,7 @@ def test_a_weight_that_shares_its_memory_with_a_buffer_is_left_alone():
 
 
 def test_attach_and_detach_undo_each_other():
-    model, _ = build("llama", 2)
+    model, _ = build("plain_llama", 2)
     before = {name: (parameter.detach().clone(), parameter.stride()) for name, parameter in model.named_parameters()}
     rana_fx.adapt(model, [ids() for _ in range(4)], budget=0.7, recipe="paper", progress=False)
     strides = {name: parameter.stride() for name, parameter in model.named_parameters() if name in before}

@@ -159,7 +159,7 @@ CACHES = {
 
 @pytest.mark.parametrize("how", CACHES)
 def test_generate(how):
-    model, _, _ = adapted(budget=0.5)
+    model, _, _ = adapted("llama", budget=0.5)
     dense = text(model, **CACHES[how])
     got = text(torch.compile(model, backend=rewritten, dynamic=True), **CACHES[how])
     model.compile(backend=rewritten, dynamic=True)
@@ -169,8 +169,8 @@ def test_generate(how):
 
 def test_generate_with_an_assistant():
     """What the assistant proposes is only kept where the model would have said it."""
-    model, _, _ = adapted(budget=0.5)
-    assistant, _, _ = adapted(budget=0.7)
+    model, _, _ = adapted("llama", budget=0.5)
+    assistant, _, _ = adapted("llama", budget=0.7)
     fast = torch.compile(model, backend=rewritten, dynamic=True)
     got = text(fast, assistant_model=torch.compile(assistant, backend=rewritten, dynamic=True))
     assert torch.equal(got, text(fast))
@@ -194,7 +194,7 @@ def test_generate_with_a_sliding_window():
 
 def test_generate_while_transformers_compiles_calls_by_itself():
     """As it does on a GPU, with a static cache: what it compiles is the call, and the plan stays in it."""
-    model, _, _ = adapted(budget=0.5)
+    model, _, _ = adapted("llama", budget=0.5)
     config, seen = hf.CompileConfig(backend=lambda gm, _: seen.append(gm) or gm.forward, mode=None), []
     config._compile_all_devices = True
     fast = torch.compile(model, backend=rewritten, dynamic=True)

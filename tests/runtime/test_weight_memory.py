@@ -55,7 +55,7 @@ def test_a_model_made_in_inference_mode_has_the_plan_of_any_other():
     for mode in (True, False):
         torch.manual_seed(0)
         with torch.inference_mode(mode):
-            model, batch = make(ARCHITECTURES["llama"], 1)
+            model, batch = make(ARCHITECTURES["plain_llama"], 1)
         batches = [batch, *(ids() for _ in range(4))]
         before = dict(model.named_parameters())
         plans.append(rana_fx.adapt(model, batches, budget=0.7, progress=False))

@@ -23,7 +23,7 @@ REASON = "quantised or wrapped weight (Int8)"
 @pytest.fixture
 def quantised():
     """(a model of which one linear is quantised, a batch, its plan)."""
-    model, batch = make(ARCHITECTURES["llama"], 1)
+    model, batch = make(ARCHITECTURES["plain_llama"], 1)
     quantise_(model.model.layers[0].mlp.up_proj)
     plan = rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.8, recipe="teal", progress=False)
     return model, batch, plan
@@ -110,7 +110,7 @@ class Packed(nn.Linear):
 
 
 def test_packed_integers_are_named():
-    model, batch = make(ARCHITECTURES["llama"], 1)
+    model, batch = make(ARCHITECTURES["plain_llama"], 1)
     mlp = model.model.layers[0].mlp
     mlp.up_proj = Packed(mlp.up_proj)
     plan = rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.8, recipe="teal", progress=False)

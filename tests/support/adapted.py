@@ -45,7 +45,7 @@ def _adapted(name, depth, budget, recipe):
     return model, batch
 
 
-def adapted(name="llama", depth=1, budget=0.7, recipe="paper"):
+def adapted(name="plain_llama", depth=1, budget=0.7, recipe="paper"):
     """(a model of its own with a plan attached, a batch, the plan)."""
     model, batch = _adapted(name, depth, budget, recipe)
     model = copy.deepcopy(model)

@@ -10,6 +10,9 @@ import torch
 import transformers as hf
 from torch import nn
 
+from rana_fx.calibration.layout import Layout
+from tests.support.plain_llama import Output, PlainLlama, Sizes
+
 WIDTH, FFN, VOCAB = 32, 48, 96
 
 
@@ -22,6 +25,10 @@ class Counts:
     blocks: int
     stacks: int
     skips: int = 0
+
+
+def counts_of(layout: Layout) -> Counts:
+    return Counts(len(layout.sites), len(layout.groups), len(layout.blocks), len(layout.stacks()), len(layout.skips))
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda: (torch.randn(2, 12, WIDTH),),
         _encoder,
     ),
+    # what most tests of the package use
+    "plain_llama": Architecture(lambda depth: PlainLlama(depth, Sizes(VOCAB, WIDTH, FFN)), ids, _gated),
+    "plain_biased": Architecture(
+        lambda depth: PlainLlama(depth, Sizes(VOCAB, WIDTH, FFN, bias=True, activation=nn.GELU)), ids, _gated
+    ),
     "plain": Architecture(Plain, ids, lambda n: Counts(6 * n + 1, 4 * n + 1, n, n)),
 }
 
@@ -212,7 +224,9 @@ def make(architecture: Architecture, depth: int = 2) -> tuple[nn.Module, Any]:
 
 
 def output(result: Any) -> torch.Tensor:
-    """Logits of a Hugging Face output, or the tensor itself."""
+    """Logits of a model's output, or the tensor itself."""
     if isinstance(result, torch.Tensor):
         return result
+    if isinstance(result, Output):
+        return result.logits
     return next(result[key] for key in ("logits", "logits_per_image", "last_hidden_state") if key in result)

@@ -10,7 +10,7 @@ import rana_fx
 from tests.support.architectures import WIDTH, build, ids, output
 
 
-def per_neuron(name="gemma", *, depth=2, dtype=torch.float32):
+def per_neuron(name="plain_biased", *, depth=2, dtype=torch.float32):
     """(model with dense attention and gated adapters in all MLPs, batch, plan): thresholds from zero to infinity, biases."""
     model, batch = build(name, depth)
     model = model.to(dtype)

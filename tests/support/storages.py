@@ -103,7 +103,20 @@ def dense_sites(name, depth):
 
 def stored_plan(name, depth, storage, *, shift=0.0):
     """(a model of its own without a plan, batch, plan)."""
-    model, batch, plan, sites = _dense(name, depth)
+    return stored_layers(name, [storage] * depth, shift=shift)
+
+
+def stored_layers(name, storages, *, shift=0.0):
+    """``stored_plan`` with a storage for each layer."""
+    model, batch, plan, sites = _dense(name, len(storages))
+    each = [storages[_layer(adapter)] if len(storages) > 1 else storages[0] for adapter in plan.adapters]
     with torch.no_grad():
-        adapters = tuple(rebuilt(adapter, sites, storage, shift=shift) for adapter in plan.adapters)
+        adapters = tuple(
+            rebuilt(adapter, sites, storage, shift=shift) for adapter, storage in zip(plan.adapters, each, strict=True)
+        )
     return copy.deepcopy(model), batch, replace(plan, adapters=adapters)
+
+
+def _layer(adapter):
+    """The first number in the name of its first linear."""
+    return next(int(part) for part in adapter.sites[0].split(".") if part.isdigit())

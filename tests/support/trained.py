@@ -25,7 +25,7 @@ def _adapted(recipe, depth, budget, dtype, name):
     return model, batch
 
 
-def adapted(recipe="paper", depth=2, budget=0.7, dtype=torch.float32, name="llama"):
+def adapted(recipe="paper", depth=2, budget=0.7, dtype=torch.float32, name="plain_llama"):
     """(a model of its own with a plan attached, a batch)."""
     model, batch = _adapted(recipe, depth, budget, dtype, name)
     return copy.deepcopy(model), batch

@@ -10,7 +10,7 @@ from tests.support.architectures import build, ids
 
 
 def test_targets_count_alike_in_all_batches():
-    model, _ = build("llama", 1)
+    model, _ = build("plain_llama", 1)
     model = model.double()
     batches = [ids(tokens=12) | {"attention_mask": torch.ones(2, 12, dtype=torch.long)} for _ in range(2)]
     batches[1]["attention_mask"][:, 3:] = 0

@@ -40,7 +40,7 @@ def partitioned(kept, products):
 
 def test_it_trains_the_same_and_keeps_less():
     """Also with LoRA dropout: recomputation with other random numbers would give other gradients."""
-    model, batch = adapted(depth=1)
+    model, batch = adapted(depth=1, name="llama")
     add_lora(model, lora_config(rank=4, dropout=0.3))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(True)
@@ -125,7 +125,7 @@ def inferred(graphs):
 @pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "frozen"])
 def test_it_runs_without_gradients(frozen):
     """PyTorch takes attention to draw random numbers: tagged to be recomputed, it is refused where there is no backward."""
-    model, batch = adapted(depth=1)
+    model, batch = adapted(depth=1, name="llama")
     model.train()
     found, tagged = [], []
     for parameter in model.parameters():
@@ -141,7 +141,7 @@ def test_it_runs_without_gradients(frozen):
 
 def test_tags_stay_where_factors_alone_are_trained():
     """No input and no weight of the model's requires a gradient then."""
-    model, batch = adapted(depth=1)
+    model, batch = adapted(depth=1, name="llama")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("rana_fx" in name)
     invalidate_guards(model)

@@ -60,7 +60,7 @@ def test_thresholds_go_where_they_keep_what_was_planned(recipe):
     batches = [ids() for _ in range(8)]
     plan = attached(model).plan
     with torch.no_grad():  # as after training: all values are larger
-        model.get_input_embeddings().weight.mul_(1.5)
+        model.model.embed_tokens.weight.mul_(1.5)
         for layer in model.model.layers:
             layer.input_layernorm.weight.mul_(1.7)
             layer.post_attention_layernorm.weight.mul_(1.7)
@@ -77,7 +77,7 @@ def test_thresholds_go_where_they_keep_what_was_planned(recipe):
 
 
 def test_invalid_calls_raise():
-    plain, _ = build("llama", 1)
+    plain, _ = build("plain_llama", 1)
     with pytest.raises(NoPlan):
         trained_plan(plain)
     model, _ = adapted(depth=1)

@@ -134,7 +134,7 @@ def test_biases_of_cuts_are_trained():
         with torch.no_grad():
             bias += sign * step
         losses.append(gradients(model, forward, batch)[0])
-    # a central difference is off by the square of the step, and Gemma's norms round to fp32: 1e-7 over the step
+    # a central difference is off by the square of the step, and norms round to fp32: 1e-7 over the step
     assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(got.norm()), rel=1e-3)
 
 
@@ -162,7 +162,7 @@ def test_autocast_trains_fp32_factors():
 
 
 def test_quantised_factors_are_not_trained():
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.9, recipe="dense", progress=False)
     with pytest.raises(NothingToTrain, match='what="all"'):
         trainable(model)
@@ -170,7 +170,7 @@ def test_quantised_factors_are_not_trained():
 
 
 def test_invalid_calls_raise():
-    plain, _ = build("llama", 1)
+    plain, _ = build("plain_llama", 1)
     with pytest.raises(NoPlan):
         trainable(plain)
     model, _ = adapted(depth=1)

@@ -67,9 +67,8 @@ def test_resuming_is_exact(tmp_path):
     def fresh():
         torch.manual_seed(0)
         model, _ = adapted(depth=1)
-        model.config.attention_dropout = 0.1  # the random state must be restored
         for layer in model.model.layers:
-            layer.self_attn.attention_dropout = 0.1
+            layer.self_attn.attention_dropout = 0.1  # the random state must be restored
         add_lora(model)  # dropout uses random numbers, too
         return model
 
@@ -144,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path):
             out = forward(**batch)
             seen.append({name: p.detach().clone() for name, p in chosen.items()})
             if len(seen) == 4:
-                out.logits = out.logits * float("nan")
+                out = out._replace(logits=out.logits * float("nan"))
             return out
 
     poisoned = Poisoned()

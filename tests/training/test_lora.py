@@ -175,7 +175,7 @@ def test_in_16_bits_it_is_trained_in_fp32():
 
 
 def test_autocast_multiplies_in_bf16():
-    model, batch = adapted(depth=1)
+    model, batch = adapted(depth=1, name="llama")
     add_lora(model, lora_config(rank=4, dropout=0.0))
     moved(model)
     forward = compiled(model)
@@ -262,7 +262,7 @@ def test_targets_are_found_as_peft_finds_them(targets, more, expected):
 
 @PEFT
 def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
-    model, batch = adapted(depth=1)
+    model, batch = adapted(depth=1, name="llama")
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False))
     forward = compiled(wrapped)
     dense = run(compiled(wrapped.base_model.model), batch)
@@ -283,7 +283,7 @@ def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
 @PEFT
 def test_an_adapter_of_pefts_own_beside_a_mask_is_refused():
     for target in ("q_proj", "down_proj"):  # replaced; masked by its input
-        model, batch = adapted(depth=1)
+        model, batch = adapted(depth=1, name="llama")
         wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=[target]))
         with pytest.raises(Exception, match="which the plan masks or replaces") as caught:
             run(compiled(wrapped), batch)
@@ -293,7 +293,7 @@ def test_an_adapter_of_pefts_own_beside_a_mask_is_refused():
 
 
 def test_invalid_calls_raise(monkeypatch):
-    plain, _ = build("llama", 1)
+    plain, _ = build("plain_llama", 1)
     with pytest.raises(NoPlan):
         add_lora(plain)
     model, _ = adapted(depth=1)

@@ -27,7 +27,7 @@ class Tokenizer:
 
 def trained(amount):
     """(model without a plan, its plan) as after a training that moved every weight."""
-    model, _ = adapted(depth=1)
+    model, _ = adapted(depth=1, name="llama")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(amount)

@@ -16,7 +16,7 @@ from tests.support.architectures import build, ids
 def test_steps_make_the_same_plan(recipe):
     torch.manual_seed(0)
     batches = [ids() for _ in range(4)]
-    model, _ = build("llama", 1)
+    model, _ = build("plain_llama", 1)
     expected = rana_fx.adapt(model, batches, budget=0.8, recipe=recipe, progress=False, seed=3)
     rana_fx.detach(model)
     calibration = calibrated(model, batches, RECIPES[recipe], seed=3)
@@ -28,7 +28,7 @@ def test_steps_make_the_same_plan(recipe):
 
 
 def test_records_without_digests():
-    model, batch = build("llama", 1)
+    model, batch = build("plain_llama", 1)
     layout = calibrated(model, [batch], RECIPES["dense"]).layout
     whole, bare = records(layout), records(layout, hashed=False)
     assert all(one.digest for one in whole) and not any(one.digest for one in bare)

@@ -21,7 +21,7 @@ from tests.support.architectures import build as build_model
 from tests.support.architectures import ids
 
 
-def make(budget=0.7, recipe="paper", name="llama", seed=0):
+def make(budget=0.7, recipe="paper", name="plain_llama", seed=0):
     model, _ = build_model(name, 1)
     torch.manual_seed(seed)
     batches = [ids() for _ in range(4)]
@@ -140,7 +140,7 @@ def test_damaged_plans_are_refused(plan, tmp_path, kind):
 
 
 def test_attach_checks_the_weights(plan):
-    model, _ = build_model("llama", 1)
+    model, _ = build_model("plain_llama", 1)
     rana_fx.attach(model, plan)
     assert attached(model).plan is plan
     assert rana_fx.detach(model) is plan
@@ -156,7 +156,7 @@ def test_attach_refuses_other_models(plan):
     with pytest.raises(PlanMismatch, match="no such weight"):
         rana_fx.attach(build_model("gpt2", 1)[0], plan)
     with pytest.raises(PlanMismatch, match=r"dtype bfloat16, expected dtype float32"):
-        rana_fx.attach(build_model("llama", 1)[0].bfloat16(), plan)
+        rana_fx.attach(build_model("plain_llama", 1)[0].bfloat16(), plan)
 
 
 def test_thresholds_stay_fp32_when_the_model_is_halved(model_and_plan):
@@ -200,6 +200,7 @@ def test_a_pickled_model_is_to_be_attached_to_again():
     assert torch.equal(logits(other), expected)
 
 
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_state_dict_holds_the_factors():
     model, _ = make()
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -213,8 +214,9 @@ def test_state_dict_holds_the_factors():
     assert not any("rana_fx" in key for key in model.state_dict())
 
 
+@pytest.mark.usefixtures("graphs_as_rewritten")
 def test_checkpoint_of_an_adapted_model_loads(tmp_path):
-    model, plan = make()
+    model, plan = make(name="llama")
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     rana_fx.attach(loaded, plan)

@@ -112,7 +112,7 @@ def test_the_digest_tells_storages_of_the_same_bytes_apart():
 
 @pytest.fixture(scope="module")
 def saved():
-    model, _, plan = stored_plan("llama", 1, "hybrid, router 4, factors 4")
+    model, _, plan = stored_plan("plain_llama", 1, "hybrid, router 4, factors 4")
     return model, plan
 
 
@@ -177,7 +177,7 @@ def test_plans_of_the_first_format_are_made_again(saved, tmp_path):
 
 @pytest.mark.parametrize("storage", ["hybrid, router 4, factors 4", "rank, router 8", "stored, 8"])
 def test_stored_numbers_are_buffers_that_only_move(storage):
-    model, _, plan = stored_plan("llama", 1, storage)
+    model, _, plan = stored_plan("plain_llama", 1, storage)
     rana_fx.attach(model, plan)
     adapter = plan.adapters[0]
     trained = {name for name, _ in model.rana_fx.named_parameters() if name.startswith("a0_")}
@@ -200,7 +200,7 @@ def _floating(value):
 
 def test_only_the_models_own_weights_are_laid_by_columns():
     for storage in ("neuron, own weight", "stored, 4"):
-        model, _, plan = stored_plan("llama", 1, storage)
+        model, _, plan = stored_plan("plain_llama", 1, storage)
         rana_fx.attach(model, plan)
         assert attached(model).relaid == ()
     own = replace(
@@ -215,7 +215,7 @@ def test_only_the_models_own_weights_are_laid_by_columns():
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_explain_says_how_it_is_stored(storage):
-    model, batch, plan = stored_plan("llama", 1, storage)
+    model, batch, plan = stored_plan("plain_llama", 1, storage)
     rana_fx.attach(model, plan)
     report = rana_fx.explain(model, batch)
     row = next(row for row in report.rows if row.site.endswith("q_proj"))

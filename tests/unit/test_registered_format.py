@@ -152,7 +152,7 @@ def test_plans_keep_it(pairs, tmp_path):
 
 
 def test_a_model_runs_with_it(pairs):
-    model, batch, plan = stored_plan("llama", 1, "stored, 8")
+    model, batch, plan = stored_plan("plain_llama", 1, "stored, 8")
     twin, sites, adapters = copy.deepcopy(model), None, []
     sites = sites_of(twin, batch)
     for adapter in plan.adapters:
