@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rana_fx
-from bench.common.models import build, layers_of
+from bench.common.models import SHAPES, build, layers_of
 from bench.speed.decode import main
 from bench.speed.decoding import Decoder
 from bench.speed.latency import Variant
@@ -23,6 +23,22 @@ from tests.support.architectures import build as build_architecture
 CPU = torch.device("cpu")
 # the subject is the protocol or the comparison of logits; other tests of this file use Inductor
 AS_REWRITTEN = pytest.mark.usefixtures("graphs_as_rewritten")
+
+
+TWO_LAYERS = SHAPES["tiny"]
+
+
+def one_layer():
+    config = TWO_LAYERS()
+    config.num_hidden_layers = 1
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_layer():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "tiny", one_layer)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +168,8 @@ OPTIONS = {"sequences": 2, "longest": 12, "new_tokens": 5, "dtype": "float32", "
 
 
 @AS_REWRITTEN
-def test_rows_have_the_facts_of_the_protocol(tmp_path, capsys):
+def test_rows_have_the_facts_of_the_protocol(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", TWO_LAYERS)
     out = tmp_path / "rows.jsonl"
     main("tiny", out, names="eager,rana", budgets="0.5", batches="1,2", prefill=0, **OPTIONS)
     (device,) = rows_of(out, "device")

@@ -32,10 +32,10 @@ def process_group(tmp_path_factory):
 
 
 @pytest.fixture
-def in_pieces(process_group, monkeypatch):
-    """(a model in DistributedDataParallel with two buckets, a batch, its plan)."""
+def in_pieces(process_group, monkeypatch, request):
+    """(a model in DistributedDataParallel with several buckets, a batch, its plan). Parameter: layers, by default two."""
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 20_000)
-    model, batch, plan = adapted(depth=2)
+    model, batch, plan = adapted(depth=getattr(request, "param", 2))
     return nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.02), batch, plan
 
 
@@ -68,13 +68,20 @@ def test_buckets_of_distributed_data_parallel(in_pieces, how, graphs_as_rewritte
             assert isinstance(caught.value.inner_exception, PlanMismatch)
 
 
+@pytest.mark.parametrize("in_pieces", [1], indirect=True, ids=["one layer"])
 def test_pieces_through_inductor_free_weights_at_the_first_real_run(in_pieces):
     wrapped, batch, _ = in_pieces
-    expected = _expected(wrapped.module, batch)
+    expected, graphs = _expected(wrapped.module, batch), []
+
+    def counting(gm, example_inputs):
+        graphs.append(gm)
+        return rana_fx.backend(gm, example_inputs, options={"prefill": "factors"})
+
     with torch.no_grad():
-        fast = torch.compile(wrapped, backend=rana_fx.backend, options={"prefill": "factors"})
+        fast = torch.compile(wrapped, backend=counting)
         for _ in range(2):
             assert relative(output(fast(**batch, use_cache=False)), expected) < 1e-5
+    assert len(graphs) > 1
     assert wrapped.module.model.layers[0].mlp.up_proj.weight.isnan().all()
 
 

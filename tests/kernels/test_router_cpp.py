@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,26 +56,29 @@ def drawn(data, bits):
     return x, weight, scale
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_threads_change_no_bit(bits):
-    given = operands(3, 1001, 250, torch.float32, bits)
+def test_threads_change_no_bit():
+    cases = [operands(3, 1001, 250, torch.float32, bits) for bits in (8, 4)]
     results = []
     for threads in (1, 3):
         with torch._inductor.config.patch({"cpp.threads": threads}):
-            got, code = compiled(router, *given)
-        assert f"num_threads({threads})" in code
-        results += [got, torch.compile(router)(*given)]
-    assert all(torch.equal(results[0], other) for other in results[1:])
+            for _ in range(2):
+                got, code = each(router, cases)
+                results.append(got)
+        found = re.findall(r"\bnum_threads\((\d+)\)", code)
+        assert calls(code, ROUTER) == len(cases) <= len(found) and set(found) == {str(threads)}
+    results.append(each(router, cases)[0])  # as many threads as by default
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_cast_and_users_are_in_the_same_kernel(bits):
-    x, weight, scale = operands(1, 61, 128, torch.bfloat16, bits)
+def test_cast_and_users_are_in_the_same_kernel():
+    cases = [operands(1, 61, 128, torch.bfloat16, bits) for bits in (8, 4)]
     with poisoned():
-        got, code = compiled(lambda *args: torch.relu(router(*args)), x, weight, scale)
-    assert code.count(ROUTER) == code.count('extern "C"') == 1
-    right = x.double() @ unpack(weight, scale, torch.float64).t()
-    assert_close("z", got, right.relu(), x.double().abs() @ unpack(weight, scale, torch.float64).t().abs(), terms=128)
+        results, code = each(lambda *args: torch.relu(router(*args)), cases)
+    assert code.count(ROUTER) == code.count('extern "C"') == len(cases)
+    for got, (x, weight, scale) in zip(results, cases, strict=True):
+        right = x.double() @ unpack(weight, scale, torch.float64).t()
+        assert_close("z", got, right.relu(), x.double().abs() @ unpack(weight, scale, torch.float64).t().abs(), terms=128)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -91,9 +96,9 @@ def test_a_whole_adapter_reads_stored_numbers_alone(bits):
     Product(z, tau, down, down_scale, None).check(got)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_more_tokens_are_a_matrix_product(bits):
-    x, weight, scale = operands(MAX_TOKENS + 1, 31, 64, torch.float32, bits)
-    got, code = compiled(router, x, weight, scale)
+def test_more_tokens_are_a_matrix_product():
+    cases = [operands(MAX_TOKENS + 1, 31, 64, torch.float32, bits) for bits in (16, 8, 4)]
+    results, code = each(router, cases)
     assert ROUTER not in code
-    check(got, x, weight, scale)
+    for got, case in zip(results, cases, strict=True):
+        check(got, *case)
