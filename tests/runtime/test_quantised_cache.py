@@ -1,4 +1,7 @@
-"""Generation with a quantised cache of keys and values (transformers, by optimum-quanto)."""
+"""Generation with a quantised cache of keys and values (transformers, by optimum-quanto).
+
+The package is in no extra: at its first use it compiles a C++ extension for a minute. With it installed the test runs.
+"""
 
 from __future__ import annotations
 
