@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from rana_fx.kernels import reference
 from rana_fx.kernels.cpp.template import MAX_TOKENS
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.passes import lower
-from tests.support.inductor import GEMV, calls, compiled, each, poisoned
+from tests.support.inductor import GEMV, calls, check_threads_change_no_bit, compiled, each, poisoned
 from tests.support.products import Product, assert_close, every_number, products
 
 FALLBACK = "torch.ops.rana"
@@ -70,19 +69,8 @@ def test_matches_fp64_in_several_blocks(bits, data):
 
 
 def test_threads_change_no_bit():
-    """Nor does another run. 2,000 columns are not a multiple of the grain size or of the columns per thread."""
-    cases = [operands(3, 250, 2000, torch.float32, bits=bits) for bits in BITS]
-    results = []
-    for threads in (1, 3):
-        with torch._inductor.config.patch({"cpp.threads": threads}):
-            for _ in range(2):
-                got, code = each(masked_gemv, cases)
-                results.append(got)
-        found = re.findall(r"\bnum_threads\((\d+)\)", code)
-        assert calls(code, GEMV) == len(cases) <= len(found) and set(found) == {str(threads)}
-    results.append(each(masked_gemv, cases)[0])  # as many threads as by default
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    """2,000 columns are not a multiple of the grain size or of the columns per thread."""
+    check_threads_change_no_bit(masked_gemv, [operands(3, 250, 2000, torch.float32, bits=bits) for bits in BITS], GEMV)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels.cpp.template import MAX_TOKENS
 from rana_fx.kernels.ops import masked_gemv, router
-from tests.support.inductor import GEMV, ROUTER, calls, compiled, each, poisoned
+from tests.support.inductor import GEMV, ROUTER, calls, check_threads_change_no_bit, compiled, each, poisoned
 from tests.support.products import DTYPES, SIZES, STRIDES, Product, assert_close, strided
 
 FALLBACK = "torch.ops.rana"
@@ -57,18 +55,7 @@ def drawn(data, bits):
 
 
 def test_threads_change_no_bit():
-    cases = [operands(3, 1001, 250, torch.float32, bits) for bits in (8, 4)]
-    results = []
-    for threads in (1, 3):
-        with torch._inductor.config.patch({"cpp.threads": threads}):
-            for _ in range(2):
-                got, code = each(router, cases)
-                results.append(got)
-        found = re.findall(r"\bnum_threads\((\d+)\)", code)
-        assert calls(code, ROUTER) == len(cases) <= len(found) and set(found) == {str(threads)}
-    results.append(each(router, cases)[0])  # as many threads as by default
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    check_threads_change_no_bit(router, [operands(3, 1001, 250, torch.float32, bits) for bits in (8, 4)], ROUTER)
 
 
 def test_cast_and_users_are_in_the_same_kernel():

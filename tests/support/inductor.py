@@ -37,6 +37,21 @@ def each(function, operands, **settings):
     return compiled(all_of_them, *flat, **settings)
 
 
+def check_threads_change_no_bit(function, operands, marker):
+    """Each result has the same bits with one thread, three and the default, in each of two runs; each kernel uses its threads."""
+    results = []
+    for threads in (1, 3):
+        with torch._inductor.config.patch({"cpp.threads": threads}):
+            for _ in range(2):
+                got, code = each(function, operands)
+                results.append(got)
+        found = re.findall(r"\bnum_threads\((\d+)\)", code)
+        assert calls(code, marker) == len(operands) <= len(found) and set(found) == {str(threads)}
+    results.append(each(function, operands)[0])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 @contextlib.contextmanager
 def poisoned():
     """Inside, memory that templates and Inductor's wrapper allocate is filled with NaN, and kernels are recompiled."""
