@@ -3,7 +3,6 @@ were replaced, parts that Dynamo keeps out of graphs. A warning, an error under 
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import pytest
@@ -20,14 +19,9 @@ from tests.support.gated_blocks import FFN, WIDTH, X, compiled, planned_model
 pytestmark = pytest.mark.usefixtures("graphs_as_rewritten")
 
 
-@pytest.fixture(scope="module")
-def planned():
-    return planned_model()
-
-
 @pytest.fixture
-def model(planned):
-    return copy.deepcopy(planned)
+def model():
+    return planned_model()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])

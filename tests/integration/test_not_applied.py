@@ -26,14 +26,9 @@ pytestmark = pytest.mark.usefixtures("graphs_as_rewritten")
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(scope="module")
-def planned():
-    return planned_model()
-
-
 @pytest.fixture
-def model(planned):
-    return copy.deepcopy(planned)
+def model():
+    return planned_model()
 
 
 def normed(h):

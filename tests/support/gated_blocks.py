@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,7 +40,12 @@ class Model(nn.Module):
 
 
 def planned_model():
-    """The model with a plan of recipe ``cats``, which adapts the down projections."""
+    """A model of its own with a plan of recipe ``cats``, which adapts the down projections."""
+    return copy.deepcopy(_planned())
+
+
+@functools.cache
+def _planned():
     torch.manual_seed(0)
     model = Model().requires_grad_(False)
     rana_fx.adapt(model, [torch.randn(64, WIDTH) for _ in range(3)], budget=0.7, recipe="cats", progress=False)
