@@ -49,21 +49,6 @@ class Oracle:
                     function = _with_added_bias(self._linear(adapter, span, modules[site]), modules[site])
                     setattr(modules[site], "replacement" if isinstance(modules[site], Lin) else "forward", function)
 
-    def rounding(self, original: Transformer, ids: Tensor) -> float:
-        """Relative error of the dense model in its own dtype against fp64: the larger one of these ids and of a fixed text.
-
-        How much a model amplifies rounding depends on its input; a single decoded token says nothing of the cached ones.
-        """
-        wide = copy.deepcopy(original).double()
-        fixed = torch.arange(32, device=ids.device).reshape(2, 16)
-        errors = [0.0]
-        with torch.no_grad():
-            for text in (ids, fixed):
-                exact = wide(text)[0]
-                size = float(exact.norm())
-                errors.append(float((original(text)[0].double() - exact).norm()) / size if size else 0.0)
-        return max(errors)
-
     def _keep(self, scores: Tensor, tau: Tensor) -> Tensor:
         tau = tau.double()
         finite = (tau > 0) & tau.isfinite()
