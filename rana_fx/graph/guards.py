@@ -9,9 +9,7 @@ to torch.compile selects among all guards but these.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch._dynamo.source import AttrSource
 from torch._guards import Guard, TracingContext
 
 from rana_fx.errors import InvalidOption
+from rana_fx.graph.callers import variable_of_caller
 from rana_fx.graph.real_values import local, root_of, source_of
 
 ATTRIBUTE = "_rana_fx"  # where an attachment sits on a Parameter
@@ -77,13 +76,9 @@ def _key(guard: Guard) -> object:
 
 def _keep(guards: Iterable[Guard]) -> None:
     """Exempt guards from the filter of the compilation in progress, if it has one."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        hooks = frame.f_locals.get("hooks") if frame.f_code.co_name == "_compile" else None
-        if isinstance(hooks, Hooks):
-            if hooks.guard_filter_fn is not None:
-                if not isinstance(hooks.guard_filter_fn, _Filter):
-                    hooks.guard_filter_fn = _Filter(hooks.guard_filter_fn)
-                hooks.guard_filter_fn.kept |= set(map(_key, guards))
-            return
-        frame = frame.f_back
+    hooks = variable_of_caller("_compile", "hooks", Hooks)
+    if hooks is None or hooks.guard_filter_fn is None:
+        return
+    if not isinstance(hooks.guard_filter_fn, _Filter):
+        hooks.guard_filter_fn = _Filter(hooks.guard_filter_fn)
+    hooks.guard_filter_fn.kept |= set(map(_key, guards))

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
 from rana_fx.atomic import read_regular
+from rana_fx.graph.callers import variable_of_caller
 from rana_fx.plan import Plan, load_plan
 from rana_fx.plan_io import HEADER
 
@@ -80,14 +79,9 @@ class Folder:
 
 def compiled_with(options: Mapping[str, Any], folder: Folder) -> None:
     """Put ``folder`` into the options that torch.compile compares for this compilation; the user's mapping is not changed."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        wrapper: Any = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
-        if isinstance(wrapper, torch._TorchCompileWrapper):
-            if wrapper.kwargs.get("options") is options:
-                wrapper.kwargs["options"] = dict(options) | {"plan": folder}
-            return
-        frame = frame.f_back
+    wrapper: Any = variable_of_caller("__call__", "self", torch._TorchCompileWrapper)
+    if wrapper is not None and wrapper.kwargs.get("options") is options:
+        wrapper.kwargs["options"] = dict(options) | {"plan": folder}
 
 
 def kept_alive(compiled: Any, *things: object) -> Any:
