@@ -120,7 +120,7 @@ class Attachment:
         self.watch: Watch | None = None  # of the model that it is attached to
         self._mark: weakref.ref[_Mark] | None = None
         self.planned = frozenset(base_name(site) for adapter in plan.adapters for site in adapter.sites)
-        self._records = {base_name(record.name): record for record in reversed(plan.sites)}
+        self._records = records_of(plan)
         self._by_site = {site: (index, adapter) for index, adapter in enumerate(plan.adapters) for site in adapter.sites}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -176,6 +176,14 @@ class Attachment:
 
     def _record(self, weight: nn.Parameter) -> SiteRecord | None:
         return self._records.get(self.names.get(id(weight), ""))
+
+
+def records_of(plan: Plan) -> dict[str, SiteRecord]:
+    """The records of a plan by the names of weights, in the plan's order; of sites that are parts of one weight, the first."""
+    found: dict[str, SiteRecord] = {}
+    for record in plan.sites:
+        found.setdefault(base_name(record.name), record)
+    return found
 
 
 class _Mark:

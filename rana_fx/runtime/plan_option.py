@@ -25,7 +25,7 @@ from rana_fx.graph.operands import base_name
 from rana_fx.modules import unwrap, weights_of
 from rana_fx.ordinary import has_data
 from rana_fx.plan import Plan, SiteRecord, weight_digest
-from rana_fx.runtime.attachment import Attachment, Factors
+from rana_fx.runtime.attachment import Attachment, Factors, records_of
 from rana_fx.runtime.changed_weights import CHANGED, GONE, Seen, not_ordinary
 from rana_fx.runtime.plan_folder import Folder, compiled_with
 
@@ -105,18 +105,13 @@ def _known_site(plan: Plan, name: str, weight: nn.Parameter, sites: WeakTensorKe
     return known.site
 
 
-def _records(plan: Plan) -> dict[str, SiteRecord]:
-    """By the names of weights; several sites may be parts of one."""
-    return {base_name(record.name): record for record in plan.sites}
-
-
 def _alike(name: str, known: str) -> bool:
     return f".{known}".endswith(f".{name}") or f".{name}".endswith(f".{known}")
 
 
 def _refuse_wrapped(plan: Plan, name: str, weight: nn.Parameter) -> None:
     """Raises PlanMismatch where the plan has a linear of that name and does not record it as wrapped when the plan was made."""
-    sites = _records(plan)
+    sites = records_of(plan)
     alike = [known for known in sites if _alike(name, known)]
     if weight.dim() < 2 or not alike or any(_alike(name, base_name(skip.site)) for skip in plan.left if skip.site not in sites):
         return
@@ -125,7 +120,7 @@ def _refuse_wrapped(plan: Plan, name: str, weight: nn.Parameter) -> None:
 
 def _site(plan: Plan, name: str, weight: nn.Parameter) -> str | None:
     """The plan's name of a weight (several sites may be parts of it), or None."""
-    names = _records(plan)
+    names = records_of(plan)
     if not any(record.out_features * record.in_features <= weight.numel() for record in plan.sites) or weight.dim() < 2:
         return None
     alike = {known: record for known, record in names.items() if _alike(name, known)}
@@ -144,7 +139,7 @@ def gone(plan: Plan, models: Iterable[nn.Module]) -> Iterator[tuple[str, str]]:
 
     Other Parameters of the planned shape in the place of a weight are refused where a graph has them (``attachment_for``).
     """
-    sites, records = _sites.setdefault(plan, WeakTensorKeyDictionary()), _records(plan)
+    sites, records = _sites.setdefault(plan, WeakTensorKeyDictionary()), records_of(plan)
     planned = dict.fromkeys(base_name(site) for adapter in plan.adapters for site in adapter.sites)
     for model in map(unwrap, models):
         weights = weights_of(model)
