@@ -47,10 +47,11 @@ def in_place_of_planned(graph: fx.Graph, plans: Iterable[Plan], present: Collect
             source = source.args[0]
         if operands is None or not isinstance(source, fx.Node) or source.op not in ("placeholder", "get_attr"):
             continue
-        if "_buffers[" in source_text(source) or source_name(source) in present:
+        # a view of a Parameter is none itself
+        if isinstance(value_of(source), nn.Parameter) or "_buffers[" in source_text(source) or source_name(source) in present:
             continue
         value = value_of(operands.matrix) if isinstance(operands.matrix, fx.Node) else None
-        if not isinstance(value, torch.Tensor) or value.dim() != 2 or isinstance(value, nn.Parameter):
+        if not isinstance(value, torch.Tensor) or value.dim() != 2:
             continue
         rows, columns = value.shape
         if ((rows, columns) if operands.out_first else (columns, rows)) in shapes:

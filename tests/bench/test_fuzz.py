@@ -30,6 +30,8 @@ PLAIN = Spec(
     [
         PLAIN,
         replace(PLAIN, form="tensordot", write="out", cache="growing", kinds=("hybrid", "exact", "own")),
+        # graphs of one layer, with views of Parameters, while weights of the same shapes are in others
+        replace(PLAIN, layers=2, form="matmul", branch="break_in_mlp"),
         replace(PLAIN, plan="cats", mlp="packed", dropout="training", gradients=True, budget=0.9),
     ],
 )
