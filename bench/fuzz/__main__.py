@@ -12,7 +12,9 @@ from the oracle, crashed, or ran dense without a report.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,9 +29,16 @@ import typer
 from bench.common.record import append, head, start
 from bench.fuzz.spec import Spec, specs
 from bench.fuzz.trial import FAULTS, Outcome, attempt
+from rana_fx.atomic import write_bytes
 from rana_fx.commands.record import show
 
 Seen = dict[str, Any]  # counts by outcome, declined places, and faults by their text
+SAVED_EVERY = 10.0  # seconds between two writes of a worker's counts
+GRACE = 45.0  # seconds a worker has, after its time, for the example it is at
+
+
+class _TimeIsUp(BaseException):
+    """Ends hypothesis' drawing, which catches every Exception."""
 
 
 def main(
@@ -73,18 +82,20 @@ def main(
     raise typer.Exit(1 if faults else 0)
 
 
-def draw(examples: int, device: str, lowered: int, seconds: float, seed: int) -> Seen:
+def draw(examples: int, device: str, lowered: int, seconds: float, seed: int, saved: Path | None = None) -> Seen:
     """Draw and run examples in this process. Faults are grouped by text; each group keeps its smallest example.
 
     Args:
         examples: number of examples. device: "cpu" or "cuda". lowered: one in this many goes through Inductor; 0: none.
         seconds: no new example is run after this time. seed: of the examples.
+        saved: JSON file that has the counts so far, at most ``SAVED_EVERY`` seconds and an example old.
     """
     import hypothesis
     from tqdm import tqdm
 
     seen: Seen = {"kinds": collections.Counter(), "refused": collections.Counter(), "faults": {}, "declined": 0, "lowered": 0}
     deadline = time.perf_counter() + seconds
+    written = -math.inf
     bar = tqdm(total=examples, disable=None, desc="examples")
 
     @hypothesis.seed(seed)
@@ -94,15 +105,22 @@ def draw(examples: int, device: str, lowered: int, seconds: float, seed: int) ->
     )  # fmt: skip
     @hypothesis.given(specs())
     def run(spec: Spec) -> None:
+        nonlocal written
         if time.perf_counter() > deadline:
-            return
+            raise _TimeIsUp
         through = bool(lowered) and spec.seed % lowered == 0
         outcome = attempt(spec, torch.device(device), lowered=through)
         _count(seen, spec, outcome, through)
         bar.update()
+        if saved is not None and time.perf_counter() - written > SAVED_EVERY:
+            write_bytes(saved, json.dumps(seen).encode())
+            written = time.perf_counter()
 
-    run()
+    with contextlib.suppress(_TimeIsUp):
+        run()
     bar.close()
+    if saved is not None:
+        write_bytes(saved, json.dumps(seen).encode())
     return seen
 
 
@@ -148,21 +166,29 @@ def _size(spec: Spec | dict[str, Any]) -> int:
 
 
 def _spread(workers: int, examples: int, device: str, lowered: int, seconds: float, seed: int) -> Seen:
-    """``draw`` in several processes with different seeds; returns the merged counts."""
+    """``draw`` in several processes with different seeds; returns the merged counts. A process that is still at an example
+    ``GRACE`` seconds after its time is killed; what it had counted is kept."""
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for worker in range(workers):
             share = examples // workers + (worker < examples % workers)
             code = (
-                "import json, sys, torch; torch.set_num_threads(1); from bench.fuzz.__main__ import draw; "
-                f"seen = draw({share}, {device!r}, {lowered}, {seconds}, {seed * 1000 + worker}); "
-                f"json.dump(seen, open({str(Path(folder, str(worker)))!r}, 'w'))"
+                "import pathlib, torch; torch.set_num_threads(1); from bench.fuzz.__main__ import draw; "
+                f"draw({share}, {device!r}, {lowered}, {seconds}, {seed * 1000 + worker}, "
+                f"pathlib.Path({str(Path(folder, f'{worker}.json'))!r}))"
             )
             environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
             running.append(subprocess.Popen([sys.executable, "-c", code], env=environment))
+        last = time.perf_counter() + seconds + GRACE
+        cut = 0
         for process in running:
-            process.wait()
-        parts = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
+            try:
+                process.wait(max(0.0, last - time.perf_counter()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                cut += 1
+        parts = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
     total: Seen = {"kinds": collections.Counter(), "refused": collections.Counter(), "faults": {}, "declined": 0, "lowered": 0}
     for part in parts:
         total["kinds"].update(part["kinds"])
@@ -172,9 +198,9 @@ def _spread(workers: int, examples: int, device: str, lowered: int, seconds: flo
         for text, found in part["faults"].items():
             known = total["faults"].setdefault(text, found | {"count": 0})
             known["count"] += found["count"]
-    lost = workers - len(parts)
+    lost = sum(process.returncode != 0 for process in running) - cut
     if lost:
-        # the examples of a process that died are in no count
+        # the example at which a process died is in no count
         total["faults"][f"{lost} of {workers} processes died"] = {"kind": "crash", "count": lost, "spec": {}, "detail": ""}
     return total
 

@@ -81,3 +81,16 @@ def test_what_pytorch_does_not_compile_is_unsupported():
     )  # fmt: skip
     outcome = attempt(spec, CPU, lowered=False)
     assert outcome.kind == "unsupported" and "cond" in outcome.detail, outcome
+
+
+def test_drawing_stops_at_its_time_and_writes_its_counts(tmp_path):
+    saved = tmp_path / "counts.json"
+    seen = command.draw(10**9, "cpu", 0, seconds=2.0, seed=0, saved=saved)
+    assert seen["kinds"]["right"] > 0
+    assert json.loads(saved.read_text()) == seen
+
+
+def test_a_worker_that_hangs_is_killed_and_no_fault(monkeypatch):
+    monkeypatch.setattr(command, "GRACE", 0.0)
+    seen = command._spread(2, 10**9, "cpu", 0, seconds=0.0, seed=0)
+    assert not seen["kinds"] and not seen["faults"]
