@@ -26,11 +26,18 @@ NEAR = 1e-4  # the relative error of fp32 activations after two layers is about 
 
 
 class Oracle:
-    """``model``: a copy in fp64 in which every planned linear and gate is replaced, except the sites ``without``."""
+    """``model``: a copy in fp64 in which every planned linear and gate is replaced, except the sites ``without``.
 
-    def __init__(self, model: Transformer, plan: Plan, *, without: Collection[str] = ()) -> None:
+    change: each weight of the model and the adapters (no threshold) is multiplied by 1 + change * r, r random in (-1, 1).
+    """
+
+    def __init__(self, model: Transformer, plan: Plan, *, without: Collection[str] = (), change: float = 0.0) -> None:
         self.margin = float("inf")
+        self.change, self.random = change, torch.Generator().manual_seed(0)
         self.model = copy.deepcopy(model).double()
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(self._changed(parameter))
         modules: dict[str, Any] = dict(self.model.named_modules())
         if modules["head"].weight is modules["embed"].weight:
             modules["embed"] = modules["head"]  # a tied head goes by the name of the table
@@ -49,6 +56,13 @@ class Oracle:
                     function = _with_added_bias(self._linear(adapter, span, modules[site]), modules[site])
                     setattr(modules[site], "replacement" if isinstance(modules[site], Lin) else "forward", function)
 
+    def _changed(self, weights: Tensor) -> Tensor:
+        """In fp64."""
+        if not self.change:
+            return weights.double()
+        r = torch.rand(weights.shape, generator=self.random, dtype=torch.float64).to(weights.device)
+        return weights.double() * (1 + self.change * (2 * r - 1))
+
     def _keep(self, scores: Tensor, tau: Tensor) -> Tensor:
         tau = tau.double()
         finite = (tau > 0) & tau.isfinite()
@@ -62,26 +76,32 @@ class Oracle:
         mlp = modules[site.rpartition(".")[0]]
         mlp.gate_mask = lambda a: torch.where(self._keep(a.square(), adapter.tau), a, 0.0)
         if adapter.bias is not None:
-            bias = adapter.bias.double()
+            bias = self._changed(adapter.bias)
             mlp.down.replacement = _with_added_bias(lambda h: F.linear(h, mlp.down.matrix(), bias), mlp.down)
 
     def _linear(self, adapter: Adapter, span: slice, module: Lin | nn.Linear) -> Callable[[Tensor], Tensor]:
+        def matrix(values: Tensor, scale: Tensor | None) -> Tensor:
+            return self._changed(unpack(values, scale, torch.float64))
+
+        router = None if adapter.router is None else matrix(adapter.router, adapter.router_scale)
+        weight = None if adapter.weight is None else matrix(adapter.weight, adapter.weight_scale)[:, span]
+        shift = None if adapter.shift is None else self._changed(adapter.shift)
+        bias = None if adapter.bias is None else self._changed(adapter.bias[span])
+
         def forward(x: Tensor) -> Tensor:
             v = x
-            if adapter.router is not None:
-                router = unpack(adapter.router, adapter.router_scale, torch.float64)
+            if router is not None:
                 if adapter.router_tau is not None:
                     v = torch.where(self._keep(x.square(), adapter.router_tau), x, 0.0) @ router
                 else:
                     v = x @ router.t()
-            if adapter.shift is not None:
-                v = v - adapter.shift.double()
+            if shift is not None:
+                v = v - shift
             v = torch.where(self._keep(v.square(), adapter.tau), v, 0.0)
-            if adapter.weight is None:
-                bias = _own_bias(module) if adapter.bias is None else adapter.bias.double()[span]
-                return F.linear(v, _matrix(module), bias)
-            y = v @ unpack(adapter.weight, adapter.weight_scale, torch.float64)[:, span]
-            y = y if adapter.bias is None else y + adapter.bias.double()[span]
+            if weight is None:
+                return F.linear(v, _matrix(module), _own_bias(module) if bias is None else bias)
+            y = v @ weight
+            y = y if bias is None else y + bias
             if adapter.exact_tau is None:
                 return y
             tau = adapter.exact_tau.double()

@@ -11,8 +11,8 @@ import contextlib
 import copy
 import traceback
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from rana_fx.errors import RanaError
 from rana_fx.plan import Plan
 
 FAULTS = ("wrong", "dense", "crash")
+CHANGE = 1e-7  # of weights, relative, in fp64: small, so that no value crosses a threshold that is NEAR away
+Reference = Callable[[Oracle], tuple[Tensor, Cache]]  # what a call returns, by an oracle
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,16 @@ def attempt(spec: Spec, device: torch.device, *, lowered: bool) -> Outcome:
 
 
 def _fails_without_plan(spec: Spec, device: torch.device, lowered: bool) -> bool:
-    """Whether PyTorch's own backend raises an error on the model as it is."""
+    """Whether PyTorch raises an error on the model as it is, compiled or eager (torch.cond compiles itself)."""
     torch._dynamo.reset()
     model = build(spec).to(device)
+    wide = copy.deepcopy(model).double()
     fast = torch.compile(model, backend="inductor" if lowered else "eager", dynamic=spec.dynamic or None)
     try:
         with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradients):
             warnings.simplefilter("ignore")
             for ids in _tokens(spec, list(spec.calls), device):
+                wide(ids)
                 logits, _ = fast(ids)
                 if spec.gradients:
                     logits.float().square().mean().backward()
@@ -111,74 +115,89 @@ class _Pair:
 
     def sequence(self, ids: Tensor, *, gradients: bool) -> Outcome:
         """Compare one call with the oracle; with a cache, then a decoded token after the cached ones."""
-        start, cache = None, None
-        if self.spec.cache != "none" and self.spec.attention != "none":
-            cache, start = empty_cache(self.spec, len(ids), self.original.embed.weight), torch.tensor(0, device=ids.device)
-        wide = None if cache is None else [(k.double(), v.double()) for k, v in cache]
-        outcome, kept, wide = self._call(ids, cache, wide, start, gradients=gradients)
-        if outcome.kind == "right" and start is not None and ids.shape[1] < 40:
-            outcome, _, _ = self._call(ids[:, :1], kept, wide, start + ids.shape[1])
+        if self.spec.cache == "none" or self.spec.attention == "none":
+            return self._call(ids, None, None, lambda oracle: oracle.model(ids), gradients=gradients)[0]
+        start, then = torch.tensor(0, device=ids.device), torch.tensor(ids.shape[1], device=ids.device)
+
+        def prompt(oracle: Oracle) -> tuple[Tensor, Cache]:
+            return oracle.model(ids, empty_cache(self.spec, len(ids), oracle.model.embed.weight), start)
+
+        cache = empty_cache(self.spec, len(ids), self.original.embed.weight)
+        outcome, kept = self._call(ids, cache, start, prompt, gradients=gradients)
+        if outcome.kind == "right" and ids.shape[1] < 40:
+            token = ids[:, :1]
+            outcome, _ = self._call(token, kept, then, lambda oracle: oracle.model(token, prompt(oracle)[1], then))
         return outcome
 
     def _call(
-        self, ids: Tensor, cache: Cache | None, wide: Cache | None, start: Tensor | None, *, gradients: bool = False
-    ) -> tuple[Outcome, Cache, Cache]:
+        self, ids: Tensor, cache: Cache | None, start: Tensor | None, reference: Reference, *, gradients: bool = False
+    ) -> tuple[Outcome, Cache]:
         if self.spec.prefill in ("dense", "cheapest"):
             # whether a call is dense depends on its tokens: each call is compiled, so that its declined linears are its own
             torch._dynamo.reset()
             self.declined.clear()
         got, kept = self.compiled(ids, cache, start)
-        oracle = Oracle(self.original, self.plan, without=self.declined)
-        expected, wide_kept = oracle.model(ids, wide, start)
-        outcome = _compare(self.spec, got, expected, oracle, self.original, self.plan, ids)
+        oracle = self._oracle()
+        expected, _ = reference(oracle)
+        outcome = self._compare(got.detach(), expected.detach(), oracle, reference)
         if outcome.kind == "right" and gradients:
-            outcome = _gradients(self.model, got, oracle, expected)
-        return outcome, kept, wide_kept
+            outcome = self._gradients(got, expected, oracle, reference)
+        return outcome, kept
 
+    def _oracle(self, change: float = 0.0) -> Oracle:
+        return Oracle(self.original, self.plan, without=self.declined, change=change)
 
-def _compare(
-    spec: Spec, got: Tensor, expected: Tensor, oracle: Oracle, original: Transformer, plan: Plan, ids: Tensor
-) -> Outcome:
-    error = _relative(got.detach(), expected.detach())
-    allowed = _tolerance(spec)
-    if error > allowed and not spec.gradients:
-        allowed += 8 * _rounding(original, ids)  # of models that amplify rounding errors
-    if error <= allowed:
-        return Outcome("right")
-    if oracle.margin < NEAR:
-        return Outcome("near", f"{oracle.margin:.1e}")
-    if spec.cache == "none" and plan.adapters:
+    def _compare(self, got: Tensor, expected: Tensor, oracle: Oracle, reference: Reference) -> Outcome:
+        error, allowed = _relative(got, expected), _tolerance(self.spec)
+        if error <= allowed:
+            return Outcome("right")
+        if oracle.margin < NEAR:
+            return Outcome("near", f"{oracle.margin:.1e}")
+        if self.spec.cache == "none" and self.plan.adapters:
+            dense, _ = reference(Oracle(self.original, replace(self.plan, adapters=())))
+            if _relative(got, dense.detach()) <= allowed:
+                return Outcome("dense", f"relative distance to the plan {error:.2e}")
         with torch.no_grad():
-            dense, _ = copy.deepcopy(original).double()(ids)
-        if _relative(got.detach(), dense) <= _tolerance(spec):
-            return Outcome("dense", f"relative distance to the plan {error:.2e}")
-    return Outcome("wrong", f"relative distance {error:.2e}, allowed {allowed:.1e}")
+            changed, _ = reference(self._oracle(CHANGE))
+        allowed += self._amplified(changed, expected)
+        return Outcome("right" if error <= allowed else "wrong", f"relative distance {error:.2e}, allowed {allowed:.1e}")
+
+    def _gradients(self, got: Tensor, expected: Tensor, oracle: Oracle, reference: Reference) -> Outcome:
+        """Compare the gradients of the embedding, which all layers reach."""
+        mine, right = _gradient(got, self.model), _gradient(expected, oracle.model)
+        error, allowed = _relative(mine, right), 30 * _tolerance(self.spec)
+        if error > allowed:
+            other = self._oracle(CHANGE)
+            allowed += self._amplified(_gradient(reference(other)[0], other.model), right)
+            allowed += 8 * self._dense_rounding(reference)
+        return Outcome("right") if error <= allowed else Outcome("wrong", f"gradient off by {error:.2e}, allowed {allowed:.1e}")
+
+    def _dense_rounding(self, reference: Reference) -> float:
+        """Relative error of the gradient of the dense model in its own dtype, where the softmax of large values cancels."""
+        dense = replace(self.plan, adapters=())
+        narrow, wide = Oracle(self.original, dense), Oracle(self.original, dense)
+        narrow.model.to(getattr(torch, self.spec.dtype))
+        return _relative(*(_gradient(reference(oracle)[0], oracle.model) for oracle in (narrow, wide)))
+
+    def _amplified(self, changed: Tensor, right: Tensor) -> float:
+        """What the adapted model makes of the rounding of sums: the effect of a small change of each weight, in proportion.
+
+        The rounding error of a sum of up to 66 products is, in the mean, that of changing each weight by 8 eps of its size.
+        """
+        return 8 * torch.finfo(getattr(torch, self.spec.dtype)).eps * _relative(changed, right) / CHANGE
 
 
-def _gradients(model: Transformer, got: Tensor, oracle: Oracle, expected: Tensor) -> Outcome:
-    got.float().square().mean().backward()
-    expected.square().mean().backward()
-    mine, right = model.embed.weight.grad, oracle.model.embed.weight.grad
-    assert mine is not None and right is not None
-    error = _relative(mine, right)
-    allowed = 30 * _tolerance(model.spec)
-    return Outcome("right") if error <= allowed else Outcome("wrong", f"gradient off by {error:.2e}, allowed {allowed:.1e}")
+def _gradient(logits: Tensor, model: Transformer) -> Tensor:
+    """Of the mean square of the logits, for the embedding."""
+    (logits if logits.dtype == torch.float64 else logits.float()).square().mean().backward()
+    assert model.embed.weight.grad is not None
+    return model.embed.weight.grad
 
 
 def _tolerance(spec: Spec) -> float:
     """Bound of the relative error: about ten tensors per layer are rounded to their dtype; fp32 sums have up to 66 terms."""
     eps = torch.finfo(getattr(torch, spec.dtype)).eps
     return 64 * eps if spec.dtype == "float32" else 12 * eps * (10 * spec.layers) ** 0.5
-
-
-def _rounding(original: Transformer, ids: Tensor) -> float:
-    """Relative error of the dense model in its own dtype against fp64: the larger one of these ids and of a fixed text.
-
-    How much a model amplifies rounding depends on its input; a single decoded token says nothing of the cached ones.
-    """
-    wide, fixed = copy.deepcopy(original).double(), torch.arange(32, device=ids.device).reshape(2, 16)
-    with torch.no_grad():
-        return max(_relative(original(text)[0], wide(text)[0]) for text in (ids, fixed))
 
 
 def _relative(got: Tensor, right: Tensor) -> float:

@@ -33,6 +33,23 @@ PLAIN = Spec(
         # graphs of one layer, with views of Parameters, while weights of the same shapes are in others
         replace(PLAIN, layers=2, form="matmul", branch="break_in_mlp"),
         replace(PLAIN, plan="cats", mlp="packed", dropout="training", gradients=True, budget=0.9),
+        # without norms, whose adapted model has 20 times the rounding error of the dense one
+        replace(
+            PLAIN,
+            seed=44552,
+            width=12,
+            layers=2,
+            attention="shared_keys",
+            mlp="packed",
+            norm="none",
+            bias=False,
+            plan="static",
+            bits=16,
+            budget=0.9,
+            gradients=True,
+            as_option=True,
+            calls=((2, 2),),
+        ),
     ],
 )
 def test_an_example_is_right(spec):
