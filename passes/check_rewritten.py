@@ -20,5 +20,5 @@ def check_rewritten(graph_module: fx.GraphModule, context: PreGrad) -> PassResul
             assert linear.node not in present or linear.name in declined, f"{linear.name} is still in the graph"
     for node in present - context.given:  # a model may call our operations itself
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "rana":
-            assert "rana_adapter" in node.meta, f"{node}: no adapter recorded"
+            assert "rana" in node.meta, f"{node}: no adapter recorded"
     return PassResult()

@@ -37,9 +37,6 @@ class Annotation:
 
 def annotate(node: fx.Node, annotation: Annotation) -> None:
     node.meta["rana"] = annotation
-    node.meta["rana_adapter"] = annotation.adapter
-    if annotation.part in ("router_tau", "exact_tau"):
-        node.meta["rana_part"] = annotation.part
 
 
 class Emitter:

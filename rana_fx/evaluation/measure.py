@@ -69,9 +69,10 @@ def masked_nodes(graph: fx.Graph) -> list[MaskedNode]:
     """
     found: list[MaskedNode] = []
     for node in graph.nodes:
-        adapter, part = node.meta.get("rana_adapter"), node.meta.get("rana_part", "tau")
-        if adapter is None:
+        annotation = node.meta.get("rana")
+        if annotation is None:
             continue
+        adapter, part = annotation.adapter, annotation.part
         if node.target in (masked_gemv, gate_mask):
             found.append(MaskedNode(node, adapter, part, node.args[0], node.args[1]))
         elif node.target is masked_rows and part == "exact_tau":

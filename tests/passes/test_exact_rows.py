@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import rana_fx
 from rana_fx.evaluation.measure import measuring
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
+from rana_fx.passes.emit import Annotation
 from rana_fx.runtime.attachment import attached
 from rana_fx.training import add_lora, lora_config
 from tests.support.architectures import build, output
@@ -61,7 +62,7 @@ def test_large_outputs_are_the_models_own(name, activation):
     assert sum(getattr(target, "__name__", target) in ("linear", "addmm", "matmul", "einsum") for target in targets) == 1
     assert readers(nodes, "up_parameters_weight") == {masked_rows}
     (rows,) = [node for node in nodes if node.target is masked_rows]
-    assert rows.meta["rana_part"] == "exact_tau" and rows.meta["rana_adapter"] == "up"
+    assert rows.meta["rana"] == Annotation("up", "exact_tau")
     assert rows.args[4] == plan.adapters[0].exact_density == 1 / 4
 
 
