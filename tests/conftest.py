@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -153,6 +154,41 @@ def _guards_are_not_timed() -> Iterator[None]:
     eighth of the time of a trace."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_is_set_up_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter replaces the functions of its language at the start of a launch, and searches its modules for them
+    again at each call of a function of the kernel, in vain: a third of the time of a launch."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    # older versions keep what they replace elsewhere
+    scope = getattr(interpreter, "_LangPatchScope", None)
+    if scope is None:
+        yield
+        return
+    replace, done = interpreter._patch_lang, set()
+
+    def replace_once(fn: Callable[..., object]) -> object:
+        module = id(fn.__globals__)
+        if module in done:
+            return scope()
+        done.add(module)
+        replaced = replace(fn)
+        restore = replaced.restore
+
+        def restored() -> None:
+            done.clear()
+            restore()
+
+        replaced.restore = restored
+        return replaced
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
         yield
 
 

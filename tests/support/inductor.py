@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 
 from rana_fx.kernels.cpp import template as template_cpp
 from rana_fx.passes import lower
+from tests.support.one_library import one_library
 
 GEMV, ROUTER, ROWS = "// rana_masked_gemv", "// rana_router", "// rana_masked_rows"
 _UNINITIALISED = "new float[count]"
@@ -20,7 +21,8 @@ def compiled(function, *args, **settings):
     """(result, code)."""
     lower.register()
     torch.compiler.reset()
-    got, (code, *_) = run_and_get_code(torch.compile(function, **settings), *args)
+    with one_library():
+        got, (code, *_) = run_and_get_code(torch.compile(function, **settings), *args)
     return got, code
 
 
