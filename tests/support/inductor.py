@@ -14,6 +14,7 @@ from rana_fx.passes import lower
 from tests.support.one_library import one_library
 
 GEMV, ROUTER, ROWS = "// rana_masked_gemv", "// rana_router", "// rana_masked_rows"
+FALLBACK = "torch.ops.rana"
 _UNINITIALISED = "new float[count]"
 
 
@@ -40,7 +41,8 @@ def each(function, operands, **settings):
 
 
 def check_threads_change_no_bit(function, operands, marker):
-    """Each result has the same bits with one thread, three and the default, in each of two runs; each kernel uses its threads."""
+    """Each result has the same bits with one thread, three and the default, in each of two runs; each kernel uses its threads.
+    Returns the results."""
     results = []
     for threads in (1, 3):
         with torch._inductor.config.patch({"cpp.threads": threads}):
@@ -52,6 +54,7 @@ def check_threads_change_no_bit(function, operands, marker):
     results.append(each(function, operands)[0])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+    return results[0]
 
 
 @contextlib.contextmanager
