@@ -16,7 +16,7 @@ from tests.support.products import kernels_run_on
 DEVICES = {"reference": ["cpu"], "cpp": ["cpu"], "triton": ["cpu", "cuda"]}
 # cases of one example of a property; those of "cpp" are one graph
 AT_ONCE = {"reference": 25, "cpp": 6, "triton": 12}
-# the first example of a property has the simplest cases only; one that fails is not shrunk, which would compile hundreds of graphs
+# the first example has the simplest cases only; one that fails is not shrunk, which would compile hundreds of graphs
 FEW = settings(max_examples=max(2, settings.default.max_examples // 12), phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
 GEMV_CONFIGS = st.builds(
