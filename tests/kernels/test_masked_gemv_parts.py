@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rana_fx.errors import BadOperand
 from rana_fx.kernels.ops import implementation, masked_gemv_parts
 from rana_fx.kernels.triton.config import Config
-from tests.support.implementations import EAGER, FEW, kernels
+from tests.support.implementations import EAGER, FEW, kernels, runs_again
 from tests.support.products import DTYPES, assert_close, assert_each_close
 
 CONFIGS = st.builds(
@@ -53,8 +53,8 @@ def check(compare, y, v, taus, weights, biases):
 @FEW
 @given(data=st.data())
 def test_matches_fp64(who, device, data):
-    for _ in range(20):
-        operands = drawn(data, device)
+    cases = [drawn(data, device) for _ in range(20)]
+    for operands in cases:
         if who == "reference":
             with implementation(who):
                 check(assert_each_close, masked_gemv_parts(*operands, 0.5), *operands)
@@ -62,7 +62,8 @@ def test_matches_fp64(who, device, data):
         launch, config = kernels("masked_gemv_concat", device).masked_gemv_parts, data.draw(st.none() | CONFIGS)
         y = launch(*operands, config=config)
         check(assert_close, y, *operands)
-        assert torch.equal(y, launch(*operands, config=config))
+        if runs_again(operands, cases, device):
+            assert torch.equal(y, launch(*operands, config=config))
 
 
 def test_rows_may_lie_apart(device):

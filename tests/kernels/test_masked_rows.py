@@ -15,21 +15,12 @@ from rana_fx.errors import BadOperand
 from rana_fx.kernels.cpp.masked_rows import MaskedRowsTemplate
 from rana_fx.kernels.cpp.template import MAX_TOKENS
 from rana_fx.kernels.ops import implementation, masked_gemv, masked_rows
-from tests.support.implementations import EVERY, FEW, computed, kernels
+from tests.support.implementations import EVERY, FEW, computed, kernels, runs_again
 from tests.support.inductor import FALLBACK, GEMV, ROWS, calls, check_threads_change_no_bit, compiled, each, poisoned
 from tests.support.products import SIZES, Product, Rows, masked_by, row_products
 
 SPARSE = 0.01  # a density at which the template is expected to be faster, for any number of tokens
 INTERPRETED = [1, 2, 3, 7, 16, 31]  # a program is a row: the interpreter's time grows with them
-
-
-def case(tokens, rows, width, *, density=0.5, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(shape, generator=generator) for shape in ((tokens, width), (rows, width)))
-    a, bias = masked_by(density, tokens, rows, generator=generator), torch.randn(rows, generator=generator)
-    return Rows(*(value.to(dtype) for value in (x, a, weight / width**0.5, bias)))
-
-
 AT_ONCE = {"reference": 25, "cpp": 8, "triton": 30}
 CONFIGS = st.fixed_dictionaries(
     {
@@ -39,6 +30,13 @@ CONFIGS = st.fixed_dictionaries(
         "stages": st.sampled_from([1, 3]),
     }
 )
+
+
+def case(tokens, rows, width, *, density=0.5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((tokens, width), (rows, width)))
+    a, bias = masked_by(density, tokens, rows, generator=generator), torch.randn(rows, generator=generator)
+    return Rows(*(value.to(dtype) for value in (x, a, weight / width**0.5, bias)))
 
 
 # ---- every implementation
@@ -61,13 +59,14 @@ def by_cpp(cases, device, data):
 
 
 def by_triton(cases, device, data):
-    """In any config; two runs are equal to the bit."""
+    """In any config."""
     launch, make = kernels("masked_rows", device).masked_rows, kernels("router", device).RouterConfig
     for rows in cases:
         config = make(**data.draw(CONFIGS))
         h = launch(*rows.poisoned().operands, config=config)
         rows.check(h)
-        assert torch.equal(h, launch(*rows.operands, config=config))
+        if runs_again(rows, cases, device):
+            assert torch.equal(h, launch(*rows.operands, config=config))
 
 
 @EVERY

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
-from rana_fx.kernels.ops import implementation
+from rana_fx.kernels import registry
+from rana_fx.kernels.ops import arguments_of, implementation
+from rana_fx.kernels.problem import operand_of_tensor, problem_of
 from rana_fx.kernels.triton.config import Config
 from tests.support.inductor import calls, each
 from tests.support.products import kernels_run_on
@@ -53,7 +55,8 @@ def kernels(name, device):
 def computed(who, op, operands, marker, device):
     """Results of an operation for each of these tuples of operands, which are on the device.
 
-    Through Inductor ("cpp") each of them has to be a kernel with the marker in its source.
+    Each has to be accepted, since the reference computes what is not; through Inductor ("cpp") each of them has to be a kernel
+    with the marker in its source.
     """
     if who == "cpp":
         results, code = each(op, operands)
@@ -61,5 +64,15 @@ def computed(who, op, operands, marker, device):
         return results
     if who == "triton":
         kernels_run_on(device)
+    name = op._schema.name.removeprefix("rana::")
+    for given in operands:
+        problem = problem_of(name, arguments_of(name, given, {}), operand_of_tensor, compiled=False)
+        assert registry.choose(problem, name=who).name == who
     with implementation(who):
         return [op(*given) for given in operands]
+
+
+def runs_again(case, cases, device):
+    """Whether this one of the cases is run twice, whose results have to be equal to the bit: each on a GPU; of the interpreter,
+    which has one order, the last."""
+    return device.type == "cuda" or case is cases[-1]

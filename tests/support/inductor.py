@@ -29,6 +29,11 @@ def compiled(function, *args, **settings):
 
 def each(function, operands, **settings):
     """(results, code) of a function for each of these tuples of operands, compiled as one graph: one compile for all kernels."""
+    return compiled(*_as_one(function, operands), **settings)
+
+
+def _as_one(function, operands):
+    """(a function that returns the results for all operands, its arguments)."""
     spans, flat = [], []
     for given in operands:
         spans.append(slice(len(flat), len(flat) + len(given)))
@@ -37,18 +42,21 @@ def each(function, operands, **settings):
     def all_of_them(*args):
         return tuple(function(*args[span]) for span in spans)
 
-    return compiled(all_of_them, *flat, **settings)
+    return all_of_them, *flat
 
 
 def check_threads_change_no_bit(function, operands, marker):
     """Each result has the same bits with one thread, three and the default, in each of two runs; each kernel uses its threads.
     Returns the results."""
     results = []
+    together, *flat = _as_one(function, operands)
+    lower.register()
     for threads in (1, 3):
-        with torch._inductor.config.patch({"cpp.threads": threads}):
-            for _ in range(2):
-                got, code = each(function, operands)
-                results.append(got)
+        torch.compiler.reset()
+        run = torch.compile(together)
+        with torch._inductor.config.patch({"cpp.threads": threads}), one_library():
+            got, (code, *_) = run_and_get_code(run, *flat)
+            results += [got, run(*flat)]
         found = re.findall(r"\bnum_threads\((\d+)\)", code)
         assert calls(code, marker) == len(operands) <= len(found) and set(found) == {str(threads)}
     results.append(each(function, operands)[0])
