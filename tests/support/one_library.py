@@ -21,7 +21,7 @@ _ENTRY = re.compile(r"\bvoid\s+kernel\(")
 class _Library(CppPythonBindingsCodeCache):
     """The same compiler options and precompiled header, loaded through ctypes."""
 
-    cache: dict[str, Any] = {}  # noqa: RUF012
+    cache: dict[str, Any] = {}
 
     @staticmethod
     def _load_library_inner(path: str, key: str) -> ctypes.CDLL:
