@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -57,17 +58,17 @@ LONGEST = (
     "integration/test_storage.py",
     "integration/test_backend.py",
     "integration/test_sizes.py",
-    "kernels/test_masked_gemv_cpp.py",
     "integration/test_architectures.py",
     "bench/test_decode.py",
     "integration/test_exact_compiled.py",
     "cli/test_cli.py",
     "recipes/test_budget.py",
     "graph/test_coverage.py",
-    "kernels/test_not_finite.py",
     "runtime/test_prefill.py",
-    "kernels/test_triton_masked_gemv.py",
+    "kernels/test_masked_gemv.py",
     "runtime/test_compiled_methods.py",
+    "kernels/test_not_finite.py",
+    "kernels/test_masked_gemv_fused.py",
     "integration/test_cats_compiled.py",
     "integration/test_split_graphs.py",
     "bench/test_ablation.py",
@@ -77,7 +78,8 @@ LONGEST = (
     "unit/test_golden.py",
     "integration/test_lowerings.py",
     "bench/test_reproduce.py",
-    "kernels/test_router_cpp.py",
+    "kernels/test_router.py",
+    "kernels/test_masked_rows.py",
     "calibration/test_batches.py",
     "training/test_lora.py",
 )
@@ -153,6 +155,41 @@ def _guards_are_not_timed() -> Iterator[None]:
     eighth of the time of a trace."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_is_set_up_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter replaces the functions of its language at the start of a launch, and searches its modules for them
+    again at each call of a function of the kernel, in vain: a third of the time of a launch."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    # older versions keep what they replace elsewhere
+    scope = getattr(interpreter, "_LangPatchScope", None)
+    if scope is None:
+        yield
+        return
+    replace, done = interpreter._patch_lang, set()
+
+    def replace_once(fn: Callable[..., object]) -> object:
+        module = id(fn.__globals__)
+        if module in done:
+            return scope()
+        done.add(module)
+        replaced = replace(fn)
+        restore = replaced.restore
+
+        def restored() -> None:
+            done.clear()
+            restore()
+
+        replaced.restore = restored
+        return replaced
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
         yield
 
 

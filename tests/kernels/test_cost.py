@@ -81,6 +81,12 @@ def test_union_of_masks(k, t, density):
     assert math.isclose(rows_read(k, 1, density), k * density, abs_tol=1e-9 * k)
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 50.0), (2, 75.0), (4, 93.75), (8, 187.5)])
+def test_half_of_a_hundred_rows(tokens, rows):
+    """Independent masks, read one by one, in one group of four, in two groups."""
+    assert rows_read(100, tokens, 0.5) == pytest.approx(rows)
+
+
 def test_fewer_bits_cost_less_where_bytes_decide():
     assert masked_us(4096, 12288, 1, 0.5, bits=16) < masked_us(4096, 12288, 1, 0.5, bits=32)
     for bits in (8, 4):

@@ -19,7 +19,7 @@ from rana_fx.kernels import reference
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.kernels.triton.config import configs
 from rana_fx.passes import lower
-from tests.kernels.test_sm90 import run
+from tests.support.uninterpreted import run
 
 pytest.importorskip("triton")
 

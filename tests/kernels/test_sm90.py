@@ -4,25 +4,12 @@ for Inductor."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.uninterpreted import run
+
 pytest.importorskip("triton")
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments):
-    """stdout of a process that compiles Triton kernels, since this process may interpret them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,10 @@ from torch._inductor.utils import run_and_get_code
 
 from rana_fx.kernels.cpp import template as template_cpp
 from rana_fx.passes import lower
+from tests.support.one_library import one_library
 
 GEMV, ROUTER, ROWS = "// rana_masked_gemv", "// rana_router", "// rana_masked_rows"
+FALLBACK = "torch.ops.rana"
 _UNINITIALISED = "new float[count]"
 
 
@@ -20,12 +22,18 @@ def compiled(function, *args, **settings):
     """(result, code)."""
     lower.register()
     torch.compiler.reset()
-    got, (code, *_) = run_and_get_code(torch.compile(function, **settings), *args)
+    with one_library():
+        got, (code, *_) = run_and_get_code(torch.compile(function, **settings), *args)
     return got, code
 
 
 def each(function, operands, **settings):
     """(results, code) of a function for each of these tuples of operands, compiled as one graph: one compile for all kernels."""
+    return compiled(*_as_one(function, operands), **settings)
+
+
+def _as_one(function, operands):
+    """(a function that returns the results for all operands, its arguments)."""
     spans, flat = [], []
     for given in operands:
         spans.append(slice(len(flat), len(flat) + len(given)))
@@ -34,22 +42,27 @@ def each(function, operands, **settings):
     def all_of_them(*args):
         return tuple(function(*args[span]) for span in spans)
 
-    return compiled(all_of_them, *flat, **settings)
+    return all_of_them, *flat
 
 
 def check_threads_change_no_bit(function, operands, marker):
-    """Each result has the same bits with one thread, three and the default, in each of two runs; each kernel uses its threads."""
+    """Each result has the same bits with one thread, three and the default, in each of two runs; each kernel uses its threads.
+    Returns the results."""
     results = []
+    together, *flat = _as_one(function, operands)
+    lower.register()
     for threads in (1, 3):
-        with torch._inductor.config.patch({"cpp.threads": threads}):
-            for _ in range(2):
-                got, code = each(function, operands)
-                results.append(got)
+        torch.compiler.reset()
+        run = torch.compile(together)
+        with torch._inductor.config.patch({"cpp.threads": threads}), one_library():
+            got, (code, *_) = run_and_get_code(run, *flat)
+            results += [got, run(*flat)]
         found = re.findall(r"\bnum_threads\((\d+)\)", code)
         assert calls(code, marker) == len(operands) <= len(found) and set(found) == {str(threads)}
     results.append(each(function, operands)[0])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+    return results[0]
 
 
 @contextlib.contextmanager

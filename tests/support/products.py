@@ -31,8 +31,12 @@ class Product:
     scale: torch.Tensor | None
     bias: torch.Tensor | None
 
+    @property
+    def operands(self):
+        return self.v, self.tau, self.weight, self.bias, self.scale
+
     def to(self, device):
-        tensors = {name: value if value is None else _moved(value, device) for name, value in vars(self).items()}
+        tensors = {name: value if value is None else moved(value, device) for name, value in vars(self).items()}
         return dataclasses.replace(self, **tensors)
 
     def sums(self):
@@ -49,6 +53,11 @@ class Product:
         more = torch.as_tensor(residual, dtype=torch.float64)
         assert y.dtype == self.v.dtype
         assert_close("y", y, exact + more, magnitude + more.abs(), terms=self.v.shape[-1])
+
+    def check_each(self, y):
+        """``check`` for the reference, whose sums and dequantised weights are in v's dtype."""
+        assert y.dtype == self.v.dtype
+        assert_each_close("y", y, *self.sums(), terms=self.v.shape[-1])
 
     def check_gated(self, y, activation):
         """Assert that y is activation(first half) * second half of the masked matmul.
@@ -72,7 +81,7 @@ class Rows:
     bias: torch.Tensor | None
 
     def to(self, device):
-        return Rows(*(value if value is None else _moved(value, device) for value in vars(self).values()))
+        return Rows(*(value if value is None else moved(value, device) for value in vars(self).values()))
 
     @property
     def operands(self):
@@ -89,16 +98,25 @@ class Rows:
         weight[~self.kept] = math.nan
         return dataclasses.replace(self, weight=weight)
 
+    def sums(self):
+        """The result and the sum of the magnitudes of its terms, fp64."""
+        w, zero = self.weight.double(), torch.zeros((), dtype=torch.float64, device=self.x.device)
+        bias, a = zero if self.bias is None else self.bias.double(), self.a.double()
+        exact = torch.where(a != 0, a * (self.x.double() @ w.t() + bias), zero)
+        return exact, torch.where(a != 0, a.abs() * (self.x.double().abs() @ w.abs().t() + bias.abs()), zero)
+
     def check(self, h):
         """Assert that h is the result in x's dtype, within the bound, and zero where a is zero."""
-        w, bias = self.weight.double(), torch.zeros((), dtype=torch.float64, device=h.device)
-        bias = bias if self.bias is None else self.bias.double()
-        a, zero = self.a.double(), torch.zeros((), dtype=torch.float64, device=h.device)
-        exact = torch.where(a != 0, a * (self.x.double() @ w.t() + bias), zero)
-        magnitude = torch.where(a != 0, a.abs() * (self.x.double().abs() @ w.abs().t() + bias.abs()), zero)
+        self._check(assert_close, h)
+
+    def check_each(self, h):
+        """``check`` for the reference, whose sums are in x's dtype."""
+        self._check(assert_each_close, h)
+
+    def _check(self, compare, h):
         assert h.dtype == self.x.dtype
-        assert bool((h[a == 0] == 0).all())
-        assert_close("h", h, exact, magnitude, terms=self.x.shape[-1])
+        assert bool((h[self.a == 0] == 0).all())
+        compare("h", h, *self.sums(), terms=self.x.shape[-1])
 
 
 def assert_close(name, got, exact, magnitude, *, terms):
@@ -110,6 +128,15 @@ def assert_close(name, got, exact, magnitude, *, terms):
     bound = rounding + 4 * eps * math.sqrt(math.log2(terms) + 1) * magnitude.norm().item()
     assert got.shape == exact.shape
     assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}"
+
+
+def assert_each_close(name, got, exact, magnitude, *, terms):
+    """Element by element, for operands, sums and results that are rounded to got's dtype."""
+    rounded = torch.finfo(got.dtype)
+    bound = 4 * rounded.eps * math.sqrt(math.log2(terms) + 1) * magnitude + rounded.tiny
+    assert got.shape == exact.shape
+    excess = ((got.double() - exact).abs() - bound).max().item()
+    assert excess <= 0, f"{name}: an error exceeds its bound by {excess:.3e}"
 
 
 def strided(values, kind):
@@ -158,6 +185,18 @@ def products(draw, *, bits=16, tokens=(1, 2, 3, 4, 5, 16), halves=False):
     return Product(v, tau, weight, scale, bias)
 
 
+def product_of(tokens, ranks, outputs, dtype, *, bits=16, density=0.5, seed=0):
+    """Operands of a masked matmul; a threshold per rank around the quantile that gives the density."""
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(tokens, ranks, generator=generator).to(dtype)
+    cut = {0.0: math.inf, 1.0: 0.0}.get(density, float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - density / 2))) ** 2)
+    tau = (torch.full((ranks,), cut) * (0.5 + torch.rand(ranks, generator=generator))).nan_to_num(nan=0.0, posinf=math.inf)
+    weight = (torch.randn(ranks, outputs, generator=generator) / math.sqrt(ranks)).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    weight, scale = (weight, None) if bits == 16 else every_number(*pack(weight, bits), generator)
+    return Product(v, tau, weight, scale, bias)
+
+
 def masked_by(density, *shape, generator):
     """Random values; about that fraction is not zero."""
     a = torch.randn(shape, generator=generator)
@@ -184,7 +223,7 @@ def kernels_run_on(device):
         pytest.skip("compiled kernels need a GPU")
 
 
-def _moved(tensor, device):
+def moved(tensor, device):
     """The same strides on another device."""
     if tensor.device == device:
         return tensor

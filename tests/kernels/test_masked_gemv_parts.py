@@ -1,24 +1,17 @@
-"""Matmuls of one tensor with different masks in one launch, against fp64: under Triton's interpreter, and on a GPU."""
+"""rana::masked_gemv_parts: matmuls of one tensor with different masks; by Triton in one launch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("triton")
-
 from rana_fx.errors import BadOperand
+from rana_fx.kernels.ops import implementation, masked_gemv_parts
 from rana_fx.kernels.triton.config import Config
-from rana_fx.kernels.triton.masked_gemv_concat import masked_gemv_parts
-from tests.support.products import DTYPES, assert_close, kernels_run_on
-
-
-@pytest.fixture(autouse=True)
-def _kernels_run(device):
-    kernels_run_on(device)
-
+from tests.support.implementations import EAGER, FEW, kernels, runs_again
+from tests.support.products import DTYPES, assert_close, assert_each_close
 
 CONFIGS = st.builds(
     Config,
@@ -30,14 +23,10 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=20)
-@given(data=st.data())
-def test_matches_fp64(device, data):
-    dtype, tokens, ranks = (
-        data.draw(st.sampled_from(DTYPES)),
-        data.draw(st.sampled_from([1, 2, 5])),
-        data.draw(st.integers(1, 97)),
-    )
+def drawn(data, device):
+    """v, thresholds, weights, biases: masks that keep none, some or all; two or three weights."""
+    dtype, tokens = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([1, 2, 5]))
+    ranks = data.draw(st.integers(1, 97))
     sizes = data.draw(st.lists(st.sampled_from([1, 64, 67, 130]), min_size=2, max_size=3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
 
@@ -45,24 +34,42 @@ def test_matches_fp64(device, data):
         return torch.randn(size, generator=generator).to(dtype).to(device)
 
     v, weights = randn(tokens, ranks), [randn(ranks, size) for size in sizes]
-    # none kept, some, and all
     taus = [torch.full((ranks,), data.draw(st.sampled_from([0.0, 0.5, torch.inf])), device=device) for _ in sizes]
-    biases = [randn(size) for size in sizes] if data.draw(st.booleans()) else []
-    config = data.draw(st.none() | CONFIGS)
-    y = masked_gemv_parts(v, taus, weights, biases, config=config)
-    assert torch.equal(y, masked_gemv_parts(v, taus, weights, biases, config=config))
-    for index, (got, tau, weight) in enumerate(zip(y.split(sizes, -1), taus, weights, strict=True)):
+    return v, taus, weights, [randn(size) for size in sizes] if data.draw(st.booleans()) else []
+
+
+def check(compare, y, v, taus, weights, biases):
+    assert y.dtype == v.dtype
+    parts = y.split([weight.shape[1] for weight in weights], -1)
+    for index, (got, tau, weight) in enumerate(zip(parts, taus, weights, strict=True)):
         kept = torch.where(v.float().square() >= tau, v.double(), 0)
         exact, magnitude = kept @ weight.double(), kept.abs() @ weight.double().abs()
         if biases:
             exact, magnitude = exact + biases[index].double(), magnitude + biases[index].double().abs()
-        assert_close("y", got, exact, magnitude, terms=ranks + 1)
+        compare("y", got, exact, magnitude, terms=v.shape[-1] + 1)
+
+
+@EAGER
+@FEW
+@given(data=st.data())
+def test_matches_fp64(who, device, data):
+    cases = [drawn(data, device) for _ in range(20)]
+    for operands in cases:
+        if who == "reference":
+            with implementation(who):
+                check(assert_each_close, masked_gemv_parts(*operands, 0.5), *operands)
+            continue
+        launch, config = kernels("masked_gemv_concat", device).masked_gemv_parts, data.draw(st.none() | CONFIGS)
+        y = launch(*operands, config=config)
+        check(assert_close, y, *operands)
+        if runs_again(operands, cases, device):
+            assert torch.equal(y, launch(*operands, config=config))
 
 
 def test_rows_may_lie_apart(device):
     wide = torch.randn(40, 256, device=device)
     v, taus, weights = torch.randn(1, 1, 40, device=device), [torch.zeros(40, device=device)] * 2, [wide[:, :64], wide[:, 128:]]
-    y = masked_gemv_parts(v, taus, weights)
+    y = kernels("masked_gemv_concat", device).masked_gemv_parts(v, taus, weights)
     assert y.shape == (1, 1, 192)
     torch.testing.assert_close(y, torch.cat([v @ weight for weight in weights], -1), rtol=1e-4, atol=1e-4)
 
@@ -81,7 +88,8 @@ def test_rows_may_lie_apart(device):
         ({"biases": [torch.zeros(4), torch.zeros(5)]}, r"biases\[1\]"),
     ],
 )
-def test_wrong_operands_are_refused(change, name):
+def test_wrong_operands_are_refused(device, change, name):
+    launch = kernels("masked_gemv_concat", device).masked_gemv_parts
     given = {"v": torch.randn(1, 8), "taus": [torch.zeros(8)] * 2, "weights": [torch.randn(8, 4)] * 2, "biases": []} | change
     with pytest.raises(BadOperand, match=name):
-        masked_gemv_parts(given["v"], given["taus"], given["weights"], given["biases"])
+        launch(given["v"], given["taus"], given["weights"], given["biases"])
