@@ -27,7 +27,7 @@ def facts(dtype: torch.dtype) -> dict[str, Any]:
     return {"dot": dot, "passes": 3 if dtype == torch.float32 else 2, "bits": bits, "mm": f"_mm{bits}_"}
 
 
-# before the loop over blocks
+# dot products, and loads of up to B bytes
 PRELUDE = r"""
   using Bytes = __m{{bits}}i;
   constexpr int P = {{passes}};  // integers of a coefficient
@@ -47,6 +47,10 @@ PRELUDE = r"""
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   {%- endif %}
   };
+"""
+
+# of masked_gemv alone
+INTERLEAVE = r"""
   // the number of a group for each of its columns: two groups of 64 columns share a vector of 512 bits
   auto spread = [](const int32_t* p) {
   {%- if dot == "vnni" and packed and grain == 64 %}

@@ -160,7 +160,7 @@ class MaskedGemvTemplate(RowsTemplate):
     """Inputs: v (T, K), tau (K,) fp32, weight with contiguous rows (K of them) and, where it is quantised, its scale."""
 
     body: ClassVar[str] = (
-        "{% if dot %}" + integers.PRELUDE + "{% endif %}"
+        "{% if dot %}" + integers.PRELUDE + integers.INTERLEAVE + "{% endif %}"
         + _COMPACT
         + "{% if packed %}" + _PACKED + "{% else %}" + _FLOATS + "{% endif %}"
         + "{% if dot %}" + integers.BLOCK + "{% endif %}"
