@@ -8,8 +8,10 @@ are those that any token keeps; a token's coefficient of a row it does not keep 
 follows (bias, activation, residual, cast) is pointwise, and Inductor fuses it into the template.
 
 Weights are floating, int8 with a scale per row (which becomes part of the coefficient) or 4 bits with a scale per row and group
-of columns (rana_fx.formats); stored numbers are exact in fp32, so nothing is rounded before it is multiplied. Rows must be
-contiguous.   Error: fp32 accumulation in a fixed order, so two runs are equal to the bit, on any number of threads.
+of columns (rana_fx.formats); rows must be contiguous. Quantised weights are multiplied as integers, 16 rows at a time, where the
+CPU has the instructions (integers.py, also on its error), else and for the rows that remain as the floats they stand for.
+
+Error: fp32 accumulation in a fixed order, so two runs are equal to the bit, on any number of threads.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
 from rana_fx.formats import GROUPS
+from rana_fx.kernels.cpp import integers
 from rana_fx.kernels.cpp.template import MAX_TOKENS, RowsTemplate, index_of
 
 _ACCUMULATORS = 4096  # floats, over all tokens: half of a 32 KiB L1 cache
@@ -49,16 +52,22 @@ _COMPACT = r"""
     const int64_t grains = (N + GRAIN - 1) / GRAIN;
     const int64_t begin = grains * thread / count * GRAIN, end = std::min(N, grains * (thread + 1) / count * GRAIN);
     const auto sums = floats(NB * T + VL);
+    {%- if dot %}
+    constexpr int64_t MIXED = NB + {{4 * bits // 8}};  // whole chunks
+    const auto mixed = floats(MIXED * T);
+    {%- endif %}
     for (int64_t first = begin; first < end; first += NB) {
       const int64_t width = std::min(NB, end - first);
       std::fill_n(sums.get(), NB * T, 0.0f);
 """
 
 _FLOATS = r"""
-      auto add = [&](auto rows, int64_t j) {
+      auto add = [&](auto rows, int64_t j, int64_t from, int64_t to) {
         constexpr int R = decltype(rows)::value;
         const {{weight_type}}* w[R];
         for (int i = 0; i < R; i++) w[i] = W + row[j + i] * {{row_stride}}L + first;
+        const {{weight_type}}* next[R];
+        for (int i = 0; i < R; i++) next[i] = W + row[std::min(j + R + i, kept - 1)] * {{row_stride}}L + first;
         {%- if one %}
         float c[R];
         for (int i = 0; i < R; i++) c[i] = coefficient[j + i];
@@ -67,7 +76,10 @@ _FLOATS = r"""
         {%- endif %}
         auto step = [&](int64_t o, int64_t n) {
           Vec x[R];
-          for (int i = 0; i < R; i++) x[i] = load(w[i] + o, n);
+          for (int i = 0; i < R; i++) {
+            x[i] = load(w[i] + o, n);
+            prefetch(next[i] + o);
+          }
           for (int64_t t = 0; t < T; t++) {
             float* const sum = sums.get() + t * NB + o;
             Vec a = Vec::loadu(sum, n);
@@ -75,20 +87,20 @@ _FLOATS = r"""
             a.store(sum, n);
           }
         };
-        int64_t o = 0;
-        for (; o + VL <= width; o += VL) step(o, VL);
-        if (o < width) step(o, width - o);
+        int64_t o = from;
+        for (; o + VL <= to; o += VL) step(o, VL);
+        if (o < to) step(o, to - o);
       };
 """
 
 _PACKED = r"""
-      // sums of even columns are in front of those of odd ones
-      auto add = [&](auto rows, int64_t j) {
+      // sums of even columns are in front of those of odd ones; positions are bytes
+      auto add = [&](auto rows, int64_t j, int64_t from, int64_t to) {
         constexpr int R = decltype(rows)::value;
         const uint8_t* w[R];
         for (int i = 0; i < R; i++) w[i] = W + row[j + i] * {{row_stride}}L + first / 2;
-        for (int64_t o = 0; o < width / 2; o += GRAIN / 2) {
-          const int64_t g = (first + 2 * o) / GRAIN, stop = std::min(o + GRAIN / 2, width / 2);
+        for (int64_t o = from; o < to;) {
+          const int64_t g = (first + 2 * o) / GRAIN, stop = std::min((o / (GRAIN / 2) + 1) * (GRAIN / 2), to);
           float c[R * {{most}}];
           for (int i = 0; i < R; i++) {
             const int64_t k = row[j + i];
@@ -109,17 +121,24 @@ _PACKED = r"""
               b.store(sum + NB / 2, n);
             }
           };
-          int64_t p = o;
-          for (; p + VL <= stop; p += VL) step(p, VL);
-          if (p < stop) step(p, stop - p);
+          for (; o + VL <= stop; o += VL) step(o, VL);
+          if (o < stop) step(o, stop - o);
+          o = stop;
         }
       };
 """
 
-_STORE = r"""
+_PRODUCTS = r"""
       int64_t j = 0;
-      for (; j + {{rows}} <= kept; j += {{rows}}) add(std::integral_constant<int, {{rows}}>(), j);
-      for (; j < kept; j++) add(std::integral_constant<int, 1>(), j);
+      {%- if dot %}
+      for (; j + 16 <= kept; j += 16) integers(j);
+      {%- endif %}
+      const int64_t last = width{{ " / 2" if packed }};
+      for (; j + {{rows}} <= kept; j += {{rows}}) add(std::integral_constant<int, {{rows}}>(), j, 0, last);
+      for (; j < kept; j++) add(std::integral_constant<int, 1>(), j, 0, last);
+"""
+
+_STORE = r"""
       for (int64_t t = 0; t < T; t++) {
         const float* const sum = sums.get() + t * NB;
         float* const y = result + t * N + first;
@@ -140,7 +159,15 @@ _STORE = r"""
 class MaskedGemvTemplate(RowsTemplate):
     """Inputs: v (T, K), tau (K,) fp32, weight with contiguous rows (K of them) and, where it is quantised, its scale."""
 
-    body: ClassVar[str] = _COMPACT + "{% if packed %}" + _PACKED + "{% else %}" + _FLOATS + "{% endif %}" + _STORE
+    body: ClassVar[str] = (
+        "{% if dot %}" + integers.PRELUDE + integers.INTERLEAVE + "{% endif %}"
+        + _COMPACT
+        + "{% if packed %}" + _PACKED + "{% else %}" + _FLOATS + "{% endif %}"
+        + "{% if dot %}" + integers.BLOCK + "{% endif %}"
+        + _PRODUCTS
+        + "{% if dot %}" + integers.COLLECT + "{% endif %}"
+        + _STORE
+    )  # fmt: skip
 
     def __init__(self, v: Any, tau: Any, weight: Any, scale: Any, layout: ir.Layout) -> None:
         tokens, columns = layout.size[0], int(layout.size[1])
@@ -152,6 +179,7 @@ class MaskedGemvTemplate(RowsTemplate):
             grain = next(g for g in GROUPS if -(-columns // g) == int(scale.get_size()[1]))
         share = -(-columns // grain) * grain
         inputs = {"V": v, "Tau": tau, "W": weight} | ({} if scale is None else {"Scale": scale})
+        whole = integers.facts(v.get_dtype()) if scale is not None else {"dot": None}
         super().__init__(
             "rana_masked_gemv",
             inputs,
@@ -164,10 +192,13 @@ class MaskedGemvTemplate(RowsTemplate):
             most=most,
             rows=8,
             packed=packed,
+            offset=8 if packed else 128 if whole["dot"] == "vnni" else 0,
             weight_type=DTYPE_TO_CPP[weight.get_dtype()],
             row_stride=int(weight.get_stride()[0]),
             v_index=index_of(v, "t", "k"),
             tau_index=index_of(tau, "k"),
             row_scale="" if scale is None or packed else f" * static_cast<float>(Scale[{index_of(scale, 'k')}])",
             scale_index=index_of(scale, "k", "g") if packed else "",
+            scale_stride=int(scale.get_stride()[0]) if packed else 0,
+            **whole,
         )

@@ -65,6 +65,7 @@ class MaskedRowsTemplate(RowsTemplate):
             rows=max(1, min(4, SUMS // tokens)),
             packed=False,
             row="listed[first + i]",
+            next_row="listed[std::min(first + i + R, kept - 1)]",
             value="gated(t, r, total(sum[i][t]))",
             row_stride=int(weight.get_stride()[0]),
             x_index=index_of(x, "t", "d"),

@@ -2,9 +2,10 @@
 
     z[t, r] = sum over d of x[t, d] * w[r, d]        in fp32, T small, w = weight * scale
 
-Each thread reads its rows once, several side by side, and keeps one vector of sums per row and token in registers. Stored numbers
-become fp32 there: an int8 row is scaled when it is summed up, a 4-bit one at the end of each group of columns. The result is
-fp32; the cast to x's dtype, and whatever else is pointwise, is fused into the template.
+Each thread reads its rows once, several side by side, and keeps one vector of sums per row and token in registers. Quantised
+rows are multiplied as integers where the CPU has the instructions (integer_router.py). Else stored numbers become fp32: an int8
+row is scaled when it is summed up, a 4-bit one at the end of each group of columns. The result is fp32; the cast to x's dtype,
+and whatever else is pointwise, is fused into the template.
 
 Error: fp32 accumulation in a fixed order, so two runs are equal to the bit, on any number of threads.
 """
@@ -17,6 +18,7 @@ import torch
 from torch._inductor import ir
 
 from rana_fx.formats import GROUPS
+from rana_fx.kernels.cpp import integer_router, integers
 from rana_fx.kernels.cpp.template import RowsTemplate, index_of
 
 SUMS = 8  # vectors of sums in flight: half of what AVX2 has as registers
@@ -51,7 +53,7 @@ OPEN = r"""
     };
 """
 
-# {{row}}: the number of row i of those from ``first`` on; {{value}}: what becomes of its sum
+# {{row}}: the number of row i of those from ``first`` on, {{next_row}}: R rows later; {{value}}: what becomes of its sum
 FLOATS = r"""
     auto dot = [&](auto rows, int64_t first) {
       constexpr int R = decltype(rows)::value;
@@ -59,7 +61,10 @@ FLOATS = r"""
       for (auto& s : sum) for (auto& a : s) a = Vec(0.0f);
       auto step = [&](int64_t d, int64_t n) {
         Vec w[R];
-        for (int i = 0; i < R; i++) w[i] = load(W + {{row}} * {{row_stride}}L + d, n);
+        for (int i = 0; i < R; i++) {
+          w[i] = load(W + {{row}} * {{row_stride}}L + d, n);
+          prefetch(W + {{next_row}} * {{row_stride}}L + d);
+        }
         for (int64_t t = 0; t < TOKENS; t++) {
           const Vec a = Vec::loadu(x.get() + t * PAD + d, n);
           for (int i = 0; i < R; i++) sum[i][t] = at::vec::fmadd(w[i], a, sum[i][t]);
@@ -112,6 +117,12 @@ _CLOSE = r"""
     constexpr int64_t GRAIN = 16, grains = (N + GRAIN - 1) / GRAIN;  // whole cache lines of the result
     int64_t r = grains * thread / count * GRAIN;
     const int64_t end = std::min(N, grains * (thread + 1) / count * GRAIN);
+    {%- if dot %}
+    if (fits) {
+      for (; r + {{rows}} <= end; r += {{rows}}) integers(std::integral_constant<int, {{rows}}>(), r);
+      for (; r < end; r++) integers(std::integral_constant<int, 1>(), r);
+    }
+    {%- endif %}
     for (; r + {{rows}} <= end; r += {{rows}}) dot(std::integral_constant<int, {{rows}}>(), r);
     for (; r < end; r++) dot(std::integral_constant<int, 1>(), r);
   }
@@ -121,13 +132,23 @@ _CLOSE = r"""
 class RouterTemplate(RowsTemplate):
     """Inputs: x (T, D), weight (R rows, contiguous) and, where it is quantised, its scale. T is a number."""
 
-    body: ClassVar[str] = OPEN + "{% if packed %}" + _PACKED + "{% else %}" + FLOATS + "{% endif %}" + _CLOSE
+    body: ClassVar[str] = (
+        "{% if dot %}" + integers.PRELUDE + "{% endif %}"
+        + OPEN
+        + "{% if packed %}" + _PACKED + "{% else %}" + FLOATS + "{% endif %}"
+        + "{% if dot %}" + integer_router.INPUTS + integer_router.ROWS + "{% endif %}"
+        + _CLOSE
+    )  # fmt: skip
 
     def __init__(self, x: Any, weight: Any, scale: Any, layout: ir.Layout) -> None:
         tokens, rows = (int(size) for size in layout.size)
         width = int(x.get_size()[1])
         packed = weight.get_dtype() == torch.uint8
         inputs = {"X": x, "W": weight} | ({} if scale is None else {"Scale": scale})
+        whole = {"dot": None} if scale is None else integers.facts(x.get_dtype())
+        if whole["dot"] == "maddubs" and (width // 2 if packed else width) % 32:
+            whole["dot"] = None  # rows end within a vector
+        row_scale = "" if scale is None or packed else f" * static_cast<float>(Scale[{index_of(scale, 'r')}])"
         super().__init__(
             "rana_router",
             inputs,
@@ -143,7 +164,10 @@ class RouterTemplate(RowsTemplate):
             x_index=index_of(x, "t", "d"),
             x_step=int(x.get_stride()[1]),
             row="(first + i)",
-            value="total(sum[i][t])"
-            + ("" if scale is None or packed else f" * static_cast<float>(Scale[{index_of(scale, 'r')}])"),
+            next_row="std::min(first + i + R, N - 1)",
+            value="total(sum[i][t])" + row_scale,
+            row_scale=row_scale,
             scale_index=index_of(scale, "r", "g") if packed else "",
+            offset=8 if packed else 128 if whole["dot"] == "vnni" else 0,
+            **whole,
         )

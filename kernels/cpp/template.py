@@ -57,6 +57,8 @@ extern "C" {{export_declaration}}
     return std::make_pair(at::vec::convert<float>(low), at::vec::convert<float>(high));
 #endif
   };
+  // rows that are kept lie anywhere, and no processor foresees where the next ones are
+  [[maybe_unused]] auto prefetch = [](const void* p) { __builtin_prefetch(p, 0, 2); };
   [[maybe_unused]] auto floats = [](int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
   constexpr int64_t N = {{N}};
   const int64_t T = {{kernel.size(gemm, 0)}};
