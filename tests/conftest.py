@@ -159,6 +159,15 @@ def _guards_are_not_timed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _one_library_for_a_graph() -> Iterator[None]:
+    """Tests of processes of their own (tests/cli, tests/packaging, the second process of test_backend.py) compile as users do."""
+    from tests.support.one_library import one_library
+
+    with one_library():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _interpreter_is_set_up_once_a_launch() -> Iterator[None]:
     """Triton's interpreter replaces the functions of its language at the start of a launch, and searches its modules for them
     again at each call of a function of the kernel, in vain: a third of the time of a launch."""

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from rana_fx.formats import pack
+from rana_fx.formats import pack, unpack
 from rana_fx.kernels.cpp import integers
-from rana_fx.kernels.ops import masked_gemv
-from tests.support.inductor import GEMV, calls, each, poisoned
-from tests.support.products import Product, every_number
+from rana_fx.kernels.ops import masked_gemv, router
+from tests.support.inductor import GEMV, ROUTER, calls, each, poisoned
+from tests.support.products import Product, assert_close, every_number
 
 FACTS = {
     "vnni": {"dot": "vnni", "bits": 512, "mm": "_mm512_"},
@@ -76,6 +76,28 @@ def test_values_that_integers_do_not_hold(instructions, bits):  # noqa: ARG001
     found, _ = results([*cases, mixed])
     for one, got in zip([*cases, mixed], found, strict=True):
         one.check(got)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_routers_match_fp64(instructions, bits):
+    """Rows that end within a vector, which AVX2 leaves to fp32; inputs that only fp32 holds; one of them not a number."""
+    sizes = [(1, 5, 576), (1, 1, 64), (3, 33, 130), (8, 18, 256), (2, 7, 64)]
+    given = []
+    for tokens, ranks, width in sizes:
+        generator = torch.Generator().manual_seed(width)
+        weight, scale = every_number(*pack(torch.randn(ranks, width, generator=generator) / width**0.5, bits), generator)
+        given.append((torch.randn(tokens, width, generator=generator), weight, scale))
+    given[-1][0].mul_(1e-37)
+    given.append((given[0][0].clone(), *given[0][1:]))
+    given[-1][0][0, 70] = math.nan
+    with poisoned(), torch._inductor.config.patch(fx_graph_cache=False):
+        found, code = each(router, given)
+    assert calls(code, ROUTER) == len(given)
+    assert all((MARKS[name] in code) == (name == instructions) for name in MARKS)
+    for (x, weight, scale), got in zip(given[:-1], found[:-1], strict=True):
+        w = unpack(weight, scale, torch.float64)
+        assert_close("z", got, x.double() @ w.t(), x.double().abs() @ w.abs().t(), terms=x.shape[-1])
+    assert bool(found[-1].isnan().all())
 
 
 @pytest.mark.parametrize("passes", [2, 3])
