@@ -58,7 +58,11 @@ extern "C" {{export_declaration}}
 #endif
   };
   // rows that are kept lie anywhere, and no processor foresees where the next ones are
-  [[maybe_unused]] auto prefetch = [](const void* p) { __builtin_prefetch(p, 0, 2); };
+  [[maybe_unused]] auto prefetch = []([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#endif
+  };
   [[maybe_unused]] auto floats = [](int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
   constexpr int64_t N = {{N}};
   const int64_t T = {{kernel.size(gemm, 0)}};
