@@ -135,6 +135,11 @@ def test_a_ctrl_c_that_became_another_error(monkeypatch):
     assert (result.exit_code, result.stderr) == (130, "interrupted.\n")
 
 
+def heed_ctrl_c():
+    """In a process before it starts: one that a shell runs in the background, and so its children, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("program", ["script", "module"])
 def test_ctrl_c_during_imports(tmp_path, program):
     """As soon as torch begins to be imported, which takes a second or more."""
@@ -151,7 +156,9 @@ def test_ctrl_c_during_imports(tmp_path, program):
     root = str(Path(rana_fx.__file__).parents[1])
     words = [str(tmp_path / "rana-fx")] if program == "script" else ["-m", "rana_fx.cli"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
-    running = subprocess.Popen([sys.executable, *words, "--help"], env=env, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [sys.executable, *words, "--help"], env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    )
     while not (tmp_path / "begun").exists():
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
@@ -161,5 +168,6 @@ def test_ctrl_c_during_imports(tmp_path, program):
 
 def test_importing_the_library_leaves_signals_alone():
     code = "import signal, rana_fx; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=heed_ctrl_c)
     assert done.stdout == "True\n"

@@ -168,8 +168,10 @@ def test_a_model_runs_with_it(pairs):
         expected = output(call(twin, batch))
         with measuring(model) as meter:
             got = output(meter.run(batch))
-    # both multiply by the same fp32 numbers, in another order of terms: a few thousand roundings of 2^-24
+        through_inductor = output(call(torch.compile(model, backend=rana_fx.backend), batch))
+    # all multiply by the same fp32 numbers, in another order of terms: a few thousand roundings of 2^-24
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(through_inductor, expected, rtol=1e-4, atol=1e-4)
     row = next(row for row in rana_fx.explain(model, batch).rows if row.site.endswith("q_proj"))
     assert "weights 6 bit" in row.detail
 
