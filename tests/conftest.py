@@ -160,7 +160,7 @@ def _guards_are_not_timed() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_library_for_a_graph() -> Iterator[None]:
-    """Tests of processes of their own (tests/cli, tests/packaging, the second process of test_backend.py) compile as users do."""
+    """Tests of processes of their own (tests/packaging, the second process of test_backend.py) compile as users do."""
     from tests.support.one_library import one_library
 
     with one_library():

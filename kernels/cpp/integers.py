@@ -29,6 +29,7 @@ def facts(dtype: torch.dtype) -> dict[str, Any]:
 
 # dot products, and loads of up to B bytes
 PRELUDE = r"""
+  {%- set offset = 8 if packed else 128 if dot == "vnni" else 0 %}  {# unsigned weights are w + offset #}
   using Bytes = __m{{bits}}i;
   constexpr int P = {{passes}};  // integers of a coefficient
   constexpr int64_t B = {{bits // 8}};  // bytes of a row at once
@@ -72,7 +73,6 @@ INTERLEAVE = r"""
 # in a block: ``integers`` adds 16 ranks to ``mixed``, whose columns are in the order of ``interleave``, in chunks of B bytes (of
 # packed weights, even columns of all chunks and then odd ones). ``add`` multiplies in fp32
 BLOCK = r"""
-      const int64_t places = width{{ " / 2" if packed }};
       {%- if dot == "vnni" %}
       const int64_t whole = places;
       {%- else %}

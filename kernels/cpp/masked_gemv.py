@@ -57,7 +57,7 @@ _COMPACT = r"""
     const auto mixed = floats(MIXED * T);
     {%- endif %}
     for (int64_t first = begin; first < end; first += NB) {
-      const int64_t width = std::min(NB, end - first);
+      const int64_t width = std::min(NB, end - first), places = width{{ " / 2" if packed }};
       std::fill_n(sums.get(), NB * T, 0.0f);
 """
 
@@ -133,9 +133,8 @@ _PRODUCTS = r"""
       {%- if dot %}
       for (; j + 16 <= kept; j += 16) integers(j);
       {%- endif %}
-      const int64_t last = width{{ " / 2" if packed }};
-      for (; j + {{rows}} <= kept; j += {{rows}}) add(std::integral_constant<int, {{rows}}>(), j, 0, last);
-      for (; j < kept; j++) add(std::integral_constant<int, 1>(), j, 0, last);
+      for (; j + {{rows}} <= kept; j += {{rows}}) add(std::integral_constant<int, {{rows}}>(), j, 0, places);
+      for (; j < kept; j++) add(std::integral_constant<int, 1>(), j, 0, places);
 """
 
 _STORE = r"""
@@ -192,7 +191,6 @@ class MaskedGemvTemplate(RowsTemplate):
             most=most,
             rows=8,
             packed=packed,
-            offset=8 if packed else 128 if whole["dot"] == "vnni" else 0,
             weight_type=DTYPE_TO_CPP[weight.get_dtype()],
             row_stride=int(weight.get_stride()[0]),
             v_index=index_of(v, "t", "k"),

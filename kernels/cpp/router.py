@@ -168,6 +168,5 @@ class RouterTemplate(RowsTemplate):
             value="total(sum[i][t])" + row_scale,
             row_scale=row_scale,
             scale_index=index_of(scale, "r", "g") if packed else "",
-            offset=8 if packed else 128 if whole["dot"] == "vnni" else 0,
             **whole,
         )

@@ -11,7 +11,6 @@ from torch._inductor.utils import run_and_get_code
 
 from rana_fx.kernels.cpp import template as template_cpp
 from rana_fx.passes import lower
-from tests.support.one_library import one_library
 
 GEMV, ROUTER, ROWS = "// rana_masked_gemv", "// rana_router", "// rana_masked_rows"
 FALLBACK = "torch.ops.rana"
@@ -22,8 +21,7 @@ def compiled(function, *args, **settings):
     """(result, code)."""
     lower.register()
     torch.compiler.reset()
-    with one_library():
-        got, (code, *_) = run_and_get_code(torch.compile(function, **settings), *args)
+    got, (code, *_) = run_and_get_code(torch.compile(function, **settings), *args)
     return got, code
 
 
@@ -54,7 +52,7 @@ def check_threads_change_no_bit(function, operands, marker):
     for threads in (1, 3):
         torch.compiler.reset()
         run = torch.compile(together)
-        with torch._inductor.config.patch({"cpp.threads": threads}), one_library():
+        with torch._inductor.config.patch({"cpp.threads": threads}):
             got, (code, *_) = run_and_get_code(run, *flat)
             results += [got, run(*flat)]
         found = re.findall(r"\bnum_threads\((\d+)\)", code)
