@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -45,6 +46,8 @@ hypothesis.settings.load_profile("default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # pytest gives a handler to every logger that does not propagate; torch would format a trace of each compilation for it
+    logging.getLogger("torch.__trace").propagate = True
     if hasattr(config, "workerinput"):
         return  # a worker inherits the folder of the run
     folder = tempfile.mkdtemp(prefix="rana-fx-tests-")
@@ -144,8 +147,9 @@ def graphs_as_rewritten(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphM
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _recompile_limit_is_an_error() -> Iterator[None]:
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+def _compiler_options() -> Iterator[None]:
+    """More compilations than Dynamo's limit are an error; the thresholds above are when garbage is collected."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, run_gc_after_compile=False):
         yield
 
 
