@@ -91,6 +91,7 @@ def test_rivals_are_compared_with_their_own_weight_and_count_in_their_bits(name,
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # of the packages compared with
 @pytest.mark.parametrize("name", ["int4", "gemlite"])
 @pytest.mark.parametrize("tokens", [1, 3, 16])
 def test_rival_matmuls_on_a_gpu(name, tokens):

@@ -179,11 +179,13 @@ def test_the_operands_of_tinygemm_mean_what_its_kernel_computes():
 
 def wide():
     config = SHAPES["tiny"]()
-    config.hidden_size, config.intermediate_size = 1024, 2048
+    # tinygemm pads to multiples of 1024 inputs; few layers have a bound that is near their rounding
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 1024, 2048, 8
     return config
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # of the packages compared with
 @pytest.mark.parametrize(
     ("name", "package"), [("int8", "torchao"), ("fp8", "torchao"), ("int4", "torchao"), ("gemlite", "gemlite")]
 )
