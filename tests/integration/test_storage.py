@@ -19,6 +19,7 @@ from rana_fx.kernels.ops import masked_gemv
 from rana_fx.passes.runner import run
 from tests.support.adapted import layouts
 from tests.support.architectures import output
+from tests.support.side_by_side import SideBySide
 from tests.support.storages import STORAGES, dense_sites, rebuilt, stored_in_turn, stored_matrix, stored_plan, twin_of
 
 
@@ -247,22 +248,15 @@ NAMES = ("q", "k", "v")
 MODULES = [*((storage, SIZES[i % 3]) for i, storage in enumerate(STORAGES)), *(("rank, factors 4", size) for size in SIZES[:2])]
 
 
-class Each(torch.nn.ModuleList):
-    """Every module has an input of its own, so that nothing is fused across modules."""
-
-    def forward(self, xs):
-        return [module(x) for module, x in zip(self, xs, strict=True)]
-
-
 def stacks():
     """(a model with a plan attached that adapts q, k and v of each module, the adapters, the linears)."""
-    model = Each(Attention(*sizes) for _, sizes in MODULES)
+    model = SideBySide(Attention(*sizes) for _, sizes in MODULES)
     batch = ([torch.randn(2, 40, 64) for _ in MODULES],)
     with layouts() as found:
         plan = rana_fx.adapt(model, [batch], budget=1.0, recipe="dense", progress=False)
     sites, adapters = found[0].sites, []
     for index, (storage, sizes) in enumerate(MODULES):
-        names = tuple(f"{index}.{name}" for name in NAMES)
+        names = tuple(f"parts.{index}.{name}" for name in NAMES)
         bare = Adapter(
             name="+".join(names), kind="stored", sites=names, ranks=64, kept=64.0, tau=torch.zeros(64),
             weight=torch.zeros(64, sum(sizes)), dense_flops=64.0 * sum(sizes), dense_bytes=256.0 * sum(sizes),
@@ -280,7 +274,7 @@ def test_some_of_the_linears_are_in_the_graph():
     for asked in (("q", "v"), ("k",), ("v", "k", "q"), ("v", "v", "q")):
 
         def some(xs, chosen, asked=asked):
-            return [[getattr(model[i], name)(xs[i]) for name in asked] for i in chosen]
+            return [[getattr(model.parts[i], name)(xs[i]) for name in asked] for i in chosen]
 
         seen = []
 
@@ -304,7 +298,7 @@ def test_some_of_the_linears_are_in_the_graph():
             for i, outputs in zip(chosen, got, strict=True):
                 parts = stored_matrix(adapters[i]).split(MODULES[i][1])
                 for name, y in zip(asked, outputs, strict=True):
-                    right = xs[i].double() @ parts[NAMES.index(name)].t() + sites[f"{i}.{name}"].bias.detach().double()
+                    right = xs[i].double() @ parts[NAMES.index(name)].t() + sites[f"parts.{i}.{name}"].bias.detach().double()
                     assert relative(y, right) < 1e-5, (MODULES[i], asked, name)
 
 
