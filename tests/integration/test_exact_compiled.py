@@ -82,12 +82,9 @@ def test_outputs_at_their_thresholds_are_one_or_the_other():
     assert (distance <= 0.02 * (1 + got.float().abs())).all() and ((dense - y).abs() > 0.1).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("name", ["plain_biased", "opt"])
-def test_any_number_of_tokens(name, request):
-    if name == "opt":
-        request.getfixturevalue("graphs_as_rewritten")
-    model, batch = build(name, 1)
-    plan = plan_for(model, batch, ("up_proj", "fc1"), ranks=8)
+def test_any_number_of_tokens():
+    model, batch = build("plain_biased", 1)
+    plan = plan_for(model, batch, ("up_proj",), ranks=8)
     rana_fx.attach(model, plan)
     forward = torch.compile(model, backend=rana_fx.backend, dynamic=True)
     for tokens in (12, 1, 5):
