@@ -29,7 +29,8 @@ AS_REWRITTEN = pytest.mark.usefixtures("graphs_as_rewritten")
 
 @pytest.mark.parametrize("recipe", ["paper", "static", "cats", "teal", "wina"])
 def test_compiled_equals_reference(recipe, request):
-    if recipe in ("teal", "wina"):  # the operations are those of paper's masks on the model's own weight
+    # paper is lowered below, and for a fixed number of tokens in test_prefill.py; teal and wina have its operations
+    if recipe in ("paper", "teal", "wina"):
         request.getfixturevalue("graphs_as_rewritten")
     model, batch, plan = adapted(budget=0.85, recipe=recipe)
     (expected,) = outputs_by_hand(model, batch)
