@@ -43,8 +43,8 @@ def quality_rows(saved, out, **options):
     given = {
         "budgets": "0.6",
         "metric": "flops",
-        "tokens": 1280,
-        "eval_tokens": 640,
+        "tokens": 1024,
+        "eval_tokens": 512,
         "context": 64,
         "dtype": "float32",
         "seed": 0,
