@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -205,14 +206,29 @@ def test_help_and_version() -> None:
     assert call("adapt", "--nonsense").exit_code == 2
 
 
-def test_help_does_not_wait_for_transformers() -> None:
+def heed_ctrl_c() -> None:
+    """In a process before it starts: one that a shell runs in the background, and so its children, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_imports_leave_signals_alone_and_do_not_wait_for_transformers() -> None:
     slow = ("transformers", "datasets", "torch._inductor.compile_fx")
-    code = f"import sys, rana_fx.cli; print([name for name in {slow} if name in sys.modules])"
+    code = (
+        "import signal, sys, rana_fx\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+        f"import rana_fx.cli\nprint([name for name in {slow} if name in sys.modules])"
+    )
     root = str(Path(rana_fx.__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env=os.environ | {"PYTHONPATH": root}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
+        preexec_fn=heed_ctrl_c,
     )
-    assert done.stdout == "[]\n"
+    assert done.stdout == "True\n[]\n"
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
