@@ -262,7 +262,7 @@ def test_targets_are_found_as_peft_finds_them(targets, more, expected):
 
 @PEFT
 def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
-    model, batch = adapted(depth=1)
+    model, batch = adapted(depth=1, name="llama")
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False))
     forward = compiled(wrapped)
     dense = run(compiled(wrapped.base_model.model), batch)
