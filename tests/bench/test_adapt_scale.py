@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.common.calibrated import counted_groups
-from bench.common.models import build
+from bench.common.models import SHAPES, build
 from bench.speed import adapt_scale
 from bench.speed.adapt_scale import measure, random_batches
 from rana_fx.calibration.calibrate import calibrate
@@ -21,7 +21,21 @@ from tests.support.plain_llama import PlainLlama, Sizes
 CPU = torch.device("cpu")
 
 
-def test_a_row_has_the_time_of_every_stage(tmp_path):
+def here(monkeypatch, capsys):
+    """The bench in this process, with one layer."""
+
+    def worker(job):
+        adapt_scale.worker(json.dumps(job))
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    config = SHAPES["tiny"]()
+    config.num_hidden_layers = 1
+    monkeypatch.setitem(SHAPES, "tiny", lambda: config)
+    monkeypatch.setattr(adapt_scale, "_fresh", worker)
+
+
+def test_a_row_has_the_time_of_every_stage(tmp_path, monkeypatch, capsys):
+    here(monkeypatch, capsys)
     out = tmp_path / "rows.jsonl"
     measure(
         "tiny", out, tokens="2048", text=None, recipe="rana", budget=0.5, metric="bytes", context=64, batch_size=4,
@@ -35,13 +49,8 @@ def test_a_row_has_the_time_of_every_stage(tmp_path):
     assert row["notes"] == [] and row["versions"]["torch"] and row["commit"]
 
 
-def test_a_failure_is_a_row(tmp_path, monkeypatch, capsys):
-    def here(job):
-        """In this process, unlike above: what the worker prints."""
-        adapt_scale.worker(json.dumps(job))
-        return json.loads(capsys.readouterr().out)
-
-    monkeypatch.setattr(adapt_scale, "_fresh", here)
+def test_a_row_comes_from_a_process_of_its_own(tmp_path):
+    """And a failure is a row."""
     out = tmp_path / "rows.jsonl"
     measure(
         "tiny", out, tokens="128", text=None, recipe="cats", budget=0.1, metric="flops", context=64, batch_size=1,
@@ -49,6 +58,7 @@ def test_a_failure_is_a_row(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     (row,) = map(json.loads, out.read_text().splitlines())
     assert row["failed"].startswith("BudgetUnreachable: budget=0.100") and row["seconds"]["calibrate"] > 0
+    assert row["peak_rss_gib"] > 0.1
 
 
 def calibrated(model, wants):

@@ -89,9 +89,9 @@ def test_ranks_stay_below_the_cap_and_cost_the_fraction(out, width, fraction):
 
 
 @pytest.mark.parametrize(("router", "factor", "budget"), [(8, 16, 0.5), (4, 8, 0.2), (8, 4, 0.12)])
-def test_a_random_plan_in_few_bits_has_the_target_cost(tiny, router, factor, budget, request):
-    if (router, factor) != (4, 8):  # compiled code of every storage: tests/integration/test_storage.py
-        request.getfixturevalue("graphs_as_rewritten")
+@AS_REWRITTEN
+def test_a_random_plan_in_few_bits_has_the_target_cost(tiny, router, factor, budget):
+    """Compiled code of every storage: tests/integration/test_storage.py."""
     model, layout = tiny
     variant = Variant("rana", "rana", "default", budget, config=PlanConfig(router_bits=router, factor_bits=factor))
     decoder = Decoder(model, batch=1, room=128)
