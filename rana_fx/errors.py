@@ -236,6 +236,13 @@ class BadOperand(RanaError, ValueError):
     message = "operand {name} is {got}: expected {expected}. {todo}"
 
 
+class KernelNotCompiled(RanaError, RuntimeError):
+    message = (
+        "{kernel} could not be compiled or loaded: {reason}. Expected the NVRTC library that PyTorch's CUDA wheels install and a "
+        "driver that is no older than it; with rana_fx.kernels.ops.without('cuda') the Triton kernels compute everything."
+    )
+
+
 # ---- data and models
 
 

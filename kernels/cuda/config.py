@@ -1,0 +1,72 @@
+"""Launch configs of the masked GEMV on tensor cores, and the shared memory they need."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rana_fx.errors import InvalidOption
+from rana_fx.kernels.triton.config import H200_SM_COUNT, cdiv
+
+STEP = 16  # ranks of one product
+ROW_BYTES = 128  # of a rank's row that a warp reads
+MOST_SHARED_BYTES = 227 * 1024
+MOST_SPLITS = 8  # blocks of a cluster that every GPU of compute capability 9.0 takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Choices of one launch.
+
+    segments: warps beside each other, of 128 bytes of a row each; even with an activation. warps: that share the ranks of a
+    segment. splits: blocks of a cluster, each with its own ranks. stages: steps of 16 ranks in a warp's ring of copies.
+    """
+
+    segments: int = 1
+    warps: int = 4
+    splits: int = 4
+    stages: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("segments", 1, 16), ("warps", 1, 16), ("splits", 1, MOST_SPLITS), ("stages", 2, 8)):
+            if not least <= getattr(self, name) <= most:
+                raise InvalidOption(name=name, got=getattr(self, name), expected=f"{least} to {most}")
+
+    def listed(self, ranks: int) -> int:
+        """Ranks of one block, at most: whole steps, taken in turn."""
+        return cdiv(cdiv(ranks, STEP), self.splits) * STEP
+
+    def blocks(self, outputs: int, bits: int, *, gated: bool) -> int:
+        """Blocks of the launch. outputs: columns of the result."""
+        return cdiv(outputs, columns_of(bits) * (self.segments // 2 if gated else self.segments)) * self.splits
+
+    def threads(self) -> int:
+        return 32 * self.segments * self.warps
+
+    def shared_bytes(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int, *, exact: bool) -> int:
+        """Dynamic shared memory: masked_gemv.cu asserts that it suffices."""
+        length, warps = self.listed(ranks) + STEP, self.segments * self.warps
+        groups = columns_of(4) // group if bits == 4 else 1
+        sets = cdiv(tokens, 4 if exact else 8)
+        lists = _whole(_whole(_whole(length * (8 if bits == 8 else 4)) + length * tokens * 2) + warps * 4)
+        stage = STEP * (ROW_BYTES + (groups * scale_bytes if bits == 4 else 0))
+        operands = _whole(lists + warps * sets * groups * 8 * STEP * 2) + warps * self.stages * stage
+        return max(operands, lists + warps * min(tokens, 4) * columns_of(bits) * 4)
+
+
+def columns_of(bits: int) -> int:
+    """Outputs of a segment."""
+    return ROW_BYTES * 8 // bits
+
+
+def default_config(
+    K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 4, gated: bool = False
+) -> Config:
+    """A config without measuring."""
+    segments = 2 if gated else 1
+    blocks = cdiv(N, columns_of(bits) * segments)
+    splits = min(max(round(2 * sm_count / blocks), 1), MOST_SPLITS, max(K // 64, 1))
+    return Config(segments, 4 if segments == 1 else 2, splits, 4)
+
+
+def _whole(size: int) -> int:
+    return cdiv(size, 128) * 128

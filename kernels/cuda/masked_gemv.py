@@ -1,0 +1,182 @@
+"""Launches masked_gemv.cu: the masked GEMV of a weight in 4 or 8 bits on tensor cores, in one launch.
+
+Error: relative RMSE <= 4 * eps(dtype of v) * sqrt(log2 K + 1); masked_gemv.cu says what is rounded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rana_fx.errors import BadOperand, UnknownChoice
+from rana_fx.formats import bits_of, group_of, shape_of
+from rana_fx.kernels.cuda import driver, nvrtc
+from rana_fx.kernels.cuda.config import Config, columns_of, default_config
+from rana_fx.kernels.triton.config import MAX_TOKENS
+
+ACTIVATION_CODES = {None: 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ALIGNMENT = 16  # bytes of a copy
+_POINTERS = ("w", "scale", "v", "tau", "bias", "residual", "y")
+_WEIGHT_STRIDES = ("w_row", "scale_row")
+_STRIDES = ("v_token", "v_rank", "tau_rank", "bias_column", "residual_token", "residual_column", "y_token")
+
+
+class Arguments(ctypes.Structure):
+    """The struct of that name in masked_gemv.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int) for name in ("K", "N", "half")),
+        *((name, ctypes.c_uint) for name in _WEIGHT_STRIDES),
+        *((name, ctypes.c_longlong) for name in _STRIDES),
+    )
+
+
+def refusal(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None = None) -> str | None:
+    """Why the kernel cannot multiply these, or None. May be called with fake tensors."""
+    if v.dtype not in (torch.bfloat16, torch.float16):
+        return f"multiplies bfloat16 and float16 activations, these are {v.dtype}"
+    if weight.dtype not in (torch.int8, torch.uint8) or scale is None:
+        return f"multiplies weights in 8 and 4 bits, this is {weight.dtype}"
+    tokens = v.numel() // max(v.shape[-1], 1)
+    most = MAX_TOKENS if v.dtype == torch.bfloat16 else 8
+    if not 1 <= tokens <= most:
+        return f"{tokens} tokens, it takes 1 to {most} in {v.dtype}"
+    columns = shape_of(weight, scale)[1]
+    if weight.stride(1) != 1 or weight.stride(0) % _ALIGNMENT or weight.storage_offset() % _ALIGNMENT or weight.shape[1] % _ALIGNMENT:
+        return f"reads {_ALIGNMENT} bytes at a time: rows of {columns} columns, {weight.stride(0)} bytes apart, are not made of those"
+    if weight.dtype == torch.uint8 and (scale.stride(1) != 1 or scale_unit(weight, scale, activation) < 4):
+        return f"copies scales by 4 bytes or more: rows of {scale.shape[1]} in {scale.dtype} do not begin at such"
+    if tau.dtype not in DTYPE_CODES or scale.dtype not in DTYPE_CODES:
+        return f"reads thresholds and scales in {', '.join(map(str, DTYPE_CODES))}, these are {tau.dtype} and {scale.dtype}"
+    return None
+
+
+def masked_gemv(
+    v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *,
+    residual: Tensor | None = None, activation: str | None = None, config: Config | None = None, early: bool = False,
+) -> Tensor:  # fmt: skip
+    """The masked GEMV in v's dtype, in one launch.
+
+    Args:
+        v: (..., K) bf16 or fp16, T <= 16 rows in all (fp16: 8). tau: (K,). weight, scale: as rana_fx.formats stores them, K rows.
+        bias: (N,). residual: (..., N), added in fp32, last; not together with an activation.
+        activation: "silu", "gelu_tanh", "gelu" or "relu": the result is act(first half) * second half of the N columns, in fp32
+            until it is rounded once. A half is whole groups and multiples of 16 bytes then.
+        config: the default one if None.
+        early: thresholds are read before the previous kernel of the stream ends; nothing but v and the residual may be written
+            by it.
+
+    Returns:
+        (..., N), or (..., N / 2) with an activation.
+
+    Raises:
+        BadOperand, UnknownChoice, KernelNotCompiled.
+    """
+    reason = refusal(v, tau, weight, scale, activation)
+    if reason is not None:
+        raise BadOperand(name="weight", got="not for this kernel", expected=reason, todo="Use the Triton kernel.")
+    assert scale is not None
+    if activation not in ACTIVATION_CODES:
+        raise UnknownChoice(kind="activation", got=activation, valid=", ".join(filter(None, ACTIVATION_CODES)))
+    ranks, columns = shape_of(weight, scale)
+    rows, bits = v.numel() // v.shape[-1], bits_of(weight)
+    outputs = columns // 2 if activation else columns
+    if v.shape[-1] != ranks or tuple(tau.shape) != (ranks,):
+        raise BadOperand(name="v", got=str(tuple(v.shape)), expected=f"(..., {ranks})", todo="One value and threshold per rank.")
+    if activation and (columns % 2 or outputs % (group_of(weight, scale) if bits == 4 else 1) or outputs * bits // 8 % _ALIGNMENT):
+        todo = "Apply the activation apart."
+        raise BadOperand(name="weight", got=f"{columns} columns", expected="two halves of whole groups and 16 bytes", todo=todo)
+    if bias is not None and tuple(bias.shape) != (columns,):
+        raise BadOperand(name="bias", got=str(tuple(bias.shape)), expected=f"({columns},)", todo="One number per output.")
+    if residual is not None and (tuple(residual.shape) != (*v.shape[:-1], columns) or activation):
+        expected = str((*v.shape[:-1], columns))
+        raise BadOperand(name="residual", got=str(tuple(residual.shape)), expected=expected, todo="And no activation.")
+    if config is None:
+        sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count
+        config = default_config(ranks, columns, rows, sm_count=sm_count, bits=bits, gated=activation is not None)
+    flat, added = v.reshape(rows, -1), None if residual is None else residual.reshape(rows, -1)
+    y = torch.empty((rows, outputs), dtype=v.dtype, device=v.device)
+    with torch.cuda.device_of(v):
+        constants = constants_of(flat, tau, weight, scale, bias, added, activation, config)
+        kernel = _kernel(constants, bool(early), v.device.index)
+        kernel(config.blocks(outputs, bits, gated=activation is not None), arguments_of(flat, tau, weight, scale, bias, added, y))
+    return y.reshape(*v.shape[:-1], outputs)
+
+
+def constants_of(
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    activation: str | None, config: Config,
+) -> tuple[tuple[str, int], ...]:  # fmt: skip
+    """The constants that masked_gemv.cu is compiled with. v (T, K)."""
+    tokens, ranks, bits = *v.shape, bits_of(weight)
+    group = group_of(weight, scale) if bits == 4 else columns_a_scale_spans(weight)
+    exact = tokens <= 4 or v.dtype == torch.float16
+    constants = {
+        "BITS": bits,
+        "TOKENS": tokens,
+        "GROUP": group,
+        "SEGMENTS": config.segments,
+        "WARPS": config.warps,
+        "SPLITS": config.splits,
+        "STAGES": config.stages,
+        "LISTED": config.listed(ranks),
+        "VALUE": DTYPE_CODES[v.dtype],
+        "SCALE": DTYPE_CODES[scale.dtype],
+        "THRESHOLD": DTYPE_CODES[tau.dtype],
+        "BIAS": -1 if bias is None else DTYPE_CODES[bias.dtype],
+        "RESIDUAL": -1 if residual is None else DTYPE_CODES[residual.dtype],
+        "ACTIVATION": ACTIVATION_CODES[activation],
+        "SCALE_UNIT": scale_unit(weight, scale, activation) if bits == 4 else 4,
+        "SHARED_BYTES": config.shared_bytes(ranks, tokens, bits, group, scale.element_size(), exact=exact),
+    }
+    return tuple(constants.items())
+
+
+def scale_unit(weight: Tensor, scale: Tensor, activation: str | None) -> int:
+    """Bytes of the scales of a rank in 4 bits that can be copied at once, at most those of a segment: 16, 8, 4 or less."""
+    size, group = scale.element_size(), group_of(weight, scale)
+    starts = [columns_of(4) // group * size, scale.stride(0) * size, scale.storage_offset() * size]
+    starts += [shape_of(weight, scale)[1] // 2 // group * size] if activation else []
+    return math.gcd(16, *starts)
+
+
+def columns_a_scale_spans(weight: Tensor) -> int:
+    """Of a weight in 8 bits: all."""
+    return weight.shape[1]
+
+
+def arguments_of(
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor
+) -> Arguments:
+    """The kernel's argument. v (T, K), residual and y (T, N)."""
+    columns = shape_of(weight, scale)[1]
+    tensors = (weight, scale, v, tau, bias, residual, y)
+    strides = (
+        *(weight.stride(0), scale.stride(0), *v.stride(), tau.stride(0)),
+        *(0 if bias is None else bias.stride(0), *((0, 0) if residual is None else residual.stride()), y.stride(0)),
+    )
+    half = y.shape[1]
+    return Arguments(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), v.shape[1], columns, half, *strides)
+
+
+@functools.cache
+def source() -> str:
+    """The kernel's text, with the instructions of a GPU in front."""
+    here = Path(__file__).parent
+    return (here / "primitives.cuh").read_text() + (here / "masked_gemv.cu").read_text()
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(constants: tuple[tuple[str, int], ...], early: bool, device: int) -> driver.Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    given = dict(constants) | {"EARLY": int(early)}
+    code = nvrtc.compiled(source(), given, f"sm_{major}{minor}a")
+    threads = 32 * given["SEGMENTS"] * given["WARPS"]
+    return driver.load(code, "masked_gemv", threads=threads, shared_bytes=given["SHARED_BYTES"], early=early)
