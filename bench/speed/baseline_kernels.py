@@ -53,7 +53,12 @@ def cublas_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def silu_of_linear(x: Tensor, weight: Tensor) -> Tensor:
     """silu(gate) * up with gate and up the halves of the product: two more launches in eager mode."""
-    gate, up = torch.nn.functional.linear(x, weight).chunk(2, -1)
+    return silu_of_halves(torch.nn.functional.linear(x, weight))
+
+
+def silu_of_halves(product: Tensor) -> Tensor:
+    """silu(gate) * up with gate and up the halves of (T, 2 N)."""
+    gate, up = product.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
 
 

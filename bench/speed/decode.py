@@ -1,4 +1,4 @@
-"""Tokens per second of decoding: the dense model (eager and compiled), int8 weights, and plans at several budgets.
+"""Tokens per second of decoding: the dense model (eager and compiled), plans at several budgets, and quantised rivals.
 
 In: a shape of ``bench.models`` (random weights, plans without calibration) or a checkpoint. Out: JSONL rows, each written at
 once, and a table: tokens/s, ms per token (p20, p50, p80), ratio to the fastest dense variant, GB/s of weights. The protocol is
@@ -8,6 +8,7 @@ of every variant are compared with its reference first (``bench.speed.verify``):
     python -m bench.speed.decode llama-2-7b --out bench/results/decode-llama-2-7b.jsonl --variants reduce-overhead,rana \\
         --budgets 0.6,0.5,0.4 --sequences 10 --prefill 0 --seconds 480
     python -m bench.speed.decode llama-1b --out rows.jsonl --sequences 2 --new-tokens 16 --longest 32 --batches 1,4
+    python -m bench.speed.decode llama-2-7b --out rows.jsonl --variants reduce-overhead,rana,int8,fp8,int4,gemlite --prefill 0
 
 Kinds of rows: ``device`` (copy bandwidth, bytes of weights), ``decode``, ``prefill``, ``kernels`` (--profile), ``skipped`` with
 the reason (an error, wrong logits, no time left). The key ``gate`` holds the comparison with the reference. Compile time is that
@@ -35,9 +36,13 @@ from rana_fx.commands.record import show
 def main(
     model: Annotated[str, typer.Argument(help="A shape (llama-2-7b, llama-3-8b, gemma-2b, pythia-1.4b, ...) or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="JSONL file; overwritten.")],
-    names: Annotated[str, typer.Option("--variants", help="Some of eager, reduce-overhead, max-autotune, int8, rana.")] = (
-        "eager,reduce-overhead,rana"
-    ),
+    names: Annotated[
+        str,
+        typer.Option(
+            "--variants",
+            help="Some of eager, reduce-overhead, max-autotune, rana, and quantised rivals: int8, fp8, int4 (torchao), gemlite.",
+        ),
+    ] = "eager,reduce-overhead,rana",
     budgets: Annotated[str, typer.Option(help="Budgets of random plans, in bytes, by commas.")] = "0.8,0.6,0.5,0.4",
     plan: Annotated[list[Path] | None, typer.Option(help="Saved plan of the checkpoint; may be given several times.")] = None,
     mode: Annotated[str, typer.Option(help="Mode of torch.compile for rana.")] = "reduce-overhead",

@@ -7,8 +7,13 @@ model prefers it. Every result is compared with fp64 first; a wrong result has n
 
 The time of this package's kernels is the complete launch from v to y. The router of a rank adapter has its own rows.
 
+4-bit matmuls of others (int4, gemlite; ``bench.speed.rival_matmuls``) are dense, and compared with fp64 of their own weight.
+``rival_us`` is the fastest correct one of a matmul, ``over_rival`` the speed-up over it, of this package's kernels in 4 bits. A
+rival without its package, or without a kernel for a shape, is left out with its reason on stderr.
+
     python -m bench.speed.kernels --out bench/results/kernels-h200.jsonl
     python -m bench.speed.kernels --shapes llama-2-7b/qkv --masked 50 --tokens 1 --bits 16 --tune
+    python -m bench.speed.kernels --bits 4 --tokens 1,4,16 --rivals cublas,inductor,int4,gemlite
     python -m bench.speed.kernels --interpret                       # toy sizes without a GPU: correctness only
 """
 
@@ -36,6 +41,9 @@ from rana_fx.kernels.cost import prefers_masked
 # us of the fastest correct dense matmul, by shape and tokens
 Fastest = dict[tuple[str, int], float]
 BASELINES = ("cublas", "inductor", "published", "fallback")
+# others' matmuls in 4 bits, on a GPU
+RIVALS = ("int4", "gemlite")
+RIVAL_BITS = 4
 
 
 def main(
@@ -44,7 +52,10 @@ def main(
     tokens: Annotated[str, typer.Option(help="Tokens at once, by commas.")] = "1,2,4,8,16",
     bits: Annotated[str, typer.Option(help="Bits per weight, by commas: 16, 8, 4.")] = "16,8,4",
     baselines: Annotated[
-        str, typer.Option("--rivals", help="Baselines, by commas: some of cublas, inductor, published, fallback.")
+        str,
+        typer.Option(
+            "--rivals", help="Baselines, by commas: some of cublas, inductor, published, fallback, and in 4 bits int4, gemlite."
+        ),
     ] = ",".join(BASELINES),
     seconds: Annotated[float, typer.Option(help="Start no new matmul after this time.")] = 480.0,
     tune: Annotated[
@@ -71,12 +82,12 @@ def run(
     """Measure all cases, write their rows to ``out`` and return them. Raises InvalidOption, UnknownChoice."""
     shares, counts, widths = numbers("masked", masked, 0, 100), numbers("tokens", tokens, 1, 16), numbers("bits", bits, 4, 16)
     known = set(baselines.split(",")) - {""}
-    if not known <= set(BASELINES):
-        raise InvalidOption(name="rivals", got=baselines, expected=f"some of {', '.join(BASELINES)}")
+    if not known <= {*BASELINES, *RIVALS}:
+        raise InvalidOption(name="rivals", got=baselines, expected=f"some of {', '.join((*BASELINES, *RIVALS))}")
     if not set(widths) <= {4, 8, 16}:
         raise InvalidOption(name="bits", got=bits, expected="some of 16, 8, 4")
     if interpret:
-        names, shares, counts, known = "toy", shares[:1], counts[:1], known - {"inductor"}
+        names, shares, counts, known = "toy", shares[:1], counts[:1], known - {"inductor", *RIVALS}
     elif not torch.cuda.is_available():
         expected = "an NVIDIA GPU that this torch can use; none was found. --interpret runs toy sizes on the CPU, without times"
         raise InvalidOption(name="--interpret", got=False, expected=expected)
@@ -118,6 +129,9 @@ def measure(
             rows.append(facts | {"impl": name, "bits": 16, "masked": 0} | row)
         fastest[shape.name, count] = min((row["us"]["p50"] for row in rows if row["passed"]), default=float("inf"))
     best = fastest[shape.name, count]
+    others = rival_rows(case, known, best, device) if width == RIVAL_BITS else []
+    rows += [facts | row for row in others]
+    rival = min((row["us"]["p50"] for row in others if row["passed"]), default=None)
     has_fallback = shape.op == "masked_gemv" and width == 16 and "fallback" in known
     fallbacks = case.fallback_trials(shares) if has_fallback else {}
     for share in [0] if shape.op == "router" else shares:
@@ -129,12 +143,31 @@ def measure(
         for name, trials in implementations.items():
             found = [check_and_time(trial, case.bytes_read(share), device) for trial in trials]
             row = min(found, key=lambda row: (not row["passed"], row["us"]["p50"]))
-            # a wrong result has no speed-up
-            row["speedup"] = best / row["us"]["p50"] if row["passed"] and 0 < best < float("inf") else None
+            row |= {"speedup": over(best, row), "rival_us": rival, "over_rival": over(rival, row)}
             if name == "masked":
                 row["preferred"] = prefers_masked(shape.K, shape.N, count, 1 - share / 100, bits=width)
             rows.append(facts | {"impl": name, "bits": width, "masked": share} | row)
     return rows
+
+
+def rival_rows(case: Any, known: set[str], best: float, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of the 4-bit matmuls of others, without the facts of the matmul. A rival that fails is named on stderr."""
+    rows = []
+    for name in sorted(known & set(RIVALS)):
+        try:
+            trial = case.rival_trial(name)
+            row = check_and_time(trial, trial.stored, device)
+        except Exception as error:  # no package, no kernel for the device or the shape: the others are still timed
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            print(f"{name}, {case.shape.name}: not timed: {reason}", file=sys.stderr)
+            continue
+        rows.append({"impl": name, "bits": RIVAL_BITS, "masked": 0} | row | {"speedup": over(best, row)})
+    return rows
+
+
+def over(us: float | None, row: dict[str, Any]) -> float | None:
+    """How many times as fast the row is as something that takes ``us``. A wrong result has no speed-up."""
+    return us / row["us"]["p50"] if row["passed"] and us is not None and 0 < us < float("inf") else None
 
 
 def check_and_time(trial: Any, bytes_read: float, device: torch.device) -> dict[str, Any]:
@@ -167,7 +200,8 @@ def numbers(name: str, text: str, low: int, high: int) -> list[int]:
 
 def table(rows: list[dict[str, Any]]) -> None:
     """Print one line per row."""
-    columns = ("shape", "tokens", "bits", "masked %", "kernel", "us", "GB/s", "of copy", "speed-up", "correct", "same bits")
+    columns = ("shape", "tokens", "bits", "masked %", "kernel", "us", "GB/s", "of copy", "speed-up", "x rival", "correct",
+               "same bits")  # fmt: skip
     keys = ("shape", "tokens", "bits", "masked", "impl")
     lines = [
         (
@@ -176,6 +210,7 @@ def table(rows: list[dict[str, Any]]) -> None:
             row["gbps"],
             row["roofline"],
             row.get("speedup"),
+            row.get("over_rival"),
             row["passed"],
             row["bit_equal"],
         )

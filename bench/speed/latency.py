@@ -20,6 +20,7 @@ from bench.common.models import layers_of
 from bench.common.record import append
 from bench.speed.decoding import Decoder, Forward, peak_bytes, percentiles, reset_peak
 from bench.speed.kernel_times import kernel_times, show_kernels
+from bench.speed.rivals import RIVALS
 from bench.speed.variants import CHECK_CONTEXT, Prepared, Variant, on_model, reference
 from bench.speed.verify import bound, check_logits
 from rana_fx.calibration.layout import Layout
@@ -90,32 +91,43 @@ class Run:
         sites = self.layout.sites.values()
         dense = sum(site.flops * site.weight.element_size() for site in sites)
         inside = sum(site.flops * site.weight.element_size() for site in sites if site.counted)
-        if variant.kind == "int8":
-            return sum(site.flops for site in sites)
+        if variant.kind in RIVALS:
+            small = sum(site.flops * site.weight.element_size() for site in sites if id(site.weight) in prepared.quantised)
+            fewer = sum(site.flops for site in sites if id(site.weight) in prepared.quantised)
+            return dense - small + fewer * RIVALS[variant.kind].bytes_per_weight
         return dense if prepared.measured is None else dense - inside * (1 - prepared.measured.budget_bytes)
 
 
 def compare(run: Run, chosen: list[Variant]) -> None:
     """Measure every variant at every batch size. A failure gives a row with its reason, and the next variant follows."""
-    jobs = len(chosen) * len(run.protocol.batches)
-    for variant in chosen:
+    batches = len(run.protocol.batches)
+    for done, variant in enumerate(chosen):
         facts = {"variant": variant.label, "variant_kind": variant.kind, "mode": variant.mode, "budget": variant.budget}
         # several plans may have one budget
         facts |= {} if variant.saved is None else {"plan": variant.saved.name}
         try:
-            with on_model(variant, run.model, run.layout, seed=run.protocol.seed) as prepared:
-                for batch in run.protocol.batches:
-                    share, jobs = run.seconds_left() / jobs, jobs - 1
-                    if share <= 0:
-                        run.add("skipped", **facts, batch=batch, reason="no time left")
-                    else:
-                        _one(run, variant, prepared, batch, time.perf_counter() + share, facts)
-                    torch.compiler.reset()
+            _all_batches(run, variant, facts, jobs=(len(chosen) - done) * batches)
         except Exception as error:  # compilers raise many kinds of errors, and the other variants should still run
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             run.add("skipped", **facts, reason=reason)
             print(f"{variant.label}: {reason}", flush=True)
         _clean()
+
+
+def _all_batches(run: Run, variant: Variant, facts: dict[str, Any], *, jobs: int) -> None:
+    """Measure a variant at every batch size. Nothing of it is referenced afterwards: a rival's copy of the model is freed.
+
+    Args:
+        jobs: measurements left in the run, which share the time left.
+    """
+    with on_model(variant, run.model, run.layout, seed=run.protocol.seed) as prepared:
+        for done, batch in enumerate(run.protocol.batches):
+            share = run.seconds_left() / (jobs - done)
+            if share <= 0:
+                run.add("skipped", **facts, batch=batch, reason="no time left")
+            else:
+                _one(run, variant, prepared, batch, time.perf_counter() + share, facts)
+            torch.compiler.reset()
 
 
 def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: float, facts: dict[str, Any]) -> None:
@@ -124,7 +136,7 @@ def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: f
     reset_peak(decoder.device)
     began = time.perf_counter()
     script, expected = reference(variant, prepared, decoder, watched=run.protocol.watched(), seed=seed)
-    forward = variant.compiled(run.model)
+    forward = variant.compiled(prepared.model)
     seconds = {"prepare_seconds": time.perf_counter() - began}
     began = time.perf_counter()
     decoder.decode(forward, CHECK_CONTEXT, _WARM_CALLS)

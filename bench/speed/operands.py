@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.speed import baseline_kernels
+from bench.speed import baseline_kernels, rival_matmuls
 from bench.speed.shapes import Shape
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels import reference
@@ -25,7 +25,10 @@ from rana_fx.kernels.triton.config import Launch, configs, default_config
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One implementation of a matmul. terms: numbers added per output; roundings: roundings to its dtype per output."""
+    """One implementation of a matmul. terms: numbers added per output; roundings: roundings to its dtype per output.
+
+    stored: bytes of its weight, where it has a format of its own.
+    """
 
     calls: list[Callable[[], Tensor]]
     exact: Tensor
@@ -33,6 +36,7 @@ class Trial:
     terms: int
     config: dict[str, Any] | None = None
     roundings: int = 1
+    stored: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,20 @@ class Case:
         calls = [functools.partial(dense, x, w) for x, w in zip(self.xs, weights, strict=True)]
         # cuBLAS may add split-K partial sums in 16 bits
         return Trial(calls, exact, magnitude, self.shape.K, roundings=4 if self.shape.op == "gated_gemv" else 2)
+
+    def rival_trial(self, name: str) -> Trial:
+        """A 4-bit matmul of another library, compared with its own weight; the activation of a gated matmul is compiled."""
+        make, tokens = rival_matmuls.MATMULS[name], self.xs[0].shape[0]
+        weights = [w if self.shape.op == "router" else w.t().contiguous() for w in self.plain]
+        made = [make(weight, tokens) for weight in weights]
+        exact, magnitude = self._exact(self.xs[0], made[0].weight.t())
+        calls: list[Callable[[], Tensor]] = [functools.partial(one.call, x) for x, one in zip(self.xs, made, strict=True)]
+        roundings = made[0].roundings
+        if self.shape.op == "gated_gemv":
+            activation = baseline_kernels.by_inductor(baseline_kernels.silu_of_halves, tuned=False)
+            calls = [lambda call=call: activation(call()) for call in calls]
+            roundings = 2 * roundings + 1  # of both factors and of the product
+        return Trial(calls, exact, magnitude, self.shape.K, roundings=roundings, stored=made[0].stored)
 
     def kernel_trials(self, share: int, tune: bool) -> dict[str, list[Trial]]:
         """Trials of this package's kernel by name; with ``tune`` one per candidate config."""

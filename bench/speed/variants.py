@@ -1,19 +1,19 @@
-"""The variants that ``bench.decode`` compares: the dense model (eager and compiled), int8 weights, and plans.
+"""The variants that ``bench.decode`` compares: the dense model (eager and compiled), plans, and rivals with quantised weights.
 
-In: names from the command line. Out: ``Variant`` objects, and for each a context in which the model is that variant: with a plan
-attached and its thresholds set, or with weights in 8 bits. int8 replaces the weights permanently, so it is the last variant.
+In: names from the command line. Out: ``Variant`` objects, and for each a context with the model that is that variant: with a plan
+attached and its thresholds set, or a quantised copy. Rivals are the last variants, in the order given.
 
-    eager               the model's own forward
-    reduce-overhead     torch.compile with that mode: Inductor and CUDA graphs
-    max-autotune        torch.compile with that mode, which also measures kernel configs
-    int8                int8 weight-only of torchao, then reduce-overhead
-    rana                rana_fx.backend with --mode; one variant per saved plan, or per random plan (config and budget)
+    eager                       the model's own forward
+    reduce-overhead             torch.compile with that mode: Inductor and CUDA graphs
+    max-autotune                torch.compile with that mode, which also measures kernel configs
+    rana                        rana_fx.backend with --mode; one variant per saved plan, or per random plan (config and budget)
+    int8, fp8, int4, gemlite    the rivals of ``bench.speed.rivals``: quantised linears, then reduce-overhead
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import torch
 
 import rana_fx
 from bench.speed.random_plan import PlanConfig, RecordingMeter, attach_unchecked, live_plan, random_plan, set_thresholds
+from bench.speed.rivals import RIVALS, quantised
 from bench.speed.verify import Expected, record_expected
 from rana_fx.calibration.batches import evaluating, observing
 from rana_fx.calibration.layout import Layout
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from bench.speed.decoding import Decoder, Script
 
-NAMES = ("eager", "reduce-overhead", "max-autotune", "int8", "rana")
+NAMES = ("eager", "reduce-overhead", "max-autotune", "rana")
 _CHECK_STEPS = 4
 CHECK_CONTEXT = 16
 _RECORDED_VALUES = 2**16  # values of the residual stream over all recorded steps, at most
@@ -44,7 +45,7 @@ _RECORDED_VALUES = 2**16  # values of the residual stream over all recorded step
 
 @dataclass(frozen=True)
 class Variant:
-    """``kind``: dense, int8 or rana. ``mode``: of torch.compile, None for eager."""
+    """``kind``: dense, rana or the name of a rival. ``mode``: of torch.compile, None for eager."""
 
     name: str
     kind: str
@@ -72,52 +73,61 @@ class Variant:
 def variants(
     names: str, budgets: list[float], plans: list[Path], *, mode: str, configs: Sequence[PlanConfig], prefill: str
 ) -> list[Variant]:
-    """Variants by name: dense ones first, since ratios need their times; int8 last. Raises InvalidOption."""
+    """Variants by name: dense ones first, since ratios need their times; rivals last. Raises InvalidOption."""
     given = [name.strip() for name in names.split(",")]
     for name in given:
-        if name not in NAMES:
-            raise InvalidOption(name="--variants", got=name, expected="some of " + ", ".join(NAMES))
+        if name not in NAMES and name not in RIVALS:
+            raise InvalidOption(name="--variants", got=name, expected="some of " + ", ".join([*NAMES, *RIVALS]))
     found = [Variant(name, "dense", None if name == "eager" else name) for name in NAMES[:3] if name in given]
     if "rana" in given:
         found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
         for config in configs:
             name = "rana" if config.label == "rank" else f"rana {config.label}"
             found += [Variant(name, "rana", mode, budget, config=config, prefill=prefill) for budget in budgets]
-    return found + [Variant("int8", "int8", "reduce-overhead") for name in given if name == "int8"]
+    return found + [Variant(name, name, "reduce-overhead") for name in given if name in RIVALS]
 
 
 @dataclass(eq=False)
 class Prepared:
-    """The plan attached for a variant. ``measured``: densities in steps after thresholds were set."""
+    """The model that is a variant, and its plan. ``measured``: densities in steps after thresholds were set.
 
+    ``quantised``: ids of the weights of the dense model that are quantised in this one.
+    """
+
+    model: PreTrainedModel
+    quantised: frozenset[int] = frozenset()
     plan: Plan | None = None
     measured: Measurement | None = None
 
 
 @contextmanager
 def on_model(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: int) -> Iterator[Prepared]:
-    """Inside, the model is the variant; on exit it is restored (except int8) and compiled code is discarded.
+    """Inside, ``Prepared.model`` is the variant: the model itself, or a quantised copy. On exit the model is restored, the copy
+    is freed and compiled code is discarded.
 
     Raises:
-        ImportError: int8 without torchao.
+        ImportError: a rival without its package.
     """
-    prepared = Prepared()
-    if variant.kind == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    with ExitStack() as restored:
+        restored.callback(torch.compiler.reset)
+        if variant.kind in RIVALS:
+            changed, weights = restored.enter_context(quantised(model, RIVALS[variant.kind]))
+            yield Prepared(changed, weights)
+            return
+        restored.callback(detach, model)
+        yield Prepared(model, plan=_attached_plan(variant, model, layout, seed=seed))
 
-        quantize_(model, Int8WeightOnlyConfig())
-    elif variant.saved is not None:
+
+def _attached_plan(variant: Variant, model: PreTrainedModel, layout: Layout, *, seed: int) -> Plan | None:
+    """The plan of the variant, attached to the model."""
+    if variant.saved is not None:
         attach(model, load_plan(variant.saved))
         found = attached(model)
         assert found is not None
-        prepared.plan = live_plan(found.plan, found.factors)
-    elif variant.budget is not None:
-        prepared.plan = attach_unchecked(model, random_plan(model, layout, variant.budget, config=variant.config, seed=seed))
-    try:
-        yield prepared
-    finally:
-        detach(model)
-        torch.compiler.reset()
+        return live_plan(found.plan, found.factors)
+    if variant.budget is not None:
+        return attach_unchecked(model, random_plan(model, layout, variant.budget, config=variant.config, seed=seed))
+    return None
 
 
 def reference(
@@ -129,7 +139,7 @@ def reference(
         watched: context lengths to set thresholds after. With random weights attention averages over the context, so inputs of
             the output projection are smaller after a longer context.
     """
-    model, plan = decoder.model, prepared.plan
+    model, plan = prepared.model, prepared.plan
     script = decoder.script(CHECK_CONTEXT, _CHECK_STEPS)
     if plan is None:
         return script, record_expected(lambda: decoder.logits(model.forward, script), model, None, dtype=model.dtype)

@@ -11,8 +11,11 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from bench.speed.kernels import main, run
+from bench.speed import baseline_kernels, kernels, rival_matmuls
+from bench.speed.kernels import main, measure, run
+from bench.speed.rival_matmuls import RivalMatmul, tinygemm_operands
 from bench.speed.shapes import MODELS, shapes
+from bench.speed.timing import Times, error_ratio
 from rana_fx.errors import InvalidOption, UnknownChoice
 from rana_fx.kernels.triton import compaction as gather
 
@@ -36,6 +39,69 @@ def test_toy_sizes_are_right_and_recorded(tmp_path):
     assert found >= {("router", "router", 4), ("masked_gemv", "published", 16), ("masked_gemv", "fallback", 16)}
     ours = [row for row in rows if row["impl"] in ("masked", "router")]
     assert all(row["bit_equal"] and row["config"] for row in ours)
+
+
+def on_cpu(weight, tokens):
+    """tinygemm's operands, multiplied by the CPU's kernel, which takes multiples of 16 outputs."""
+    codes, scales_and_zeros, meant = tinygemm_operands(weight)
+    if weight.shape[0] % 16:
+        return RivalMatmul(lambda x: torch.nn.functional.linear(x, meant), meant, codes.nbytes, 1)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 8)
+    return RivalMatmul(
+        lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, scales_and_zeros), meant, packed.nbytes, 1
+    )
+
+
+def compared_with_its_input(weight, tokens):
+    return on_cpu(weight, tokens)._replace(weight=weight)
+
+
+def without_a_kernel(weight, tokens):
+    raise RuntimeError("no kernel for this device")
+
+
+@pytest.mark.skipif(not gather.INTERPRETED, reason="runs under the interpreter")
+@pytest.mark.parametrize("name", ["toy/down", "toy/router", "toy/silu(gate)*up"])
+def test_rivals_are_compared_with_their_own_weight_and_count_in_their_bits(name, monkeypatch, capsys):
+    (shape,), device = shapes([name]), torch.device("cpu")
+    monkeypatch.setattr(baseline_kernels, "by_inductor", lambda function, tuned: function)
+
+    def rows_of(width, times, **matmuls):
+        """Rows by implementation. ``times``: in the order dense, gemlite, int4, this package's kernel."""
+        left = iter(times)
+        monkeypatch.setattr(kernels, "timed", lambda calls, device: Times(*[next(left)] * 3))
+        for key, matmul in matmuls.items():
+            monkeypatch.setitem(rival_matmuls.MATMULS, key, matmul)
+        found = measure(shape, [0], 3, width, {"cublas", "int4", "gemlite"}, False, device, {})
+        return {"ours" if row["impl"] in ("masked", "router") else row["impl"]: row for row in found}
+
+    rows = rows_of(4, [12.0, 6.0, 8.0], int4=on_cpu, gemlite=without_a_kernel)
+    assert list(rows) == ["cublas", "int4", "ours"] and all(row["passed"] for row in rows.values())
+    assert f"gemlite, {name}: not timed: RuntimeError: no kernel" in capsys.readouterr().err
+    assert (rows["int4"]["bits"], rows["int4"]["masked"], rows["int4"]["speedup"]) == (4, 0, 2)
+    assert [rows["ours"][key] for key in ("speedup", "rival_us", "over_rival")] == [1.5, 6.0, 0.75]
+    rows = rows_of(4, [12.0, 3.0, 6.0, 8.0], gemlite=on_cpu)
+    assert (rows["ours"]["rival_us"], rows["ours"]["over_rival"]) == (3.0, 3 / 8)
+    # the weight before rounding is not what it multiplies by: wrong, so it is no rival
+    rows = rows_of(4, [12.0, 3.0, 6.0, 8.0], gemlite=compared_with_its_input)
+    assert not rows["gemlite"]["passed"] and rows["gemlite"]["speedup"] is None
+    assert rows["ours"]["rival_us"] == 6.0
+    rows = rows_of(8, [12.0, 8.0])
+    assert list(rows) == ["cublas", "ours"] and rows["ours"]["rival_us"] is rows["ours"]["over_rival"] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # of the packages compared with
+@pytest.mark.parametrize("name", ["int4", "gemlite"])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_rival_matmuls_on_a_gpu(name, tokens):
+    if name == "gemlite":
+        pytest.importorskip(name)
+    weight = torch.randn(512, 1024, device="cuda").bfloat16() / 32
+    x = torch.randn(tokens, 1024, device="cuda").bfloat16()
+    matmul = rival_matmuls.MATMULS[name](weight, tokens)
+    exact, magnitude = x.double() @ matmul.weight.double().t(), x.double().abs() @ matmul.weight.double().t().abs()
+    assert error_ratio(matmul.call(x), exact, magnitude, 1024, matmul.roundings) <= 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
