@@ -49,8 +49,15 @@ def refusal(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, activa
     if not 1 <= tokens <= most:
         return f"{tokens} tokens, it takes 1 to {most} in {v.dtype}"
     columns = shape_of(weight, scale)[1]
-    if weight.stride(1) != 1 or weight.stride(0) % _ALIGNMENT or weight.storage_offset() % _ALIGNMENT or weight.shape[1] % _ALIGNMENT:
-        return f"reads {_ALIGNMENT} bytes at a time: rows of {columns} columns, {weight.stride(0)} bytes apart, are not made of those"
+    if (
+        weight.stride(1) != 1
+        or weight.stride(0) % _ALIGNMENT
+        or weight.storage_offset() % _ALIGNMENT
+        or weight.shape[1] % _ALIGNMENT
+    ):
+        return (
+            f"reads {_ALIGNMENT} bytes at once: rows of {columns} columns, {weight.stride(0)} bytes apart, are not made of those"
+        )
     if weight.dtype == torch.uint8 and (scale.stride(1) != 1 or scale_unit(weight, scale, activation) < 4):
         return f"copies scales by 4 bytes or more: rows of {scale.shape[1]} in {scale.dtype} do not begin at such"
     if tau.dtype not in DTYPE_CODES or scale.dtype not in DTYPE_CODES:
@@ -90,7 +97,9 @@ def masked_gemv(
     outputs = columns // 2 if activation else columns
     if v.shape[-1] != ranks or tuple(tau.shape) != (ranks,):
         raise BadOperand(name="v", got=str(tuple(v.shape)), expected=f"(..., {ranks})", todo="One value and threshold per rank.")
-    if activation and (columns % 2 or outputs % (group_of(weight, scale) if bits == 4 else 1) or outputs * bits // 8 % _ALIGNMENT):
+    if activation and (
+        columns % 2 or outputs % (group_of(weight, scale) if bits == 4 else 1) or outputs * bits // 8 % _ALIGNMENT
+    ):
         todo = "Apply the activation apart."
         raise BadOperand(name="weight", got=f"{columns} columns", expected="two halves of whole groups and 16 bytes", todo=todo)
     if bias is not None and tuple(bias.shape) != (columns,):
@@ -101,6 +110,9 @@ def masked_gemv(
     if config is None:
         sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count
         config = default_config(ranks, columns, rows, sm_count=sm_count, bits=bits, gated=activation is not None)
+    if weight.data_ptr() % _ALIGNMENT or scale.data_ptr() % _ALIGNMENT:
+        # memory that is shared with a file begins anywhere
+        weight, scale = weight.clone(), scale.clone()
     flat, added = v.reshape(rows, -1), None if residual is None else residual.reshape(rows, -1)
     y = torch.empty((rows, outputs), dtype=v.dtype, device=v.device)
     with torch.cuda.device_of(v):

@@ -1,7 +1,7 @@
 """CUDA C++ to machine code by NVRTC, the compiler library that PyTorch's CUDA wheels depend on.
 
-In: a source text and constants. Out: a cubin, kept in a file of Inductor's cache folder under a hash of all that it depends on, so
-that a second process compiles nothing.
+In: a source text and constants. Out: a cubin, kept in a file of Inductor's cache folder under a hash of all that it depends on,
+so that a second process compiles nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import functools
 import hashlib
 import importlib.util
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from rana_fx.atomic import replacing
 from rana_fx.errors import KernelNotCompiled
 
 OPTIONS = ("-std=c++17", "-default-device")
@@ -64,11 +64,9 @@ def compiled(source: str, constants: Mapping[str, int], architecture: str) -> by
     if file.exists():
         return file.read_bytes()
     code = _compile(nvrtc, text, options)
-    # other processes compile the same: a file appears whole or not at all
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as made:
+    with replacing(file) as made:
         made.write(code)
-    os.replace(made.name, file)
     return code
 
 
