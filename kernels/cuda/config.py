@@ -73,11 +73,16 @@ def default_config(
         splits, warps, stages = MOST_SPLITS, 4, 3
     else:
         splits, warps, stages = 6, 16 if steps >= 6 * 16 * 4 else 8, 3
-    splits = max(min(splits, cdiv(K, STEP)), 1)
-    while splits > 1 and blocks * splits > 64 * sm_count:
-        splits //= 2
-    warps = max(min(warps, 16) // segments, 1)
-    return Config(segments, warps, splits, stages if T <= 8 else 2)
+    config = Config(segments, max(warps // segments, 1), max(min(splits, cdiv(K, STEP)), 1), stages)
+    while most_shared_bytes(config, K, T, bits) > MOST_SHARED_BYTES and (config.stages > 2 or config.warps > 1):
+        fewer = dict(stages=2) if config.stages > 2 else dict(warps=config.warps // 2)
+        config = dataclasses.replace(config, **fewer)
+    return config
+
+
+def most_shared_bytes(config: Config, K: int, T: int, bits: int) -> int:
+    """Shared memory with fp32 scales in groups of 64, and products in 16 bits of mantissa for up to 8 tokens."""
+    return config.shared_bytes(K, T, bits, 64, 4, exact=T <= 8)
 
 
 def _whole(size: int) -> int:

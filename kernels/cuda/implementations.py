@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.kernels import cost
+from rana_fx.kernels.cuda.config import MOST_SHARED_BYTES, default_config, most_shared_bytes
 from rana_fx.kernels.problem import Problem
 from rana_fx.kernels.registry import Implementation
 from rana_fx.kernels.triton.config import MAX_TOKENS
@@ -37,6 +38,10 @@ def accepts(problem: Problem) -> str | None:
         return f"rows of {problem.columns} columns in {problem.bits} bits are not made of aligned {ALIGNMENT} bytes"
     if problem.bits == 4 and problem.scale_alignment % 4:
         return "rows of scales do not begin at multiples of 4 bytes"
+    config = default_config(*problem.sizes, problem.density, bits=problem.bits, gated=problem.op == "masked_gemv_gated")
+    need = most_shared_bytes(config, problem.rows, problem.tokens, problem.bits)
+    if need > MOST_SHARED_BYTES:
+        return f"lists of {problem.rows} ranks for {problem.tokens} tokens need {need} bytes of shared memory"
     return _device(problem.device)
 
 

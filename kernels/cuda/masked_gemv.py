@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -65,6 +66,20 @@ def refusal(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, activa
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A checked launch. constants: that masked_gemv.cu is compiled with. y: its result, not yet computed, (T, N) or (T, N / 2).
+
+    kept: what the arguments point to.
+    """
+
+    constants: tuple[tuple[str, int], ...]
+    arguments: Arguments
+    blocks: int
+    y: Tensor
+    kept: tuple[Tensor | None, ...]
+
+
 def masked_gemv(
     v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *,
     residual: Tensor | None = None, activation: str | None = None, config: Config | None = None, early: bool = False,
@@ -86,40 +101,52 @@ def masked_gemv(
     Raises:
         BadOperand, UnknownChoice, KernelNotCompiled.
     """
-    reason = refusal(v, tau, weight, scale, activation)
-    if reason is not None:
-        raise BadOperand(name="weight", got="not for this kernel", expected=reason, todo="Use the Triton kernel.")
-    assert scale is not None
+    if config is None:
+        tokens, columns = v.numel() // max(v.shape[-1], 1), shape_of(weight, scale)[1]
+        sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count
+        gated = activation is not None
+        config = default_config(v.shape[-1], columns, tokens, sm_count=sm_count, bits=bits_of(weight), gated=gated)
+    with torch.cuda.device_of(v):
+        launch = prepared(v, tau, weight, bias, scale, residual=residual, activation=activation, config=config)
+        _kernel(launch.constants, bool(early), v.device.index)(launch.blocks, launch.arguments)
+    return launch.y.reshape(*v.shape[:-1], launch.y.shape[1])
+
+
+def prepared(
+    v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, *,
+    residual: Tensor | None, activation: str | None, config: Config,
+) -> Launch:  # fmt: skip
+    """The launch of ``masked_gemv``. Raises BadOperand, UnknownChoice."""
     if activation not in ACTIVATION_CODES:
         raise UnknownChoice(kind="activation", got=activation, valid=", ".join(filter(None, ACTIVATION_CODES)))
+    reason = refusal(v, tau, weight, scale, activation)
+    if reason is not None:
+        raise BadOperand(
+            name="weight", got="not for this kernel", expected=f"another: it {reason}", todo="Use the Triton kernel."
+        )
+    assert scale is not None
     ranks, columns = shape_of(weight, scale)
     rows, bits = v.numel() // v.shape[-1], bits_of(weight)
     outputs = columns // 2 if activation else columns
     if v.shape[-1] != ranks or tuple(tau.shape) != (ranks,):
         raise BadOperand(name="v", got=str(tuple(v.shape)), expected=f"(..., {ranks})", todo="One value and threshold per rank.")
-    if activation and (
-        columns % 2 or outputs % (group_of(weight, scale) if bits == 4 else 1) or outputs * bits // 8 % _ALIGNMENT
-    ):
-        todo = "Apply the activation apart."
-        raise BadOperand(name="weight", got=f"{columns} columns", expected="two halves of whole groups and 16 bytes", todo=todo)
+    unit = math.lcm(_ALIGNMENT * 8 // bits, group_of(weight, scale) if bits == 4 else 1)
+    if activation and (columns % 2 or outputs % unit):
+        todo, expected = "Apply the activation apart.", f"two halves that are multiples of {unit}"
+        raise BadOperand(name="weight", got=f"{columns} columns", expected=expected, todo=todo)
     if bias is not None and tuple(bias.shape) != (columns,):
         raise BadOperand(name="bias", got=str(tuple(bias.shape)), expected=f"({columns},)", todo="One number per output.")
     if residual is not None and (tuple(residual.shape) != (*v.shape[:-1], columns) or activation):
-        expected = str((*v.shape[:-1], columns))
-        raise BadOperand(name="residual", got=str(tuple(residual.shape)), expected=expected, todo="And no activation.")
-    if config is None:
-        sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count
-        config = default_config(ranks, columns, rows, sm_count=sm_count, bits=bits, gated=activation is not None)
+        expected = f"{(*v.shape[:-1], columns)}, and no activation"
+        raise BadOperand(name="residual", got=str(tuple(residual.shape)), expected=expected, todo="Add it apart.")
     if weight.data_ptr() % _ALIGNMENT or scale.data_ptr() % _ALIGNMENT:
         # memory that is shared with a file begins anywhere
         weight, scale = weight.clone(), scale.clone()
     flat, added = v.reshape(rows, -1), None if residual is None else residual.reshape(rows, -1)
     y = torch.empty((rows, outputs), dtype=v.dtype, device=v.device)
-    with torch.cuda.device_of(v):
-        constants = constants_of(flat, tau, weight, scale, bias, added, activation, config)
-        kernel = _kernel(constants, bool(early), v.device.index)
-        kernel(config.blocks(outputs, bits, gated=activation is not None), arguments_of(flat, tau, weight, scale, bias, added, y))
-    return y.reshape(*v.shape[:-1], outputs)
+    kept = (flat, tau, weight, scale, bias, added)
+    constants, arguments = constants_of(*kept, activation, config), arguments_of(*kept, y)
+    return Launch(constants, arguments, config.blocks(outputs, bits, gated=activation is not None), y, kept)
 
 
 def constants_of(
