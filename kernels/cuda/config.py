@@ -80,6 +80,16 @@ def default_config(
     return config
 
 
+def configs(
+    K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 4, gated: bool = False
+) -> list[Config]:
+    """Configs to measure, the default first."""
+    choices = ((1, 4, 8, 3), (1, 4, 8, 4), (1, 4, 4, 4), (1, 8, 6, 3), (1, 16, 6, 3), (1, 8, 8, 3), (2, 4, 4, 4), (2, 2, 8, 4))
+    found = [default_config(K, N, T, density, sm_count, bits=bits, gated=gated)]
+    found += [Config(*choice) for choice in choices if not gated or choice[0] % 2 == 0]
+    return [config for config in dict.fromkeys(found) if most_shared_bytes(config, K, T, bits) <= MOST_SHARED_BYTES]
+
+
 def most_shared_bytes(config: Config, K: int, T: int, bits: int) -> int:
     """Shared memory with fp32 scales in groups of 64, and products in 16 bits of mantissa for up to 8 tokens."""
     return config.shared_bytes(K, T, bits, 64, 4, exact=T <= 8)

@@ -57,7 +57,7 @@ EACH = pytest.mark.parametrize("name", CASES)
 
 @EACH
 def test_matches_fp64(name):
-    """With few, many, all and no ranks kept, outliers, and values of one sign: sums that the offset of stored numbers dominates."""
+    """Few, many, all and no ranks kept, outliers, and values of one sign: the offset of stored numbers dominates the sums."""
     case, config = CASES[name]
     (tokens, ranks), bits = case.v.shape, 4 if case.weight.dtype == torch.uint8 else 8
     columns = case.weight.shape[1] * 8 // bits
