@@ -238,8 +238,8 @@ class BadOperand(RanaError, ValueError):
 
 class KernelNotCompiled(RanaError, RuntimeError):
     message = (
-        "{kernel} could not be compiled or loaded: {reason}. Expected the NVRTC library that PyTorch's CUDA wheels install and a "
-        "driver that is no older than it; with rana_fx.kernels.ops.without('cuda') the Triton kernels compute everything."
+        "{kernel} could not be compiled or loaded: {reason}. Expected the NVRTC library of PyTorch's CUDA version and a driver "
+        "that is no older: reinstall PyTorch's CUDA wheels, or update the driver."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rana_fx.errors import KernelNotCompiled
 from rana_fx.kernels import cost
 from rana_fx.kernels.cuda.config import MOST_SHARED_BYTES, default_config, most_shared_bytes
 from rana_fx.kernels.problem import Problem
@@ -62,13 +63,17 @@ def gemv_us(problem: Problem) -> float | None:
 
 @functools.lru_cache
 def _device(device: torch.device) -> str | None:
-    """Why the kernel cannot run there, or None."""
-    from rana_fx.kernels.cuda import nvrtc
+    """Why the kernel cannot run there, or None. It is compiled and loaded once: if that fails, the Triton kernels compute."""
+    from rana_fx.kernels.cuda import masked_gemv
 
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
         return f"is for compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
-    return None if nvrtc.library() is not None else f"NVRTC of CUDA {torch.version.cuda} was not found"
+    try:
+        masked_gemv.load_smallest(device)
+    except KernelNotCompiled as error:
+        return str(error)
+    return None
 
 
 def _launch(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, *more: Any, **named: Any) -> Tensor:

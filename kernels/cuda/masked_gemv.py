@@ -219,3 +219,11 @@ def _kernel(constants: tuple[tuple[str, int], ...], early: bool, device: int) ->
     code = nvrtc.compiled(source(), given, f"sm_{major}{minor}a")
     threads = 32 * given["SEGMENTS"] * given["WARPS"]
     return driver.load(code, "masked_gemv", threads=threads, shared_bytes=given["SHARED_BYTES"], early=early)
+
+
+def load_smallest(device: torch.device) -> None:
+    """Compile and load a launch of 16 ranks. Raises KernelNotCompiled."""
+    with torch.cuda.device(device):
+        v, weight, scale = torch.zeros(1, 16), torch.zeros(16, 128, dtype=torch.int8), torch.zeros(16)
+        constants = constants_of(v.bfloat16(), scale, weight, scale, None, None, None, Config(1, 1, 1, 2))
+        _kernel(constants, False, torch.cuda.current_device())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 
@@ -230,8 +231,10 @@ def test_other_gpus_are_declined(monkeypatch, capability, reason):
     assert reason in implementations.accepts(problem())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     implementations._device.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(nvrtc, "library", lambda: None)
-    assert "NVRTC" in implementations.accepts(problem())
+    assert "NVRTC of CUDA" in implementations.accepts(problem())
     implementations._device.cache_clear()
 
 
