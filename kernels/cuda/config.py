@@ -10,6 +10,7 @@ from rana_fx.kernels.triton.config import H200_SM_COUNT, cdiv
 STEP = 16  # ranks of one product
 ROW_BYTES = 128  # of a rank's row that a warp reads
 MOST_SHARED_BYTES = 227 * 1024
+MOST_INTEGER_TOKENS = 2
 MOST_SPLITS = 8  # blocks of a cluster that every GPU of compute capability 9.0 takes
 
 
@@ -42,8 +43,19 @@ class Config:
     def threads(self) -> int:
         return 32 * self.segments * self.warps
 
+    def integers(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int) -> bool:
+        """Whether products are of integers: they take more shared memory, and may not halve the blocks that run at a time."""
+        mine = self._bytes_of_integers(ranks, tokens, bits, group, scale_bytes)
+        others = self._bytes_of_bf16(ranks, tokens, bits, group, scale_bytes, exact=True)
+        return tokens <= MOST_INTEGER_TOKENS and _blocks_at_a_time(mine) >= min(max(_blocks_at_a_time(others), 1), 2)
+
     def shared_bytes(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int, *, exact: bool) -> int:
-        """Dynamic shared memory: masked_gemv.cu asserts that it suffices."""
+        """Dynamic shared memory: layout.cuh asserts that it suffices."""
+        if self.integers(ranks, tokens, bits, group, scale_bytes):
+            return self._bytes_of_integers(ranks, tokens, bits, group, scale_bytes)
+        return self._bytes_of_bf16(ranks, tokens, bits, group, scale_bytes, exact=exact)
+
+    def _bytes_of_bf16(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int, *, exact: bool) -> int:
         length, warps = self.listed(ranks) + STEP, self.segments * self.warps
         groups = columns_of(4) // group if bits == 4 else 1
         sets = cdiv(tokens, 4 if exact else 8)
@@ -51,6 +63,14 @@ class Config:
         stage = STEP * (ROW_BYTES + (groups * scale_bytes if bits == 4 else 0))
         operands = _whole(lists + warps * sets * groups * 8 * STEP * 2) + warps * self.stages * stage
         return max(operands, lists + warps * min(tokens, 4) * columns_of(bits) * 4)
+
+    def _bytes_of_integers(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int) -> int:
+        length, warps = self.listed(ranks) + STEP, self.segments * self.warps
+        groups = columns_of(4) // group if bits == 4 else 0
+        lists = _whole(_whole(length * 4) + length * tokens * (4 if bits == 8 else 2))
+        lists = _whole(_whole(lists + warps * 4 * (1 + tokens)) + self.segments * length * groups * scale_bytes)
+        operands = _whole(lists + warps * tokens * groups * STEP * 4) + warps * self.stages * STEP * ROW_BYTES
+        return max(operands, lists + warps * tokens * columns_of(bits) * 16)
 
 
 def columns_of(bits: int) -> int:
@@ -93,6 +113,11 @@ def configs(
 def most_shared_bytes(config: Config, K: int, T: int, bits: int) -> int:
     """Shared memory with fp32 scales in groups of 64, and products in 16 bits of mantissa for up to 8 tokens."""
     return config.shared_bytes(K, T, bits, 64, 4, exact=T <= 8)
+
+
+def _blocks_at_a_time(shared_bytes: int) -> int:
+    """On a multiprocessor, as far as shared memory goes: each block takes 1 KiB more than it uses."""
+    return (MOST_SHARED_BYTES + 1024) // (shared_bytes + 1024)
 
 
 def _whole(size: int) -> int:

@@ -22,6 +22,11 @@ from rana_fx.kernels.triton.config import MAX_TOKENS
 
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# in this order; primitives.cuh comes before them, or what defines its names elsewhere
+FILES = (
+    *("layout.cuh", "fixed_point.cuh", "listing.cuh", "rows.cuh"),
+    *("products_bf16.cuh", "products_integers.cuh", "masked_gemv.cu"),
+)
 _ALIGNMENT = 16  # bytes of a copy
 _POINTERS = ("w", "scale", "v", "tau", "bias", "residual", "y")
 _WEIGHT_STRIDES = ("w_row", "scale_row")
@@ -166,6 +171,7 @@ def constants_of(
         "SPLITS": config.splits,
         "STAGES": config.stages,
         "LISTED": config.listed(ranks),
+        "INTEGERS": int(config.integers(ranks, tokens, bits, group, scale.element_size())),
         "VALUE": DTYPE_CODES[v.dtype],
         "SCALE": DTYPE_CODES[scale.dtype],
         "THRESHOLD": DTYPE_CODES[tau.dtype],
@@ -208,8 +214,7 @@ def arguments_of(
 @functools.cache
 def source() -> str:
     """The kernel's text, with the instructions of a GPU in front."""
-    here = Path(__file__).parent
-    return (here / "primitives.cuh").read_text() + (here / "masked_gemv.cu").read_text()
+    return "".join((Path(__file__).parent / name).read_text() for name in ("primitives.cuh", *FILES))
 
 
 @functools.lru_cache(maxsize=4096)

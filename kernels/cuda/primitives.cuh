@@ -22,6 +22,7 @@ DEVICE u32 ballot(bool p) { return __ballot_sync(~0u, p); }
 // of the lane whose index differs in the bits of ``apart``, and of lane ``lane``
 DEVICE float of_lane(float x, int apart) { return __shfl_xor_sync(~0u, x, apart); }
 DEVICE float in_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+DEVICE u32 largest_in_warp(u32 x) { return __reduce_max_sync(~0u, x); }
 DEVICE int ones(u32 x) { return __popc(x); }
 DEVICE u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 // (a & b) ^ c
@@ -31,6 +32,8 @@ DEVICE u32 and_xor(u32 a, u32 b, u32 c) {
   return d;
 }
 DEVICE float float_of_bits(u32 x) { return __uint_as_float(x); }
+DEVICE u32 bits_of_float(float x) { return __float_as_uint(x); }
+DEVICE int nearest_integer(float x) { return __float2int_rn(x); }
 DEVICE float float_of_half(u16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
@@ -54,6 +57,21 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// c (16 x 8, s32) += a (16 x 32, s8) * b (32 x 8, s8)
+DEVICE void multiply(int (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Four matrices of 8 rows of 8 numbers of 16 bits, transposed: lane i gives the address of row i % 8 of matrix i / 8, and gets numbers
+// i / 4 of rows 2 (i % 4) and 2 (i % 4) + 1 of each.
+DEVICE void load_transposed(u32 (&x)[4], const void* row) {
+  u32 address = (u32)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
 }
 
 // BYTES (4, 8 or 16) from global to shared memory without registers, zeros beyond ``size``; complete after wait_for_copies

@@ -67,6 +67,7 @@ inline WarpState& warp_state() {
   Thread& t = *cluster->current;
   return cluster->warps[(t.block * cluster->threads_of_block + t.index) / 32];
 }
+inline u32 max(u32 x, u32 y) { return x > y ? x : y; }
 inline int lane_index() { return cluster->current->index % 32; }
 
 inline int thread_index() { return cluster->current->index; }
@@ -93,6 +94,15 @@ inline float in_lane(float x, int lane) {
   return y;
 }
 inline float of_lane(float x, int apart) { return in_lane(x, lane_index() ^ apart); }
+inline u32 largest_in_warp(u32 x) {
+  WarpState& w = warp_state();
+  w.words[lane_index()][0] = x;
+  sync_warp();
+  u32 most = 0;
+  for (int i = 0; i < 32; i++) most = max(most, w.words[i][0]);
+  sync_warp();
+  return most;
+}
 inline int ones(u32 x) { return __builtin_popcount(x); }
 inline u32 bytes_of(u32 a, u32 b, u32 selector) {
   u64 both = (u64)b << 32 | a;
@@ -105,6 +115,15 @@ inline float float_of_bits(u32 x) {
   float y;
   std::memcpy(&y, &x, 4);
   return y;
+}
+inline u32 bits_of_float(float x) {
+  u32 y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline int nearest_integer(float x) {
+  if (x != x) return 0;  // as a GPU converts it
+  return x >= 2147483648.f ? 0x7FFFFFFF : x <= -2147483648.f ? -0x7FFFFFFF - 1 : (int)std::nearbyint(x);
 }
 inline float float_of_half(u16 x) {
   _Float16 y;
@@ -141,6 +160,34 @@ inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
       sum += part(a, k % 2) * part(b, k % 2);
     }
     c[i] = (float)sum;
+  }
+  sync_warp();
+}
+inline void multiply(int (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  WarpState& w = warp_state();
+  u32 mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  std::memcpy(w.words[lane_index()], mine, sizeof mine);
+  sync_warp();
+  auto part = [](u32 word, int byte) { return (int)(signed char)(word >> 8 * byte & 255); };
+  int g = lane_index() / 4, t = lane_index() % 4;
+  for (int i = 0; i < 4; i++) {
+    int upper = i / 2, column = 2 * t + i % 2;
+    for (int k = 0; k < 32; k++) {
+      u32 x = w.words[g * 4 + k % 16 / 4][k / 16 * 2 + upper], y = w.words[column * 4 + k % 16 / 4][4 + k / 16];
+      c[i] += part(x, k % 4) * part(y, k % 4);
+    }
+  }
+  sync_warp();
+}
+inline void load_transposed(u32 (&x)[4], const void* row) {
+  WarpState& w = warp_state();
+  if ((std::uintptr_t)row % 16) std::abort();
+  std::memcpy(w.words[lane_index()], row, 16);
+  sync_warp();
+  int g = lane_index() / 4, t = lane_index() % 4;
+  for (int i = 0; i < 4; i++) {
+    auto number = [&](int from) { return w.words[i * 8 + from][g / 2] >> g % 2 * 16 & 0xFFFF; };
+    x[i] = number(2 * t) | number(2 * t + 1) << 16;
   }
   sync_warp();
 }
