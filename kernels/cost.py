@@ -51,7 +51,7 @@ H200 = Device(
     dense_fixed_us=4.4,
     masked_fixed_us=6.1,
     packed_fixed_us=11.0,
-    tensor_core_fixed_us=4.5,
+    tensor_core_fixed_us=5.0,
     launch_us=1.8,
 )
 H100 = dataclasses.replace(H200, name="H100", bytes_per_us=4.25e6 * 3.35 / 4.8)
@@ -83,7 +83,7 @@ def masked_us(K: int, N: int, T: int, density: float, device: Device = H200, *, 
 def tensor_core_us(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 4) -> float:
     """Time of the masked GEMV on tensor cores: all tokens share the rows that any of them keeps."""
     rows = K * (1 - math.pow(1 - density, T))
-    slower = (1.45 if bits == 4 else 1.3) * (1 + 0.05 * (T - 1))
+    slower = (1.15 if bits == 4 else 1.0) * (1 + 0.05 * (T - 1))
     return device.tensor_core_fixed_us + weight_bytes(rows, N, bits) / device.bytes_per_us * slower
 
 

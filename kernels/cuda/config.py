@@ -83,17 +83,23 @@ def default_config(
 ) -> Config:
     """A config without measuring, by rules that the fastest configs of sweeps on an H200 have in common.
 
-    With enough columns for two blocks a multiprocessor, clusters of 8 blocks of 4 warps; with fewer, clusters of 6, so that one
-    wave of blocks is enough, with 8 warps or, where each has many ranks, 16.
+    Some 16 warps for each multiprocessor, in few waves. Narrow results (4096 columns in 4 bits) have too few segments for that:
+    clusters of 6 blocks of 8 or, where a block keeps many ranks, 16 warps, one block a multiprocessor. Wide ones take blocks of
+    two or four segments, which read longer pieces of a row.
     """
-    segments = 2 if gated else 1
-    blocks = cdiv(N, columns_of(bits) * segments)
-    steps = cdiv(int(K * max(density, 1 / 16)), STEP)
-    if blocks * MOST_SPLITS >= 2 * sm_count:
-        splits, warps, stages = MOST_SPLITS, 4, 3
+    across = cdiv(N, columns_of(bits))
+    if across <= 24:
+        segments, warps, splits, stages = 1, 16 if K * density >= 4096 else 8, 6, 3
+    elif across <= 40:
+        segments, warps, splits, stages = (2, 4, 8, 3) if K >= 8192 else (1, 4, 8, 4)
+    elif across <= 64 or (bits == 4 and across > 128):
+        segments, warps, splits, stages = 2, 4, 4, 4
     else:
-        splits, warps, stages = 6, 16 if steps >= 6 * 16 * 4 else 8, 3
-    config = Config(segments, max(warps // segments, 1), max(min(splits, cdiv(K, STEP)), 1), stages)
+        segments, warps, splits, stages = (2, 4, 8, 3) if bits == 4 else (4, 2, 4, 4)
+    if gated and segments == 1:
+        segments, warps = 2, warps // 2
+    splits = max(min(splits, cdiv(K, STEP)), 1)
+    config = Config(segments, warps, splits, stages)
     while most_shared_bytes(config, K, T, bits) > MOST_SHARED_BYTES and (config.stages > 2 or config.warps > 1):
         fewer = dict(stages=2) if config.stages > 2 else dict(warps=config.warps // 2)
         config = dataclasses.replace(config, **fewer)
