@@ -100,9 +100,11 @@ def default_config(
         segments, warps = 2, warps // 2
     splits = max(min(splits, cdiv(K, STEP)), 1)
     config = Config(segments, warps, splits, stages)
-    while most_shared_bytes(config, K, T, bits) > MOST_SHARED_BYTES and (config.stages > 2 or config.warps > 1):
-        fewer = dict(stages=2) if config.stages > 2 else dict(warps=config.warps // 2)
-        config = dataclasses.replace(config, **fewer)
+    # lists and sums of many tokens: shorter lists, a shorter ring of copies, fewer sums
+    most_splits = min(MOST_SPLITS, cdiv(K, STEP))
+    for field, least in (("splits", most_splits), ("stages", 2), *(("warps", n) for n in (8, 4, 2, 1))):
+        if most_shared_bytes(config, K, T, bits) > MOST_SHARED_BYTES and (field == "splits" or getattr(config, field) > least):
+            config = dataclasses.replace(config, **{field: least})
     return config
 
 
@@ -110,7 +112,7 @@ def configs(
     K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 4, gated: bool = False
 ) -> list[Config]:
     """Configs to measure, the default first."""
-    choices = ((1, 4, 8, 3), (1, 4, 8, 4), (1, 4, 4, 4), (1, 8, 6, 3), (1, 16, 6, 3), (1, 8, 8, 3), (2, 4, 4, 4), (2, 2, 8, 4))
+    choices = ((2, 4, 8, 3), (2, 4, 4, 4), (4, 2, 4, 4), (1, 4, 8, 4), (1, 8, 4, 4), (1, 8, 6, 3), (1, 16, 6, 3), (1, 4, 8, 2))
     found = [default_config(K, N, T, density, sm_count, bits=bits, gated=gated)]
     found += [Config(*choice) for choice in choices if not gated or choice[0] % 2 == 0]
     return [config for config in dict.fromkeys(found) if most_shared_bytes(config, K, T, bits) <= MOST_SHARED_BYTES]
