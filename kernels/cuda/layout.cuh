@@ -4,6 +4,8 @@ constexpr int LANES = 32, STEP = 16, ROW_BYTES = 128;
 constexpr int COLUMNS = ROW_BYTES * 8 / BITS;
 constexpr int GROUPS = BITS == 4 ? COLUMNS / GROUP : 1;
 constexpr int ALL_WARPS = SEGMENTS * WARPS, THREADS = ALL_WARPS * LANES;
+// that registers must suffice for on a multiprocessor: without any number the compiler computes anew in each step what it could keep
+constexpr int BLOCKS = !INTEGERS || THREADS > 512 ? 1 : 512 / THREADS;
 constexpr int PER_THREAD = (LISTED + THREADS - 1) / THREADS;
 constexpr int LENGTH = LISTED + STEP;
 constexpr int ITEMS = GROUPS > 2 ? GROUPS / 2 : 1;  // (rank, group) pairs of a lane in a step

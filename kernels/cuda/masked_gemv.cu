@@ -60,7 +60,7 @@ DEVICE void exchange(const Share& share, int from, int split) {
   if (SPLITS > 1) sync_cluster(); else sync_block();
 }
 
-KERNEL void CLUSTER(SPLITS) BOUNDS(THREADS) masked_gemv(CONSTANT Arguments a) {
+KERNEL void CLUSTER(SPLITS) BOUNDS(THREADS, BLOCKS) masked_gemv(CONSTANT Arguments a) {
   char* memory = shared_memory();
   int thread = thread_index(), warp = thread / LANES, segment = warp % SEGMENTS;
   int block = block_index() / SPLITS, split = block_index() % SPLITS;

@@ -7,7 +7,7 @@ typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 #define KERNEL extern "C" __global__
 #define CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
-#define BOUNDS(threads) __launch_bounds__(threads)
+#define BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define CONSTANT const __grid_constant__
 
 DEVICE int thread_index() { return threadIdx.x; }
@@ -74,6 +74,16 @@ DEVICE void load_transposed(u32 (&x)[4], const void* row) {
                : "memory");
 }
 
+// x, which the compiler cannot know to be x: it computes x once and keeps it, and does not take an address apart. All lanes call it.
+DEVICE u32 kept(u32 x) { return __shfl_xor_sync(~0u, x, 0); }
+DEVICE const char* kept(const char* x) { return (const char*)__shfl_xor_sync(~0u, (u64)x, 0); }
+// 16 bytes as below if ``there``, without a branch
+DEVICE void copy_if(bool there, void* to, const void* from, int size) {
+  u32 address = (u32)__cvta_generic_to_shared(to);
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(address), "l"(from),
+               "r"(size), "r"((int)there)
+               : "memory");
+}
 // BYTES (4, 8 or 16) from global to shared memory without registers, zeros beyond ``size``; complete after wait_for_copies
 template <int BYTES>
 DEVICE void copy(void* to, const void* from, int size) {

@@ -21,7 +21,7 @@ struct Products {
 #pragma unroll
     for (int i = 0; i < 4; i++) from[i] = row * ROW_BYTES + ((2 * i + lane / 8 % 2) ^ swizzle(row)) * 16;
     selector = 0x4400 + 0x1111 * digit;
-    mask = lane < 16 ? 0x00FF00FFu : 0xFF00FF00u;
+    mask = kept(lane < 16 ? 0x00FF00FFu : 0xFF00FF00u);
   }
 
   // 4 bits: the scales of a warp's entries lie as in the list, (LENGTH, GROUPS) for each segment.
@@ -86,11 +86,16 @@ struct Products {
     int entry = share.lane % 16, half = share.lane / 16;
     u32* to = share.factors() + half * STEP + slot_of(entry);
     const char* stored = scales(place + entry) + half * ITEMS * SCALE_BYTES;
+    // all reads before all writes, which the compiler may not exchange
+    float scale[ITEMS], value[TOKENS];
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) scale[i] = read(stored, i, SCALE);
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) value[t] = value_of(share.values()[t * LENGTH + place + entry]);
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
-      float value = value_of(share.values()[t * LENGTH + place + entry]);
 #pragma unroll
-      for (int i = 0; i < ITEMS; i++) to[(t * ITEMS + i) * 2 * STEP] = digits_of(value * read(stored, i, SCALE), inverse[t]);
+      for (int i = 0; i < ITEMS; i++) to[(t * ITEMS + i) * 2 * STEP] = digits_of(value[t] * scale[i], inverse[t]);
     }
   }
 
@@ -104,23 +109,22 @@ struct Products {
   }
 
   DEVICE void multiply_rows(const char* rows, int place) {
-    u32 b[TOKENS][GROUPS][2];
+    u32 x[4][4], b[TOKENS][2];
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-#pragma unroll
-      for (int group = 0; group < GROUPS; group++) load_factors(b[t][group], place, t, group);
-    }
+    for (int i = 0; i < 4; i++) load_transposed(x[i], rows + from[i]);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      u32 x[4];
-      load_transposed(x, rows + from[i]);
+      if (i % (4 / GROUPS) == 0) {
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) load_factors(b[t], place, t, i * GROUPS / 4);
+      }
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
         u32 q[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) q[j] = BITS == 8 ? x[j] : and_xor(part ? x[j] : x[j] << 4, 0xF0F0F0F0u, 0x80808080u);
+        for (int j = 0; j < 4; j++) q[j] = BITS == 8 ? x[i][j] : and_xor(part ? x[i][j] : x[i][j] << 4, 0xF0F0F0F0u, 0x80808080u);
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) multiply(tiles[t][i][part], q, b[t][i * GROUPS / 4]);
+        for (int t = 0; t < TOKENS; t++) multiply(tiles[t][i][part], q, b[t]);
       }
     }
   }

@@ -13,7 +13,7 @@ struct Copier {
     int chunk = share.lane % 8, from = share.column + chunk * (16 * 8 / BITS);
     entry = share.lane / 8 * 4;
     size = from < share.end() ? 16 : 0;
-    w = share.a.w + (size ? (u32)from * BITS / 8 : 0);
+    w = kept(share.a.w + (size ? (u32)from * BITS / 8 : 0));
 #pragma unroll
     for (int i = 0; i < 4; i++) to[i] = (entry + i) * ROW_BYTES + (chunk ^ swizzle(entry + i)) * 16;
   }
@@ -27,15 +27,20 @@ struct Pipeline {
 
   DEVICE Pipeline(const Share& share, Products& products) : share(share), products(products), copier(share) {}
 
+  // The ranks that a lane copies of the 16 from ``place`` on. Beyond the list they are any numbers: shared memory goes on.
+  DEVICE Four ranks_at(int place) { return *(const Four*)(share.ranks() + place + copier.entry); }
+
   // Begin to copy the 16 listed ranks from ``place`` on.
   template <int STAGE>
-  DEVICE void fetch(int place) {
-    if (place < share.listed) {
-      char* stage = share.rows() + STAGE * STAGE_BYTES;
-      Four four = *(const Four*)(share.ranks() + place + copier.entry);
+  DEVICE void fetch(int place, const Four& ranks) {
+    char* stage = share.rows() + STAGE * STAGE_BYTES;
+    bool there = place < share.listed;
 #pragma unroll
-      for (int i = 0; i < 4; i++) copy<16>(stage + copier.to[i], copier.w + (u64)four.word[i] * share.a.w_row, copier.size);
-      if (BITS == 4 && !INTEGERS) {
+    for (int i = 0; i < 4; i++) {
+      copy_if(there, stage + copier.to[i], copier.w + (u64)ranks.word[i] * share.a.w_row, copier.size);
+    }
+    if (BITS == 4 && !INTEGERS) {
+      if (there) {
         constexpr int PARTS = GROUPS * SCALE_BYTES / SCALE_UNIT;
 #pragma unroll
         for (u32 i = share.lane; i < STEP * PARTS; i += LANES) {
@@ -48,10 +53,12 @@ struct Pipeline {
 
   template <int STAGE>
   DEVICE void step(int place) {
+    int next = place + (STAGES - 1) * STEP * WARPS;
+    Four ranks = ranks_at(next);  // read while the copies arrive
     wait_for_copies<STAGES - 2>();
     sync_warp();
     // into the stage that was multiplied in the step before
-    fetch<(STAGE + STAGES - 1) % STAGES>(place + (STAGES - 1) * STEP * WARPS);
+    fetch<(STAGE + STAGES - 1) % STAGES>(next, ranks);
     products.template multiply_step<STAGE>(place);
   }
 
@@ -68,7 +75,7 @@ struct Pipeline {
   template <int STAGE>
   DEVICE void first_fetches(int place) {
     if constexpr (STAGE < STAGES - 1) {
-      fetch<STAGE>(place);
+      fetch<STAGE>(place, ranks_at(place));
       first_fetches<STAGE + 1>(place + STEP * WARPS);
     }
   }

@@ -18,7 +18,7 @@ typedef unsigned long long u64;
 #define DEVICE inline
 #define KERNEL extern "C"
 #define CLUSTER(blocks)
-#define BOUNDS(threads)
+#define BOUNDS(threads, blocks)
 #define CONSTANT const
 
 struct Barrier {
@@ -192,12 +192,19 @@ inline void load_transposed(u32 (&x)[4], const void* row) {
   sync_warp();
 }
 
+template <class T>
+inline T kept(T x) {
+  return x;
+}
 template <int BYTES>
 inline void copy(void* to, const void* from, int size) {
   auto& open = cluster->current->copies;
   if (open.empty()) open.emplace_back();
   if ((std::uintptr_t)from % BYTES || (std::uintptr_t)to % BYTES) std::abort();  // as the GPU does
   open.back().push_back({to, from, BYTES, size});
+}
+inline void copy_if(bool there, void* to, const void* from, int size) {
+  if (there) copy<16>(to, from, size);
 }
 inline void close_copies() {
   auto& open = cluster->current->copies;
