@@ -30,6 +30,7 @@ constexpr int STAGE_SCALES = BITS == 4 && !INTEGERS ? STEP * GROUPS * SCALE_BYTE
 constexpr int AT_ROWS = round_up(AT_FACTORS + ALL_WARPS * FACTOR_WORDS * 4);
 constexpr int AT_SUMS = AT_FACTORS;
 constexpr int SUM_WORDS = INTEGERS ? 4 : 1;  // of an output of a warp
+static_assert(SCALE_UNIT >= 4);
 static_assert(AT_ROWS + ALL_WARPS * STAGES * STAGE_BYTES <= SHARED_BYTES);
 static_assert(AT_SUMS + ALL_WARPS * AT_ONCE * COLUMNS * SUM_WORDS * 4 <= SHARED_BYTES);
 

@@ -69,10 +69,7 @@ KERNEL void CLUSTER(SPLITS) BOUNDS(THREADS, BLOCKS) masked_gemv(CONSTANT Argumen
   Products products(share);
   Pipeline<Products> pipeline(share, products);
   bool works = share.column < share.end();
-  if (works) {
-    products.begin();
-    pipeline.begin();
-  }
+  if (works) pipeline.begin();
   products.prepare();
   if (works) pipeline.run();
   sync_block();  // the sums lie where the operands were

@@ -27,48 +27,57 @@ struct Products {
   // 4 bits: the scales of a warp's entries lie as in the list, (LENGTH, GROUPS) for each segment.
   DEVICE char* scales(int place) const { return share.memory + AT_SCALES + (share.segment * LENGTH + place) * GROUPS * SCALE_BYTES; }
 
-  // Calls f(place, part) for the SCALE_UNIT bytes of scales that this lane copies, to the end of the last step.
+  // Calls f(place, part, last) for the SCALE_UNIT bytes of scales that this lane copies, four at a time so that reads overlap. Beyond
+  // the last step the first entry is repeated.
   template <class F>
   DEVICE void for_scales(F f) const {
-    constexpr int UNITS = GROUPS * SCALE_BYTES / SCALE_UNIT;
-    for (int i = share.lane;; i += LANES) {
-      int entry = i / UNITS, place = (entry / STEP * WARPS + share.first) * STEP + entry % STEP;
-      if (place - place % STEP >= share.listed) break;
-      f(place, i % UNITS);
+    constexpr u32 UNITS = GROUPS * SCALE_BYTES / SCALE_UNIT, AT_A_TIME = 4;
+    u32 start = share.first * STEP, last = share.listed, steps = last > start ? (last - start - 1) / (STEP * WARPS) + 1 : 0;
+    for (u32 i = share.lane; i < steps * STEP * UNITS; i += LANES * AT_A_TIME) {
+#pragma unroll
+      for (u32 j = 0; j < AT_A_TIME; j++) {
+        u32 entry = (i + j * LANES) / UNITS, place = entry / STEP * (STEP * WARPS) + start + entry % STEP;
+        f(entry < steps * STEP ? place : start, (i + j * LANES) % UNITS);
+      }
     }
   }
 
-  DEVICE void begin() {
-    if (BITS == 4) {
-      for_scales([&](int place, int part) {
-        bool there = place < share.listed;
+  // The largest |scale| of SCALE_UNIT bytes. The compared bits order as in magnitude().
+  DEVICE static float largest_scale(const char* at) {
+    struct alignas(SCALE_UNIT) Unit {
+      u32 word[SCALE_UNIT / 4];
+    } unit = *(const Unit*)at;
+    u32 most = 0;
+#pragma unroll
+    for (int j = 0; j < SCALE_UNIT / 4; j++) {
+      u32 x = unit.word[j];
+      most = SCALE_BYTES == 4 ? max(most, x & 0x7FFFFFFFu) : max(max(most, x << 16 & 0x7FFF0000u), x & 0x7FFF0000u);
+    }
+    return SCALE == 2 ? float_of_half((u16)(most >> 16)) : float_of_bits(most);
+  }
+
+  // Copies the scales of all entries, behind the first rows, and finds the largest factor. All threads of the block call it.
+  DEVICE void prepare() {
+    if (BITS == 8) return;
+    u32 most[TOKENS] = {};
+    if (share.column < share.end()) {
+      for_scales([&](u32 place, u32 part) {
+        bool there = (int)place < share.listed;
         copy_scales(share, scales(place) + part * SCALE_UNIT, there ? place : 0, part, there);
       });
       close_copies();
+      wait_for_copies<0>();
+      for_scales([&](u32 place, u32 part) {
+        float scale = largest_scale(scales(place) + part * SCALE_UNIT);
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) most[t] = max(most[t], magnitude(value_of(share.values()[t * LENGTH + place]) * scale));
+      });
     }
-  }
-
-  // Once the first copies have begun. All threads of the block call it.
-  DEVICE void prepare() {
-    if (BITS == 4) {
-      wait_for_copies<STAGES - 1>();
-      u32 most[TOKENS] = {};
-      if (share.column < share.end()) {
-        for_scales([&](int place, int part) {
 #pragma unroll
-          for (int j = 0; j < SCALE_UNIT / SCALE_BYTES; j++) {
-            float scale = read(scales(place) + part * SCALE_UNIT, j, SCALE);
+    for (int t = 0; t < TOKENS; t++) store_largest(share.memory, t, most[t]);
+    sync_block();
 #pragma unroll
-            for (int t = 0; t < TOKENS; t++) most[t] = max(most[t], magnitude(value_of(share.values()[t * LENGTH + place]) * scale));
-          }
-        });
-      }
-#pragma unroll
-      for (int t = 0; t < TOKENS; t++) store_largest(share.memory, t, most[t]);
-      sync_block();
-#pragma unroll
-      for (int t = 0; t < TOKENS; t++) inverse[t] = fixed_point(share.memory, t).inverse;
-    }
+    for (int t = 0; t < TOKENS; t++) inverse[t] = fixed_point(share.memory, t).inverse;
   }
 
   template <int STAGE>
