@@ -76,9 +76,29 @@ def test_the_activation_of_one_half_times_the_other(bits, activation):
     )
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_halves_that_end_within_a_segment(bits):
+    """What lies behind the first half is not read as its columns."""
+    case = product(1, 48, 2 * 320 if bits == 4 else 2 * 80, bits, scale_dtype=torch.float32)
+    y = emulated.masked_gemv(*case.operands, activation="relu", config=Config(2, 1, 1, 2))
+    case.check_gated(y, ACTIVATIONS["relu"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_outliers_leave_the_other_factors(bits):
+    """One value is 2^12 times the others; its weights are zero, so that the result is of the others alone."""
+    case = product(1, 64, 256, bits, bias=False, threshold=0.0)
+    v, weight = case.v.clone(), case.weight.clone()
+    v[0, 7], weight[7] = 4096.0, 0x88 if bits == 4 else 0
+    found = dataclasses.replace(case, v=v, weight=weight)
+    y = emulated.masked_gemv(*found.operands, config=Config(1, 1, 1, 2))
+    found.check(y)
+    assert torch.equal(y, emulated.masked_gemv(torch.where(v == 4096, 1.0, v), *found.operands[1:], config=Config(1, 1, 1, 2)))
+
+
 def test_a_residual_is_added_in_fp32():
-    case = product(1, 64, 256, 4, bias=False)
-    residual = 100 * torch.randn(1, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    case = product(2, 64, 256, 4, bias=False)
+    residual = 100 * torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     case.check(emulated.masked_gemv(*case.operands, residual=residual, config=Config(1, 1, 1, 2)), residual)
 
 
