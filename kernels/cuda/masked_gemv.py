@@ -1,6 +1,6 @@
 """Launches masked_gemv.cu: the masked GEMV of a weight in 4 or 8 bits on tensor cores, in one launch.
 
-Error: relative RMSE <= 4 * eps(dtype of v) * sqrt(log2 K + 1); masked_gemv.cu says what is rounded.
+Error: relative RMSE <= 4 * eps(dtype of v) * sqrt(log2 K + 1); fixed_point.cuh and products_bf16.cuh say what is rounded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STRIDES = ("v_token", "v_rank", "tau_rank", "bias_column", "residual_token", "r
 
 
 class Arguments(ctypes.Structure):
-    """The struct of that name in masked_gemv.cu."""
+    """The struct of that name in layout.cuh."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),

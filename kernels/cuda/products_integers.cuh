@@ -13,7 +13,7 @@ struct Products {
   const Share& share;
   int tiles[TOKENS][4][PARTS][4] = {};
   float inverse[TOKENS];
-  int from[4];         // where a lane's rows of a transposed load begin in a stage, for each two chunks of 32 bytes
+  int from[4];         // where a lane's rows of a transposed load begin in a stage, for each two chunks of 16 bytes
   u32 selector, mask;  // of a lane's digit and byte
 
   DEVICE Products(const Share& share) : share(share) {
@@ -27,7 +27,7 @@ struct Products {
   // 4 bits: the scales of a warp's entries lie as in the list, (LENGTH, GROUPS) for each segment.
   DEVICE char* scales(int place) const { return share.memory + AT_SCALES + (share.segment * LENGTH + place) * GROUPS * SCALE_BYTES; }
 
-  // Calls f(place, part, last) for the SCALE_UNIT bytes of scales that this lane copies, four at a time so that reads overlap. Beyond
+  // Calls f(place, part) for the SCALE_UNIT bytes of scales that this lane copies, four at a time so that reads overlap. Beyond
   // the last step the first entry is repeated.
   template <class F>
   DEVICE void for_scales(F f) const {
