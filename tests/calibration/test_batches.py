@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 
 import pytest
@@ -58,12 +59,19 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("kind", WRAPPERS)
-def test_wrapped_models_have_the_plan_of_the_model_itself(kind):
-    model, batch = build("plain_llama", 1)
+@pytest.fixture(scope="module")
+def unwrapped():
+    """(a model, batches, its plan)."""
+    model, _ = build("plain_llama", 1)
     batches = [ids() for _ in range(4)]
-    plain = adapt(model, batches)
-    rana_fx.detach(model)
+    adapt(model, batches)
+    return model, batches, rana_fx.detach(model)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_wrapped_models_have_the_plan_of_the_model_itself(kind, unwrapped):
+    model, batches, plain = unwrapped
+    model, batch = copy.deepcopy(model), batches[0]
     wrapped = WRAPPERS[kind](model)
     with torch.no_grad():
         before = wrapped(**batch).logits

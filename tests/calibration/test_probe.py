@@ -64,7 +64,7 @@ def test_a_probe_observes_nodes_and_leaves_the_output_alone():
     assert seen[1][1].shape == (3, 16)
 
 
-@pytest.mark.parametrize("limits", [{}, {"recompile_limit": 100, "accumulated_recompile_limit": 300}])
+@pytest.mark.parametrize("limits", [{}, {"recompile_limit": 70, "accumulated_recompile_limit": 210}])
 def test_every_form_of_batch_of_a_small_model_is_traced(limits):
     """A text that is an argument is compiled anew for every value; a model of few modules may have as many as others."""
 

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from rana_fx.calibration.batches import call
-from rana_fx.calibration.calibrate import calibrate
-from rana_fx.calibration.probe import Probe, probing
+from rana_fx.calibration.calibrate import _Sampler, calibrate
 from rana_fx.graph.linears import find_linears
 from rana_fx.graph.normalize import prepare
 from rana_fx.modules import names_of
@@ -38,10 +37,10 @@ class Counting(fx.Interpreter):
 
 
 def accounted(model, batch):
-    """(FLOPs of all graphs by what they are spent on, nodes that nothing lists)."""
+    """(FLOPs by what they are spent on, nodes that nothing lists, all that is listed, the calibration), from one trace."""
     spent, lost, names = dict.fromkeys(("linears", "skips", "activations", "constants"), 0), [], names_of(model)
 
-    def instrument(module, inputs):
+    def instrument(sampler, module, inputs):
         prepare(module, inputs)
         scan = find_linears(module, inputs, names)
         listed.update({linear.name for linear in scan.linears} | {skip.site for skip in scan.skips})
@@ -69,13 +68,15 @@ def accounted(model, batch):
                     lost.extend([node.name] if matrices else [])
             return result
 
+        own(sampler, module, inputs)
         module.forward = run
         module.recompile = lambda: None
 
-    listed = set()
-    with probing(model), torch.no_grad():
-        Probe(model, instrument).run(batch)
-    return spent, lost, listed
+    listed, own = set(), _Sampler._instrument
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Sampler, "_instrument", instrument)
+        calibrated = calibrate(model, [batch], progress=False)
+    return spent, lost, listed, calibrated
 
 
 def eager(model, batch):
@@ -95,12 +96,11 @@ def eager(model, batch):
 def test_every_product_is_listed(name):
     model, batch = make(EVERY[name], 1)
     total = eager(model, batch)
-    spent, lost, listed = accounted(model, batch)
+    spent, lost, listed, calibrated = accounted(model, batch)
     assert not lost
     assert sum(spent.values()) == total and spent["linears"] > 0
     # not every product of a skip is counted: grouped ones of experts are not
     assert not spent["skips"] or EVERY[name].expected(1).skips
-    calibrated = calibrate(model, [batch], progress=False)
     layout = calibrated.layout
     assert listed == {*layout.sites, *(skip.site for skip in layout.skips)}
     assert counts_of(layout) == EVERY[name].expected(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -25,6 +27,7 @@ from rana_fx.kernels.ops import (
 from rana_fx.passes.runner import run
 from rana_fx.runtime.prefill import MODES
 from tests.support.adapted import relative
+from tests.support.by_hand import outputs_by_hand
 from tests.support.inductor import GEMV, calls, compiled
 
 WIDTH, FFN = 16, 40
@@ -61,14 +64,27 @@ class Experts(nn.Module):
         return out.view(x.shape)
 
 
+@functools.cache
+def _adapted_experts(count, by_mask):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Experts(count, by_mask=by_mask)
+        adapted(model)
+    return model
+
+
+def adapted_experts(count=3, *, by_mask=False):
+    """A model of its own with a plan of recipe ``paper``."""
+    return copy.deepcopy(_adapted_experts(count, by_mask))
+
+
 def adapted(model, recipe="paper", *, shape=(32, WIDTH)):
     batches = [(torch.randn(shape),) for _ in range(8)]
     return rana_fx.adapt(model.eval(), batches, budget=0.8, recipe=recipe, progress=False)
 
 
 def masked(model, *batches):
-    with measuring(model) as meter:
-        return [meter.run((x,)) for x in batches]
+    return outputs_by_hand(model, *((x,) for x in batches))
 
 
 def mixed(recipes):
@@ -154,14 +170,16 @@ def exact(op, given):
         return op(**{name: wide(value) for name, value in by_name.items()})
 
 
-@pytest.mark.parametrize(("tokens", "columns", "rows"), [(0, 128, 24), (1, 128, 1), (3, 2, 1), (12, 1, 1)])
-def test_operations(device, tokens, columns, rows):
-    """No token, one column, one row; in every storage; in eager mode, by the kernels and compiled."""
-    torch.manual_seed(tokens)
-    # columns of 4 bits are pairs
-    every = (16, 8) if columns % 2 else (16, 8, 4)
-    with device:
-        given = [(op, args) for bits in every for op, args in operands(tokens, columns, rows, bits)]
+@pytest.mark.parametrize("sizes", [((0, 128, 24),), ((1, 128, 1), (3, 2, 1), (12, 1, 1))], ids=["no token", "one of a size"])
+def test_operations(device, sizes):
+    """No token, one column, one row; in every storage; in eager mode, by the kernels and compiled, in one graph."""
+    given = []
+    for tokens, columns, rows in sizes:
+        torch.manual_seed(tokens)
+        # columns of 4 bits are pairs
+        every = (16, 8) if columns % 2 else (16, 8, 4)
+        with device:
+            given += [(op, args) for bits in every for op, args in operands(tokens, columns, rows, bits)]
     right = [exact(op, args) for op, args in given]
     for name in ("auto", "reference", "triton"):
         with implementation(name):
@@ -172,7 +190,7 @@ def test_operations(device, tokens, columns, rows):
         return [op(*args) for op, args in given]
 
     results, code = compiled(everything)
-    assert calls(code, GEMV) == 0 or tokens
+    assert calls(code, GEMV) == 0 or all(tokens for tokens, _, _ in sizes)
     for (op, _), got, expected in zip(given, results, right, strict=True):
         assert_close(got, expected, f"{op}, compiled")
 
@@ -189,8 +207,7 @@ def test_experts_in_one_graph(mode, by_mask, lowered, request):
     """Sizes that depend on data cannot be guarded on. All experts have tokens, one has all, none has any."""
     if not lowered:
         request.getfixturevalue("graphs_as_rewritten")
-    model = Experts(2 if lowered else 3, by_mask=by_mask)
-    adapted(model)
+    model = adapted_experts(2 if lowered else 3, by_mask=by_mask)
     some = torch.randn(12, WIDTH)
     batches = [some, some[:1], torch.randn(0, WIDTH), torch.randn(2, 30, WIDTH)]
     adapts, dense = masked(model, *batches), [model(x).detach() for x in batches]
@@ -207,8 +224,7 @@ def test_experts_in_one_graph(mode, by_mask, lowered, request):
 
 
 def test_why_linears_of_an_expert_stay_dense():
-    model, reasons = Experts(), []
-    adapted(model)
+    model, reasons = adapted_experts(), []
 
     def recording(gm, example_inputs):
         reasons.extend(declined.reason for declined in run(gm, example_inputs, prefill="dense").matches.declined)
@@ -222,10 +238,12 @@ def test_why_linears_of_an_expert_stay_dense():
 @AS_REWRITTEN
 def test_experts_between_graph_breaks():
     """As PyTorch compiles them by default: an expert without tokens is a graph of its own."""
-    model = Experts()
-    adapted(model)
+    model = adapted_experts()
     batches = [torch.randn(12, WIDTH), torch.randn(1, WIDTH), torch.randn(1, 1, WIDTH)]
+    with measuring(model) as meter:
+        measured = [meter.run((x,)) for x in batches]
     expected = masked(model, *batches)
+    assert all(relative(one, right) < 1e-5 for one, right in zip(measured, expected, strict=True))
     with torch.no_grad():
         fast = torch.compile(model, backend=rana_fx.backend)
         for x, right in zip(batches, expected, strict=True):

@@ -14,10 +14,10 @@ from torch._subclasses import FakeTensorMode
 import rana_fx
 from rana_fx._backend import rewrite
 from rana_fx.errors import PlanMismatch, RanaWarning
-from rana_fx.evaluation.measure import measuring
 from rana_fx.runtime.attachment import attached
 from tests.support.adapted import adapted, relative
 from tests.support.architectures import output
+from tests.support.by_hand import outputs_by_hand
 
 # Dynamo skips what DistributedDataParallel logs
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
@@ -40,8 +40,7 @@ def in_pieces(process_group, monkeypatch, request):
 
 
 def _expected(model, batch):
-    with measuring(model) as meter:
-        return output(meter.run(batch))
+    return outputs_by_hand(model, batch)[0]
 
 
 @pytest.mark.parametrize("how", ["attached", "as an option"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -17,25 +18,14 @@ from rana_fx.evaluation.measure import measuring
 from rana_fx.formats import unpack
 from rana_fx.kernels.ops import masked_gemv
 from rana_fx.passes.runner import run
-from rana_fx.runtime.attachment import attach_unchecked
+from tests.support.adapted import layouts
 from tests.support.architectures import output
-from tests.support.storages import STORAGES, dense_sites, rebuilt, sites_of, stored_layers, stored_matrix, stored_plan
+from tests.support.side_by_side import SideBySide
+from tests.support.storages import STORAGES, dense_sites, rebuilt, stored_in_turn, stored_matrix, stored_plan, twin_of
 
 
 def relative(got, expected):
     return float((got.double() - expected.double()).norm() / expected.double().norm())
-
-
-def unpacked(model, batch, plan):
-    """The dense model in fp64 with the dequantised matrices of the plan."""
-    twin = copy.deepcopy(model)
-    sites = sites_of(twin, batch)
-    with torch.no_grad():
-        for adapter in plan.adapters:
-            parts = stored_matrix(adapter).split([sites[name].out_features for name in adapter.sites])
-            for name, part in zip(adapter.sites, parts, strict=True):
-                sites[name].view.copy_(part)
-    return twin.double()
 
 
 def wide(batch):
@@ -43,31 +33,45 @@ def wide(batch):
 
 
 # through Inductor on whole models; every operation in every storage is lowered by itself in test_lowerings.py
-LOWERED = ("rank, router 8", "hybrid, router 4, factors 4", "neuron, own weight")
+LOWERED = ("hybrid, router 4, factors 4", "neuron, own weight")
 
 
-# every storage on gpt2 (whose weights are transposed), one each on the others: tracing and storage interact in a few lines only
-OTHERS = [
-    (name, storage) for name, storage in zip(itertools.cycle(["llama", "gpt_neox", "bert", "phi3"]), STORAGES, strict=False)
-]
+# gpt2, whose weights are transposed, with every storage in one graph, the others with four or more of them
+KEPT = {"gpt2": (3, 0), "llama": (1, 0), "gpt_neox": (1, 4), "bert": (1, 8), "phi3": (1, 2)}
 
 
-@pytest.mark.parametrize(("name", "storage"), [*OTHERS, *(("gpt2", storage) for storage in STORAGES)])
-def test_everything_kept_is_the_matrix_that_is_stored(name, storage):
-    model, batch, plan = stored_plan(name, 1, storage)
+def compiled(model, batch, how):
+    torch.compiler.reset()
     with torch.no_grad():
-        expected = output(call(unpacked(model, batch, plan), wide(batch)))
+        return output(call(torch.compile(model, backend=how), batch))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_everything_kept_is_the_matrix_that_is_stored(name):
+    depth, first = KEPT[name]
+    storages = [*STORAGES][first:] + [*STORAGES][:first]
+    model, batch, plan = stored_in_turn(name, depth, storages)
+    with torch.no_grad():
+        expected = output(call(twin_of(name, depth, plan), wide(batch)))
     rana_fx.attach(model, plan)
     with measuring(model) as meter:
         got = output(meter.run(batch))
     # fp32 against fp64: the oracle holds W^ rounded to fp32
     assert relative(got, expected) < 1e-5
     if name == "gpt2":  # llama follows below, with masks
-        with torch.no_grad():
-            assert relative(output(call(torch.compile(model, backend=backend_for(storage)), batch)), expected) < 1e-5
+        assert relative(compiled(model, batch, rewritten), expected) < 1e-5
     measured = meter.result()
     assert set(measured.density.values()) == {1.0}
     assert measured.budget_bytes == pytest.approx(plan.expected_budget("bytes"))
+
+
+def test_everything_kept_through_inductor():
+    """Many tokens, transposed weights."""
+    model, batch, plan = stored_in_turn("gpt2", 1, LOWERED)
+    with torch.no_grad():
+        expected = output(call(twin_of("gpt2", 1, plan), wide(batch)))
+    rana_fx.attach(model, plan)
+    assert relative(compiled(model, batch, rana_fx.backend), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["plain_llama", "gpt2"])
@@ -101,10 +105,6 @@ def _and_its_error(matrix, scale):
     return wide, steps[:, : wide.shape[1]].expand_as(wide) / 2
 
 
-def backend_for(storage):
-    return rana_fx.backend if storage in LOWERED[1:] else rewritten
-
-
 def with_masks(plan, density, seed=0):
     """Thresholds of zero and infinity: masks do not depend on rounding."""
     generator = torch.Generator().manual_seed(seed)
@@ -121,48 +121,34 @@ def with_masks(plan, density, seed=0):
     return replace(plan, adapters=tuple(adapters))
 
 
-def masked_matrices(plan):
-    """The plan as fp64 matrices, with masked rows set to zero."""
-    adapters = []
-    for adapter in plan.adapters:
-        keep = (adapter.tau == 0).double().unsqueeze(1)
-        changes = {"weight": unpack(adapter.weight, adapter.weight_scale, torch.float64) * keep, "weight_scale": None}
-        if adapter.router is not None:
-            router = unpack(adapter.router, adapter.router_scale, torch.float64)
-            if adapter.router_tau is not None:
-                router = (router * (adapter.router_tau == 0).double().unsqueeze(1)).t()
-            changes |= {"router": router, "router_scale": None, "router_tau": None, "router_kept": None}
-        changes |= {key: getattr(adapter, key).double() for key in ("bias", "shift") if getattr(adapter, key) is not None}
-        adapters.append(replace(adapter, tau=torch.zeros(adapter.ranks), **changes))
-    return replace(plan, adapters=tuple(adapters))
-
-
-@pytest.mark.parametrize("shift", [0.0, 0.3])
-def test_masked_and_compiled_equals_fp64(shift):
-    """A layer in every other storage: one graph of all of them."""
-    storages = list(STORAGES)[bool(shift) :: 2]
-    model, batch, plan = stored_layers("plain_llama", storages, shift=shift)
+def test_masked_and_compiled_equals_fp64():
+    """One graph of all storages, every other one with a shift; of those with and without, some are of stacks."""
+    storages = [*STORAGES][::2] + [*STORAGES][1::2]
+    model, batch, plan = stored_in_turn("plain_llama", 3, storages)
+    _, _, shifted = stored_in_turn("plain_llama", 3, storages, shift=0.3)
+    chosen = tuple(
+        pair[storage in storages[5:]]
+        for pair, storage in zip(zip(plan.adapters, shifted.adapters, strict=True), itertools.cycle(storages), strict=False)
+    )
+    plan = replace(plan, adapters=chosen)
     both = zip(plan.adapters, with_masks(plan, 0.6).adapters, strict=True)
     plan = replace(plan, adapters=tuple(whole if whole.kind == "stored" else masked for whole, masked in both))
-    twin = copy.deepcopy(model).double()
-    attach_unchecked(twin, masked_matrices(plan))
+    assert sum(adapter.shift is not None for adapter in plan.adapters) == 5
+    twin = twin_of("plain_llama", 3, plan)
     rana_fx.attach(model, plan)
     few = {"input_ids": batch["input_ids"][:1, :3]}  # few tokens have separate kernels
     for tokens, how in ((batch, rewritten), (few, rana_fx.backend)):
-        with measuring(twin) as meter:
-            expected = output(meter.run(tokens))
         with torch.no_grad():
-            assert relative(output(torch.compile(model, backend=how)(**tokens)), expected) < 1e-5
-        torch.compiler.reset()
+            expected = output(twin(**tokens))
+        assert relative(compiled(model, tokens, how), expected) < 1e-5
     with measuring(model) as meter:
         assert relative(output(meter.run(tokens)), expected) < 1e-5
-    assert sum(adapter.shift is not None for adapter in plan.adapters) == (len(plan.adapters) if shift else 0)
 
 
 def test_the_models_own_weight_with_a_shift():
     """The bias of the adapter replaces the linear's bias: W (x - mu) + (b + W mu)."""
     model, batch, plan = stored_plan("gpt2", 1, "stored, 8", shift=0.2)
-    sites = sites_of(model, batch)
+    sites = dense_sites("gpt2", 1)
     single = [adapter for adapter in plan.adapters if len(adapter.sites) == 1]
     assert all(sites[adapter.sites[0]].bias is not None for adapter in single)
     adapters = []
@@ -223,15 +209,18 @@ def test_gradients_pass_through_what_is_stored():
         assert relative(grads[0][name], grad) < 1e-4, name
 
 
-@pytest.mark.parametrize("storage", ["rank, router 8", "hybrid, router 4, factors 4", "neuron, own weight", "stored, 8"])
-def test_autocast(storage):
-    model, batch, plan = stored_plan("plain_llama", 1, storage, shift=0.1)
+@pytest.mark.parametrize("lowered", [False, True])
+def test_autocast(lowered):
+    """Four storages in one graph: each is of a single linear through Inductor and of a stack as rewritten, or the other way."""
+    storages = ["rank, router 8", "hybrid, router 4, factors 4", "neuron, own weight", "stored, 8"]
+    if lowered:
+        storages.reverse()
+    model, batch, plan = stored_in_turn("plain_llama", 1, storages, shift=0.1)
     rana_fx.attach(model, plan)
-    with measuring(model) as meter:
-        expected = output(meter.run(batch))
-    how = rana_fx.backend if storage in LOWERED[:2] else rewritten
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        got = output(torch.compile(model, backend=how)(**batch))
+    with torch.no_grad():
+        expected = output(twin_of("plain_llama", 1, plan)(**batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = compiled(model, batch, rana_fx.backend if lowered else rewritten)
     assert got.dtype == torch.bfloat16
     # a step of bf16 is 1 / 128; about ten tensors of one layer are rounded by at most half of it, and add up as a random walk
     assert relative(got, expected) < 10**0.5 / 256 * 2
@@ -240,11 +229,8 @@ def test_autocast(storage):
 @pytest.mark.usefixtures("graphs_as_rewritten")
 def test_a_plan_given_as_an_option():
     model, batch, plan = stored_plan("plain_llama", 1, "hybrid, router 4, factors 4")
-    rana_fx.attach(model, plan)
-    with measuring(model) as meter:
-        expected = output(meter.run(batch))
-    rana_fx.detach(model)
     with torch.no_grad():
+        expected = output(twin_of("plain_llama", 1, plan)(**batch))
         got = output(torch.compile(model, backend=rana_fx.backend, options={"plan": plan})(**batch))
     assert relative(got, expected) < 1e-5
 
@@ -263,55 +249,70 @@ class Attention(torch.nn.Module):
 
 
 SIZES = [(48, 36, 22), (128, 64, 64), (64, 130, 2)]
+NAMES = ("q", "k", "v")
+# storage and sizes of each module of one model
+MODULES = [*((storage, SIZES[i % 3]) for i, storage in enumerate(STORAGES)), *(("rank, factors 4", size) for size in SIZES[:2])]
 
 
-@pytest.mark.parametrize(
-    ("storage", "sizes"),
-    [*((storage, SIZES[i % 3]) for i, storage in enumerate(STORAGES)), *(("rank, factors 4", size) for size in SIZES[:2])],
-)
-def test_some_of_the_linears_are_in_the_graph(storage, sizes):
+def stacks():
+    """(a model with a plan attached that adapts q, k and v of each module, the adapters, the linears)."""
+    model = SideBySide(Attention(*sizes) for _, sizes in MODULES)
+    batch = ([torch.randn(2, 40, 64) for _ in MODULES],)
+    with layouts() as found:
+        plan = rana_fx.adapt(model, [batch], budget=1.0, recipe="dense", progress=False)
+    sites, adapters = found[0].sites, []
+    for index, (storage, sizes) in enumerate(MODULES):
+        names = tuple(f"parts.{index}.{name}" for name in NAMES)
+        bare = Adapter(
+            name="+".join(names), kind="stored", sites=names, ranks=64, kept=64.0, tau=torch.zeros(64),
+            weight=torch.zeros(64, sum(sizes)), dense_flops=64.0 * sum(sizes), dense_bytes=256.0 * sum(sizes),
+            bias=torch.cat([sites[name].bias.detach() for name in names]),
+        )  # fmt: skip
+        adapters.append(rebuilt(bare, sites, storage))
+    rana_fx.attach(model, replace(plan, adapters=tuple(adapters)))
+    return model, adapters, sites
+
+
+def test_some_of_the_linears_are_in_the_graph():
     torch.manual_seed(0)
-    model = Attention(*sizes)
-    batch = torch.randn(2, 80, 64)
-    plan = rana_fx.adapt(model, [batch], budget=1.0, recipe="dense", progress=False)
-    rana_fx.detach(model)
-    sites = sites_of(model, batch)
-    names = ("q", "k", "v")
-    bare = Adapter(
-        name="q+k+v", kind="stored", sites=names, ranks=64, kept=64.0, tau=torch.zeros(64), weight=torch.zeros(64, sum(sizes)),
-        dense_flops=64.0 * sum(sizes), dense_bytes=256.0 * sum(sizes), bias=torch.cat([sites[n].bias.detach() for n in names]),
-    )  # fmt: skip
-    adapter = rebuilt(bare, sites, storage)
-    rana_fx.attach(model, replace(plan, adapters=(adapter,)))
-    parts = stored_matrix(adapter).split(sizes)
-    x = torch.randn(3, 64)
+    model, adapters, sites = stacks()
+    xs = [torch.randn(3, 64) for _ in MODULES]
     for asked in (("q", "v"), ("k",), ("v", "k", "q"), ("v", "v", "q")):
 
-        def some(x, asked=asked):
-            return [getattr(model, name)(x) for name in asked]
+        def some(xs, chosen, asked=asked):
+            return [[getattr(model.parts[i], name)(xs[i]) for name in asked] for i in chosen]
 
         seen = []
 
         def look(gm, example_inputs, seen=seen):
             result = run(gm, example_inputs)
-            seen.append((sum(result.replaced.values()), [n.target for n in gm.graph.nodes].count(masked_gemv)))
+            products = Counter(n.meta["rana"].adapter for n in gm.graph.nodes if n.target is masked_gemv)
+            seen.append((sum(result.replaced.values()), products))
             return gm.forward
 
+        everywhere = range(len(MODULES))
         torch.compiler.reset()
         with torch.no_grad():
-            found = [torch.compile(some, backend=look)(x)]
-            if asked == ("q", "v") and sizes == SIZES[0]:
-                found.append(torch.compile(some, backend=rana_fx.backend)(x))
+            found = [(everywhere, torch.compile(some, backend=look)(xs, everywhere))]
+            if asked == ("q", "v"):
+                first = [i for i in everywhere if MODULES[i][1] == SIZES[0]]
+                found.append((first, torch.compile(some, backend=rana_fx.backend)(xs, first)))
         ((replaced, products),) = seen
-        assert replaced == len(asked)
-        # all of them, in any order: one matmul. Otherwise one for each, or one for all whose columns are not contiguous
-        apart = [in_one_piece(adapter, sizes, names.index(name)) for name in asked]
-        expected = 1 if set(asked) == set(names) else sum(apart) + (not all(apart))
-        assert products == expected + (adapter.router_tau is not None)
-        for got in found:
-            for name, y in zip(asked, got, strict=True):
-                right = x.double() @ parts[names.index(name)].t() + sites[name].bias.detach().double()
-                assert relative(y, right) < 1e-5, (asked, name)
+        assert replaced == len(asked) * len(MODULES)
+        assert products == {a.name: products_of(a, MODULES[i][1], asked) for i, a in enumerate(adapters)}
+        for chosen, got in found:
+            for i, outputs in zip(chosen, got, strict=True):
+                parts = stored_matrix(adapters[i]).split(MODULES[i][1])
+                for name, y in zip(asked, outputs, strict=True):
+                    right = xs[i].double() @ parts[NAMES.index(name)].t() + sites[f"parts.{i}.{name}"].bias.detach().double()
+                    assert relative(y, right) < 1e-5, (MODULES[i], asked, name)
+
+
+def products_of(adapter, sizes, asked):
+    """Of all linears, in any order: one matmul. Of some: one for each, or one for all whose columns are not contiguous."""
+    apart = [in_one_piece(adapter, sizes, NAMES.index(name)) for name in asked]
+    expected = 1 if set(asked) == set(NAMES) else sum(apart) + (not all(apart))
+    return expected + (adapter.router_tau is not None)
 
 
 def in_one_piece(adapter, sizes, index):

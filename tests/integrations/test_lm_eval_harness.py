@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 import rana_fx
 from rana_fx.cli import app
 from rana_fx.errors import InvalidOption, ModelError, PlanFileError, PlanMismatch
-from rana_fx.evaluation.measure import measuring
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.evaluation.text import load_texts, token_batches
 from rana_fx.integrations.lm_eval_harness import PAPER_TASKS, RanaLM, language_model, run_tasks
 from rana_fx.lm_eval import main as lm_evals_command_line
+from tests.support.by_hand import outputs_by_hand
 from tests.support.tiny_model import CHOICE, saved_tiny
 
 ROLLING = """
@@ -100,16 +100,16 @@ def test_log_probabilities_are_those_of_the_adapted_model(tiny, compile):
     network, tokenizer = load_model(model, device="cpu")
     dense = []
     rana_fx.attach(network, rana_fx.load_plan(plan))
-    with measuring(network) as meter:
-        for (start, end), (value, greedy) in zip(pairs, got, strict=True):
-            context = tokenizer(start)["input_ids"]
-            ids = tokenizer(start + end)["input_ids"]
-            expected, same = _score(meter(input_ids=torch.tensor([ids])).logits, ids, len(context))
-            # sums of at most four log-probabilities, in float32 through a block
-            assert value == pytest.approx(expected, abs=64 * torch.finfo(torch.float32).eps * len(ids) * math.log(4096))
-            assert greedy == same
-            with torch.no_grad():
-                dense.append(_score(network(input_ids=torch.tensor([ids])).logits, ids, len(context))[0])
+    for (start, end), (value, greedy) in zip(pairs, got, strict=True):
+        context = tokenizer(start)["input_ids"]
+        ids = tokenizer(start + end)["input_ids"]
+        given = {"input_ids": torch.tensor([ids])}
+        expected, same = _score(outputs_by_hand(network, given)[0], ids, len(context))
+        # sums of at most four log-probabilities, in float32 through a block
+        assert value == pytest.approx(expected, abs=64 * torch.finfo(torch.float32).eps * len(ids) * math.log(4096))
+        assert greedy == same
+        with torch.no_grad():
+            dense.append(_score(network(**given).logits, ids, len(context))[0])
     assert max(abs(value - other) for (value, _), other in zip(got, dense, strict=True)) > 1e-3, "the plan does nothing"
 
 

@@ -19,6 +19,7 @@ from rana_fx.training import add_lora, lora_config
 from tests.support.architectures import build, output
 from tests.support.exact import FFN, FORMS, WIDTH, batch_of, by_hand, mlp, plan_for, without, written_out
 from tests.support.graphs import recording
+from tests.support.one_trace import one_trace
 from tests.support.trained import compiled, gradients, relative
 
 UPS = {"gpt_neox": "dense_h_to_4h", "gpt2": "c_fc", "opt": "fc1"}
@@ -72,12 +73,13 @@ def test_models_measure_what_a_hand_count_gives(name, depth):
     model = model.double()
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][0, -4:] = 0
-    plan = plan_for(model, batch, (UPS[name],), ranks=8)
-    assert len(plan.adapters) == depth
-    rana_fx.attach(model, plan)
-    expected, kept = by_hand(model, plan, batch)
-    with measuring(model) as meter:
-        got, measured = output(meter.run(batch)), meter.result()
+    with one_trace(model):
+        plan = plan_for(model, batch, (UPS[name],), ranks=8)
+        assert len(plan.adapters) == depth
+        rana_fx.attach(model, plan)
+        expected, kept = by_hand(model, plan, batch)
+        with measuring(model) as meter:
+            got, measured = output(meter.run(batch)), meter.result()
     assert relative(got, expected) < FP64
     assert measured.tokens == 20
     outs = {adapter.name: adapter.out for adapter in plan.adapters}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -25,10 +26,13 @@ from rana_fx.kernels.ops import masked_gemv, router
 from rana_fx.passes.emit import Annotation
 from rana_fx.recipes.simulate import AdapterSimulator
 from tests.integration.test_storage import with_masks
+from tests.support.adapted import layouts
 from tests.support.architectures import build, output
 from tests.support.exact import plan_for
 from tests.support.graphs import recording
-from tests.support.storages import STORAGES, rebuilt, sites_of, stored_plan
+from tests.support.one_trace import one_trace
+from tests.support.side_by_side import SideBySide
+from tests.support.storages import STORAGES, rebuilt, stored_plan
 from tests.support.trained import EPS, adapted
 
 RECIPES = ("paper", "teal", "cats", "rana")
@@ -62,13 +66,15 @@ def case(name):
 
 def both(model, batch, plan, context=contextlib.nullcontext):
     """(output, kept share by adapter and part) simulated inside the dense model, and of the rewritten graph."""
-    layout = calibrate(model, [batch], progress=False).layout
-    with torch.no_grad(), context(), Holdout(model, (), ()).instrumented(layout) as stage:
-        simulator = AdapterSimulator(stage, layout, plan.adapters)
-        simulated = output(stage.run(batch, simulator.step))
-    rana_fx.attach(model, plan)
-    with context(), measuring(model) as meter:
-        rewritten = output(meter.run(batch))
+    model.requires_grad_(False)  # as the simulator runs it
+    with one_trace(model), context():
+        layout = calibrate(model, [batch], progress=False).layout
+        with torch.no_grad(), Holdout(model, (), ()).instrumented(layout) as stage:
+            simulator = AdapterSimulator(stage, layout, plan.adapters)
+            simulated = output(stage.run(batch, simulator.step))
+        rana_fx.attach(model, plan)
+        with measuring(model) as meter:
+            rewritten = output(meter.run(batch))
     rana_fx.detach(model)
     measured = meter.result()
     shares = {"tau": measured.density, "router_tau": measured.router_density, "exact_tau": measured.exact_density}
@@ -130,66 +136,81 @@ class Apart(nn.Module):
         return x + sum(part.square().mean(-1, keepdim=True) for part in parts.values()), parts
 
 
-def stacked(widths, storage):
-    """(the model with q, k and v stacked in one adapter, its input)."""
+def stacked(cases):
+    """(a module for each (widths, storage), with q, k and v stacked in one adapter, their inputs): one model with a plan."""
     torch.manual_seed(0)
-    model, x = Apart(widths), torch.randn(1, 48, 32)
-    plan = rana_fx.adapt(model, [(x, "qkv")], budget=0.9, recipe="dense", progress=False)
+    model, xs = SideBySide(Apart(widths) for widths, _ in cases), [torch.randn(1, 48, 32) for _ in cases]
+    with layouts() as found:
+        plan = rana_fx.adapt(model, [(xs, "qkv")], budget=0.9, recipe="dense", progress=False)
     rana_fx.detach(model)
-    sites = sites_of(model, (x, "qkv"))
     with torch.no_grad():
-        whole = Adapter(
-            name="q+k+v",
-            kind="neuron",
-            sites=("q", "k", "v"),
-            ranks=32,
-            kept=32.0,
-            tau=torch.zeros(32),
-            weight=torch.cat([sites[name].matrix() for name in "qkv"]).t().contiguous(),
-            bias=torch.cat([sites[name].bias.detach() for name in "qkv"]),
-            dense_flops=sum(record.cost("flops") for record in plan.sites),
-            dense_bytes=sum(record.cost("bytes") for record in plan.sites),
-        )
-        made = rebuilt(whole, sites, storage)
-        if storage == "neuron, own weight":
-            made = replace(made, weight=None)
-    rana_fx.attach(model, with_masks(replace(plan, adapters=(made,), skips=()), 0.6))
-    return model, x
+        made = tuple(one_stack(index, storage, plan, found[0].sites) for index, (_, storage) in enumerate(cases))
+    rana_fx.attach(model, with_masks(replace(plan, adapters=made, skips=()), 0.6))
+    return model, xs
 
 
-def parts_of(model, x, use):
-    """(output of each linear, nodes of the rewritten graph)."""
-    nodes = []
+def one_stack(index, storage, plan, sites):
+    names = tuple(f"parts.{index}.{name}" for name in "qkv")
+    records = [record for record in plan.sites if record.name in names]
+    whole = Adapter(
+        name=f"stack {index}",
+        kind="neuron",
+        sites=names,
+        ranks=32,
+        kept=32.0,
+        tau=torch.zeros(32),
+        weight=torch.cat([sites[name].matrix() for name in names]).t().contiguous(),
+        bias=torch.cat([sites[name].bias.detach() for name in names]),
+        dense_flops=sum(record.cost("flops") for record in records),
+        dense_bytes=sum(record.cost("bytes") for record in records),
+    )
+    made = rebuilt(whole, sites, storage)
+    return replace(made, weight=None) if storage == "neuron, own weight" else made
+
+
+def parts_of(model, xs, use):
+    """(output of each linear of each module, nodes of the rewritten graph by adapter)."""
+    nodes, by_adapter = [], defaultdict(list)
     torch.compiler.reset()
     with torch.no_grad():
-        return torch.compile(model, backend=recording(nodes))(x, use)[1], nodes
+        parts = [parts for _, parts in torch.compile(model, backend=recording(nodes))(xs, use)]
+    for node in nodes:
+        if "rana" in node.meta:
+            by_adapter[node.meta["rana"].adapter].append(node)
+    assert sum(node.target in (masked_gemv, router) for node in nodes) == sum(map(len, by_adapter.values()))
+    return parts, by_adapter
 
 
-@pytest.mark.parametrize("widths", [(64, 128, 64), (64, 32, 48)], ids=["whole groups", "groups cut"])
-@pytest.mark.parametrize("storage", STACKED)
-def test_some_linears_of_a_stack_yield_what_they_yield_with_the_others(storage, widths):
-    model, x = stacked(widths, storage)
-    whole, nodes = parts_of(model, x, "qkv")
-    own = storage == "neuron, own weight"
-    assert [node.target for node in nodes].count(masked_gemv) == (3 if own else 1) + storage.startswith("hybrid")
-    packed = STORAGES[storage][2] == 4
+WHOLE, CUT = (64, 128, 64), (64, 32, 48)  # of groups of 64
+
+
+def test_some_linears_of_a_stack_yield_what_they_yield_with_the_others():
+    cases = [(widths, storage) for storage in STACKED for widths in (WHOLE, CUT)]
+    model, xs = stacked(cases)
+    wholes, nodes = parts_of(model, xs, "qkv")
+    for index, (_, storage) in enumerate(cases):
+        own = storage == "neuron, own weight"
+        targets = [node.target for node in nodes[f"stack {index}"]]
+        assert targets.count(masked_gemv) == (3 if own else 1) + storage.startswith("hybrid"), cases[index]
     for use in ("qv", "k", "v"):
-        parts, nodes = parts_of(model, x, use)
-        targets = [node.target for node in nodes]
-        # 4 bits: a linear whose columns begin or end inside a group slices the result of the whole stack, which is computed once
-        alone = [not packed or widths == (64, 128, 64) or name == "q" for name in use]
-        assert targets.count(masked_gemv) == sum(alone) + (not all(alone)) + storage.startswith("hybrid")
-        assert targets.count(router) == (STORAGES[storage][1] is not None and not storage.startswith("hybrid"))
-        for name, part in parts.items():
-            # a sum of 32 terms in another order: each rounding is EPS / 2 of a partial sum
-            torch.testing.assert_close(part, whole[name], rtol=0, atol=32 * EPS * float(whole[name].abs().max()))
+        found, nodes = parts_of(model, xs, use)
+        for index, ((widths, storage), parts, whole) in enumerate(zip(cases, found, wholes, strict=True)):
+            targets = [node.target for node in nodes[f"stack {index}"]]
+            # 4 bits: a linear whose columns begin or end inside a group slices the result of the whole stack, computed once
+            alone = [STORAGES[storage][2] != 4 or widths == WHOLE or name == "q" for name in use]
+            products = sum(alone) + (not all(alone)) + storage.startswith("hybrid")
+            assert targets.count(masked_gemv) == products, (cases[index], use)
+            assert targets.count(router) == (STORAGES[storage][1] is not None and not storage.startswith("hybrid"))
+            for name, part in parts.items():
+                # a sum of 32 terms in another order: each rounding is EPS / 2 of a partial sum
+                torch.testing.assert_close(part, whole[name], rtol=0, atol=32 * EPS * float(whole[name].abs().max()))
 
 
 def test_operations_name_their_adapter_and_part():
-    model, x = stacked((64, 128, 64), "hybrid, router 4, factors 4")
-    _, nodes = parts_of(model, x, "qkv")
-    marked = [node for node in nodes if "rana" in node.meta]
-    assert [node.meta["rana"] for node in marked] == [Annotation("q+k+v", "router_tau"), Annotation("q+k+v", "tau")]
+    model, xs = stacked([(WHOLE, "hybrid, router 4, factors 4")])
+    _, nodes = parts_of(model, xs, "qkv")
+    (marked,) = nodes.values()
+    assert [node.meta["rana"] for node in marked] == [Annotation("stack 0", "router_tau"), Annotation("stack 0", "tau")]
     assert all(node.target is masked_gemv for node in marked)
 
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import rana_fx
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.batches import mask_of, padding_masks, real_rows
+from tests.support.adapted import layouts
 from tests.support.architectures import output
-from tests.support.storages import sites_of
 
 WIDTH, FFN = 16, 40
 
@@ -101,9 +101,10 @@ def adapter_for(record, site, *, ranks, tau=None):
 
 def plan_for(model, batch, names=("up",), *, ranks=6, tau=None):
     """A plan that adapts the linears whose names end so, and leaves all others dense."""
-    plan = rana_fx.adapt(model, [batch], budget=0.9, recipe="dense", progress=False)
+    with layouts() as found:
+        plan = rana_fx.adapt(model, [batch], budget=0.9, recipe="dense", progress=False)
     rana_fx.detach(model)
-    sites = sites_of(model, batch)
+    sites = found[0].sites
     with torch.no_grad():
         adapters = [
             adapter_for(record, sites[record.name], ranks=ranks, tau=tau)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import replace
 
 import torch
@@ -11,7 +13,21 @@ from tests.support.architectures import WIDTH, build, ids, output
 
 
 def per_neuron(name="plain_biased", *, depth=2, dtype=torch.float32):
-    """(model with dense attention and gated adapters in all MLPs, batch, plan): thresholds from zero to infinity, biases."""
+    """(a model of its own with dense attention and gated adapters in all MLPs, batch, plan): thresholds from zero to infinity,
+    biases."""
+    model, batch, plan = _per_neuron(name, depth, dtype)
+    model = copy.deepcopy(model)
+    rana_fx.attach(model, plan)
+    return model, batch, plan
+
+
+@functools.cache
+def _per_neuron(name, depth, dtype):
+    with torch.random.fork_rng():
+        return _made(name, depth, dtype)
+
+
+def _made(name, depth, dtype):
     model, batch = build(name, depth)
     model = model.to(dtype)
     plan = rana_fx.adapt(model, [batch, *(ids() for _ in range(4))], budget=0.8, recipe="cats", progress=False)
@@ -21,9 +37,7 @@ def per_neuron(name="plain_biased", *, depth=2, dtype=torch.float32):
         tau[2], tau[5] = torch.inf, 0
         adapters.append(replace(adapter, tau=tau, bias=torch.randn(WIDTH, dtype=dtype)))
     rana_fx.detach(model)
-    plan = replace(plan, adapters=tuple(adapters))
-    rana_fx.attach(model, plan)
-    return model, batch, plan
+    return model, batch, replace(plan, adapters=tuple(adapters))
 
 
 def by_hand(model, plan, batch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from dataclasses import replace
 
 import torch
@@ -103,20 +104,48 @@ def dense_sites(name, depth):
 
 def stored_plan(name, depth, storage, *, shift=0.0):
     """(a model of its own without a plan, batch, plan)."""
-    return stored_layers(name, [storage] * depth, shift=shift)
+    return stored_in_turn(name, depth, [storage], shift=shift)
 
 
-def stored_layers(name, storages, *, shift=0.0):
-    """``stored_plan`` with a storage for each layer."""
-    model, batch, plan, sites = _dense(name, len(storages))
-    each = [storages[_layer(adapter)] if len(storages) > 1 else storages[0] for adapter in plan.adapters]
+def stored_in_turn(name, depth, storages, *, shift=0.0):
+    """``stored_plan`` whose adapters, in the plan's order, take these storages in turn."""
+    model, batch, plan, sites = _dense(name, depth)
     with torch.no_grad():
         adapters = tuple(
-            rebuilt(adapter, sites, storage, shift=shift) for adapter, storage in zip(plan.adapters, each, strict=True)
+            rebuilt(adapter, sites, storage, shift=shift)
+            for adapter, storage in zip(plan.adapters, itertools.cycle(storages), strict=False)
         )
     return copy.deepcopy(model), batch, replace(plan, adapters=adapters)
 
 
-def _layer(adapter):
-    """The first number in the name of its first linear."""
-    return next(int(part) for part in adapter.sites[0].split(".") if part.isdigit())
+def kept_product(adapter):
+    """((out, in), (out,)) in fp64: matrix and bias of an adapter with a weight, whose thresholds are zero or infinite."""
+    weight = unpack(adapter.weight, adapter.weight_scale, torch.float64) * (adapter.tau == 0).unsqueeze(1)
+    if adapter.router is None:
+        matrix = weight.t()
+    else:
+        router = unpack(adapter.router, adapter.router_scale, torch.float64)
+        if adapter.router_tau is not None:
+            router = (router * (adapter.router_tau == 0).unsqueeze(1)).t()
+        matrix = weight.t() @ router
+    bias = torch.zeros(weight.shape[1], dtype=torch.float64) if adapter.bias is None else adapter.bias.double()
+    return matrix, bias if adapter.shift is None else bias - adapter.shift.double() @ weight
+
+
+def twin_of(name, depth, plan):
+    """What ``plan`` computes for the model of ``stored_plan``: a dense model in fp64 with the products of ``kept_product``, whose
+    matrices are rounded to fp32. Biases are written where the plan has them, into linears that are modules."""
+    model, _, _, sites = _dense(name, depth)
+    own, biases = copy.deepcopy(model.state_dict()), {}
+    with torch.no_grad():
+        for adapter in plan.adapters:
+            sizes = [sites[site].out_features for site in adapter.sites]
+            parts = [value.split(sizes) for value in kept_product(adapter)]
+            for site, matrix, bias in zip(adapter.sites, *parts, strict=True):
+                sites[site].view.copy_(matrix)
+                biases |= {} if adapter.bias is None else {site: bias}
+        twin = copy.deepcopy(model).double()
+        model.load_state_dict(own)
+    for site, bias in biases.items():
+        twin.get_submodule(site).bias = torch.nn.Parameter(bias)
+    return twin
