@@ -140,7 +140,7 @@ def test_any_strides_of_activations():
 
 
 @pytest.mark.parametrize("device", GPU, indirect=True)
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_launch_matches_fp64(device, data):
     bits = data.draw(st.sampled_from([4, 8]))
