@@ -1,4 +1,4 @@
-"""bench.ablation and bench.prefix on a model of two tiny blocks: rows of every variant and rule; dense positions."""
+"""bench.ablation and bench.prefix on a model of one tiny block: rows of every variant and rule; dense positions."""
 
 from __future__ import annotations
 
@@ -14,19 +14,32 @@ from bench.quality import ablation, prefix
 from rana_fx.calibration.holdout import Holdout
 from rana_fx.evaluation.perplexity import load_model
 from rana_fx.recipes import RECIPES
+from tests.support.plain_llama import plain_of
 from tests.support.tiny_model import saved_tiny
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a tiny model and the embedded tokenizer, and a text."""
-    model, text = saved_tiny(tmp_path_factory.mktemp("tiny"), layers=2)
+    model, text = saved_tiny(tmp_path_factory.mktemp("tiny"), layers=1)
     return str(model), str(text)
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch):
+    """The benches trace the loaded model many times: it is made of plain modules."""
+
+    def plain(*args, **kwargs):
+        network, tokenizer = load_model(*args, **kwargs)
+        return plain_of(network), tokenizer
+
+    for bench in (ablation, prefix):
+        monkeypatch.setattr(bench, "load_model", plain)
 
 
 def run(bench, saved, out, **options):
     model, text = saved
-    given = {"budgets": "0.6", "metric": "flops", "tokens": 1280, "eval_tokens": 640, "context": 64, "seed": 0}
+    given = {"budgets": "0.6", "metric": "flops", "tokens": 1024, "eval_tokens": 512, "context": 64, "seed": 0}
     bench.main(model, calib=text, text=text, out=out, **given | options)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -72,8 +85,8 @@ def test_dense_positions_are_those_of_the_dense_model(saved, tmp_path, capsys):
     assert "increase by position" in capsys.readouterr().out
     model, text = saved
     network, tokenizer = load_model(model)
-    held = read_text(text, tokenizer, tokens=640, context=64)
-    calibrated = calibrate_once(network, batches_of(text, tokenizer, tokens=1280, context=64))
+    held = read_text(text, tokenizer, tokens=512, context=64)
+    calibrated = calibrate_once(network, batches_of(text, tokenizer, tokens=1024, context=64))
     plan = calibrated.plan(budget=0.6, metric="flops", recipe="teal")
     rules = {"all": 0, "most": 60, "whole": 64}
     found = prefix.measured(Holdout(network, (), ()), calibrated.layout, plan, held, rules, 64)

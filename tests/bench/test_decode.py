@@ -9,6 +9,7 @@ import torch
 
 import rana_fx
 from bench.common.models import SHAPES, build, layers_of
+from bench.speed import decoding
 from bench.speed.decode import main
 from bench.speed.decoding import Decoder
 from bench.speed.latency import Variant
@@ -36,8 +37,10 @@ def one_layer():
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_layer():
+    """And a small buffer, whose copies are timed for the bandwidth: copying a large one takes a second of each run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SHAPES, "tiny", one_layer)
+        patch.setitem(decoding._COPY_BYTES, "cpu", 2**22)
         yield
 
 
@@ -51,7 +54,8 @@ def rows_of(path, kind):
     return [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == kind]
 
 
-@pytest.mark.parametrize("budget", [0.8, 0.6, 0.5, 0.4])
+# all ranks are at their bound at the first, none at the second; those of budgets in between: test_ranks_stay_below_the_cap below
+@pytest.mark.parametrize("budget", [0.8, 0.4])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_random_plan_has_the_target_cost(tiny, budget, stacked):
     model, layout = tiny
@@ -84,10 +88,10 @@ def test_ranks_stay_below_the_cap_and_cost_the_fraction(out, width, fraction):
     assert ranks * width + kept * out == pytest.approx(fraction * out * width, rel=0.02)
 
 
-@pytest.mark.parametrize(("router", "factor", "budget"), [(8, 16, 0.5), (4, 8, 0.2), (8, 4, 0.12), (4, 4, 0.1), (16, 8, 0.24)])
-def test_a_random_plan_in_few_bits_has_the_target_cost(tiny, router, factor, budget, request):
-    if (router, factor) != (4, 8):  # compiled code of every storage: tests/integration/test_storage.py
-        request.getfixturevalue("graphs_as_rewritten")
+@pytest.mark.parametrize(("router", "factor", "budget"), [(8, 16, 0.5), (4, 8, 0.2), (8, 4, 0.12)])
+@AS_REWRITTEN
+def test_a_random_plan_in_few_bits_has_the_target_cost(tiny, router, factor, budget):
+    """Compiled code of every storage: tests/integration/test_storage.py."""
     model, layout = tiny
     variant = Variant("rana", "rana", "default", budget, config=PlanConfig(router_bits=router, factor_bits=factor))
     decoder = Decoder(model, batch=1, room=128)
@@ -106,9 +110,8 @@ def test_a_random_plan_in_few_bits_has_the_target_cost(tiny, router, factor, bud
 
 
 @pytest.mark.parametrize(("label", "per_layer"), [("neuron", 4), ("neuron:16/8", 4), ("apart", 7)])
-def test_a_random_plan_of_masks_has_no_router(tiny, label, per_layer, request):
-    if label != "neuron:16/8":
-        request.getfixturevalue("graphs_as_rewritten")
+@AS_REWRITTEN
+def test_a_random_plan_of_masks_has_no_router(tiny, label, per_layer):
     model, layout = tiny
     (config,) = plan_configs(label, density=0.5, stacked=True)
     assert config.label == label

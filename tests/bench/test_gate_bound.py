@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rana_fx
-from bench.common.models import build, layers_of
+from bench.common.models import SHAPES, build, layers_of
 from bench.speed.decoding import Decoder
 from bench.speed.random_plan import RecordingMeter, attach_unchecked, layout_of, plan_configs
 from bench.speed.variants import Variant, on_model, reference
@@ -30,15 +30,18 @@ def in_fp32(model, plan):
 
 
 @pytest.mark.parametrize("sharp", [1.0, 30.0])
-def test_errors_that_the_model_enlarges(sharp):
+def test_errors_that_the_model_enlarges(sharp, monkeypatch):
     """Saturated attention, as after training: queries are ``sharp`` times as large as random weights make them."""
+    config = SHAPES["tiny"]()
+    config.num_hidden_layers = 1
+    monkeypatch.setitem(SHAPES, "tiny", lambda: config)
     model = build("tiny", device=torch.device("cpu"), dtype="bfloat16")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj" in name:
                 parameter.mul_(sharp)
-    (config,) = plan_configs("neuron:16/8", density=0.5, stacked=True)
-    variant, decoder = Variant("rana", "rana", "default", 0.25, config=config), Decoder(model, batch=1, room=128)
+    (storage,) = plan_configs("neuron:16/8", density=0.5, stacked=True)
+    variant, decoder = Variant("rana", "rana", "default", 0.25, config=storage), Decoder(model, batch=1, room=128)
     limit = bound(model.dtype, layers_of(model), 160)
     with on_model(variant, model, layout_of(model), seed=0) as prepared, torch.no_grad():
         script, expected = reference(variant, prepared, decoder, seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -20,13 +21,19 @@ LLAMA = transformers.LlamaConfig(
 NEOX = transformers.GPTNeoXConfig(vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4)
 
 
-def problem_of(config, metric="flops"):
+@functools.cache
+def calibrated(architecture):
+    config = {"gated": LLAMA, "plain": NEOX}[architecture]
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)
     batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False}]
-    problem = calibrate_once(model, batches).problem(budget=0.5, metric=metric, recipe="dense")
+    return calibrate_once(model, batches)
+
+
+def problem_of(architecture, metric="flops"):
+    problem = calibrated(architecture).problem(budget=0.5, metric=metric, recipe="dense")
     (block,) = problem.layout.blocks
     return problem, block
 
@@ -53,11 +60,11 @@ def reference(block, problem, weights, x):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("config", [LLAMA, NEOX], ids=["gated", "plain"])
+@pytest.mark.parametrize("architecture", ["gated", "plain"])
 @torch.no_grad()
-def test_errors_and_costs_of_every_storage(config, storage):
+def test_errors_and_costs_of_every_storage(architecture, storage):
     for metric in ("flops", "bytes"):
-        problem, block = problem_of(config, metric)
+        problem, block = problem_of(architecture, metric)
         sites = problem.layout.sites
         own = storage == "neuron, own weight"
         stacks = [*((up,) for up in block.ups), (block.down,)] if own else [block.ups, (block.down,)]
@@ -79,7 +86,7 @@ def test_errors_and_costs_of_every_storage(config, storage):
 
 @torch.no_grad()
 def test_masks_of_a_hybrid_are_counted_and_act():
-    problem, block = problem_of(LLAMA)
+    problem, block = problem_of("gated")
     made = rebuilt(whole(problem, block.ups), problem.layout.sites, "hybrid")
     made = replace(made, router_tau=torch.linspace(0, 2, 32), tau=torch.linspace(0, 5, 32))
     down = neuron_adapter(problem, block.down, 0.5, torch.ones(80), 0.5)
@@ -102,7 +109,7 @@ def test_masks_of_a_hybrid_are_counted_and_act():
 
 
 def test_linears_without_adapters_stay_dense():
-    problem, block = problem_of(LLAMA)
+    problem, block = problem_of("gated")
     with torch.no_grad():
         assert score(problem, block, []) == (pytest.approx(0.0, abs=1e-12), 1.0)
         down = neuron_adapter(problem, block.down, float("inf"), torch.ones(80), 0.0)

@@ -11,7 +11,7 @@ import typer
 
 import rana_fx
 from bench.common.documents import read_text
-from bench.quality import finetuned, reproduce, study
+from bench.quality import finetuned, report, reproduce, study
 from bench.quality.divergence import by_document
 from bench.quality.report import increase_left
 from bench.speed import decode
@@ -37,18 +37,21 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(saved, tmp_path_factory):
-    """Calls the bench with further options and returns its rows."""
+    """Calls the bench with further options and returns its rows. The report of each call has its figure if it is ``drawn``."""
     model, text, tasks = saved
     folder = tmp_path_factory.mktemp("out")
 
-    def call(**options):
+    def call(*, drawn=False, **options):
         given = {
-            "stages": "quality,mlp,finetune,tasks", "recipes": "paper", "budgets": "0.6", "tokens": 1280, "eval_tokens": 640,
+            "stages": "quality,mlp,finetune,tasks", "recipes": "paper", "budgets": "0.6", "tokens": 1024, "eval_tokens": 512,
             "mlp_tokens": 256, "context": 64, "train_tokens": 64 * 4 * 8, "train_batch": 4, "rate": "auto", "rates": "1e-4,1e-2",
             "search": 0.5, "held_out": 256, "compile": False, "tasks": "local_choice", "include": tasks,
         }  # fmt: skip
         out = folder / "rows.jsonl"
-        reproduce.main(model, calib=text, text=[text], train=text, out=out, work=folder / "work", **given | options)
+        with pytest.MonkeyPatch.context() as patch:
+            if not drawn:
+                patch.setattr(report, "plot", lambda *_: False)
+            reproduce.main(model, calib=text, text=[text], train=text, out=out, work=folder / "work", **given | options)
         return [json.loads(line) for line in out.read_text().splitlines()]
 
     call.out = folder / "rows.jsonl"
@@ -112,7 +115,7 @@ def test_a_trained_model_is_where_tasks_find_it(rows, saved, run):
     rana_fx.attach(network, plan)
     tuned = next(found for found in rows["finetune"] if found["recipe"] == "paper")
     assert plan.digest()[:12] == tuned["digest"]
-    text = read_text(saved[1], tokenizer, tokens=640, context=64)
+    text = read_text(saved[1], tokenizer, tokens=512, context=64)
     quality = rana_fx.evaluation.perplexity.evaluate_adapted(network, text.batches, progress=False)[0]
     assert quality.mean_loss == pytest.approx(next(iter(tuned["results"].values()))["after"]["mean_loss"], rel=1e-6)
 
@@ -176,7 +179,7 @@ def test_latency_times_every_plan(rows, run, monkeypatch):
 
 
 def test_the_report_shows_values_of_the_rows(rows, run):
-    run(stages="report")
+    run(stages="report", drawn=True)
     text = run.out.with_suffix(".md").read_text()
     for title in (
         "Loss before training",

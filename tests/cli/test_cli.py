@@ -1,9 +1,11 @@
-"""The command line, from adapting the embedded model to generating with it: JSON files, messages, exit codes."""
+"""The command line, from adapting the first layer of the embedded model to generating with it: JSON files, messages,
+exit codes."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,6 @@ DATA = Path(rana_fx.__file__).parent / "data"
 MODEL = str(DATA / "tiny-llama-prose-5m")
 TEXT = str(DATA / "calib.jsonl.xz")
 HELD_OUT = str(DATA / "eval.jsonl.xz")
-LAYERS = 6
 
 
 def call(*args: object) -> Result:
@@ -39,12 +40,24 @@ def facts(path: Path, result: Result) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's first layer, which is traced and compiled quickly."""
+    folder = tmp_path_factory.mktemp("model")
+    model, tokenizer = load_model(MODEL, device="cpu")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """(folder of a plan, JSON facts of the command that made it, its output)."""
     folder = tmp_path_factory.mktemp("cli")
     out, record = folder / "plan", folder / "adapt.json"
     result = call(
-        "adapt", MODEL, "--data", TEXT, "--out", out, "--budget", 0.6, "--recipe", "teal",
+        "adapt", model, "--data", TEXT, "--out", out, "--budget", 0.6, "--recipe", "teal",
         "--tokens", 3000, "--context", 128, "--seed", 7, "--device", "cpu", "--json", record,
     )  # fmt: skip
     return out, facts(record, result), result.output
@@ -60,14 +73,15 @@ def test_adapt_writes_a_plan_and_its_facts(adapted: tuple[Path, dict[str, Any], 
     assert found["plan"] == json.loads(json.dumps(plan.to_dict()))
     assert found["options"]["context"] == 128
     assert plan.digest()[:12] in printed and cell(plan.expected_budget("bytes")) in printed
-    assert "by layer and role" in printed and not any(adapter.name in printed for adapter in plan.adapters)
+    # the title is as wide as its table
+    assert "by layer and role" in " ".join(printed.split()) and not any(adapter.name in printed for adapter in plan.adapters)
 
 
-def test_eval_shows_dense_and_adapted(adapted: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+def test_eval_shows_dense_and_adapted(model: Path, adapted: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     plan = rana_fx.load_plan(adapted[0])
     args = (
         "eval",
-        MODEL,
+        model,
         "--data",
         HELD_OUT,
         "--tokens",
@@ -96,12 +110,12 @@ def test_eval_shows_dense_and_adapted(adapted: tuple[Path, dict[str, Any], str],
     assert alone["dense"] == found["dense"] and alone["adapted"] is None and alone["budget"] is None
 
 
-def test_explain_lists_every_linear(adapted: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
-    plain = facts(tmp_path / "a.json", call("explain", MODEL, "--device", "cpu", "--json", tmp_path / "a.json"))["report"]
-    result = call("explain", MODEL, "--plan", adapted[0], "--device", "cpu", "--json", tmp_path / "b.json")
+def test_explain_lists_every_linear(model: Path, adapted: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    plain = facts(tmp_path / "a.json", call("explain", model, "--device", "cpu", "--json", tmp_path / "a.json"))["report"]
+    result = call("explain", model, "--plan", adapted[0], "--device", "cpu", "--json", tmp_path / "b.json")
     report = facts(tmp_path / "b.json", result)["report"]
-    # q, k, v, o, gate, up, down in every layer, and the head
-    assert plain["sites"] == report["sites"] == 7 * LAYERS + 1
+    # q, k, v, o, gate, up, down, and the head
+    assert plain["sites"] == report["sites"] == 8
     assert plain["plan"] is None and report["plan"] == adapted[1]["digest"][:12]
     assert {row["action"] for row in plain["rows"]} <= {"dense", "skipped"}
     assert sum(row["action"] == "neuron" for row in report["rows"]) == sum(
@@ -110,44 +124,16 @@ def test_explain_lists_every_linear(adapted: tuple[Path, dict[str, Any], str], t
     assert all(row["site"] in result.output for row in report["rows"])
 
 
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """The embedded model's first layer, which compiles quickly, its plan and the plan's digest."""
-    folder = tmp_path_factory.mktemp("shallow")
-    model, tokenizer = load_model(MODEL, device="cpu")
-    model.model.layers = model.model.layers[:1]
-    model.config.num_hidden_layers = 1
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    args = (
-        "adapt",
-        folder / "model",
-        "--data",
-        TEXT,
-        "--out",
-        folder / "plan",
-        "--recipe",
-        "teal",
-        "--tokens",
-        1500,
-        "--context",
-        128,
-    )
-    record = facts(folder / "a.json", call(*args, "--device", "cpu", "--json", folder / "a.json"))
-    return folder / "model", folder / "plan", record["digest"]
-
-
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_generate_continues_the_prompt(
-    shallow: tuple[Path, Path, str], tmp_path: Path, cache: str, request: pytest.FixtureRequest
+    model: Path, adapted: tuple[Path, dict[str, Any], str], tmp_path: Path, cache: str, request: pytest.FixtureRequest
 ) -> None:
     if cache == "dynamic":  # through Inductor: tests/integration/test_backend.py
         request.getfixturevalue("graphs_as_rewritten")
-    model, plan, digest = shallow
-    args = ("generate", model, "--plan", plan, "--prompt", "It was a dark", "--max-new-tokens", 3, "--cache", cache)
+    args = ("generate", model, "--plan", adapted[0], "--prompt", "It was a dark", "--max-new-tokens", 3, "--cache", cache)
     result = call(*args, "--device", "cpu", "--json", tmp_path / "g.json")
     found = facts(tmp_path / "g.json", result)
-    assert found["backend"] == "rana" and found["cache"] == cache and found["digest"] == digest
+    assert found["backend"] == "rana" and found["cache"] == cache and found["digest"] == adapted[1]["digest"]
     assert 1 <= found["tokens"] <= 3 and found["text"]
     assert "It was a dark" + found["text"] in result.output
 
@@ -220,14 +206,29 @@ def test_help_and_version() -> None:
     assert call("adapt", "--nonsense").exit_code == 2
 
 
-def test_help_does_not_wait_for_transformers() -> None:
+def heed_ctrl_c() -> None:
+    """In a process before it starts: one that a shell runs in the background, and so its children, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_imports_leave_signals_alone_and_do_not_wait_for_transformers() -> None:
     slow = ("transformers", "datasets", "torch._inductor.compile_fx")
-    code = f"import sys, rana_fx.cli; print([name for name in {slow} if name in sys.modules])"
+    code = (
+        "import signal, sys, rana_fx\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+        f"import rana_fx.cli\nprint([name for name in {slow} if name in sys.modules])"
+    )
     root = str(Path(rana_fx.__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env=os.environ | {"PYTHONPATH": root}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
+        preexec_fn=heed_ctrl_c,
     )
-    assert done.stdout == "[]\n"
+    assert done.stdout == "True\n[]\n"
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

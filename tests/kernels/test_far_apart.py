@@ -8,7 +8,7 @@ import torch
 
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels.ops import implementation, masked_gemv, masked_gemv_parts, masked_rows, router
-from tests.support.inductor import GEMV, ROUTER, calls, compiled
+from tests.support.inductor import GEMV, ROUTER, calls, each
 from tests.support.products import kernels_run_on
 
 STEP = 2**30 - 64  # between rows: the fourth is beyond 2^31, and wrapped around 2^30 in front of the first
@@ -74,19 +74,18 @@ def test_triton_packed(device, apart, bits):
     close(got, exact)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_cpp(apart, bits):
-    """Rows of weights and tokens."""
-    cpu, v = torch.device("cpu"), values(TOKENS, 4)
-    weight, scale = (values(4, N), None) if bits == 16 else pack(values(4, N), bits)
-    far, tau, x = apart(weight, cpu), torch.zeros(4), values(TOKENS, N)
-    tokens = apart(v, cpu)
+def test_cpp(apart):
+    """Rows of weights, in every storage, and tokens."""
+    cpu, v, x, tau = torch.device("cpu"), values(TOKENS, 4), values(TOKENS, N), torch.zeros(4)
+    stored = [(values(4, N), None), *(pack(values(4, N), bits) for bits in (8, 4))]
+    tokens, far = apart(v, cpu), [apart(weight, cpu) for weight, _ in stored]
 
     def both(tokens, tau, far, scale, x):
         return masked_gemv(tokens, tau, far, None, scale), router(x, far, scale)
 
-    (y, z), code = compiled(both, tokens, tau, far, scale, x)
-    assert calls(code, GEMV) == calls(code, ROUTER) == 1
-    w = unpack(weight, scale, torch.float64)
-    close(y, v.double() @ w)
-    close(z, x.double() @ w.t())
+    results, code = each(both, [(tokens, tau, rows, scale, x) for rows, (_, scale) in zip(far, stored, strict=True)])
+    assert calls(code, GEMV) == calls(code, ROUTER) == len(stored)
+    for (weight, scale), (y, z) in zip(stored, results, strict=True):
+        w = unpack(weight, scale, torch.float64)
+        close(y, v.double() @ w)
+        close(z, x.double() @ w.t())

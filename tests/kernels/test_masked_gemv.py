@@ -22,7 +22,8 @@ from tests.support.implementations import AT_ONCE, EVERY, FEW, GEMV_CONFIGS, com
 from tests.support.inductor import FALLBACK, GEMV, calls, check_threads_change_no_bit, compiled, each, poisoned
 from tests.support.products import Product, assert_close, product_of, products
 
-BITS = pytest.mark.parametrize("bits", [16, 8, 4])
+STORED = (16, 8, 4)
+BITS = pytest.mark.parametrize("bits", STORED)
 TOKENS = {"reference": (1, 2, 5), "cpp": (1, 2, 3, MAX_TOKENS), "triton": (1, 2, 3, 4, 5, 16)}
 
 
@@ -60,12 +61,12 @@ def by_triton(cases, device, data):
             assert torch.equal(y, launch(*case.operands, config=config))
 
 
-@BITS
 @EVERY
 @FEW
 @given(data=st.data())
-def test_matches_fp64(who, device, bits, data):
-    cases = [data.draw(products(bits=bits, tokens=TOKENS[who])).to(device) for _ in range(AT_ONCE[who])]
+def test_matches_fp64(who, device, data):
+    """In every storage."""
+    cases = [data.draw(products(bits=bits, tokens=TOKENS[who])).to(device) for bits in STORED for _ in range(AT_ONCE[who])]
     {"reference": by_reference, "cpp": by_cpp, "triton": by_triton}[who](cases, device, data)
 
 
@@ -125,16 +126,15 @@ def test_wrong_shapes_are_refused_under_tracing():
 # ---- C++: graphs, threads, and cases that are declined
 
 
-@BITS
 @settings(max_examples=2)
 @given(data=st.data())
-def test_matches_fp64_in_several_blocks(bits, data):
-    def case():
+def test_matches_fp64_in_several_blocks(data):
+    def case(bits):
         choices = ([1, 5, MAX_TOKENS], [7, 97, 251], [514, 1030, 4500], [torch.float32, torch.bfloat16])
         density, seed = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), data.draw(st.integers(0, 99))
         return product_of(*(data.draw(st.sampled_from(choice)) for choice in choices), bits=bits, density=density, seed=seed)
 
-    cases = [case() for _ in range(3)]
+    cases = [case(bits) for bits in STORED for _ in range(3)]
     with poisoned():
         results, code = each(masked_gemv, [one.operands for one in cases])
     assert calls(code, GEMV) == len(cases)
@@ -144,16 +144,16 @@ def test_matches_fp64_in_several_blocks(bits, data):
 
 def test_threads_change_no_bit():
     """2,000 columns are not a multiple of the grain size or of the columns per thread."""
-    cases = [product_of(3, 250, 2000, torch.float32, bits=bits) for bits in (16, 8, 4)]
+    cases = [product_of(3, 250, 2000, torch.float32, bits=bits) for bits in STORED]
     results = check_threads_change_no_bit(masked_gemv, [case.operands for case in cases], GEMV)
     for case, y in zip(cases, results, strict=True):
         case.check(y)
 
 
-@BITS
-def test_parts_of_a_weight_in_the_graph(bits):
+def test_parts_of_a_weight_in_the_graph():
     """A view inside the graph has an offset of its own, and two views may be parts of one buffer."""
-    case = product_of(1, 61, 256, torch.float32, bits=bits)
+    cases = [product_of(1, 61, 256, torch.float32, bits=bits) for bits in STORED]
+    floating = cases[0]
 
     def rows(v, tau, weight, bias, scale):
         first, second = (None, None) if scale is None else (scale[10:41], scale[:31])
@@ -166,18 +166,20 @@ def test_parts_of_a_weight_in_the_graph(bits):
     def one_buffer(weight):
         return masked_gemv(weight[:1, 3:64], weight[1, :61].abs(), weight)
 
-    def function(v, tau, weight, bias, scale):
-        y = rows(v, tau, weight, bias, scale)
-        return y if scale is not None else (*y, *columns(v, tau, weight), one_buffer(weight))
+    def function(*flat):
+        of_each = [flat[i : i + 5] for i in range(0, len(flat), 5)]
+        v, tau, weight, *_ = of_each[0]
+        return *(y for one in of_each for y in rows(*one)), *columns(v, tau, weight), one_buffer(weight)
 
-    v, tau, weight, bias, scale = case.operands
     expected = [
-        Product(v[:, i], tau[i], weight[i], None if scale is None else scale[i], bias) for i in (slice(10, 41), slice(31))
+        Product(one.v[:, i], one.tau[i], one.weight[i], None if one.scale is None else one.scale[i], one.bias)
+        for one in cases
+        for i in (slice(10, 41), slice(31))
     ]
-    if scale is None:
-        expected += [Product(v, tau, part, None, None) for part in (weight[:, 64:164], weight[:, :64])]
-        expected.append(Product(weight[:1, 3:64], weight[1, :61].abs(), weight, None, None))
-    got, code = compiled(function, *case.operands)
+    v, tau, weight = floating.v, floating.tau, floating.weight
+    expected += [Product(v, tau, part, None, None) for part in (weight[:, 64:164], weight[:, :64])]
+    expected.append(Product(weight[:1, 3:64], weight[1, :61].abs(), weight, None, None))
+    got, code = compiled(function, *(value for one in cases for value in one.operands))
     assert calls(code, GEMV) == len(expected)
     for y, product in zip(got, expected, strict=True):
         product.check(y)

@@ -46,13 +46,12 @@ def test_residual(who, device, bits, data):
         case.check(fused(who, device, case, data, residual=residual), residual)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
 @EAGER
 @FEW
 @given(data=st.data())
-def test_activation(who, device, name, data):
-    for _ in range(10):
-        bits = data.draw(st.sampled_from([16, 16, 8, 4]))
+def test_activation(who, device, data):
+    """Each one in each storage; of large arguments, and with fixed shapes, below."""
+    for name, bits in itertools.product(ACTIVATIONS, (16, 16, 8, 4)):
         case = data.draw(products(bits=bits, halves=True)).to(device)
         case.check_gated(fused(who, device, case, data, activation=name), ACTIVATIONS[name])
 
@@ -144,25 +143,28 @@ def _heads(v, tau, weight, bias, scale):
 USERS = (_gated, _gelu, _two_users, _residual, _heads)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 16), (torch.float32, 8), (torch.bfloat16, 4), (torch.bfloat16, 16)])
-def test_fused_users(dtype, bits):
+def test_fused_users():
     """The scheduler fuses pointwise users into any template; a template that ignores them would give wrong results."""
+    kinds = ((torch.float32, 16), (torch.float32, 8), (torch.bfloat16, 4), (torch.bfloat16, 16))
     # in one graph, with different operands: equal matmuls would be computed once
-    cases = [product_of(3, 61, 128, dtype, bits=bits, seed=seed).operands for seed in range(len(USERS))]
-    sizes = [len(case) for case in cases]
+    cases = [
+        (user, product_of(3, 61, 128, dtype, bits=bits, seed=seed).operands)
+        for dtype, bits in kinds
+        for seed, user in enumerate(USERS)
+    ]
 
     def users(*flat):
-        return [user(*flat[first : first + 5]) for user, first in zip(USERS, range(0, sum(sizes), 5), strict=True)]
+        return [user(*flat[5 * index : 5 * index + 5]) for index, (user, _) in enumerate(cases)]
 
     with poisoned():
-        results, code = compiled(users, *itertools.chain(*cases))
-    assert calls(code, GEMV) == len(USERS)
+        results, code = compiled(users, *itertools.chain(*(operands for _, operands in cases)))
+    assert calls(code, GEMV) == len(cases)
     assert FALLBACK not in code
-    for user, (v, tau, weight, bias, scale), got in zip(USERS, cases, results, strict=True):
+    for (user, (v, tau, weight, bias, scale)), got in zip(cases, results, strict=True):
         right = user(v.double(), tau, unpack(weight, scale, torch.float64), bias.double(), None)
         for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, right)), strict=True):
             error = (a.double() - b).norm() / b.norm()
-            assert error < 4 * torch.finfo(dtype).eps * math.sqrt(61), user.__name__
+            assert error < 4 * torch.finfo(v.dtype).eps * math.sqrt(61), (user.__name__, v.dtype, weight.dtype)
 
 
 def test_epilogue_is_in_the_same_kernel():

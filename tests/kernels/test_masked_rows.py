@@ -105,18 +105,18 @@ def test_leading_dimensions_are_those_of_the_gate(who, device):
 # ---- C++: rows that are not multiplied, threads, fusions, and cases that are declined
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_dropped_rows_are_not_multiplied(monkeypatch, tokens):
+def test_dropped_rows_are_not_multiplied(monkeypatch):
     """A NaN in a dropped row would reach the result if the row were multiplied."""
     selection = "a != 0.0f ? a * (up{{bias}}) : 0.0f"
     assert MaskedRowsTemplate.body.count(selection) == 1
     monkeypatch.setattr(MaskedRowsTemplate, "body", MaskedRowsTemplate.body.replace(selection, "a * (up{{bias}})"))
-    rows = case(tokens, 203, 61)
-    assert 0 < int(rows.kept.sum()) < 203
+    cases = [case(tokens, 203, 61) for tokens in (1, 3)]
+    assert all(0 < int(rows.kept.sum()) < 203 for rows in cases)
     with poisoned():
-        h, code = compiled(masked_rows, *rows.poisoned().operands, SPARSE)
-    assert ROWS in code
-    rows.check(h)
+        results, code = each(masked_rows, [(*rows.poisoned().operands, SPARSE) for rows in cases])
+    assert calls(code, ROWS) == len(cases)
+    for rows, h in zip(cases, results, strict=True):
+        rows.check(h)
 
 
 def test_threads_change_no_bit():
@@ -145,18 +145,19 @@ def test_up_and_down_of_a_gated_mlp():
     Product(h[0], tau, down, None, None).check(y[0])
 
 
-@pytest.mark.parametrize(
-    ("tokens", "density", "dtype"), [(MAX_TOKENS + 1, SPARSE, torch.float32), (2, 0.9, torch.bfloat16), (8, 0.9, torch.float32)]
-)
-def test_steps_aside(tokens, density, dtype):
+def test_steps_aside():
     """More tokens, or masks that keep too much: a dense matmul, rounded before and after the multiplication by the gate."""
-    rows = case(tokens, 31, 64, density=density, dtype=dtype)
-    h, code = compiled(masked_rows, *rows.poisoned().operands, density)
+    kinds = [(MAX_TOKENS + 1, SPARSE, torch.float32), (2, 0.9, torch.bfloat16), (8, 0.9, torch.float32)]
+    cases = [case(tokens, 31, 64, density=density, dtype=dtype) for tokens, density, dtype in kinds]
+    operands = [(*rows.poisoned().operands, density) for rows, (_, density, _) in zip(cases, kinds, strict=True)]
+    results, code = each(masked_rows, operands)
     assert ROWS not in code and FALLBACK not in code
-    assert bool((h[rows.a == 0] == 0).all())
-    exact = torch.where(rows.a != 0, rows.a.double() * (rows.x.double() @ rows.weight.double().t() + rows.bias.double()), 0.0)
-    # one rounding of the product, one with the bias and one of the result, and fp32 sums
-    assert float((h.double() - exact).norm() / exact.norm()) < 2 * torch.finfo(dtype).eps + 1e-6
+    for rows, h in zip(cases, results, strict=True):
+        assert bool((h[rows.a == 0] == 0).all())
+        product = rows.x.double() @ rows.weight.double().t() + rows.bias.double()
+        exact = torch.where(rows.a != 0, rows.a.double() * product, 0.0)
+        # one rounding of the product, one with the bias and one of the result, and fp32 sums
+        assert float((h.double() - exact).norm() / exact.norm()) < 2 * torch.finfo(h.dtype).eps + 1e-6
 
 
 def test_a_varying_number_of_tokens_is_a_matrix_product():

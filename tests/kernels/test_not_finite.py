@@ -25,7 +25,7 @@ from rana_fx.kernels.ops import (
     router,
 )
 from rana_fx.kernels.reference import ACTIVATIONS, kept
-from tests.support.inductor import GEMV, ROUTER, ROWS, calls, each
+from tests.support.inductor import GEMV, ROUTER, ROWS, calls, each, repeated
 from tests.support.products import kernels_run_on
 
 NAN, INF = math.nan, math.inf
@@ -187,55 +187,60 @@ def test_triton_activations(device, name):
         assert_same(name, got[0], ACTIVATIONS[name](gate.double()) * up.double())
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_cpp(bits):
-    """The masked product and the router, in one graph of every poison and number of tokens."""
-    given, exact, routed = [], [], []
-    for tokens in (1, 3):
-        for v in tokens_of(tokens, K, torch.bfloat16 if tokens == 3 else torch.float32).values():
-            (weight, scale), tau = stored(K, N, bits, v.dtype), thresholds()
-            exact.append(exact_gemv(v, tau, weight, scale))
-            x, (rows, row_scale) = torch.cat([v, v[:, :1]], -1), stored(R, K + 1, bits, v.dtype)
-            given.append((v, tau, weight, None, scale, x, rows, row_scale))
-            routed.append(x.double() @ unpack(rows, row_scale, torch.float64).t())
-    results, code = each(lambda *both: (masked_gemv(*both[:5]), router(*both[5:])), given)
-    assert calls(code, GEMV) == calls(code, ROUTER) == len(given)
-    for index, ((y, z), one, other) in enumerate(zip(results, exact, routed, strict=True)):
-        assert_same(f"masked_gemv, {index}", y, one)
-        assert_same(f"router, {index}", z, other)
+# of the compiled tests below: one graph of all storages and numbers of tokens runs with every poison
+BITS, WAYS = (16, 8, 4), (*POISONS, "both signs")
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_rows_cpp(tokens):
-    """40 tokens are a matmul."""
-    names, operands, expected = zip(*rows_of(tokens, torch.float32), strict=True)
-    results, code = each(masked_rows, operands)
-    assert calls(code, ROWS) == (len(operands) if tokens < 40 else 0)
-    for name, got, exact in zip(names, results, expected, strict=True):
-        assert_same(name, got, exact)
+def test_cpp():
+    """The masked product and the router."""
 
-
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_matmul(bits):
-    """Many tokens, and the fused forms, as they are lowered without a kernel of ours."""
-    given, exact = [], []
-    for v in tokens_of(40, K, torch.float32).values():
+    def operands(way, tokens, bits):
+        v = tokens_of(tokens, K, torch.bfloat16 if tokens == 3 else torch.float32)[way]
         (weight, scale), tau = stored(K, N, bits, v.dtype), thresholds()
-        given.append((v, tau, weight, None, scale))
-        exact.append(exact_gemv(v, tau, weight, scale))
+        return v, tau, weight, None, scale, torch.cat([v, v[:, :1]], -1), *stored(R, K + 1, bits, v.dtype)
+
+    given = [[operands(way, tokens, bits) for tokens in (1, 3) for bits in BITS] for way in WAYS]
+    results, code = repeated(lambda *both: (masked_gemv(*both[:5]), router(*both[5:])), given)
+    assert calls(code, GEMV) == calls(code, ROUTER) == 2 * len(BITS)
+    for way, cases, found in zip(WAYS, given, results, strict=True):
+        for index, ((v, tau, weight, _, scale, x, rows, row_scale), (y, z)) in enumerate(zip(cases, found, strict=True)):
+            assert_same(f"masked_gemv, {way}, {index}", y, exact_gemv(v, tau, weight, scale))
+            assert_same(f"router, {way}, {index}", z, x.double() @ unpack(rows, row_scale, torch.float64).t())
+
+
+def test_rows_cpp():
+    """40 tokens are a matmul."""
+    cases = list(zip(*(rows_of(tokens, torch.float32) for tokens in (1, 3, 40)), strict=True))
+    results, code = repeated(masked_rows, [[operands for _, operands, _ in case] for case in cases])
+    assert calls(code, ROWS) == 2
+    for case, found in zip(cases, results, strict=True):
+        for (name, _, exact), got in zip(case, found, strict=True):
+            assert_same(f"{name}, {len(exact)} tokens", got, exact)
+
+
+def test_matmul():
+    """Many tokens, and the fused forms, as they are lowered without a kernel of ours."""
 
     def everything(v, tau, weight, bias, scale):
         y = masked_gemv(v, tau, weight, bias, scale)
         gated = masked_gemv_gated(v, tau, weight, bias, scale, 0.5, "relu")
         return y, gated, masked_gemv_add(v, tau, weight, bias, scale, 0.5, y.detach())
 
-    results, code = each(everything, given)
+    def operands(way, bits):
+        v = tokens_of(40, K, torch.float32)[way]
+        weight, scale = stored(K, N, bits, v.dtype)
+        return v, thresholds(), weight, None, scale
+
+    given = [[operands(way, bits) for bits in BITS] for way in WAYS]
+    results, code = repeated(everything, given)
     assert calls(code, GEMV) == 0
-    for index, ((y, gated, added), wanted) in enumerate(zip(results, exact, strict=True)):
-        assert_same(f"matmul, {index}", y, wanted)
-        first, second = wanted.chunk(2, -1)
-        assert_same(f"gated, {index}", gated, torch.relu(first) * second)
-        assert_same(f"added, {index}", added, wanted + wanted)
+    for way, cases, found in zip(WAYS, given, results, strict=True):
+        for bits, (v, tau, weight, _, scale), (y, gated, added) in zip(BITS, cases, found, strict=True):
+            wanted = exact_gemv(v, tau, weight, scale)
+            assert_same(f"matmul, {way}, {bits}", y, wanted)
+            first, second = wanted.chunk(2, -1)
+            assert_same(f"gated, {way}, {bits}", gated, torch.relu(first) * second)
+            assert_same(f"added, {way}, {bits}", added, wanted + wanted)
 
 
 def test_the_mask_of_a_gate():

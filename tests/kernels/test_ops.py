@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -76,15 +78,19 @@ def test_opcheck_masked_gemv_add(bits, lead):
     torch.testing.assert_close(masked_gemv_add(*operands, residual), masked_gemv(*operands) + residual)
 
 
-@BITS
-@pytest.mark.parametrize("lead", [(), (3,), (2, 5)])
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-def test_opcheck_masked_gemv_gated(bits, lead, activation):
+LEADS = [(), (3,), (2, 5)]
+# the activation, a string to the op, changes no shape: each is checked with some of the storages and shapes, and computed in all
+GATED = [(*one, name) for one, name in zip(itertools.product((16, 8, 4), LEADS), itertools.cycle(reference.ACTIVATIONS))]
+
+
+@pytest.mark.parametrize(("bits", "lead", "checked"), GATED)
+def test_opcheck_masked_gemv_gated(bits, lead, checked):
     weight, scale = stored(6, 256, bits)
     operands = torch.randn(*lead, 6), torch.full((6,), 0.3), weight, torch.randn(256), scale, 0.5
-    torch.library.opcheck(masked_gemv_gated, (*operands, activation))
+    torch.library.opcheck(masked_gemv_gated, (*operands, checked))
     first, second = masked_gemv(*operands).chunk(2, -1)
-    torch.testing.assert_close(masked_gemv_gated(*operands, activation), reference.ACTIVATIONS[activation](first) * second)
+    for name, activation in reference.ACTIVATIONS.items():
+        torch.testing.assert_close(masked_gemv_gated(*operands, name), activation(first) * second)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -13,10 +13,11 @@ from rana_fx.formats import pack, unpack
 from rana_fx.kernels.cpp.template import MAX_TOKENS
 from rana_fx.kernels.ops import implementation, masked_gemv, normed_router, router
 from tests.support.implementations import AT_ONCE, EAGER, EVERY, FEW, kernels, runs_again
-from tests.support.inductor import FALLBACK, GEMV, ROUTER, calls, check_threads_change_no_bit, compiled, each, poisoned
+from tests.support.inductor import FALLBACK, GEMV, ROUTER, calls, check_threads_change_no_bit, each, poisoned
 from tests.support.products import DTYPES, SIZES, STRIDES, Product, assert_close, assert_each_close, moved, strided
 
-BITS = pytest.mark.parametrize("bits", [16, 8, 4])
+STORED = (16, 8, 4)
+BITS = pytest.mark.parametrize("bits", STORED)
 TOKENS = {"reference": (1, 2, 5), "cpp": (1, 2, 5, MAX_TOKENS), "triton": (1, 2, 3, 4, 5, 16)}
 CONFIGS = st.fixed_dictionaries(
     {
@@ -93,12 +94,12 @@ def by_triton(cases, device, data):
             assert torch.equal(z, module.router(*case, config=config))
 
 
-@BITS
 @EVERY
 @FEW
 @given(data=st.data())
-def test_matches_fp64(who, device, bits, data):
-    cases = [data.draw(drawn(who, bits, device)) for _ in range(AT_ONCE[who])]
+def test_matches_fp64(who, device, data):
+    """In every storage."""
+    cases = [data.draw(drawn(who, bits, device)) for bits in STORED for _ in range(AT_ONCE[who])]
     {"reference": by_reference, "cpp": by_cpp, "triton": by_triton}[who](cases, device, data)
 
 
@@ -160,19 +161,17 @@ def test_cast_and_users_are_in_the_same_kernel():
         assert_close("z", got, right.relu(), x.double().abs() @ unpack(weight, scale, torch.float64).t().abs(), terms=128)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_whole_adapter_reads_stored_numbers_alone(bits):
+def test_a_whole_adapter_reads_stored_numbers_alone():
     """Quantised router and matmul in one graph: two kernels and no fallback."""
-    x, weight, scale = operands(2, 61, 128, torch.float32, bits)
-    x = x[None]
-    down, down_scale = pack(torch.randn(61, 64) / 8, bits)
-    tau = torch.full((61,), 0.3)
-    (z, got), code = compiled(
-        lambda *a: (z := router(a[0], *a[1:3]), masked_gemv(z, *a[3:5], None, a[5])), x, weight, scale, tau, down, down_scale
-    )
-    assert (code.count(ROUTER), code.count(GEMV), code.count(FALLBACK)) == (1, 1, 0)
-    check(z[0], x[0], weight, scale)
-    Product(z, tau, down, down_scale, None).check(got)
+    cases = []
+    for bits in (8, 4):
+        x, weight, scale = operands(2, 61, 128, torch.float32, bits)
+        cases.append((x[None], weight, scale, torch.full((61,), 0.3), *pack(torch.randn(61, 64) / 8, bits)))
+    results, code = each(lambda *a: (z := router(*a[:3]), masked_gemv(z, *a[3:5], None, a[5])), cases)
+    assert (code.count(ROUTER), code.count(GEMV), code.count(FALLBACK)) == (2, 2, 0)
+    for (x, weight, scale, tau, down, down_scale), (z, got) in zip(cases, results, strict=True):
+        check(z[0], x[0], weight, scale)
+        Product(z, tau, down, down_scale, None).check(got)
 
 
 def test_more_tokens_are_a_matrix_product():

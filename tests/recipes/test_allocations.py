@@ -15,7 +15,7 @@ from tests.support.architectures import build, ids, output
 def test_the_best_allocation_is_taken(monkeypatch):
     found = {}
     for allocations in [(name,) for name in ALLOCATIONS] + [ALLOCATIONS]:
-        model, _ = build("plain_llama", 2)
+        model, _ = build("plain_llama", 1)
         batches = [ids(tokens=24) for _ in range(9)]
         held = batches[7]
         monkeypatch.setitem(RECIPES, "rana", Rana(allocations=allocations))

@@ -12,20 +12,19 @@ from rana_fx.adaptation import calibrated, planned, solved
 from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
 from rana_fx.evaluation.text import load_texts, token_batches
 from rana_fx.recipes import RECIPES
+from tests.support.plain_llama import plain_of
 
 DATA = Path(rana_fx.__file__).parent / "data"
-LAYERS = 3
 
 
 @pytest.fixture(scope="module")
 def material():
     model, tokenizer = load_model(str(DATA / "tiny-llama-prose-5m"), device="cpu")
-    # its first half: the search for a plan takes twice as long for twice the layers
-    model.model.layers = model.model.layers[:LAYERS]
-    model.config.num_hidden_layers = LAYERS
+    # two layers: the search for a plan takes twice as long for twice the layers, and traces the model
+    model = plain_of(model, layers=2)
     texts = load_texts(DATA / "calib.jsonl.xz")
     random.Random(0).shuffle(texts)
-    batches = token_batches(texts, tokenizer, tokens=8000, context=256)
+    batches = token_batches(texts, tokenizer, tokens=6000, context=256)
     held_out = token_batches(load_texts(DATA / "eval.jsonl.xz"), tokenizer, tokens=2048, context=256)
     dense = evaluate(model, held_out, progress=False).mean_loss
     # recipe rana samples every group that another one does

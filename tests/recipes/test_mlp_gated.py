@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -49,10 +50,25 @@ def batches(count=9):
     return [(torch.randn(4, 128, 4, generator=generator) * 2,) for _ in range(count)]
 
 
-def problem_of(model, *, metric="flops", budget=0.6):
+def calibrated(model):
     torch.manual_seed(0)
-    layout, samples, holdout = calibrated_with_holdout(model, batches())
+    return calibrated_with_holdout(model, batches())
+
+
+def problem_of(model, **given):
+    return as_problem(calibrated(model), **given)
+
+
+def as_problem(calibration, *, metric="flops", budget=0.6):
+    layout, samples, holdout = calibration
     return Problem(layout, samples, budget, metric, "rana", False, holdout=holdout)
+
+
+@functools.cache
+def gated(activation=gelu, bias=False):
+    """(model, its calibration) for tests that change neither, with any metric and budget."""
+    model = seeded(activation=activation, bias=bias)
+    return model, calibrated(model)
 
 
 def joint_of(problem, *, shared=True, gates=True):
@@ -83,8 +99,8 @@ def seeded(**options):
 @pytest.mark.parametrize("metric", ["flops", "bytes"])
 @pytest.mark.parametrize("gates", [False, True])
 def test_operating_points_cost_and_lose_what_they_predict(activation, bias, metric, gates):
-    model = seeded(activation=activation, bias=bias)
-    joint, rows, of_down = joint_of(problem_of(model, metric=metric), gates=gates)
+    model, calibration = gated(activation, bias)
+    joint, rows, of_down = joint_of(as_problem(calibration, metric=metric), gates=gates)
     with torch.no_grad():
         active, up = activation(model.gates[0](rows)).double(), model.ups[0](rows).double()
     hidden, met = active * up, active != 0
@@ -177,13 +193,13 @@ def test_a_joint_candidate_needs_the_product_in_front_of_down_and_units_of_its_o
 
 
 def test_with_units_of_their_own_the_gate_is_counted_once():
-    joint, _, _ = joint_of(problem_of(seeded()), shared=False, gates=False)
+    joint, _, _ = joint_of(as_problem(gated()[1]), shared=False, gates=False)
     assert [joint.point(unit, 1e-3).cost for unit in (("gates.0",), ("ups.0",))] == [WIDTH * FFN, 0.0]
 
 
 def joint_decisions(scales):
     """Two MLPs, each with input masks and a joint candidate; ``scales``: isotropic scale of the loss metric in each block."""
-    problem = problem_of(seeded())
+    problem = as_problem(gated()[1])
     decisions = []
     for mlp, scale in zip(eligible_mlps(problem.layout, units_of(problem.layout)), scales, strict=True):
         metrics = {unit: loss_metric(problem.matrix(unit), None, isotropic_scale=scale) for unit in mlp.units}
@@ -240,7 +256,7 @@ def test_a_block_is_joint_as_a_whole_or_not_at_all_where_that_loses_less(fractio
 
 
 def test_a_correction_raises_the_loss_and_lowers_the_thresholds_without_changing_the_candidate():
-    joint, _, _ = joint_of(problem_of(seeded()))
+    joint, _, _ = joint_of(as_problem(gated()[1]))
     down, gate = joint.mlp.down_unit, joint.mlp.gate_unit
     multiplier = 3 * math.exp(joint._measured[3].log_multiplier)
     predicted, gate_cost = joint.point(down, multiplier / 3), joint.point(gate, multiplier / 3).cost
@@ -285,7 +301,7 @@ def test_the_correction_is_measured_over_predicted_loss(whole, apart, expected):
 def test_joint_candidates_are_taken_only_where_held_out_batches_lose_less_by_them(budget):
     moved, joint = [], []
     for kinds in (("dense", "neuron"), ("dense", "neuron", "gated")):
-        problem = problem_of(seeded(), budget=budget)
+        problem = as_problem(gated()[1], budget=budget)
         with torch.no_grad():
             made = Rana(kinds=kinds, allocations=("multiplier",)).solve(problem)
             with problem.holdout.instrumented(problem.layout) as stage:

@@ -30,6 +30,17 @@ def each(function, operands, **settings):
     return compiled(*_as_one(function, operands), **settings)
 
 
+def repeated(function, lists):
+    """(results, code) of ``each`` for several lists of operands of the same shapes, which are compiled once."""
+    lower.register()
+    torch.compiler.reset()
+    together, *flat = _as_one(function, lists[0])
+    run = torch.compile(together)
+    first, (code, *_) = run_and_get_code(run, *flat)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        return [first, *(run(*_as_one(function, operands)[1:]) for operands in lists[1:])], code
+
+
 def _as_one(function, operands):
     """(a function that returns the results for all operands, its arguments)."""
     spans, flat = [], []

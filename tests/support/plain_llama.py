@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -132,3 +132,15 @@ class PlainLlama(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, use_cache: bool = False) -> Output:
         assert not use_cache  # there is none; tests of several models switch it off
         return Output(self.lm_head(self.model(input_ids, attention_mask)))
+
+
+def plain_of(model: Any, *, layers: int | None = None) -> PlainLlama:
+    """A Llama of Hugging Face, or so many of its first layers, as plain modules with the same weights."""
+    config, state = model.config, model.state_dict()
+    assert (config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (EPS, THETA)
+    sizes = Sizes(
+        config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
+    )
+    made = PlainLlama(layers or config.num_hidden_layers, sizes).to(model.dtype).eval()
+    made.load_state_dict({name: state[name] for name in made.state_dict()})
+    return made

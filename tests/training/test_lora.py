@@ -283,7 +283,7 @@ def test_an_adapter_of_pefts_own_beside_a_linear_that_stayed_dense():
 @PEFT
 def test_an_adapter_of_pefts_own_beside_a_mask_is_refused():
     for target in ("q_proj", "down_proj"):  # replaced; masked by its input
-        model, batch = adapted(depth=1, name="llama")
+        model, batch = adapted(depth=1)
         wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=[target]))
         with pytest.raises(Exception, match="which the plan masks or replaces") as caught:
             run(compiled(wrapped), batch)

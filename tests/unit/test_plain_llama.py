@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support.architectures import build, output
+from tests.support.plain_llama import plain_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -17,6 +18,7 @@ def test_it_has_the_weights_and_logits_of_hugging_faces(dtype):
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[0, :4], mask[1, 9:] = 0, 0
     with torch.no_grad():
+        assert torch.equal(output(plain_of(model)(**batch)), output(plain(**batch)))
         torch.testing.assert_close(output(plain(**batch)), output(model(**batch)))
         got, expected = (output(one(**batch, attention_mask=mask)) for one in (plain, model))
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])

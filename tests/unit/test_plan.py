@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import json
 import os
 import pickle
@@ -21,12 +22,20 @@ from tests.support.architectures import build as build_model
 from tests.support.architectures import ids
 
 
-def make(budget=0.7, recipe="paper", name="plain_llama", seed=0):
-    model, _ = build_model(name, 1)
-    torch.manual_seed(seed)
-    batches = [ids() for _ in range(4)]
-    plan = rana_fx.adapt(model, batches, budget=budget, recipe=recipe, progress=False)
+@functools.cache
+def _made(budget, recipe, name, seed):
+    with torch.random.fork_rng():
+        model, _ = build_model(name, 1)
+        torch.manual_seed(seed)
+        batches = [ids() for _ in range(4)]
+        plan = rana_fx.adapt(model, batches, budget=budget, recipe=recipe, progress=False)
     return model, plan
+
+
+def make(budget=0.7, recipe="paper", name="plain_llama", seed=0):
+    """(a model of its own with a plan attached, the plan), calibrated once."""
+    model, plan = _made(budget, recipe, name, seed)
+    return copy.deepcopy(model), plan
 
 
 @pytest.fixture(scope="module")
