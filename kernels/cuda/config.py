@@ -84,18 +84,18 @@ def default_config(
     """A config without measuring, by rules that the fastest configs of sweeps on an H200 have in common.
 
     Some 16 warps for each multiprocessor, in few waves. Narrow results (4096 columns in 4 bits) have too few segments for that:
-    clusters of 6 blocks of 8 or, where a block keeps many ranks, 16 warps, one block a multiprocessor. Wide ones take blocks of
-    two or four segments, which read longer pieces of a row.
+    clusters of 6 blocks of 8 warps, one block a multiprocessor. Wide ones take blocks of two or four segments, which read longer
+    pieces of a row.
     """
     across = cdiv(N, columns_of(bits))
     if across <= 24:
-        segments, warps, splits, stages = 1, 16 if K * density >= 4096 else 8, 6, 3
+        segments, warps, splits, stages = 1, 8, 6, 3
     elif across <= 40:
         segments, warps, splits, stages = (2, 4, 8, 3) if K >= 8192 else (1, 4, 8, 4)
-    elif across <= 64 or (bits == 4 and across > 128):
+    elif across <= 64 or bits == 4:
         segments, warps, splits, stages = 2, 4, 4, 4
     else:
-        segments, warps, splits, stages = (2, 4, 8, 3) if bits == 4 else (4, 2, 4, 4)
+        segments, warps, splits, stages = 4, 2, 4, 4
     if gated and segments == 1:
         segments, warps = 2, warps // 2
     splits = max(min(splits, cdiv(K, STEP)), 1)

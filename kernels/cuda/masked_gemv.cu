@@ -69,7 +69,10 @@ KERNEL void CLUSTER(SPLITS) BOUNDS(THREADS, BLOCKS) masked_gemv(CONSTANT Argumen
   Products products(share);
   Pipeline<Products> pipeline(share, products);
   bool works = share.column < share.end();
-  if (works) pipeline.begin();
+  if (works) {
+    products.begin();
+    pipeline.begin();
+  }
   products.prepare();
   if (works) pipeline.run();
   sync_block();  // the sums lie where the operands were

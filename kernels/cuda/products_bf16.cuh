@@ -24,6 +24,7 @@ struct Products {
   DEVICE Products(const Share& share) : share(share) {
     for (int i = share.lane; i < FACTOR_WORDS; i += LANES) share.factors()[i] = 0;
   }
+  DEVICE void begin() {}
   DEVICE void prepare() {}
 
   template <int STAGE>

@@ -56,17 +56,22 @@ struct Products {
     return SCALE == 2 ? float_of_half((u16)(most >> 16)) : float_of_bits(most);
   }
 
-  // Copies the scales of all entries, behind the first rows, and finds the largest factor. All threads of the block call it.
+  // Begins to copy the scales of all entries, before the first rows.
+  DEVICE void begin() {
+    if (BITS == 8) return;
+    for_scales([&](u32 place, u32 part) {
+      bool there = (int)place < share.listed;
+      copy_scales(share, scales(place) + part * SCALE_UNIT, there ? place : 0, part, there);
+    });
+    close_copies();
+  }
+
+  // Finds the largest factor, while the first rows arrive. All threads of the block call it.
   DEVICE void prepare() {
     if (BITS == 8) return;
     u32 most[TOKENS] = {};
     if (share.column < share.end()) {
-      for_scales([&](u32 place, u32 part) {
-        bool there = (int)place < share.listed;
-        copy_scales(share, scales(place) + part * SCALE_UNIT, there ? place : 0, part, there);
-      });
-      close_copies();
-      wait_for_copies<0>();
+      wait_for_copies<STAGES - 1>();
       for_scales([&](u32 place, u32 part) {
         float scale = largest_scale(scales(place) + part * SCALE_UNIT);
 #pragma unroll
