@@ -101,7 +101,8 @@ def _file() -> Path:
     import triton
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    sources = [path.read_bytes() for path in sorted(Path(__file__).resolve().parent.rglob("*.py"))]
+    folder = Path(__file__).resolve().parent
+    sources = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".cu", ".cuh")]
     facts = [torch.__version__, triton.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "none"]
     digest = hashlib.sha256(b"".join([*sources, *(fact.encode() for fact in facts)])).hexdigest()[:16]
     return Path(cache_dir()) / "rana_fx" / f"tuned-{digest}.json"

@@ -7,7 +7,7 @@
                        slower 2.2 in 4 bits, 1.45 in 8 bits and blocks below 1024: dequantizing takes longer than reading
                        more 0.25 in blocks of 512 outputs, 0.55 in narrower ones, 2 in 8 and 4 bits: tokens are multiplied in turn
     rows, us           dense_fixed + bytes / bandwidth * (1 + 0.55 (min(T, 4) - 1))    masked_rows: no partials, T values a row
-    dense, bytes       K * N * bits / 8 + scales
+    dense, bytes       K * N * bits / 8 + scales, in 8 and 4 bits plus 4 K N: unpacked, written and read in 16 bits
     dense, us          dense_fixed + launch + bytes / bandwidth  the launch puts the masked input into memory
 
 Constants of the H200 are fitted to medians of CUDA-graph replays in bf16 over buffers beyond L2 (torch 2.11, Triton 3.6) of the
@@ -40,6 +40,7 @@ class Device:
     dense_fixed_us: float
     masked_fixed_us: float
     packed_fixed_us: float
+    tensor_core_fixed_us: float
     launch_us: float
 
 
@@ -50,6 +51,7 @@ H200 = Device(
     dense_fixed_us=4.4,
     masked_fixed_us=6.1,
     packed_fixed_us=11.0,
+    tensor_core_fixed_us=5.0,
     launch_us=1.8,
 )
 H100 = dataclasses.replace(H200, name="H100", bytes_per_us=4.25e6 * 3.35 / 4.8)
@@ -78,6 +80,13 @@ def masked_us(K: int, N: int, T: int, density: float, device: Device = H200, *, 
     return fixed + traffic / device.bytes_per_us * slower
 
 
+def tensor_core_us(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 4) -> float:
+    """Time of the masked GEMV on tensor cores: all tokens share the rows that any of them keeps."""
+    rows = K * (1 - math.pow(1 - density, T))
+    slower = (1.15 if bits == 4 else 1.0) * (1 + 0.05 * (T - 1))
+    return device.tensor_core_fixed_us + weight_bytes(rows, N, bits) / device.bytes_per_us * slower
+
+
 def rows_us(N: int, K: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> float:
     """Time of ``masked_rows``: of N rows of K columns those that T tokens with independent masks keep."""
     traffic = weight_bytes(rows_read(N, T, density), K, bits) + T * (4 * N + 2 * K)
@@ -85,8 +94,11 @@ def rows_us(N: int, K: int, T: int, density: float, device: Device = H200, *, bi
 
 
 def dense_us(K: int, N: int, device: Device = H200, *, bits: int = 16, launches: int = 1) -> float:
-    """Time of the dense matmul for a few tokens, which read the weight once."""
-    return device.dense_fixed_us + weight_bytes(K, N, bits) / device.bytes_per_us + (launches - 1) * device.launch_us
+    """Time of the dense matmul for a few tokens, which read the weight once. One in 8 or 4 bits is unpacked to 16 bits first."""
+    traffic = weight_bytes(K, N, bits)
+    if bits < 16:
+        traffic, launches = traffic + 2 * weight_bytes(K, N, 16), launches + 1
+    return device.dense_fixed_us + traffic / device.bytes_per_us + (launches - 1) * device.launch_us
 
 
 def prefers_masked(K: int, N: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> bool:

@@ -23,12 +23,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Operand:
-    """Sizes are numbers, or None where they vary. contiguous_rows: neighbours in a row are neighbours in memory."""
+    """Sizes are numbers, or None where they vary. contiguous_rows: neighbours in a row are neighbours in memory. alignment: bytes
+    of which the places of all rows are multiples, as far as offset and stride tell: 1, 2, 4, 8 or 16.
+    """
 
     size: tuple[int | None, ...]
     dtype: torch.dtype
     device: torch.device
     contiguous_rows: bool = True
+    alignment: int = 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Problem:
     most_tokens: a bound on it, where one is known. rows, columns: of the weight as a matrix, None where they vary; of several
     weights beside each other, all columns. stored: the dtype of the weight's memory; bits: of one of its numbers.
     contiguous_rows: neighbours in a row are neighbours in memory, so that a row that is skipped is memory that is not read.
+    alignment, scale_alignment: of rows of the weight and of its scales, in bytes, up to 16.
     density: the expected fraction of kept rows. weights: how many there are; alike: they have one dtype. compiled: lowered by
     Inductor, not run in eager mode.
     """
@@ -53,6 +57,8 @@ class Problem:
     stored: torch.dtype
     bits: int
     contiguous_rows: bool = True
+    alignment: int = 16
+    scale_alignment: int = 16
     density: float = 0.5
     weights: int = 1
     alike: bool = True
@@ -101,6 +107,8 @@ def problem_of(
         stored=first.dtype,
         bits=bits,
         contiguous_rows=all(weight.contiguous_rows for weight in weights),
+        alignment=min(weight.alignment for weight in weights),
+        scale_alignment=16 if arguments.get("scale") is None else operand_of(arguments["scale"]).alignment,
         density=float(arguments.get("density", 1.0)),
         weights=len(weights),
         alike=all(weight.dtype == first.dtype for weight in weights),
@@ -110,7 +118,14 @@ def problem_of(
 
 def operand_of_tensor(tensor: Tensor) -> Operand:
     """Of a tensor whose sizes are numbers."""
-    return Operand(tuple(tensor.shape), tensor.dtype, tensor.device, tensor.dim() > 0 and tensor.stride(-1) == 1)
+    contiguous = tensor.dim() > 0 and tensor.stride(-1) == 1
+    alignment = alignment_of(tensor.element_size(), tensor.storage_offset(), tensor.stride())
+    return Operand(tuple(tensor.shape), tensor.dtype, tensor.device, contiguous, alignment)
+
+
+def alignment_of(size: int, offset: int | torch.SymInt, strides: Sequence[int]) -> int:
+    """``Operand.alignment`` of elements of ``size`` bytes with the last dimension in a row."""
+    return math.gcd(16, size * int(offset), *(size * stride for stride in strides[:-1]))
 
 
 def _product(sizes: Sequence[int | None]) -> int | None:

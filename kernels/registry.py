@@ -32,7 +32,11 @@ from rana_fx.kernels.triton.config import MAX_TOKENS, TOKENS_AT_ONCE
 
 FUSED = ("masked_gemv_add", "masked_gemv_gated", "masked_gemv_parts", "normed_router")
 OPERATIONS = ("masked_gemv", "router", "masked_rows", *FUSED)
-BUILT_IN = ("rana_fx.kernels.triton.implementations", "rana_fx.kernels.cpp.implementations")
+BUILT_IN = (
+    "rana_fx.kernels.cuda.implementations",
+    "rana_fx.kernels.triton.implementations",
+    "rana_fx.kernels.cpp.implementations",
+)
 REFERENCE = "reference"
 
 

@@ -2,6 +2,7 @@
 
 In: an operation in the graph that AOTAutograd returned. Out: Inductor IR of its result, one of
 
+    a CUDA C++ kernel on tensor cores (GPU, weights in 8 and 4 bits, few tokens): lower_cuda.py
     a Triton kernel (GPU, few tokens, where the cost model expects it to be faster): lower_triton.py
     a C++ template (CPU, few tokens): reads only the rows that are kept; lower_cpp.py
     a matmul (everything else): a mask of its input fuses into the producer, one of its output into the consumer; of fused
@@ -28,7 +29,7 @@ from torch._inductor.virtualized import V
 
 from rana_fx.kernels import registry
 from rana_fx.kernels.ops import arguments_of, without_density
-from rana_fx.kernels.problem import Operand, Problem, problem_of
+from rana_fx.kernels.problem import Operand, Problem, alignment_of, problem_of
 from rana_fx.kernels.triton.config import CPU_TOKENS, MAX_TOKENS
 
 _aten = torch.ops.aten
@@ -74,10 +75,13 @@ def problem_of_ir(op: str, arguments: dict[str, Any]) -> Problem:
 
     def operand_of(node: Any) -> Operand:
         size = tuple(int(n) if isinstance(n, (int, sympy.Integer)) else None for n in node.get_size())
-        contiguous = False
-        if node is not activations and most_tokens is not None and None not in size:
-            contiguous = bool(ir.ExternKernel.realize_input(node).get_stride()[-1] == 1)
-        return Operand(size, node.get_dtype(), node.get_device(), contiguous)
+        contiguous, alignment = False, 1
+        if node is not activations and most_tokens is not None and None not in size and size:
+            layout = ir.ExternKernel.realize_input(node).get_layout()
+            strides = [int(stride) for stride in layout.stride]
+            contiguous = strides[-1] == 1
+            alignment = alignment_of(node.get_dtype().itemsize, int(layout.offset), strides)
+        return Operand(size, node.get_dtype(), node.get_device(), contiguous, alignment)
 
     return problem_of(op, arguments, operand_of, most_tokens=most_tokens, compiled=True)
 

@@ -10,17 +10,16 @@ wherever two slices of the result were read (q, k and v; gate and up: 1.8 us), a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from rana_fx.kernels import autotune, cost
+from rana_fx.kernels import cost
 from rana_fx.kernels.problem import Problem
 from rana_fx.kernels.triton.config import Config, Launch, configs, default_config
+from rana_fx.passes import tune
 from rana_fx.passes.launch import counters, fake, realized, starts_early, traced
 
 
@@ -150,27 +149,13 @@ def _config(wanted: _Launch) -> Config:
 
 
 def _fastest(wanted: _Launch, choices: list[Config]) -> Config:
-    """The fastest config, measured once for similar shapes (kernels/autotune.py)."""
+    """The fastest config, measured."""
     from rana_fx.kernels.triton.masked_gemv import masked_gemv
 
-    def measure(config: Config) -> float:
-        launch = functools.partial(
-            masked_gemv, v, tau, scale=scales, activation=wanted.activation, config=config, how=Launch(pdl=wanted.early)
-        )
-        return autotune.microseconds([functools.partial(launch, weight) for weight in weights])
+    def launch(v: torch.Tensor, tau: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, config: Config) -> Any:
+        how = Launch(pdl=wanted.early)
+        return masked_gemv(v, tau, weight, scale=scale, activation=wanted.activation, config=config, how=how)
 
-    problem, stored, scale = wanted.problem, wanted.stored, wanted.scale
-    assert stored is not None
-    ranks, columns, tokens = problem.sizes
-    key = autotune.bucket(ranks, columns, tokens, problem.density, problem.bits, problem.dtype)
-    how = f"{wanted.activation or 'linear'}{' early' if wanted.early else ''}"
-    with unset_fake_temporarily():
-        v = torch.randn(tokens, ranks, device=problem.device).to(problem.dtype)
-        threshold = v.float().square().flatten().quantile(1 - min(max(problem.density, 0.0), 1.0))
-        tau = threshold.expand(ranks).contiguous()
-        weights = [
-            torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=problem.device).fill_(1)
-            for _ in range(autotune.copies_of(ranks * columns * problem.bits / 8))
-        ]
-        scales = None if scale is None else torch.ones(scale.shape, dtype=scale.dtype, device=problem.device)
-        return autotune.fastest(f"masked_gemv {key} {how}", choices, measure)
+    assert wanted.stored is not None
+    name = f"masked_gemv {wanted.activation or 'linear'}{' early' if wanted.early else ''}"
+    return tune.fastest(name, wanted.problem, wanted.stored, wanted.scale, choices, launch)

@@ -22,10 +22,10 @@ NO_CODE |= {"__init__", "_moved", "recipes", "report", "training"}
 
 
 def hashed_files() -> tuple[str, ...]:
-    """All Python files of the package but those of ``NO_CODE``, subfolders included, and those of registered storage formats."""
+    """All sources of the package but those of ``NO_CODE``, subfolders included, and those of registered storage formats."""
     package, *others = FOLDERS
     files = {path for path in package.rglob("*.py") if path.relative_to(package).parts[0].removesuffix(".py") not in NO_CODE}
-    files |= {path for folder in others for path in folder.rglob("*.py")}
+    files |= {path for folder in others for suffix in ("*.py", "*.cu", "*.cuh") for path in folder.rglob(suffix)}
     files |= {Path(path).resolve() for path in formats.sources()}
     return tuple(sorted(map(str, files)))
 

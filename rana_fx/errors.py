@@ -236,6 +236,13 @@ class BadOperand(RanaError, ValueError):
     message = "operand {name} is {got}: expected {expected}. {todo}"
 
 
+class KernelNotCompiled(RanaError, RuntimeError):
+    message = (
+        "{kernel} could not be compiled or loaded: {reason}. Expected the NVRTC library of PyTorch's CUDA version and a driver "
+        "that is no older: reinstall PyTorch's CUDA wheels, or update the driver."
+    )
+
+
 # ---- data and models
 
 

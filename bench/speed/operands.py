@@ -19,6 +19,9 @@ from bench.speed.shapes import Shape
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels import reference
 from rana_fx.kernels.cost import weight_bytes
+from rana_fx.kernels.cuda import masked_gemv as tensor_cores
+from rana_fx.kernels.cuda.config import configs as tensor_core_configs
+from rana_fx.kernels.cuda.config import default_config as tensor_core_config
 from rana_fx.kernels.triton import masked_gemv, router
 from rana_fx.kernels.triton.config import Launch, configs, default_config
 
@@ -106,7 +109,10 @@ class Case:
         candidates = [default_config(self.shape.K, self.shape.N, tokens, density, bits=self.bits)]
         candidates += configs(self.shape.K, self.shape.N, tokens, density, bits=self.bits) if tune else []
         activation = "silu" if self.shape.op == "gated_gemv" else None
-        return {"masked": [self._masked(config, tau, activation, exact, magnitude) for config in candidates]}
+        found = {"masked": [self._masked(config, tau, activation, exact, magnitude) for config in candidates]}
+        if self.bits < 16 and self.xs[0].is_cuda and tensor_cores.refusal(self.xs[0], tau, *self.stored[0], activation) is None:
+            found["tensor_cores"] = self._on_tensor_cores(tau, activation, exact, magnitude, density, tune)
+        return found
 
     def published_trials(self, share: int) -> dict[str, list[Trial]]:
         """Trials of the published kernel, one per choice of block sizes."""
@@ -141,6 +147,22 @@ class Case:
 
         calls = [functools.partial(call, x, *stored) for x, stored in zip(self.xs, self.stored, strict=True)]
         return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
+
+    def _on_tensor_cores(
+        self, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor, density: float, tune: bool
+    ) -> list[Trial]:
+        """Trials of the kernel on tensor cores; with ``tune`` one per candidate config."""
+        tokens, gated = self.xs[0].shape[0], activation is not None
+        choose = tensor_core_configs if tune else lambda *sizes, **kind: [tensor_core_config(*sizes, **kind)]
+        candidates = choose(self.shape.K, self.shape.N, tokens, density, bits=self.bits, gated=gated)
+        trials = []
+        for config in candidates:
+            call = functools.partial(
+                tensor_cores.masked_gemv, activation=activation, config=config, early=_early_launch(self.xs[0])
+            )
+            calls = [functools.partial(call, x, tau, w, None, scale) for x, (w, scale) in zip(self.xs, self.stored, strict=True)]
+            trials.append(Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config)))
+        return trials
 
     def _router(self, config: Any, exact: Tensor, magnitude: Tensor) -> Trial:
         calls = [

@@ -17,6 +17,7 @@ from rana_fx._backend import _PostGrad
 from rana_fx.errors import InvalidOption, UnknownChoice
 from rana_fx.formats import pack
 from rana_fx.kernels import cost, registry
+from rana_fx.kernels.cuda import implementations as tensor_core_rows
 from rana_fx.kernels.ops import implementation, masked_gemv
 from rana_fx.kernels.problem import Problem, operand_of_tensor, problem_of
 from rana_fx.kernels.registry import Implementation, register_implementation
@@ -133,7 +134,7 @@ def test_a_varying_number_of_tokens_is_unknown(toy):
     assert [problem.tokens for problem in toy.asked] == [None]
     passed = {row.name: reason for row, reason in registry.why(toy.asked[0])}
     assert "an unknown number of tokens" in passed["cpp"]
-    assert list(passed) == ["toy", "triton", "cpp"]
+    assert list(passed) == ["toy", "tensor_cores", "triton", "cpp"]
 
 
 def test_reasons_are_given_and_logged(toy, caplog):
@@ -141,10 +142,11 @@ def test_reasons_are_given_and_logged(toy, caplog):
     with caplog.at_level(logging.DEBUG, "rana_fx.passes.lower"):
         compiled(masked_gemv, three.v, three.tau, three.weight)
     (line,) = (record.getMessage() for record in caplog.records if record.name == "rana_fx.passes.lower")
-    assert line.startswith("masked_gemv by cpp; toy takes two tokens, not 3; triton is for cuda, the operands are on cpu;")
+    assert line.startswith("masked_gemv by cpp; toy takes two tokens, not 3; tensor_cores is for cuda, the operands are on cpu;")
     problem = toy.asked[-1]
     assert [(row.name, reason) for row, reason in registry.why(problem)] == [
         ("toy", "takes two tokens, not 3"),
+        ("tensor_cores", "is for cuda, the operands are on cpu"),
         ("triton", "is for cuda, the operands are on cpu"),
     ]
     # no row is before the first
@@ -152,23 +154,23 @@ def test_reasons_are_given_and_logged(toy, caplog):
 
 
 def test_order_and_names_follow_the_table(toy):
-    assert [row.name for row in registry.implementations("masked_gemv")] == ["toy", "triton", "cpp", "reference"]
+    assert [row.name for row in registry.implementations("masked_gemv")] == ["toy", "tensor_cores", "triton", "cpp", "reference"]
     behind = Toy()
     undo = register_implementation(dataclasses.replace(behind.row(), name="late"), before="reference")
     try:
         assert [row.name for row in registry.implementations("masked_gemv")][-2:] == ["late", "reference"]
-        assert registry.launchable() == ("late", "reference", "toy", "triton")
+        assert registry.launchable() == ("late", "reference", "tensor_cores", "toy", "triton")
     finally:
         undo()
         undo()  # a second call has no effect
-    assert registry.launchable() == ("reference", "toy", "triton")
+    assert registry.launchable() == ("reference", "tensor_cores", "toy", "triton")
 
 
 def test_a_row_that_is_taken_out_is_forgotten():
     before = registry.implementations("masked_gemv")
     register_implementation(Toy().row())()
     assert registry.implementations("masked_gemv") == before
-    with pytest.raises(UnknownChoice, match="auto, reference, triton"), implementation("toy"):
+    with pytest.raises(UnknownChoice, match="auto, reference, tensor_cores, triton"), implementation("toy"):
         pass
 
 
@@ -176,7 +178,7 @@ def test_impossible_rows_are_refused(toy):
     row = toy.row()
     with pytest.raises(UnknownChoice, match="masked_gemv, router"):
         register_implementation(dataclasses.replace(row, op="matmul"))
-    with pytest.raises(UnknownChoice, match="toy, triton, cpp, reference"):
+    with pytest.raises(UnknownChoice, match="toy, tensor_cores, triton, cpp, reference"):
         register_implementation(dataclasses.replace(row, name="other"), before="fast")
     with pytest.raises(InvalidOption, match="a launcher"):
         register_implementation(Implementation("router", "other"))
@@ -233,6 +235,7 @@ def h200():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "nearest", lambda device: cost.H200)
         patch.setattr(triton_rows, "_installed", lambda: True)
+        patch.setattr(tensor_core_rows, "_device", lambda device: None)
         yield
 
 
@@ -244,8 +247,14 @@ def test_compiled_gemv_is_the_cost_models_choice(op, K, N, T, density, bits):
     wins = cost.prefers_masked(K, N, T, density, cost.H200, bits=bits)
     # a launch has a counter for 64 columns and 4 tokens, and room for two parts that end within such a block
     fits = (cdiv(N, 64) + 2) * cdiv(T, 4) <= 4096
-    assert (registry.choose(problem).name == "triton") == (wins and fits)
-    assert wins or not fits or "us of a dense matmul" in registry.why(problem)[0][1]
+    dense_us = cost.dense_us(K, N, cost.H200, bits=bits, launches=2)
+    # what it accepts: test_tensor_cores.py
+    tensor_cores = next(row for row in registry.implementations(op) if row.name == "tensor_cores")
+    first = tensor_cores.accepts(problem) is None and cost.tensor_core_us(K, N, T, density, cost.H200, bits=bits) < dense_us
+    assert (registry.choose(problem).name == "tensor_cores") == first
+    assert (registry.choose(problem).name == "triton") == (wins and fits and not first)
+    reasons = {row.name: reason for row, reason in registry.why(problem)}
+    assert registry.choose(problem).name != "reference" or not fits or "us of a dense matmul" in reasons["triton"]
 
 
 @pytest.mark.usefixtures("h200")

@@ -66,6 +66,7 @@ EXAMPLES = {
     "TooLittleText": {"source": "a.txt", "got": 90, "expected": 128, "trained": 96, "held_out": 32, "batch": 16},
     "CheckpointError": {"path": "out/checkpoint.pt", "reason": "it is of another plan", "todo": "start anew"},
     "CheckpointWriteError": {"path": "out/checkpoint.pt", "reason": "No space left on device", "kept": "It is unchanged"},
+    "KernelNotCompiled": {"kernel": "masked_gemv.cu", "reason": "NVRTC of CUDA 13.0 was not found"},
     "BadOperand": {
         "name": "scale",
         "got": "(4,)",

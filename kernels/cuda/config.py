@@ -1,0 +1,132 @@
+"""Launch configs of the masked GEMV on tensor cores, and the shared memory they need."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rana_fx.errors import InvalidOption
+from rana_fx.kernels.triton.config import H200_SM_COUNT, cdiv
+
+STEP = 16  # ranks of one product
+ROW_BYTES = 128  # of a rank's row that a warp reads
+MOST_SHARED_BYTES = 227 * 1024
+MOST_INTEGER_TOKENS = 2
+MOST_SPLITS = 8  # blocks of a cluster that every GPU of compute capability 9.0 takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Choices of one launch.
+
+    segments: warps beside each other, of 128 bytes of a row each; even with an activation. warps: that share the ranks of a
+    segment. splits: blocks of a cluster, each with its own ranks. stages: steps of 16 ranks in a warp's ring of copies.
+    """
+
+    segments: int = 1
+    warps: int = 4
+    splits: int = 4
+    stages: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("segments", 1, 16), ("warps", 1, 16), ("splits", 1, MOST_SPLITS), ("stages", 2, 8)):
+            if not least <= getattr(self, name) <= most:
+                raise InvalidOption(name=name, got=getattr(self, name), expected=f"{least} to {most}")
+
+    def listed(self, ranks: int) -> int:
+        """Ranks of one block, at most: whole steps, taken in turn."""
+        return cdiv(cdiv(ranks, STEP), self.splits) * STEP
+
+    def blocks(self, outputs: int, bits: int, *, gated: bool) -> int:
+        """Blocks of the launch. outputs: columns of the result."""
+        return cdiv(outputs, columns_of(bits) * (self.segments // 2 if gated else self.segments)) * self.splits
+
+    def threads(self) -> int:
+        return 32 * self.segments * self.warps
+
+    def integers(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int) -> bool:
+        """Whether products are of integers: they take more shared memory, and may not halve the blocks that run at a time."""
+        mine = self._bytes_of_integers(ranks, tokens, bits, group, scale_bytes)
+        others = self._bytes_of_bf16(ranks, tokens, bits, group, scale_bytes, exact=True)
+        return tokens <= MOST_INTEGER_TOKENS and _blocks_at_a_time(mine) >= min(max(_blocks_at_a_time(others), 1), 2)
+
+    def shared_bytes(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int, *, exact: bool) -> int:
+        """Dynamic shared memory: layout.cuh asserts that it suffices."""
+        if self.integers(ranks, tokens, bits, group, scale_bytes):
+            return self._bytes_of_integers(ranks, tokens, bits, group, scale_bytes)
+        return self._bytes_of_bf16(ranks, tokens, bits, group, scale_bytes, exact=exact)
+
+    def _bytes_of_bf16(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int, *, exact: bool) -> int:
+        length, warps = self.listed(ranks) + STEP, self.segments * self.warps
+        groups = columns_of(4) // group if bits == 4 else 1
+        sets = cdiv(tokens, 4 if exact else 8)
+        lists = _whole(_whole(_whole(length * (8 if bits == 8 else 4)) + length * tokens * 2) + warps * 4)
+        stage = STEP * (ROW_BYTES + (groups * scale_bytes if bits == 4 else 0))
+        operands = _whole(lists + warps * sets * groups * 8 * STEP * 2) + warps * self.stages * stage
+        return max(operands, lists + warps * min(tokens, 4) * columns_of(bits) * 4)
+
+    def _bytes_of_integers(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int) -> int:
+        length, warps = self.listed(ranks) + STEP, self.segments * self.warps
+        groups = columns_of(4) // group if bits == 4 else 0
+        lists = _whole(_whole(length * 4) + length * tokens * (4 if bits == 8 else 2))
+        lists = _whole(_whole(lists + warps * 4 * (1 + tokens)) + self.segments * length * groups * scale_bytes)
+        operands = _whole(lists + warps * tokens * groups * STEP * 4) + warps * self.stages * STEP * ROW_BYTES
+        return max(operands, lists + warps * tokens * columns_of(bits) * 16)
+
+
+def columns_of(bits: int) -> int:
+    """Outputs of a segment."""
+    return ROW_BYTES * 8 // bits
+
+
+def default_config(
+    K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 4, gated: bool = False
+) -> Config:
+    """A config without measuring, by rules that the fastest configs of sweeps on an H200 have in common.
+
+    Some 16 warps for each multiprocessor, in few waves. Narrow results (4096 columns in 4 bits) have too few segments for that:
+    clusters of 6 blocks of 8 warps, one block a multiprocessor. Wide ones take blocks of two or four segments, which read longer
+    pieces of a row.
+    """
+    across = cdiv(N, columns_of(bits))
+    if across <= 24:
+        segments, warps, splits, stages = 1, 8, 6, 3
+    elif across <= 40:
+        segments, warps, splits, stages = (2, 4, 8, 3) if K >= 8192 else (1, 4, 8, 4)
+    elif across <= 64 or bits == 4:
+        segments, warps, splits, stages = 2, 4, 4, 4
+    else:
+        segments, warps, splits, stages = 4, 2, 4, 4
+    if gated and segments == 1:
+        segments, warps = 2, warps // 2
+    splits = max(min(splits, cdiv(K, STEP)), 1)
+    config = Config(segments, warps, splits, stages)
+    # lists and sums of many tokens: shorter lists, a shorter ring of copies, fewer sums
+    most_splits = min(MOST_SPLITS, cdiv(K, STEP))
+    for field, least in (("splits", most_splits), ("stages", 2), *(("warps", n) for n in (8, 4, 2, 1))):
+        if most_shared_bytes(config, K, T, bits) > MOST_SHARED_BYTES and (field == "splits" or getattr(config, field) > least):
+            config = dataclasses.replace(config, **{field: least})
+    return config
+
+
+def configs(
+    K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 4, gated: bool = False
+) -> list[Config]:
+    """Configs to measure, the default first."""
+    choices = ((2, 4, 8, 3), (2, 4, 4, 4), (4, 2, 4, 4), (1, 4, 8, 4), (1, 8, 4, 4), (1, 8, 6, 3), (1, 16, 6, 3), (1, 4, 8, 2))
+    found = [default_config(K, N, T, density, sm_count, bits=bits, gated=gated)]
+    found += [Config(*choice) for choice in choices if not gated or choice[0] % 2 == 0]
+    return [config for config in dict.fromkeys(found) if most_shared_bytes(config, K, T, bits) <= MOST_SHARED_BYTES]
+
+
+def most_shared_bytes(config: Config, K: int, T: int, bits: int) -> int:
+    """Shared memory with fp32 scales in groups of 64, and products in 16 bits of mantissa for up to 8 tokens."""
+    return config.shared_bytes(K, T, bits, 64, 4, exact=T <= 8)
+
+
+def _blocks_at_a_time(shared_bytes: int) -> int:
+    """On a multiprocessor, as far as shared memory goes: each block takes 1 KiB more than it uses."""
+    return (MOST_SHARED_BYTES + 1024) // (shared_bytes + 1024)
+
+
+def _whole(size: int) -> int:
+    return cdiv(size, 128) * 128

@@ -1,0 +1,101 @@
+"""When the kernel on tensor cores applies: rows of the registry for NVIDIA GPUs of compute capability 9.0.
+
+    masked_gemv, _add, _gated    weights in 8 and 4 bits whose rows are multiples of 16 bytes, up to 16 tokens in bf16, 8 in fp16
+
+What it does not take, the Triton kernels do. Nothing here compiles a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rana_fx.errors import KernelNotCompiled
+from rana_fx.kernels import cost
+from rana_fx.kernels.cuda.config import MOST_SHARED_BYTES, default_config, most_shared_bytes
+from rana_fx.kernels.problem import Problem
+from rana_fx.kernels.registry import Implementation
+from rana_fx.kernels.triton.config import MAX_TOKENS
+
+NAME = "tensor_cores"
+# of a rank's row: what one copy takes, and where it begins
+ALIGNMENT = 16
+MOST_TOKENS = {torch.bfloat16: MAX_TOKENS, torch.float16: 8}
+
+
+def accepts(problem: Problem) -> str | None:
+    """What the kernel needs."""
+    if problem.dtype not in MOST_TOKENS or problem.stored not in (torch.int8, torch.uint8):
+        return f"multiplies bfloat16 and float16 by 8 and 4 bits, not {problem.dtype} by {problem.stored}"
+    if problem.tokens is None or problem.rows is None or problem.columns is None:
+        return "sizes vary: the kernel is launched for one number of tokens"
+    most = MOST_TOKENS[problem.dtype]
+    if not 1 <= problem.tokens <= most:
+        return f"{problem.tokens} tokens, it takes 1 to {most} in {problem.dtype}"
+    if not problem.contiguous_rows or problem.alignment % ALIGNMENT or problem.columns * problem.bits // 8 % ALIGNMENT:
+        return f"rows of {problem.columns} columns in {problem.bits} bits are not made of aligned {ALIGNMENT} bytes"
+    if problem.bits == 4 and problem.scale_alignment % 4:
+        return "rows of scales do not begin at multiples of 4 bytes"
+    config = default_config(*problem.sizes, problem.density, bits=problem.bits, gated=problem.op == "masked_gemv_gated")
+    need = most_shared_bytes(config, problem.rows, problem.tokens, problem.bits)
+    if need > MOST_SHARED_BYTES:
+        return f"lists of {problem.rows} ranks for {problem.tokens} tokens need {need} bytes of shared memory"
+    return _device(problem.device)
+
+
+def accepts_gated(problem: Problem) -> str | None:
+    """Halves are whole segments of 256 columns, so that the scales of both begin at multiples of 4 bytes."""
+    reason = accepts(problem)
+    if reason is None and problem.sizes[1] % 512:
+        return f"halves of {problem.sizes[1]} columns are no multiples of 256"
+    return reason
+
+
+def gemv_us(problem: Problem) -> float | None:
+    """Compiled: cost.tensor_core_us."""
+    if not problem.compiled:
+        return None
+    return cost.tensor_core_us(*problem.sizes, problem.density, cost.nearest(problem.device), bits=problem.bits)
+
+
+@functools.lru_cache
+def _device(device: torch.device) -> str | None:
+    """Why the kernel cannot run there, or None. It is compiled and loaded once: if that fails, the Triton kernels compute."""
+    from rana_fx.kernels.cuda import masked_gemv
+
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        return f"is for compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
+    try:
+        masked_gemv.load_smallest(device)
+    except KernelNotCompiled as error:
+        return str(error)
+    return None
+
+
+def _launch(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, *more: Any, **named: Any) -> Tensor:
+    from rana_fx.kernels.cuda.masked_gemv import masked_gemv
+
+    return masked_gemv(v, tau, weight, bias, scale, *more, **named)
+
+
+def _launch_add(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, residual: Tensor) -> Tensor:
+    return _launch(v, tau, weight, bias, scale, residual=residual)
+
+
+def _launch_gated(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, activation: str) -> Tensor:
+    return _launch(v, tau, weight, bias, scale, activation=activation)
+
+
+def _row(op: str, launch: Any, accepts: Any) -> Implementation:
+    return Implementation(op, NAME, "cuda", accepts=accepts, cost=gemv_us, launch=launch, lower=f"rana_fx.passes.lower_cuda:{op}")
+
+
+ROWS = (
+    _row("masked_gemv", _launch, accepts),
+    _row("masked_gemv_add", _launch_add, accepts),
+    _row("masked_gemv_gated", _launch_gated, accepts_gated),
+)

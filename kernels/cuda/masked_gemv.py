@@ -1,0 +1,234 @@
+"""Launches masked_gemv.cu: the masked GEMV of a weight in 4 or 8 bits on tensor cores, in one launch.
+
+Error: relative RMSE <= 4 * eps(dtype of v) * sqrt(log2 K + 1); fixed_point.cuh and products_bf16.cuh say what is rounded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rana_fx.errors import BadOperand, UnknownChoice
+from rana_fx.formats import bits_of, group_of, shape_of
+from rana_fx.kernels.cuda import driver, nvrtc
+from rana_fx.kernels.cuda.config import Config, columns_of, default_config
+from rana_fx.kernels.triton.config import MAX_TOKENS
+
+ACTIVATION_CODES = {None: 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# in this order; primitives.cuh comes before them, or what defines its names elsewhere
+FILES = (
+    *("layout.cuh", "fixed_point.cuh", "listing.cuh", "rows.cuh"),
+    *("products_bf16.cuh", "products_integers.cuh", "masked_gemv.cu"),
+)
+_ALIGNMENT = 16  # bytes of a copy
+_POINTERS = ("w", "scale", "v", "tau", "bias", "residual", "y")
+_WEIGHT_STRIDES = ("w_row", "scale_row")
+_STRIDES = ("v_token", "v_rank", "tau_rank", "bias_column", "residual_token", "residual_column", "y_token")
+
+
+class Arguments(ctypes.Structure):
+    """The struct of that name in layout.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int) for name in ("K", "N", "half")),
+        *((name, ctypes.c_uint) for name in _WEIGHT_STRIDES),
+        *((name, ctypes.c_longlong) for name in _STRIDES),
+    )
+
+
+def refusal(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None = None) -> str | None:
+    """Why the kernel cannot multiply these, or None. May be called with fake tensors."""
+    if v.dtype not in (torch.bfloat16, torch.float16):
+        return f"multiplies bfloat16 and float16 activations, these are {v.dtype}"
+    if weight.dtype not in (torch.int8, torch.uint8) or scale is None:
+        return f"multiplies weights in 8 and 4 bits, this is {weight.dtype}"
+    tokens = v.numel() // max(v.shape[-1], 1)
+    most = MAX_TOKENS if v.dtype == torch.bfloat16 else 8
+    if not 1 <= tokens <= most:
+        return f"{tokens} tokens, it takes 1 to {most} in {v.dtype}"
+    columns = shape_of(weight, scale)[1]
+    if (
+        weight.stride(1) != 1
+        or weight.stride(0) % _ALIGNMENT
+        or weight.storage_offset() % _ALIGNMENT
+        or weight.shape[1] % _ALIGNMENT
+    ):
+        return (
+            f"reads {_ALIGNMENT} bytes at once: rows of {columns} columns, {weight.stride(0)} bytes apart, are not made of those"
+        )
+    if weight.dtype == torch.uint8 and (scale.stride(1) != 1 or scale_unit(weight, scale, activation) < 4):
+        return f"copies scales by 4 bytes or more: rows of {scale.shape[1]} in {scale.dtype} do not begin at such"
+    if tau.dtype not in DTYPE_CODES or scale.dtype not in DTYPE_CODES:
+        return f"reads thresholds and scales in {', '.join(map(str, DTYPE_CODES))}, these are {tau.dtype} and {scale.dtype}"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A checked launch. constants: that masked_gemv.cu is compiled with. y: its result, not yet computed, (T, N) or (T, N / 2).
+
+    kept: what the arguments point to.
+    """
+
+    constants: tuple[tuple[str, int], ...]
+    arguments: Arguments
+    blocks: int
+    y: Tensor
+    kept: tuple[Tensor | None, ...]
+
+
+def masked_gemv(
+    v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *,
+    residual: Tensor | None = None, activation: str | None = None, config: Config | None = None, early: bool = False,
+) -> Tensor:  # fmt: skip
+    """The masked GEMV in v's dtype, in one launch.
+
+    Args:
+        v: (..., K) bf16 or fp16, T <= 16 rows in all (fp16: 8). tau: (K,). weight, scale: as rana_fx.formats stores them, K rows.
+        bias: (N,). residual: (..., N), added in fp32, last; not together with an activation.
+        activation: "silu", "gelu_tanh", "gelu" or "relu": the result is act(first half) * second half of the N columns, in fp32
+            until it is rounded once. A half is whole groups and multiples of 16 bytes then.
+        config: the default one if None.
+        early: thresholds are read before the previous kernel of the stream ends; nothing but v and the residual may be written
+            by it.
+
+    Returns:
+        (..., N), or (..., N / 2) with an activation.
+
+    Raises:
+        BadOperand, UnknownChoice, KernelNotCompiled.
+    """
+    if config is None:
+        tokens, columns = v.numel() // max(v.shape[-1], 1), shape_of(weight, scale)[1]
+        sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count
+        gated = activation is not None
+        config = default_config(v.shape[-1], columns, tokens, sm_count=sm_count, bits=bits_of(weight), gated=gated)
+    with torch.cuda.device_of(v):
+        launch = prepared(v, tau, weight, bias, scale, residual=residual, activation=activation, config=config)
+        _kernel(launch.constants, bool(early), v.device.index)(launch.blocks, launch.arguments)
+    return launch.y.reshape(*v.shape[:-1], launch.y.shape[1])
+
+
+def prepared(
+    v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, *,
+    residual: Tensor | None, activation: str | None, config: Config,
+) -> Launch:  # fmt: skip
+    """The launch of ``masked_gemv``. Raises BadOperand, UnknownChoice."""
+    if activation not in ACTIVATION_CODES:
+        raise UnknownChoice(kind="activation", got=activation, valid=", ".join(filter(None, ACTIVATION_CODES)))
+    reason = refusal(v, tau, weight, scale, activation)
+    if reason is not None:
+        raise BadOperand(
+            name="weight", got="not for this kernel", expected=f"another: it {reason}", todo="Use the Triton kernel."
+        )
+    assert scale is not None
+    ranks, columns = shape_of(weight, scale)
+    rows, bits = v.numel() // v.shape[-1], bits_of(weight)
+    outputs = columns // 2 if activation else columns
+    if v.shape[-1] != ranks or tuple(tau.shape) != (ranks,):
+        raise BadOperand(name="v", got=str(tuple(v.shape)), expected=f"(..., {ranks})", todo="One value and threshold per rank.")
+    unit = math.lcm(_ALIGNMENT * 8 // bits, group_of(weight, scale) if bits == 4 else 1)
+    if activation and (columns % 2 or outputs % unit):
+        todo, expected = "Apply the activation apart.", f"two halves that are multiples of {unit}"
+        raise BadOperand(name="weight", got=f"{columns} columns", expected=expected, todo=todo)
+    if bias is not None and tuple(bias.shape) != (columns,):
+        raise BadOperand(name="bias", got=str(tuple(bias.shape)), expected=f"({columns},)", todo="One number per output.")
+    if residual is not None and (tuple(residual.shape) != (*v.shape[:-1], columns) or activation):
+        expected = f"{(*v.shape[:-1], columns)}, and no activation"
+        raise BadOperand(name="residual", got=str(tuple(residual.shape)), expected=expected, todo="Add it apart.")
+    if weight.data_ptr() % _ALIGNMENT or scale.data_ptr() % _ALIGNMENT:
+        # memory that is shared with a file begins anywhere
+        weight, scale = weight.clone(), scale.clone()
+    flat, added = v.reshape(rows, -1), None if residual is None else residual.reshape(rows, -1)
+    y = torch.empty((rows, outputs), dtype=v.dtype, device=v.device)
+    kept = (flat, tau, weight, scale, bias, added)
+    constants, arguments = constants_of(*kept, activation, config), arguments_of(*kept, y)
+    return Launch(constants, arguments, config.blocks(outputs, bits, gated=activation is not None), y, kept)
+
+
+def constants_of(
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    activation: str | None, config: Config,
+) -> tuple[tuple[str, int], ...]:  # fmt: skip
+    """The constants that masked_gemv.cu is compiled with. v (T, K)."""
+    tokens, ranks, bits = *v.shape, bits_of(weight)
+    group = group_of(weight, scale) if bits == 4 else columns_a_scale_spans(weight)
+    exact = tokens <= 4 or v.dtype == torch.float16
+    constants = {
+        "BITS": bits,
+        "TOKENS": tokens,
+        "GROUP": group,
+        "SEGMENTS": config.segments,
+        "WARPS": config.warps,
+        "SPLITS": config.splits,
+        "STAGES": config.stages,
+        "LISTED": config.listed(ranks),
+        "INTEGERS": int(config.integers(ranks, tokens, bits, group, scale.element_size())),
+        "VALUE": DTYPE_CODES[v.dtype],
+        "SCALE": DTYPE_CODES[scale.dtype],
+        "THRESHOLD": DTYPE_CODES[tau.dtype],
+        "BIAS": -1 if bias is None else DTYPE_CODES[bias.dtype],
+        "RESIDUAL": -1 if residual is None else DTYPE_CODES[residual.dtype],
+        "ACTIVATION": ACTIVATION_CODES[activation],
+        "SCALE_UNIT": scale_unit(weight, scale, activation) if bits == 4 else 4,
+        "SHARED_BYTES": config.shared_bytes(ranks, tokens, bits, group, scale.element_size(), exact=exact),
+    }
+    return tuple(constants.items())
+
+
+def scale_unit(weight: Tensor, scale: Tensor, activation: str | None) -> int:
+    """Bytes of the scales of a rank in 4 bits that can be copied at once, at most those of a segment: 16, 8, 4 or less."""
+    size, group = scale.element_size(), group_of(weight, scale)
+    starts = [columns_of(4) // group * size, scale.stride(0) * size, scale.storage_offset() * size]
+    starts += [shape_of(weight, scale)[1] // 2 // group * size] if activation else []
+    return math.gcd(16, *starts)
+
+
+def columns_a_scale_spans(weight: Tensor) -> int:
+    """Of a weight in 8 bits: all."""
+    return weight.shape[1]
+
+
+def arguments_of(
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor
+) -> Arguments:
+    """The kernel's argument. v (T, K), residual and y (T, N)."""
+    columns = shape_of(weight, scale)[1]
+    tensors = (weight, scale, v, tau, bias, residual, y)
+    strides = (
+        *(weight.stride(0), scale.stride(0), *v.stride(), tau.stride(0)),
+        *(0 if bias is None else bias.stride(0), *((0, 0) if residual is None else residual.stride()), y.stride(0)),
+    )
+    half = y.shape[1]
+    return Arguments(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), v.shape[1], columns, half, *strides)
+
+
+@functools.cache
+def source() -> str:
+    """The kernel's text, with the instructions of a GPU in front."""
+    return "".join((Path(__file__).parent / name).read_text() for name in ("primitives.cuh", *FILES))
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(constants: tuple[tuple[str, int], ...], early: bool, device: int) -> driver.Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    given = dict(constants) | {"EARLY": int(early)}
+    code = nvrtc.compiled(source(), given, f"sm_{major}{minor}a")
+    threads = 32 * given["SEGMENTS"] * given["WARPS"]
+    return driver.load(code, "masked_gemv", threads=threads, shared_bytes=given["SHARED_BYTES"], early=early)
+
+
+def load_smallest(device: torch.device) -> None:
+    """Compile and load a launch of 16 ranks. Raises KernelNotCompiled."""
+    with torch.cuda.device(device):
+        v, weight, scale = torch.zeros(1, 16), torch.zeros(16, 128, dtype=torch.int8), torch.zeros(16)
+        constants = constants_of(v.bfloat16(), scale, weight, scale, None, None, None, Config(1, 1, 1, 2))
+        _kernel(constants, False, torch.cuda.current_device())

@@ -1,0 +1,72 @@
+"""``rana::masked_gemv`` and fused forms on tensor cores: a call of the kernel's operation, with its config.
+
+In: a problem that kernels/cuda/implementations.py accepts, and Inductor IR of the operation's arguments without ``density``,
+(tokens, ...). Out: IR of the result in the dtype of the activations.
+
+Inductor knows no CUDA C++, so the launch is an operation that its code calls: some microseconds of Python for each, which a CUDA
+graph (mode "reduce-overhead") does not repeat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch._inductor.lowering import fallback_handler
+
+from rana_fx.kernels import cost
+from rana_fx.kernels.cuda.config import Config, configs, default_config
+from rana_fx.kernels.problem import Problem
+from rana_fx.passes import tune
+from rana_fx.passes.launch import fake, realized, starts_early
+
+
+def masked_gemv(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any) -> Any:
+    """(T, N)."""
+    return _masked_gemv(problem, v_TK, tau, weight, bias, scale)
+
+
+def masked_gemv_add(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, residual_TN: Any) -> Any:
+    """(T, N), in one launch."""
+    return _masked_gemv(problem, v_TK, tau, weight, bias, scale, residual_TN=residual_TN)
+
+
+def masked_gemv_gated(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, activation: str) -> Any:
+    """(T, N / 2), in one launch."""
+    return _masked_gemv(problem, v_TK, tau, weight, bias, scale, activation=activation)
+
+
+def _masked_gemv(
+    problem: Problem,
+    v_TK: Any,
+    tau: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    *,
+    residual_TN: Any = None,
+    activation: str | None = None,
+) -> Any:
+    from rana_fx.kernels.cuda import op
+
+    v, tau, weight, scale, bias, residual = realized(v_TK, tau, weight, scale, bias, residual_TN)
+    early = starts_early(v, (tau, weight, scale, bias))
+    config = _config(problem, fake(weight), fake(scale), activation, early)
+    call = fallback_handler(op.masked_gemv_tensor_cores, add_to_fallback_set=False)
+    return call(v, tau, weight, bias, scale, residual, activation, list(dataclasses.astuple(config)), early)
+
+
+def _config(problem: Problem, stored: Any, scale: Any, activation: str | None, early: bool) -> Config:
+    """The default config, or with max_autotune the fastest of a few."""
+    from rana_fx.kernels.cuda.masked_gemv import masked_gemv
+
+    def launch(v: Any, tau: Any, weight: Any, scales: Any, config: Config) -> Any:
+        return masked_gemv(v, tau, weight, None, scales, activation=activation, config=config, early=early)
+
+    given = *problem.sizes, problem.density, cost.nearest(problem.device).sm_count
+    facts: dict[str, Any] = dict(bits=problem.bits, gated=activation is not None)
+    if not torch._inductor.config.max_autotune:
+        return default_config(*given, **facts)
+    name = f"tensor_cores {activation or 'linear'}{' early' if early else ''}"
+    return tune.fastest(name, problem, stored, scale, configs(*given, **facts), launch)
