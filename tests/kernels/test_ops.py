@@ -237,7 +237,7 @@ def test_who_computes(device, monkeypatch):
 
 
 def test_unknown_implementation_lists_the_known():
-    with pytest.raises(UnknownChoice, match="auto, reference, triton"), implementation("fast"):
+    with pytest.raises(UnknownChoice, match="auto, reference, tensor_cores, triton"), implementation("fast"):
         pass
 
 
