@@ -11,6 +11,7 @@ STEP = 16  # ranks of one product
 ROW_BYTES = 128  # of a rank's row that a warp reads
 MOST_SHARED_BYTES = 227 * 1024
 MOST_INTEGER_TOKENS = 2
+THREADS_AT_A_TIME = 512  # on a multiprocessor, with 128 registers; above 8 tokens a thread takes up to 255
 MOST_SPLITS = 8  # blocks of a cluster that every GPU of compute capability 9.0 takes
 
 
@@ -46,23 +47,23 @@ class Config:
     def integers(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int) -> bool:
         """Whether products are of integers: they take more shared memory, and may not halve the blocks that run at a time."""
         mine = self._bytes_of_integers(ranks, tokens, bits, group, scale_bytes)
-        others = self._bytes_of_bf16(ranks, tokens, bits, group, scale_bytes, exact=True)
-        return tokens <= MOST_INTEGER_TOKENS and _blocks_at_a_time(mine) >= min(max(_blocks_at_a_time(others), 1), 2)
+        others = self._bytes_of_floats(ranks, tokens, bits, group, scale_bytes)
+        least = max(min(_blocks_at_a_time(others), 2, THREADS_AT_A_TIME // self.threads()), 1)
+        return tokens <= MOST_INTEGER_TOKENS and _blocks_at_a_time(mine) >= least
 
-    def shared_bytes(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int, *, exact: bool) -> int:
+    def shared_bytes(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int) -> int:
         """Dynamic shared memory: layout.cuh asserts that it suffices."""
         if self.integers(ranks, tokens, bits, group, scale_bytes):
             return self._bytes_of_integers(ranks, tokens, bits, group, scale_bytes)
-        return self._bytes_of_bf16(ranks, tokens, bits, group, scale_bytes, exact=exact)
+        return self._bytes_of_floats(ranks, tokens, bits, group, scale_bytes)
 
-    def _bytes_of_bf16(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int, *, exact: bool) -> int:
+    def _bytes_of_floats(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int) -> int:
         length, warps = self.listed(ranks) + STEP, self.segments * self.warps
-        groups = columns_of(4) // group if bits == 4 else 1
-        sets = cdiv(tokens, 4 if exact else 8)
-        lists = _whole(_whole(_whole(length * (8 if bits == 8 else 4)) + length * tokens * 2) + warps * 4)
-        stage = STEP * (ROW_BYTES + (groups * scale_bytes if bits == 4 else 0))
-        operands = _whole(lists + warps * sets * groups * 8 * STEP * 2) + warps * self.stages * stage
-        return max(operands, lists + warps * min(tokens, 4) * columns_of(bits) * 4)
+        groups = columns_of(4) // group if bits == 4 else 0
+        rows = tokens + (bits == 8)  # 8 bits, fp16: powers of two behind the values
+        lists = _whole(_whole(_whole(length * 4) + (length + 8) * rows * 2) + warps * 4)
+        operands = lists + warps * self.stages * STEP * (ROW_BYTES + groups * scale_bytes)
+        return max(operands, lists + warps * min(tokens, 8) * columns_of(bits) * 4)
 
     def _bytes_of_integers(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int) -> int:
         length, warps = self.listed(ranks) + STEP, self.segments * self.warps
@@ -98,6 +99,7 @@ def default_config(
         segments, warps, splits, stages = 4, 2, 4, 4
     if gated and segments == 1:
         segments, warps = 2, warps // 2
+    warps = max(min(warps, _most_threads(T) // 32 // segments), 1)
     splits = max(min(splits, cdiv(K, STEP)), 1)
     config = Config(segments, warps, splits, stages)
     # lists and sums of many tokens: shorter lists, a shorter ring of copies, fewer sums
@@ -115,12 +117,18 @@ def configs(
     choices = ((2, 4, 8, 3), (2, 4, 4, 4), (4, 2, 4, 4), (1, 4, 8, 4), (1, 8, 4, 4), (1, 8, 6, 3), (1, 16, 6, 3), (1, 4, 8, 2))
     found = [default_config(K, N, T, density, sm_count, bits=bits, gated=gated)]
     found += [Config(*choice) for choice in choices if not gated or choice[0] % 2 == 0]
-    return [config for config in dict.fromkeys(found) if most_shared_bytes(config, K, T, bits) <= MOST_SHARED_BYTES]
+    found = [config for config in dict.fromkeys(found) if config.threads() <= _most_threads(T)]
+    return [config for config in found if most_shared_bytes(config, K, T, bits) <= MOST_SHARED_BYTES]
 
 
 def most_shared_bytes(config: Config, K: int, T: int, bits: int) -> int:
-    """Shared memory with fp32 scales in groups of 64, and products in 16 bits of mantissa for up to 8 tokens."""
-    return config.shared_bytes(K, T, bits, 64, 4, exact=T <= 8)
+    """Shared memory with fp32 scales in groups of 64."""
+    return config.shared_bytes(K, T, bits, 64, 4)
+
+
+def _most_threads(T: int) -> int:
+    """Of a block, so that registers suffice."""
+    return THREADS_AT_A_TIME if T <= 8 else THREADS_AT_A_TIME // 2
 
 
 def _blocks_at_a_time(shared_bytes: int) -> int:

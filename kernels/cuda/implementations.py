@@ -1,6 +1,6 @@
 """When the kernel on tensor cores applies: rows of the registry for NVIDIA GPUs of compute capability 9.0.
 
-    masked_gemv, _add, _gated    weights in 8 and 4 bits whose rows are multiples of 16 bytes, up to 16 tokens in bf16, 8 in fp16
+    masked_gemv, _add, _gated    weights in 8 and 4 bits whose rows are multiples of 16 bytes, up to 16 tokens
 
 What it does not take, the Triton kernels do. Nothing here compiles a kernel.
 """
@@ -23,18 +23,16 @@ from rana_fx.kernels.triton.config import MAX_TOKENS
 NAME = "tensor_cores"
 # of a rank's row: what one copy takes, and where it begins
 ALIGNMENT = 16
-MOST_TOKENS = {torch.bfloat16: MAX_TOKENS, torch.float16: 8}
 
 
 def accepts(problem: Problem) -> str | None:
     """What the kernel needs."""
-    if problem.dtype not in MOST_TOKENS or problem.stored not in (torch.int8, torch.uint8):
+    if problem.dtype not in (torch.bfloat16, torch.float16) or problem.stored not in (torch.int8, torch.uint8):
         return f"multiplies bfloat16 and float16 by 8 and 4 bits, not {problem.dtype} by {problem.stored}"
     if problem.tokens is None or problem.rows is None or problem.columns is None:
         return "sizes vary: the kernel is launched for one number of tokens"
-    most = MOST_TOKENS[problem.dtype]
-    if not 1 <= problem.tokens <= most:
-        return f"{problem.tokens} tokens, it takes 1 to {most} in {problem.dtype}"
+    if not 1 <= problem.tokens <= MAX_TOKENS:
+        return f"{problem.tokens} tokens, it takes 1 to {MAX_TOKENS}"
     if not problem.contiguous_rows or problem.alignment % ALIGNMENT or problem.columns * problem.bits // 8 % ALIGNMENT:
         return f"rows of {problem.columns} columns in {problem.bits} bits are not made of aligned {ALIGNMENT} bytes"
     if problem.bits == 4 and problem.scale_alignment % 4:

@@ -4,28 +4,29 @@ constexpr int LANES = 32, STEP = 16, ROW_BYTES = 128;
 constexpr int COLUMNS = ROW_BYTES * 8 / BITS;
 constexpr int GROUPS = BITS == 4 ? COLUMNS / GROUP : 1;
 constexpr int ALL_WARPS = SEGMENTS * WARPS, THREADS = ALL_WARPS * LANES;
-// that registers must suffice for on a multiprocessor: without any number the compiler computes anew in each step what it could keep
-constexpr int BLOCKS = !INTEGERS || THREADS > 512 ? 1 : 512 / THREADS;
+// that registers must suffice for on a multiprocessor: without any number the compiler computes anew in each step what it could keep.
+// Above 8 tokens a thread has 128 sums: all registers that it can have.
+constexpr int BLOCKS = TOKENS > 8 || THREADS > 512 ? 1 : 512 / THREADS;
 constexpr int PER_THREAD = (LISTED + THREADS - 1) / THREADS;
 constexpr int LENGTH = LISTED + STEP;
 constexpr int ITEMS = GROUPS > 2 ? GROUPS / 2 : 1;  // (rank, group) pairs of a lane in a step
 constexpr int SCALE_BYTES = SCALE == 0 ? 4 : 2;
-constexpr int AT_ONCE = TOKENS < 4 ? TOKENS : 4;    // tokens whose sums are exchanged at a time
-// of bf16 products
-constexpr bool EXACT = TOKENS <= 4 || VALUE == 2;  // bf16 would leave less of products than fp16 results show
-constexpr int IN_SET = EXACT ? 4 : 8, SETS = (TOKENS + IN_SET - 1) / IN_SET;
+constexpr int AT_ONCE = TOKENS < 8 ? TOKENS : 8;    // tokens whose sums are exchanged at a time
 
-// Shared memory, in bytes from its start: the list (ranks and, in 8 bits, bf16 products: scales), the tokens' values (8 bits,
-// integers: their factors), counts, largest factors, scales of all entries (4 bits, integers); then the operands of the products
-// or, after them, the sums.
+// Shared memory, in bytes from its start: the list (ranks), the tokens' values (8 bits: times scales; of integers as fixed-point
+// numbers, of fp16 with powers of two behind them), counts, largest factors, scales of all entries (4 bits, integers); then the
+// operands of the products or, after them, the sums.
 constexpr int round_up(int x) { return (x + 127) / 128 * 128; }
-constexpr bool LISTS_FACTORS = INTEGERS && BITS == 8, LISTS_SCALES = !INTEGERS && BITS == 8;
-constexpr int AT_VALUES = round_up(LENGTH * (LISTS_SCALES ? 8 : 4));
-constexpr int AT_COUNTS = round_up(AT_VALUES + LENGTH * TOKENS * (LISTS_FACTORS ? 4 : 2)), AT_LARGEST = AT_COUNTS + ALL_WARPS * 4;
+constexpr bool LISTS_FACTORS = INTEGERS && BITS == 8;
+constexpr bool LISTS_PRODUCTS = !INTEGERS && BITS == 8, LISTS_POWERS = LISTS_PRODUCTS && VALUE == 2;
+// from a token's values to the next one's: floats are read of 8 tokens at once, from different banks
+constexpr int VALUE_STRIDE = INTEGERS ? LENGTH : LENGTH + 8;
+constexpr int AT_VALUES = round_up(LENGTH * 4), VALUE_BYTES = LISTS_FACTORS ? 4 : 2;
+constexpr int AT_COUNTS = round_up(AT_VALUES + VALUE_STRIDE * (TOKENS + LISTS_POWERS) * VALUE_BYTES), AT_LARGEST = AT_COUNTS + ALL_WARPS * 4;
 constexpr int AT_SCALES = round_up(AT_LARGEST + (INTEGERS ? ALL_WARPS * TOKENS * 4 : 0));
 constexpr int AT_FACTORS = round_up(AT_SCALES + (INTEGERS && BITS == 4 ? SEGMENTS * LENGTH * GROUPS * SCALE_BYTES : 0));
-constexpr int FACTOR_WORDS = !INTEGERS ? SETS * GROUPS * 8 * STEP / 2 : BITS == 4 ? TOKENS * GROUPS * STEP : 0;  // of a warp
-// of a stage: 16 pieces of rows and, in 4 bits for bf16 products, their scales
+constexpr int FACTOR_WORDS = INTEGERS && BITS == 4 ? TOKENS * GROUPS * STEP : 0;  // of a warp
+// of a stage: 16 pieces of rows and, in 4 bits for products of floats, their scales
 constexpr int STAGE_SCALES = BITS == 4 && !INTEGERS ? STEP * GROUPS * SCALE_BYTES : 0, STAGE_BYTES = STEP * ROW_BYTES + STAGE_SCALES;
 constexpr int AT_ROWS = round_up(AT_FACTORS + ALL_WARPS * FACTOR_WORDS * 4);
 constexpr int AT_SUMS = AT_FACTORS;
@@ -34,12 +35,18 @@ static_assert(SCALE_UNIT >= 4);
 static_assert(AT_ROWS + ALL_WARPS * STAGES * STAGE_BYTES <= SHARED_BYTES);
 static_assert(AT_SUMS + ALL_WARPS * AT_ONCE * COLUMNS * SUM_WORDS * 4 <= SHARED_BYTES);
 
-DEVICE float read(const void* p, long long i, int dtype) {
-  if (dtype == 0) return ((const float*)p)[i];
-  u16 x = ((const u16*)p)[i];
-  return dtype == 1 ? float_of_bits((u32)x << 16) : float_of_half(x);
+// Where a warp stores the sum of a column, for the token-th of those at once: of floats, lanes store pairs of columns (4 bits: 4 apart,
+// 8 bits: 2) of tokens t / 2, and half a warp those of 4 tokens to different banks.
+DEVICE int place_of_sum(int column, int token) {
+  return INTEGERS ? column : column ^ (token / 2 % 2 * (BITS == 4 ? 2 : 8) + token / 4 % 2 * 16);
 }
-DEVICE float value_of(u16 x) { return VALUE == 1 ? float_of_bits((u32)x << 16) : float_of_half(x); }
+
+DEVICE float widened(u16 x, int dtype) { return dtype == 1 ? float_of_bits((u32)x << 16) : float_of_half(x); }
+DEVICE float read(const void* p, long long i, int dtype) {
+  return dtype == 0 ? ((const float*)p)[i] : widened(((const u16*)p)[i], dtype);
+}
+DEVICE float value_of(u16 x) { return widened(x, VALUE); }
+DEVICE u16 rounded(float x) { return VALUE == 1 ? bfloat_of_float(x) : half_of_float(x); }
 
 struct alignas(16) Four {
   u32 word[4];

@@ -3,7 +3,6 @@
 // Lists the kept ranks of this block's slice in order; returns how many there are. Waits for the previous kernel.
 DEVICE int list_ranks(const Arguments& a, char* memory, int split) {
   int* ranks = (int*)memory;
-  float* scales = (float*)memory + LENGTH;
   u16* values = (u16*)(memory + AT_VALUES);
   u32* factors = (u32*)values;
   int* counts = (int*)(memory + AT_COUNTS);
@@ -70,7 +69,13 @@ DEVICE int list_ranks(const Arguments& a, char* memory, int split) {
     if (kept[i] >> lane & 1) {
       int place = at + ones(kept[i] & ((1u << lane) - 1));
       ranks[place] = k;
-      if (LISTS_SCALES) scales[place] = scale[i];
+      float factor = BITS == 8 ? scale[i] : 0.f;
+      if (LISTS_POWERS) {
+        // at least half of and below 1, so that products have the range of the values
+        u32 exponent = bits_of_float(factor) & 0x7F800000u;
+        factor *= float_of_bits((253u << 23) - exponent);
+        values[TOKENS * VALUE_STRIDE + place] = rounded(float_of_bits(exponent + (1u << 23)));
+      }
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) {
         u16 x;
@@ -82,9 +87,10 @@ DEVICE int list_ranks(const Arguments& a, char* memory, int split) {
           x = f * f < tau[i] ? (u16)0 : x;
         }
 #if INTEGERS
-        if (LISTS_FACTORS) factors[t * LENGTH + slot_of(place)] = digits_of(value_of(x) * scale[i], inverse[t]);
+        if (LISTS_FACTORS) factors[t * LENGTH + slot_of(place)] = digits_of(value_of(x) * factor, inverse[t]);
 #endif
-        if (!LISTS_FACTORS) values[t * LENGTH + place] = x;
+        if (LISTS_PRODUCTS) x = rounded(value_of(x) * factor);
+        if (!LISTS_FACTORS) values[t * VALUE_STRIDE + place] = x;
       }
     }
     at += ones(kept[i]);
@@ -92,12 +98,11 @@ DEVICE int list_ranks(const Arguments& a, char* memory, int split) {
   // the last step reads whole rows of 16: rank 0 with value 0
   if (thread < STEP) {
     ranks[total + thread] = 0;
-    if (LISTS_SCALES) scales[total + thread] = 0.f;
-    for (int t = 0; t < TOKENS; t++) {
+    for (int t = 0; t < TOKENS + LISTS_POWERS; t++) {
 #if INTEGERS
       if (LISTS_FACTORS) factors[t * LENGTH + slot_of(total + thread)] = 0;
 #endif
-      if (!LISTS_FACTORS) values[t * LENGTH + total + thread] = 0;
+      if (!LISTS_FACTORS) values[t * VALUE_STRIDE + total + thread] = 0;
     }
   }
   sync_block();

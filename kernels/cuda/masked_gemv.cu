@@ -4,7 +4,7 @@
 // shared memory those that some token keeps, with the tokens' values, 0 where a token drops the rank (listing.cuh), and its warps
 // multiply 16 listed ranks at a time by COLUMNS outputs: 128 bytes of each rank's row, copied to shared memory STAGES - 1 steps ahead
 // (rows.cuh). Products are of integers for 1 and 2 tokens (products_integers.cuh), whose factors value * scale are in fixed point
-// (fixed_point.cuh), else of bf16 (products_bf16.cuh).
+// (fixed_point.cuh), else of the values' dtype (products_floats.cuh).
 //
 // Sums over warps and blocks are exchanged through shared memory in a fixed order: neither partial sums in global memory nor atomics,
 // and the same bits in every run.
@@ -45,7 +45,7 @@ DEVICE void exchange(const Share& share, int from, int split) {
     float y[ACTIVATION ? 2 : 1];
 #pragma unroll
     for (int part = 0; part < (ACTIVATION ? 2 : 1); part++) {
-      const float* p = sums + (((segment + part) * AT_ONCE + token - from) * COLUMNS + o % COLUMNS) * SUM_WORDS;
+      const float* p = sums + (((segment + part) * AT_ONCE + token - from) * COLUMNS + place_of_sum(o % COLUMNS, token - from)) * SUM_WORDS;
       float sum = 0.f;
 #pragma unroll
       for (int r = 0; r < SPLITS; r++) sum += SPLITS > 1 ? of_block(p, r) : *p;
@@ -54,7 +54,7 @@ DEVICE void exchange(const Share& share, int from, int split) {
     }
     float result = ACTIVATION ? activated(y[0]) * y[ACTIVATION ? 1 : 0] : y[0];
     if (RESIDUAL >= 0) result += read(a.residual, token * a.residual_token + column * a.residual_column, RESIDUAL);
-    a.y[token * a.y_token + column] = VALUE == 1 ? bfloat_of_float(result) : half_of_float(result);
+    a.y[token * a.y_token + column] = rounded(result);
   }
   // until all blocks have read, none may write the next tokens' sums or end
   if (SPLITS > 1) sync_cluster(); else sync_block();

@@ -25,7 +25,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # in this order; primitives.cuh comes before them, or what defines its names elsewhere
 FILES = (
     *("layout.cuh", "fixed_point.cuh", "listing.cuh", "rows.cuh"),
-    *("products_bf16.cuh", "products_integers.cuh", "masked_gemv.cu"),
+    *("products_floats.cuh", "products_integers.cuh", "masked_gemv.cu"),
 )
 _ALIGNMENT = 16  # bytes of a copy
 _POINTERS = ("w", "scale", "v", "tau", "bias", "residual", "y")
@@ -51,9 +51,8 @@ def refusal(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, activa
     if weight.dtype not in (torch.int8, torch.uint8) or scale is None:
         return f"multiplies weights in 8 and 4 bits, this is {weight.dtype}"
     tokens = v.numel() // max(v.shape[-1], 1)
-    most = MAX_TOKENS if v.dtype == torch.bfloat16 else 8
-    if not 1 <= tokens <= most:
-        return f"{tokens} tokens, it takes 1 to {most} in {v.dtype}"
+    if not 1 <= tokens <= MAX_TOKENS:
+        return f"{tokens} tokens, it takes 1 to {MAX_TOKENS}"
     columns = shape_of(weight, scale)[1]
     if (
         weight.stride(1) != 1
@@ -92,7 +91,7 @@ def masked_gemv(
     """The masked GEMV in v's dtype, in one launch.
 
     Args:
-        v: (..., K) bf16 or fp16, T <= 16 rows in all (fp16: 8). tau: (K,). weight, scale: as rana_fx.formats stores them, K rows.
+        v: (..., K) bf16 or fp16, T <= 16 rows in all. tau: (K,). weight, scale: as rana_fx.formats stores them, K rows.
         bias: (N,). residual: (..., N), added in fp32, last; not together with an activation.
         activation: "silu", "gelu_tanh", "gelu" or "relu": the result is act(first half) * second half of the N columns, in fp32
             until it is rounded once. A half is whole groups and multiples of 16 bytes then.
@@ -161,7 +160,6 @@ def constants_of(
     """The constants that masked_gemv.cu is compiled with. v (T, K)."""
     tokens, ranks, bits = *v.shape, bits_of(weight)
     group = group_of(weight, scale) if bits == 4 else columns_a_scale_spans(weight)
-    exact = tokens <= 4 or v.dtype == torch.float16
     constants = {
         "BITS": bits,
         "TOKENS": tokens,
@@ -179,7 +177,7 @@ def constants_of(
         "RESIDUAL": -1 if residual is None else DTYPE_CODES[residual.dtype],
         "ACTIVATION": ACTIVATION_CODES[activation],
         "SCALE_UNIT": scale_unit(weight, scale, activation) if bits == 4 else 4,
-        "SHARED_BYTES": config.shared_bytes(ranks, tokens, bits, group, scale.element_size(), exact=exact),
+        "SHARED_BYTES": config.shared_bytes(ranks, tokens, bits, group, scale.element_size()),
     }
     return tuple(constants.items())
 

@@ -19,9 +19,6 @@ DEVICE char* shared_memory() {
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE u32 ballot(bool p) { return __ballot_sync(~0u, p); }
-// of the lane whose index differs in the bits of ``apart``, and of lane ``lane``
-DEVICE float of_lane(float x, int apart) { return __shfl_xor_sync(~0u, x, apart); }
-DEVICE float in_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE u32 largest_in_warp(u32 x) { return __reduce_max_sync(~0u, x); }
 DEVICE int ones(u32 x) { return __popc(x); }
 DEVICE u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
@@ -52,11 +49,33 @@ DEVICE u16 bfloat_of_float(float x) {
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE float error_function(float x) { return erff(x); }
 
-// c (16 x 8, fp32) += a (16 x 16, bf16) * b (16 x 8, bf16)
-DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+// Pairs of numbers in the dtype of the values; subnormal ones count.
+#if VALUE == 1
+#define DTYPE "bf16"
+#else
+#define DTYPE "f16"
+#endif
+DEVICE u32 pair_of(float low, float high) {
+  u32 d;
+  asm("cvt.rn." DTYPE "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+DEVICE u32 product(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn." DTYPE "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+// a * b + c, rounded once
+DEVICE u32 product_plus(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn." DTYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// c (16 x 8, fp32) += a (16 x 16) * b (16 x 8)
+DEVICE void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." DTYPE "." DTYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // c (16 x 8, s32) += a (16 x 32, s8) * b (32 x 8, s8)
 DEVICE void multiply(int (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
@@ -77,12 +96,19 @@ DEVICE void load_transposed(u32 (&x)[4], const void* row) {
 // x, which the compiler cannot know to be x: it computes x once and keeps it, and does not take an address apart. All lanes call it.
 DEVICE u32 kept(u32 x) { return __shfl_xor_sync(~0u, x, 0); }
 DEVICE const char* kept(const char* x) { return (const char*)__shfl_xor_sync(~0u, (u64)x, 0); }
-// 16 bytes as below if ``there``, without a branch
+// as below if ``there``, without a branch
+template <int BYTES>
 DEVICE void copy_if(bool there, void* to, const void* from, int size) {
   u32 address = (u32)__cvta_generic_to_shared(to);
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(address), "l"(from),
-               "r"(size), "r"((int)there)
-               : "memory");
+  if (BYTES == 16) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(address), "l"(from),
+                 "r"(size), "r"((int)there)
+                 : "memory");
+  } else {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %4, 0; @p cp.async.ca.shared.global [%0], [%1], %2, %3;}" ::"r"(address), "l"(from),
+                 "n"(BYTES == 16 ? 4 : BYTES), "r"(size), "r"((int)there)
+                 : "memory");
+  }
 }
 // BYTES (4, 8 or 16) from global to shared memory without registers, zeros beyond ``size``; complete after wait_for_copies
 template <int BYTES>

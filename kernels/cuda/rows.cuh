@@ -1,8 +1,7 @@
 // The pipeline of a warp: pieces of rows are copied to a ring of STAGES in shared memory, and multiplied when they have arrived.
 
-// Where a row's chunks of 16 bytes lie: chunk ^ swizzle, so that the rows that are read at once lie in different banks. Integers read
-// one chunk of 8 rows, bf16 products the same word of 4 rows of two chunks.
-DEVICE int swizzle(int row) { return INTEGERS ? row % 8 : 2 * (row % 4); }
+// Where a row's chunks of 16 bytes lie: chunk ^ swizzle, so that a chunk of 8 rows, which is read at once, lies in different banks.
+DEVICE int swizzle(int row) { return row % 8; }
 
 // The same for all steps of a lane: it copies 16 bytes of each of 4 ranks.
 struct Copier {
@@ -37,17 +36,9 @@ struct Pipeline {
     bool there = place < share.listed;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      copy_if(there, stage + copier.to[i], copier.w + (u64)ranks.word[i] * share.a.w_row, copier.size);
+      copy_if<16>(there, stage + copier.to[i], copier.w + (u64)ranks.word[i] * share.a.w_row, copier.size);
     }
-    if (BITS == 4 && !INTEGERS) {
-      if (there) {
-        constexpr int PARTS = GROUPS * SCALE_BYTES / SCALE_UNIT;
-#pragma unroll
-        for (u32 i = share.lane; i < STEP * PARTS; i += LANES) {
-          copy_scales(share, stage + STEP * ROW_BYTES + i * SCALE_UNIT, place + i / PARTS, i % PARTS);
-        }
-      }
-    }
+    if constexpr (BITS == 4 && !INTEGERS) products.fetch_scales(stage + STEP * ROW_BYTES, place);
     close_copies();
   }
 

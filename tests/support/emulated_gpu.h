@@ -84,16 +84,6 @@ inline u32 ballot(bool p) {
   sync_warp();
   return all;
 }
-inline float in_lane(float x, int lane) {
-  WarpState& w = warp_state();
-  std::memcpy(&w.words[lane_index()][0], &x, 4);
-  sync_warp();
-  float y;
-  std::memcpy(&y, &w.words[lane][0], 4);
-  sync_warp();
-  return y;
-}
-inline float of_lane(float x, int apart) { return in_lane(x, lane_index() ^ apart); }
 inline u32 largest_in_warp(u32 x) {
   WarpState& w = warp_state();
   w.words[lane_index()][0] = x;
@@ -145,12 +135,24 @@ inline u16 bfloat_of_float(float x) {
 inline float exponential(float x) { return std::exp(x); }
 inline float error_function(float x) { return std::erf(x); }
 
-inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+// one number of a pair
+inline double part(u32 word, int upper) {
+  u16 x = (u16)(word >> 16 * upper);
+  return VALUE == 1 ? float_of_bits((u32)x << 16) : float_of_half(x);
+}
+// both are exact in fp32 before they are rounded here, unless they are far apart
+inline u32 pair_of(float low, float high) {
+  return VALUE == 1 ? bfloat_of_float(low) | (u32)bfloat_of_float(high) << 16 : half_of_float(low) | (u32)half_of_float(high) << 16;
+}
+inline u32 product(u32 a, u32 b) { return pair_of((float)(part(a, 0) * part(b, 0)), (float)(part(a, 1) * part(b, 1))); }
+inline u32 product_plus(u32 a, u32 b, u32 c) {
+  return pair_of((float)(part(a, 0) * part(b, 0) + part(c, 0)), (float)(part(a, 1) * part(b, 1) + part(c, 1)));
+}
+inline void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   WarpState& w = warp_state();
-  u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+  u32 mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   std::memcpy(w.words[lane_index()], mine, sizeof mine);
   sync_warp();
-  auto part = [](u32 word, int half) { return (double)float_of_bits(half ? word & 0xFFFF0000u : word << 16); };
   int g = lane_index() / 4, t = lane_index() % 4;
   for (int i = 0; i < 4; i++) {
     int upper = i / 2, column = 2 * t + i % 2;
@@ -203,8 +205,9 @@ inline void copy(void* to, const void* from, int size) {
   if ((std::uintptr_t)from % BYTES || (std::uintptr_t)to % BYTES) std::abort();  // as the GPU does
   open.back().push_back({to, from, BYTES, size});
 }
+template <int BYTES>
 inline void copy_if(bool there, void* to, const void* from, int size) {
-  if (there) copy<16>(to, from, size);
+  if (there) copy<BYTES>(to, from, size);
 }
 inline void close_copies() {
   auto& open = cluster->current->copies;
