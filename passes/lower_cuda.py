@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch._inductor.lowering import fallback_handler
 
-from rana_fx.kernels import cost
 from rana_fx.kernels.cuda.config import Config, configs, default_config
 from rana_fx.kernels.problem import Problem
 from rana_fx.passes import tune
@@ -64,9 +63,8 @@ def _config(problem: Problem, stored: Any, scale: Any, activation: str | None, e
     def launch(v: Any, tau: Any, weight: Any, scales: Any, config: Config) -> Any:
         return masked_gemv(v, tau, weight, None, scales, activation=activation, config=config, early=early)
 
-    given = *problem.sizes, problem.density, cost.nearest(problem.device).sm_count
     facts: dict[str, Any] = dict(bits=problem.bits, gated=activation is not None)
     if not torch._inductor.config.max_autotune:
-        return default_config(*given, **facts)
+        return default_config(*problem.sizes, **facts)
     name = f"tensor_cores {activation or 'linear'}{' early' if early else ''}"
-    return tune.fastest(name, problem, stored, scale, configs(*given, **facts), launch)
+    return tune.fastest(name, problem, stored, scale, configs(*problem.sizes, **facts), launch)

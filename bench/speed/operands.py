@@ -111,7 +111,7 @@ class Case:
         activation = "silu" if self.shape.op == "gated_gemv" else None
         found = {"masked": [self._masked(config, tau, activation, exact, magnitude) for config in candidates]}
         if self.bits < 16 and self.xs[0].is_cuda and tensor_cores.refusal(self.xs[0], tau, *self.stored[0], activation) is None:
-            found["tensor_cores"] = self._on_tensor_cores(tau, activation, exact, magnitude, density, tune)
+            found["tensor_cores"] = self._on_tensor_cores(tau, activation, exact, magnitude, tune)
         return found
 
     def published_trials(self, share: int) -> dict[str, list[Trial]]:
@@ -148,13 +148,11 @@ class Case:
         calls = [functools.partial(call, x, *stored) for x, stored in zip(self.xs, self.stored, strict=True)]
         return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
 
-    def _on_tensor_cores(
-        self, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor, density: float, tune: bool
-    ) -> list[Trial]:
+    def _on_tensor_cores(self, tau: Tensor, activation: str | None, exact: Tensor, magnitude: Tensor, tune: bool) -> list[Trial]:
         """Trials of the kernel on tensor cores; with ``tune`` one per candidate config."""
         tokens, gated = self.xs[0].shape[0], activation is not None
         choose = tensor_core_configs if tune else lambda *sizes, **kind: [tensor_core_config(*sizes, **kind)]
-        candidates = choose(self.shape.K, self.shape.N, tokens, density, bits=self.bits, gated=gated)
+        candidates = choose(self.shape.K, self.shape.N, tokens, bits=self.bits, gated=gated)
         trials = []
         for config in candidates:
             call = functools.partial(

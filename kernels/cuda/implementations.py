@@ -37,7 +37,7 @@ def accepts(problem: Problem) -> str | None:
         return f"rows of {problem.columns} columns in {problem.bits} bits are not made of aligned {ALIGNMENT} bytes"
     if problem.bits == 4 and problem.scale_alignment % 4:
         return "rows of scales do not begin at multiples of 4 bytes"
-    config = default_config(*problem.sizes, problem.density, bits=problem.bits, gated=problem.op == "masked_gemv_gated")
+    config = default_config(*problem.sizes, bits=problem.bits, gated=problem.op == "masked_gemv_gated")
     need = most_shared_bytes(config, problem.rows, problem.tokens, problem.bits)
     if need > MOST_SHARED_BYTES:
         return f"lists of {problem.rows} ranks for {problem.tokens} tokens need {need} bytes of shared memory"

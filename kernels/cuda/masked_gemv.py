@@ -107,9 +107,7 @@ def masked_gemv(
     """
     if config is None:
         tokens, columns = v.numel() // max(v.shape[-1], 1), shape_of(weight, scale)[1]
-        sm_count = torch.cuda.get_device_properties(v.device).multi_processor_count
-        gated = activation is not None
-        config = default_config(v.shape[-1], columns, tokens, sm_count=sm_count, bits=bits_of(weight), gated=gated)
+        config = default_config(v.shape[-1], columns, tokens, bits=bits_of(weight), gated=activation is not None)
     with torch.cuda.device_of(v):
         launch = prepared(v, tau, weight, bias, scale, residual=residual, activation=activation, config=config)
         _kernel(launch.constants, bool(early), v.device.index)(launch.blocks, launch.arguments)

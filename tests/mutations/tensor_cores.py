@@ -12,7 +12,7 @@ MUTATIONS = (
       "kernels/cuda/listing.cuh", "!(f * f < tau[i])", "!(f * f <= tau[i])",
       f"{_TESTS}::test_a_value_at_its_threshold_is_kept"),
     M("tc-values-of-one-token", "All tokens have the last one's values.",
-      "kernels/cuda/listing.cuh", "if (!LISTS_FACTORS) values[t * LENGTH + place] = x;", "if (!LISTS_FACTORS) values[place] = x;",
+      "kernels/cuda/listing.cuh", "values[t * VALUE_STRIDE + place] = x;", "values[place] = x;",
       _FP64),
     M("tc-ring-too-short", "A piece of rows is overwritten before it is multiplied.",
       "kernels/cuda/rows.cuh", "wait_for_copies<STAGES - 2>();", "wait_for_copies<STAGES - 1>();",
