@@ -1,6 +1,6 @@
 """Launches masked_gemv.cu: the masked GEMV of a weight in 4 or 8 bits on tensor cores, in one launch.
 
-Error: relative RMSE <= 4 * eps(dtype of v) * sqrt(log2 K + 1); fixed_point.cuh and products_bf16.cuh say what is rounded.
+Error: relative RMSE <= 4 * eps(dtype of v) * sqrt(log2 K + 1); fixed_point.cuh and products_floats.cuh say what is rounded.
 """
 
 from __future__ import annotations
@@ -54,14 +54,10 @@ def refusal(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, activa
     if not 1 <= tokens <= MAX_TOKENS:
         return f"{tokens} tokens, it takes 1 to {MAX_TOKENS}"
     columns = shape_of(weight, scale)[1]
-    if (
-        weight.stride(1) != 1
-        or weight.stride(0) % _ALIGNMENT
-        or weight.storage_offset() % _ALIGNMENT
-        or weight.shape[1] % _ALIGNMENT
-    ):
+    places = weight.stride(0), weight.storage_offset(), weight.shape[1]
+    if weight.stride(1) != 1 or any(place % _ALIGNMENT for place in places):
         return (
-            f"reads {_ALIGNMENT} bytes at once: rows of {columns} columns, {weight.stride(0)} bytes apart, are not made of those"
+            f"copies {_ALIGNMENT} bytes at once, of which rows of {columns} columns, {weight.stride(0)} bytes apart, are not made"
         )
     if weight.dtype == torch.uint8 and (scale.stride(1) != 1 or scale_unit(weight, scale, activation) < 4):
         return f"copies scales by 4 bytes or more: rows of {scale.shape[1]} in {scale.dtype} do not begin at such"
@@ -157,7 +153,7 @@ def constants_of(
 ) -> tuple[tuple[str, int], ...]:  # fmt: skip
     """The constants that masked_gemv.cu is compiled with. v (T, K)."""
     tokens, ranks, bits = *v.shape, bits_of(weight)
-    group = group_of(weight, scale) if bits == 4 else columns_a_scale_spans(weight)
+    group = group_of(weight, scale) if bits == 4 else weight.shape[1]
     constants = {
         "BITS": bits,
         "TOKENS": tokens,
@@ -186,11 +182,6 @@ def scale_unit(weight: Tensor, scale: Tensor, activation: str | None) -> int:
     starts = [columns_of(4) // group * size, scale.stride(0) * size, scale.storage_offset() * size]
     starts += [shape_of(weight, scale)[1] // 2 // group * size] if activation else []
     return math.gcd(16, *starts)
-
-
-def columns_a_scale_spans(weight: Tensor) -> int:
-    """Of a weight in 8 bits: all."""
-    return weight.shape[1]
 
 
 def arguments_of(
