@@ -9,10 +9,13 @@ of every variant are compared with its reference first (``bench.speed.verify``):
         --budgets 0.6,0.5,0.4 --sequences 10 --prefill 0 --seconds 480
     python -m bench.speed.decode llama-1b --out rows.jsonl --sequences 2 --new-tokens 16 --longest 32 --batches 1,4
     python -m bench.speed.decode llama-2-7b --out rows.jsonl --variants reduce-overhead,rana,int8,fp8,int4,gemlite --prefill 0
+    python -m bench.speed.decode MODEL --device cpu --out rows.jsonl --variants rana,llama.cpp:Q4_0,Q8_0,F16 --plan PLAN \\
+        --budgets '' --prefill 0 --text text.txt
 
 Kinds of rows: ``device`` (copy bandwidth, bytes of weights), ``decode``, ``prefill``, ``kernels`` (--profile), ``skipped`` with
-the reason (an error, wrong logits, no time left). The key ``gate`` holds the comparison with the reference. Compile time is that
-of the first three calls, CUDA-graph capture included.
+the reason (an error, wrong logits, no time left). The key ``gate`` holds the comparison with the reference, ``loss`` the loss
+on the text of --text. Rows of llama.cpp have no such reference: their ``gate`` is null, and ``conversion`` compares its file.
+Compile time is that of the first three calls, CUDA-graph capture included; for llama.cpp also that of loading the file.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from bench.common.models import build
 from bench.common.record import head, start
 from bench.speed.decoding import contexts, copy_bandwidth
 from bench.speed.latency import Protocol, Run, compare, dense_ratio
+from bench.speed.llama_variant import gguf_files
+from bench.speed.losses import read_text
 from bench.speed.random_plan import layout_of, plan_configs
 from bench.speed.variants import variants
 from rana_fx.commands.record import show
@@ -40,7 +45,8 @@ def main(
         str,
         typer.Option(
             "--variants",
-            help="Some of eager, reduce-overhead, max-autotune, rana, and quantised rivals: int8, fp8, int4 (torchao), gemlite.",
+            help="Some of eager, reduce-overhead, max-autotune, rana, and quantised rivals: int8, fp8, int4 (torchao), gemlite, "
+            "llama.cpp:TYPE (a type of GGUF; further types after it by commas; batch 1 on a CPU).",
         ),
     ] = "eager,reduce-overhead,rana",
     budgets: Annotated[str, typer.Option(help="Budgets of random plans, in bytes, by commas.")] = "0.8,0.6,0.5,0.4",
@@ -67,6 +73,11 @@ def main(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32; auto: float32 on a CPU, else bfloat16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; default: a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, plans, contexts and tokens.")] = 0,
+    gguf: Annotated[
+        Path | None, typer.Option(help="The checkpoint as an unquantised GGUF file, for llama.cpp; default: it is written.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text on which the loss of every variant is measured.")] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of that text, in windows of 512.")] = 2048,
 ) -> None:
     """Tokens per second of MODEL, dense and adapted."""
     began = time.perf_counter()
@@ -78,17 +89,13 @@ def main(
     )
     sizes = [int(value) for value in batches.split(",")]
     protocol = Protocol(contexts(sequences, longest, seed), new_tokens, prefill, sizes, seed, seconds, profile)
+    read = None if text is None else read_text(model, text, text_tokens)
     network = build(model, device=place, dtype=dtype, seed=seed)
-    common = head("decode") | {
-        "model": Path(model).name,
-        "dtype": dtype,
-        "seed": seed,
-        "new_tokens": new_tokens,
-        "prefill_mode": prefill_mode,
-    }
+    common = head("decode") | {"model": Path(model).name, "dtype": dtype, "seed": seed}
+    common |= {"new_tokens": new_tokens, "prefill_mode": prefill_mode}
     start(out)
-    with torch.no_grad():
-        run = Run(network, layout_of(network), protocol, common, out, copy_bandwidth(place), began)
+    with torch.no_grad(), gguf_files(network, given=gguf) as files:
+        run = Run(network, layout_of(network), protocol, common, out, copy_bandwidth(place), began, files=files, text=read)
         weights = sum(site.flops * site.weight.element_size() for site in run.layout.sites.values())
         run.add("device", copy_gb_per_s=run.bandwidth / 1e9, weight_gb=weights / 1e9, load_seconds=time.perf_counter() - began)
         compare(run, chosen)
@@ -98,18 +105,19 @@ def main(
 def table(run: Run) -> None:
     """Print one line per variant and batch size; ratios to the fastest dense variant of the run."""
     columns = ("variant", "batch", "tokens/s", "ms p20", "p50", "p80", "x dense", "budget measured", "GB/s", "of copy",
-               "prefill ms", "compile s", "peak GB", "RMSE")  # fmt: skip
+               "prefill ms", "compile s", "peak GB", "RMSE", "loss")  # fmt: skip
     prefills = {(row["variant"], row["batch"]): row["prefill_ms"] for row in run.rows if row["kind"] == "prefill"}
     lines = []
     for row in run.rows:
         if row["kind"] != "decode":
             continue
-        ms, rate, gate = row["ms_per_token"], row["weight_gb_per_s"], row["gate"]
+        ms, rate, gate = row["ms_per_token"], row["weight_gb_per_s"], row["gate"] or {"fixed_error": None, "masked_error": None}
         lines.append((
             row["variant"], row["batch"], row["tokens_per_s"], ms["p20"], ms["p50"], ms["p80"],
             dense_ratio(run.rows, row["batch"], ms["p50"]), row.get("measured_budget", {}).get("bytes"), rate,
             None if rate is None else rate * 1e9 / run.bandwidth, prefills.get((row["variant"], row["batch"])),
             row["compile_seconds"], row["peak_gb"], gate["masked_error"] if gate["fixed_error"] is None else gate["fixed_error"],
+            (row.get("loss") or {}).get("mean_loss"),
         ))  # fmt: skip
     skipped = [f"{row['variant']}: {row['reason']}" for row in run.rows if row["kind"] == "skipped"]
     show(f"{run.common['model']}, {run.common['dtype']}, {run.common['device']}", columns, lines, notes=skipped)

@@ -2,7 +2,7 @@
 
 In: a model, its layout, variants and a ``Protocol``. Out: rows (ms per token, tokens/s, GB/s, GB), each appended to a file at
 once. For each variant and batch size: logits of the reference, compilation, comparison of logits, timed sequences, a prefill,
-kernel times. A failure gives a row with its reason.
+kernel times. A failure gives a row with its reason. Variants of llama.cpp are timed alike, by the calls of its own decoder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import torch
 from bench.common.models import layers_of
 from bench.common.record import append
 from bench.speed.decoding import Decoder, Forward, peak_bytes, percentiles, reset_peak
+from bench.speed.gguf_source import read_bytes
 from bench.speed.kernel_times import kernel_times, show_kernels
+from bench.speed.llama_variant import FAMILY, EngineDecoder, Files, opened
+from bench.speed.losses import WINDOW, Text
 from bench.speed.rivals import RIVALS
 from bench.speed.variants import CHECK_CONTEXT, Prepared, Variant, on_model, reference
 from bench.speed.verify import bound, check_logits
@@ -54,7 +57,10 @@ class Protocol:
 
 @dataclass(eq=False)
 class Run:
-    """State of one run. ``bandwidth``: of a copy, bytes per second. ``rows`` are also written to ``out`` at once."""
+    """State of one run. ``bandwidth``: of a copy, bytes per second. ``rows`` are also written to ``out`` at once.
+
+    ``files``: for variants of llama.cpp. ``text``: what the loss of each variant is measured on.
+    """
 
     model: PreTrainedModel
     layout: Layout
@@ -65,6 +71,8 @@ class Run:
     began: float = field(default_factory=time.perf_counter)
     rows: list[dict[str, Any]] = field(default_factory=list)
     decoders: dict[int, Decoder] = field(default_factory=dict)
+    files: Files | None = None
+    text: Text | None = None
 
     def add(self, kind: str, **facts: Any) -> dict[str, Any]:
         """Write a row and return it."""
@@ -126,7 +134,8 @@ def _all_batches(run: Run, variant: Variant, facts: dict[str, Any], *, jobs: int
             if share <= 0:
                 run.add("skipped", **facts, batch=batch, reason="no time left")
             else:
-                _one(run, variant, prepared, batch, time.perf_counter() + share, facts)
+                measure = _one_by_engine if variant.kind == FAMILY else _one
+                measure(run, variant, prepared, batch, time.perf_counter() + share, facts)
             torch.compiler.reset()
 
 
@@ -136,8 +145,10 @@ def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: f
     reset_peak(decoder.device)
     began = time.perf_counter()
     script, expected = reference(variant, prepared, decoder, watched=run.protocol.watched(), seed=seed)
-    forward = variant.compiled(prepared.model)
     seconds = {"prepare_seconds": time.perf_counter() - began}
+    # before compiled code frees weights; thresholds of random plans are set by now
+    facts = facts | _loss(run, variant, prepared)
+    forward = variant.compiled(prepared.model)
     began = time.perf_counter()
     decoder.decode(forward, CHECK_CONTEXT, _WARM_CALLS)
     seconds["compile_seconds"] = time.perf_counter() - began
@@ -151,30 +162,74 @@ def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: f
                 "skipped", **facts, reason="wrong result: its logits differ from those of its reference by more than the bound"
             )
             return
-        timed = _timed(run.protocol, decoder, forward, deadline)
-    p50, read = timed["ms_per_token"]["p50"], run.weight_bytes(variant, prepared)
-    timed |= {
         # a batch reads the union of the rows that its masks keep, which is not measured
-        "weight_gb_per_s": read / p50 / 1e6 if batch == 1 or prepared.plan is None else None,
-        "dense_ratio": dense_ratio(run.rows, batch, p50),
-        "peak_gb": peak_bytes(decoder.device) / 1e9,
-    }
-    run.add("decode", **facts, **_plan_facts(prepared), **timed, **seconds)
-    print(f"{variant.label}, batch {batch}: {timed['tokens_per_s']:.1f} tokens/s, {p50:.3f} ms a step", flush=True)
+        read = run.weight_bytes(variant, prepared) if batch == 1 or prepared.plan is None else None
+        p50 = _decode(run, facts | _plan_facts(prepared) | seconds, decoder, forward, deadline, read)
     if run.protocol.profile:
         token = decoder.read(decoder.tokens(CHECK_CONTEXT))
         decode = functools.partial(decoder.steps, forward, token, CHECK_CONTEXT, _PROFILED_STEPS)
         kernels = kernel_times(decode, steps=_PROFILED_STEPS, device=decoder.device)
         run.add("kernels", variant=variant.label, batch=batch, step_ms=p50, kernels=kernels)
         show_kernels(f"{variant.label}, batch {batch}", kernels, p50)
-    if run.protocol.prefill:
-        # another shape needs another compilation
-        late = time.perf_counter() + seconds["compile_seconds"] > deadline
-        found = {"reason": "no time left for a prefill"} if late else _prefill(run.protocol.prefill, decoder, forward)
-        run.add("skipped" if late else "prefill", variant=variant.label, batch=batch, **found)
+    # another shape needs another compilation
+    _prefill(run, facts, decoder, forward, late=time.perf_counter() + seconds["compile_seconds"] > deadline)
 
 
-def _timed(protocol: Protocol, decoder: Decoder, forward: Forward, deadline: float) -> dict[str, Any]:
+def _one_by_engine(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: float, facts: dict[str, Any]) -> None:
+    """The same for a variant of llama.cpp: its file is made, read and decoded; it decodes one sequence, on a CPU."""
+    facts = facts | {"batch": batch}
+    if batch != 1 or run.model.device.type != "cpu" or run.files is None:
+        run.add("skipped", **facts, reason="llama.cpp is measured on a CPU, one sequence at a time")
+        return
+    began = time.perf_counter()
+    path = run.files.make(variant.name.removeprefix(f"{FAMILY}:"), run.decoder(1))
+    made = time.perf_counter()
+    room = max(run.decoder(1).room, WINDOW if run.text else 0)
+    with opened(path, run.decoder(1), room=room) as decoder:
+        decoder.decode(None, CHECK_CONTEXT, _WARM_CALLS)
+        facts |= {
+            "gate": None,
+            "conversion": run.files.conversion,
+            "llama_cpp_python": decoder.engine.version,
+            "prepare_seconds": made - began,
+            "compile_seconds": time.perf_counter() - made,
+            "loss": None if run.text is None else run.text.loss(variant.label, decoder.all_logits),
+        }
+        _decode(run, facts, decoder, None, deadline, read_bytes(path))
+        _prefill(run, facts, decoder, None, late=time.perf_counter() > deadline)
+
+
+def _loss(run: Run, variant: Variant, prepared: Prepared) -> dict[str, Any]:
+    """The loss of a variant on the run's text; dense variants are one model."""
+    if run.text is None:
+        return {}
+    name = variant.label if variant.saved is None else f"{variant.label} {variant.saved}"
+    name = "dense" if variant.kind == "dense" else name
+    return {"loss": run.text.loss(name, prepared.model, adapted=prepared.plan is not None)}
+
+
+def _decode(
+    run: Run,
+    facts: dict[str, Any],
+    decoder: Decoder | EngineDecoder,
+    forward: Forward | None,
+    deadline: float,
+    read: float | None,
+) -> float:
+    """Decode and write the row. Returns ms a step, p50. ``read``: bytes of weights that a step reads."""
+    timed = _timed(run.protocol, decoder, forward, deadline)
+    p50, batch = timed["ms_per_token"]["p50"], decoder.batch
+    timed |= {
+        "weight_gb_per_s": None if read is None else read / p50 / 1e6,
+        "dense_ratio": dense_ratio(run.rows, batch, p50),
+        "peak_gb": peak_bytes(decoder.device) / 1e9,
+    }
+    run.add("decode", **facts, **timed)
+    print(f"{facts['variant']}, batch {batch}: {timed['tokens_per_s']:.1f} tokens/s, {p50:.3f} ms a step", flush=True)
+    return float(p50)
+
+
+def _timed(protocol: Protocol, decoder: Decoder | EngineDecoder, forward: Forward | None, deadline: float) -> dict[str, Any]:
     """Decode after each context until ``deadline``, at least after one."""
     steps: list[float] = []
     used: list[int] = []
@@ -237,8 +292,14 @@ def dense_ratio(rows: list[dict[str, Any]], batch: int, ms: float) -> float | No
     return min(dense) / ms if dense else None
 
 
-def _prefill(length: int, decoder: Decoder, forward: Forward) -> dict[str, Any]:
-    """Median time of a compiled prefill, ms, and the seconds of its first calls."""
+def _prefill(run: Run, facts: dict[str, Any], decoder: Decoder | EngineDecoder, forward: Forward | None, *, late: bool) -> None:
+    """A row with the median time of a compiled prefill, ms, and the seconds of its first calls, if the protocol has one."""
+    length, named = run.protocol.prefill, {"variant": facts["variant"], "batch": decoder.batch}
+    if not length:
+        return
+    if late:
+        run.add("skipped", **named, reason="no time left for a prefill")
+        return
     tokens, times = decoder.tokens(length), []
     for _ in range(_WARM_CALLS + _PREFILLS):
         decoder.synchronize()
@@ -247,7 +308,7 @@ def _prefill(length: int, decoder: Decoder, forward: Forward) -> dict[str, Any]:
         decoder.synchronize()
         times.append(time.perf_counter() - began)
     ms = 1000 * percentiles(times[_WARM_CALLS:])["p50"]
-    return {"prefill_tokens": length, "prefill_ms": ms, "prefill_compile_seconds": sum(times[:_WARM_CALLS])}
+    run.add("prefill", **named, prefill_tokens=length, prefill_ms=ms, prefill_compile_seconds=sum(times[:_WARM_CALLS]))
 
 
 def _clean() -> None:

@@ -8,6 +8,7 @@ attached and its thresholds set, or a quantised copy. Rivals are the last varian
     max-autotune                torch.compile with that mode, which also measures kernel configs
     rana                        rana_fx.backend with --mode; one variant per saved plan, or per random plan (config and budget)
     int8, fp8, int4, gemlite    the rivals of ``bench.speed.rivals``: quantised linears, then reduce-overhead
+    llama.cpp:TYPE              the model in a GGUF file of that type, decoded by llama.cpp (``bench.speed.llama_variant``)
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import rana_fx
+from bench.speed.llama_engine import TYPES
+from bench.speed.llama_variant import FAMILY
 from bench.speed.random_plan import PlanConfig, RecordingMeter, attach_unchecked, live_plan, random_plan, set_thresholds
 from bench.speed.rivals import RIVALS, quantised
 from bench.speed.verify import Expected, record_expected
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from bench.speed.decoding import Decoder, Script
 
 NAMES = ("eager", "reduce-overhead", "max-autotune", "rana")
+_OF_LLAMA_CPP = {f"{FAMILY}:{name}" for name in TYPES}
 _CHECK_STEPS = 4
 CHECK_CONTEXT = 16
 _RECORDED_VALUES = 2**16  # values of the residual stream over all recorded steps, at most
@@ -45,7 +49,7 @@ _RECORDED_VALUES = 2**16  # values of the residual stream over all recorded step
 
 @dataclass(frozen=True)
 class Variant:
-    """``kind``: dense, rana or the name of a rival. ``mode``: of torch.compile, None for eager."""
+    """``kind``: dense, rana, llama.cpp or the name of a rival. ``mode``: of torch.compile, None for eager and for llama.cpp."""
 
     name: str
     kind: str
@@ -74,17 +78,28 @@ def variants(
     names: str, budgets: list[float], plans: list[Path], *, mode: str, configs: Sequence[PlanConfig], prefill: str
 ) -> list[Variant]:
     """Variants by name: dense ones first, since ratios need their times; rivals last. Raises InvalidOption."""
-    given = [name.strip() for name in names.split(",")]
+    given = _names(names)
     for name in given:
-        if name not in NAMES and name not in RIVALS:
-            raise InvalidOption(name="--variants", got=name, expected="some of " + ", ".join([*NAMES, *RIVALS]))
+        if name not in NAMES and name not in RIVALS and name not in _OF_LLAMA_CPP:
+            known = ", ".join([*NAMES, *RIVALS, f"{FAMILY}:TYPE"])
+            raise InvalidOption(name="--variants", got=name, expected=f"some of {known}; types are {', '.join(TYPES)}")
     found = [Variant(name, "dense", None if name == "eager" else name) for name in NAMES[:3] if name in given]
     if "rana" in given:
         found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
         for config in configs:
             name = "rana" if config.label == "rank" else f"rana {config.label}"
             found += [Variant(name, "rana", mode, budget, config=config, prefill=prefill) for budget in budgets]
-    return found + [Variant(name, name, "reduce-overhead") for name in given if name in RIVALS]
+    found += [Variant(name, name, "reduce-overhead") for name in given if name in RIVALS]
+    return found + [Variant(name, FAMILY, None) for name in given if name in _OF_LLAMA_CPP]
+
+
+def _names(names: str) -> list[str]:
+    """The names between commas. After ``llama.cpp:TYPE`` further types are given by their own name."""
+    found: list[str] = []
+    for name in (part.strip() for part in names.split(",")):
+        continues = name in TYPES and found and found[-1] in _OF_LLAMA_CPP
+        found.append(f"{FAMILY}:{name}" if continues else name)
+    return found
 
 
 @dataclass(eq=False)
