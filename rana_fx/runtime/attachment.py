@@ -30,7 +30,7 @@ from rana_fx.runtime.changed_weights import TODO, Watch, adopt, stale_when_loade
 from rana_fx.runtime.column_major import by_columns_, by_rows_, why_by_rows
 from rana_fx.runtime.lora_state import LowRank
 from rana_fx.runtime.pass_through import LastPart
-from rana_fx.runtime.plan_fit import check_fit
+from rana_fx.runtime.plan_fit import check_fit, records_of
 
 MODULE = "rana_fx"
 
@@ -176,14 +176,6 @@ class Attachment:
 
     def _record(self, weight: nn.Parameter) -> SiteRecord | None:
         return self._records.get(self.names.get(id(weight), ""))
-
-
-def records_of(plan: Plan) -> dict[str, SiteRecord]:
-    """The records of a plan by the names of weights, in the plan's order; of sites that are parts of one weight, the first."""
-    found: dict[str, SiteRecord] = {}
-    for record in plan.sites:
-        found.setdefault(base_name(record.name), record)
-    return found
 
 
 class _Mark:

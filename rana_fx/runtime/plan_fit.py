@@ -1,4 +1,4 @@
-"""Check that a weight is the one that a plan was made for.
+"""The records of a plan's linears by the names of weights, and the check that a weight is the one that a record was made for.
 
 In: the plan's record of a linear and the weight of that name in a model. Out: nothing, or an error that names the difference.
 """
@@ -11,7 +11,7 @@ from rana_fx.dense_memory import is_freed
 from rana_fx.errors import PlanMismatch, WeightsFreed
 from rana_fx.graph.operands import base_name
 from rana_fx.ordinary import has_data
-from rana_fx.plan import SiteRecord, weight_digest
+from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.runtime.changed_weights import not_ordinary
 
 
@@ -37,3 +37,11 @@ def check_fit(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None)
         raise WeightsFreed(site=record.name, what="attach a plan")
     if weight_digest(weight) != record.digest:
         raise PlanMismatch(model=name, site=record.name, got="other weights", expected=f"weights with digest {record.digest}")
+
+
+def records_of(plan: Plan) -> dict[str, SiteRecord]:
+    """The records of a plan by the names of weights, in the plan's order; of sites that are parts of one weight, the first."""
+    found: dict[str, SiteRecord] = {}
+    for record in plan.sites:
+        found.setdefault(base_name(record.name), record)
+    return found

@@ -25,8 +25,9 @@ from rana_fx.graph.operands import base_name
 from rana_fx.modules import unwrap, weights_of
 from rana_fx.ordinary import has_data
 from rana_fx.plan import Plan, SiteRecord, weight_digest
-from rana_fx.runtime.attachment import Attachment, Factors, records_of
+from rana_fx.runtime.attachment import Attachment, Factors
 from rana_fx.runtime.changed_weights import CHANGED, GONE, Seen, not_ordinary
+from rana_fx.runtime.plan_fit import records_of
 from rana_fx.runtime.plan_folder import Folder, compiled_with
 
 _ATTACHMENTS = "_rana_fx_attachments"  # of a plan: device -> its factors there
