@@ -211,6 +211,28 @@ def test_a_copy_has_the_version_that_was_copied(planned):
     check(["\n".join([*lines, "return [q, k, p, r, u]"])], planned)
 
 
+def test_a_copy_after_a_write_shares_no_router_with_what_was_read_before(planned):
+    """Calibration groups linears that read one tensor: a copy is that tensor as long as neither was written."""
+    weights, _ = planned
+
+    class Program(nn.Module):
+        def __init__(self, lines):
+            super().__init__()
+            self.w0, self.w1, self.w2 = (nn.Parameter(weights[name].detach().clone()) for name in ("w0", "w1", "w2"))
+            self.run = function("\n".join([*lines, "return x + F.scaled_dot_product_attention(q, k, a)"]))
+
+        def forward(self, x):
+            return self.run(x, self.w0, self.w1, self.w2)
+
+    def groups(write):
+        lines = ["a = x * 1.0", "q = F.linear(a, w0)", *write, "c = a.clone()", "k = F.linear(c, w1)"]
+        found = calibrate(Program(lines), [torch.randn(ROWS, WIDTH)], wanted=lambda layout: set(), progress=False)
+        return {group.sites for group in found.layout.groups}
+
+    assert groups([]) == {("w0", "w1")}
+    assert groups(["a[0] = 2.0"]) == {("w0",), ("w1",)}
+
+
 @pytest.mark.parametrize("write", WRITES)
 def test_what_is_sampled_is_what_was_read(write, planned):
     """Calibration samples a tensor at the time of its readers."""
