@@ -52,6 +52,17 @@ def accepts_gated(problem: Problem) -> str | None:
     return reason
 
 
+def without_graph(problem: Problem) -> str | None:
+    """Compiled code calls the launcher in Python, longer than Inductor's launches of Triton kernels, unless a graph replays."""
+    if not problem.compiled:
+        return None
+    from torch._inductor import config
+
+    return (
+        None if config.triton.cudagraphs else "is launched from Python, which only a CUDA graph repeats without (reduce-overhead)"
+    )
+
+
 def gemv_us(problem: Problem) -> float | None:
     """Compiled: cost.tensor_core_us."""
     if not problem.compiled:
@@ -89,7 +100,16 @@ def _launch_gated(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, s
 
 
 def _row(op: str, launch: Any, accepts: Any) -> Implementation:
-    return Implementation(op, NAME, "cuda", accepts=accepts, cost=gemv_us, launch=launch, lower=f"rana_fx.passes.lower_cuda:{op}")
+    return Implementation(
+        op,
+        NAME,
+        "cuda",
+        accepts=accepts,
+        slower=without_graph,
+        cost=gemv_us,
+        launch=launch,
+        lower=f"rana_fx.passes.lower_cuda:{op}",
+    )
 
 
 ROWS = (

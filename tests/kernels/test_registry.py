@@ -236,7 +236,8 @@ def h200():
         patch.setattr(cost, "nearest", lambda device: cost.H200)
         patch.setattr(triton_rows, "_installed", lambda: True)
         patch.setattr(tensor_core_rows, "_device", lambda device: None)
-        yield
+        with torch._inductor.config.patch({"triton.cudagraphs": True}):
+            yield
 
 
 @pytest.mark.usefixtures("h200")
