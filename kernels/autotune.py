@@ -96,13 +96,17 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> float:
     return 1e3 * float(statistics.median(took)) / len(calls)
 
 
+def sources_in(folder: Path) -> list[Path]:
+    """All files of code in a folder and those below it, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu", ".cuh"))
+
+
 @functools.cache
 def _file() -> Path:
     import triton
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    folder = Path(__file__).resolve().parent
-    sources = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".cu", ".cuh")]
+    sources = [path.read_bytes() for path in sources_in(Path(__file__).resolve().parent)]
     facts = [torch.__version__, triton.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "none"]
     digest = hashlib.sha256(b"".join([*sources, *(fact.encode() for fact in facts)])).hexdigest()[:16]
     return Path(cache_dir()) / "rana_fx" / f"tuned-{digest}.json"

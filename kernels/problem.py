@@ -124,7 +124,9 @@ def operand_of_tensor(tensor: Tensor) -> Operand:
 
 
 def alignment_of(size: int, offset: int | torch.SymInt, strides: Sequence[int]) -> int:
-    """``Operand.alignment`` of elements of ``size`` bytes with the last dimension in a row."""
+    """``Operand.alignment`` of elements of ``size`` bytes; 1 for a matrix whose rows are not contiguous."""
+    if len(strides) > 1 and strides[-1] != 1:
+        return 1
     return math.gcd(16, size * int(offset), *(size * stride for stride in strides[:-1]))
 
 

@@ -16,24 +16,10 @@ import torch
 from torch._inductor.lowering import fallback_handler
 
 from rana_fx.kernels.cuda.config import Config, configs, default_config
+from rana_fx.kernels.gemv import forms
 from rana_fx.kernels.problem import Problem
 from rana_fx.passes import tune
 from rana_fx.passes.launch import fake, realized, starts_early
-
-
-def masked_gemv(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any) -> Any:
-    """(T, N)."""
-    return _masked_gemv(problem, v_TK, tau, weight, bias, scale)
-
-
-def masked_gemv_add(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, residual_TN: Any) -> Any:
-    """(T, N), in one launch."""
-    return _masked_gemv(problem, v_TK, tau, weight, bias, scale, residual_TN=residual_TN)
-
-
-def masked_gemv_gated(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, activation: str) -> Any:
-    """(T, N / 2), in one launch."""
-    return _masked_gemv(problem, v_TK, tau, weight, bias, scale, activation=activation)
 
 
 def _masked_gemv(
@@ -44,16 +30,20 @@ def _masked_gemv(
     bias: Any,
     scale: Any,
     *,
-    residual_TN: Any = None,
+    residual: Any = None,
     activation: str | None = None,
 ) -> Any:
+    """(T, N), or (T, N / 2) with an activation, in one launch."""
     from rana_fx.kernels.cuda import op
 
-    v, tau, weight, scale, bias, residual = realized(v_TK, tau, weight, scale, bias, residual_TN)
+    v, tau, weight, scale, bias, residual = realized(v_TK, tau, weight, scale, bias, residual)
     early = starts_early(v, (tau, weight, scale, bias))
     config = _config(problem, fake(weight), fake(scale), activation, early)
     call = fallback_handler(op.masked_gemv_tensor_cores, add_to_fallback_set=False)
     return call(v, tau, weight, bias, scale, residual, activation, list(dataclasses.astuple(config)), early)
+
+
+masked_gemv, masked_gemv_add, masked_gemv_gated = forms(_masked_gemv)
 
 
 def _config(problem: Problem, stored: Any, scale: Any, activation: str | None, early: bool) -> Config:

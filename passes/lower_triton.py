@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rana_fx.kernels import cost
+from rana_fx.kernels.gemv import forms
 from rana_fx.kernels.problem import Problem
 from rana_fx.kernels.triton.config import Config, Launch, configs, default_config
 from rana_fx.passes import tune
@@ -36,21 +37,6 @@ class _Launch:
     scale: torch.Tensor | None
     activation: str | None
     early: bool
-
-
-def masked_gemv(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any) -> Any:
-    """(T, N)."""
-    return _masked_gemv(problem, v_TK, tau, weight, bias, scale)
-
-
-def masked_gemv_add(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, residual_TN: Any) -> Any:
-    """(T, N), in one launch."""
-    return _masked_gemv(problem, v_TK, tau, weight, bias, scale, residual_TN=residual_TN)
-
-
-def masked_gemv_gated(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any, activation: str) -> Any:
-    """(T, N / 2), in one launch."""
-    return _masked_gemv(problem, v_TK, tau, weight, bias, scale, activation=activation)
 
 
 def masked_gemv_parts(problem: Problem, v_TK: Any, taus: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any]) -> Any:
@@ -122,21 +108,25 @@ def _masked_gemv(
     bias: Any,
     scale: Any,
     *,
-    residual_TN: Any = None,
+    residual: Any = None,
     activation: str | None = None,
 ) -> Any:
+    """(T, N), or (T, N / 2) with an activation, in one launch."""
     from rana_fx.kernels.triton import masked_gemv as kernel
 
     operands = realized(v_TK, tau, weight, scale)
     early = starts_early(operands[0], operands[1:])
     config = _config(_Launch(problem, fake(operands[2]), fake(operands[3]), activation, early))
-    operands += [*realized(bias, residual_TN), counters(v_TK.get_device())]
+    operands += [*realized(bias, residual), counters(v_TK.get_device())]
 
     def launch(v: Any, tau: Any, weight: Any, scale: Any, bias: Any, residual: Any, zeros: Any) -> Any:
         epilogue: dict[str, Any] = dict(residual=residual, activation=activation, counters=zeros)
         return kernel.masked_gemv(v, tau, weight, bias, scale, config=config, how=Launch(traced=True, pdl=early), **epilogue)
 
     return traced(launch, operands, key=("masked_gemv", config, activation, early))
+
+
+masked_gemv, masked_gemv_add, masked_gemv_gated = forms(_masked_gemv)
 
 
 def _config(wanted: _Launch) -> Config:

@@ -13,6 +13,7 @@ from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from rana_fx import errors, formats
 from rana_fx.kernels import reference
+from rana_fx.kernels.autotune import sources_in
 
 # folders of the package; in an editable install passes and kernels are outside of rana_fx
 FOLDERS = tuple(Path(str(file)).resolve().parent for file in (errors.__file__, __file__, reference.__file__))
@@ -25,7 +26,7 @@ def hashed_files() -> tuple[str, ...]:
     """All sources of the package but those of ``NO_CODE``, subfolders included, and those of registered storage formats."""
     package, *others = FOLDERS
     files = {path for path in package.rglob("*.py") if path.relative_to(package).parts[0].removesuffix(".py") not in NO_CODE}
-    files |= {path for folder in others for suffix in ("*.py", "*.cu", "*.cuh") for path in folder.rglob(suffix)}
+    files |= {path for folder in others for path in sources_in(folder)}
     files |= {Path(path).resolve() for path in formats.sources()}
     return tuple(sorted(map(str, files)))
 

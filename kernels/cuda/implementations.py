@@ -16,6 +16,7 @@ from torch import Tensor
 from rana_fx.errors import KernelNotCompiled
 from rana_fx.kernels import cost
 from rana_fx.kernels.cuda.config import MOST_SHARED_BYTES, default_config, most_shared_bytes
+from rana_fx.kernels.gemv import forms
 from rana_fx.kernels.problem import Problem
 from rana_fx.kernels.registry import Implementation
 from rana_fx.kernels.triton.config import MAX_TOKENS
@@ -85,18 +86,10 @@ def _device(device: torch.device) -> str | None:
     return None
 
 
-def _launch(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, *more: Any, **named: Any) -> Tensor:
+def _launch(*operands: Any, **fused: Any) -> Tensor:
     from rana_fx.kernels.cuda.masked_gemv import masked_gemv
 
-    return masked_gemv(v, tau, weight, bias, scale, *more, **named)
-
-
-def _launch_add(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, residual: Tensor) -> Tensor:
-    return _launch(v, tau, weight, bias, scale, residual=residual)
-
-
-def _launch_gated(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, activation: str) -> Tensor:
-    return _launch(v, tau, weight, bias, scale, activation=activation)
+    return masked_gemv(*operands, **fused)
 
 
 def _row(op: str, launch: Any, accepts: Any) -> Implementation:
@@ -112,8 +105,9 @@ def _row(op: str, launch: Any, accepts: Any) -> Implementation:
     )
 
 
+_plain, _add, _gated = forms(_launch)
 ROWS = (
-    _row("masked_gemv", _launch, accepts),
-    _row("masked_gemv_add", _launch_add, accepts),
-    _row("masked_gemv_gated", _launch_gated, accepts_gated),
+    _row("masked_gemv", _plain, accepts),
+    _row("masked_gemv_add", _add, accepts),
+    _row("masked_gemv_gated", _gated, accepts_gated),
 )

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rana_fx.errors import BadOperand, UnknownChoice
-from rana_fx.formats import bits_of, group_of, shape_of
+from rana_fx.errors import BadOperand
+from rana_fx.formats import bits_of, gated_unit, group_of, shape_of
 from rana_fx.kernels.cuda import driver, nvrtc
 from rana_fx.kernels.cuda.config import Config, columns_of, default_config
+from rana_fx.kernels.gemv import ACTIVATION_CODES, check_operands
 from rana_fx.kernels.triton.config import MAX_TOKENS
 
-ACTIVATION_CODES = {None: 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # in this order; primitives.cuh comes before them, or what defines its names elsewhere
 FILES = (
@@ -115,28 +115,18 @@ def prepared(
     residual: Tensor | None, activation: str | None, config: Config,
 ) -> Launch:  # fmt: skip
     """The launch of ``masked_gemv``. Raises BadOperand, UnknownChoice."""
-    if activation not in ACTIVATION_CODES:
-        raise UnknownChoice(kind="activation", got=activation, valid=", ".join(filter(None, ACTIVATION_CODES)))
     reason = refusal(v, tau, weight, scale, activation)
     if reason is not None:
-        raise BadOperand(
-            name="weight", got="not for this kernel", expected=f"another: it {reason}", todo="Use the Triton kernel."
-        )
+        todo = "Use the Triton kernel."
+        raise BadOperand(name="weight", got="not for this kernel", expected=f"another: it {reason}", todo=todo)
     assert scale is not None
-    ranks, columns = shape_of(weight, scale)
-    rows, bits = v.numel() // v.shape[-1], bits_of(weight)
-    outputs = columns // 2 if activation else columns
-    if v.shape[-1] != ranks or tuple(tau.shape) != (ranks,):
-        raise BadOperand(name="v", got=str(tuple(v.shape)), expected=f"(..., {ranks})", todo="One value and threshold per rank.")
-    unit = math.lcm(_ALIGNMENT * 8 // bits, group_of(weight, scale) if bits == 4 else 1)
-    if activation and (columns % 2 or outputs % unit):
+    bits, columns = bits_of(weight), shape_of(weight, scale)[1]
+    unit = math.lcm(_ALIGNMENT * 8 // bits, gated_unit(weight, scale) // 2)
+    if activation in ACTIVATION_CODES and columns % (2 * unit):
         todo, expected = "Apply the activation apart.", f"two halves that are multiples of {unit}"
         raise BadOperand(name="weight", got=f"{columns} columns", expected=expected, todo=todo)
-    if bias is not None and tuple(bias.shape) != (columns,):
-        raise BadOperand(name="bias", got=str(tuple(bias.shape)), expected=f"({columns},)", todo="One number per output.")
-    if residual is not None and (tuple(residual.shape) != (*v.shape[:-1], columns) or activation):
-        expected = f"{(*v.shape[:-1], columns)}, and no activation"
-        raise BadOperand(name="residual", got=str(tuple(residual.shape)), expected=expected, todo="Add it apart.")
+    rows, columns = check_operands(v, tau, weight, bias, scale, residual, activation)
+    outputs = columns // 2 if activation else columns
     if weight.data_ptr() % _ALIGNMENT or scale.data_ptr() % _ALIGNMENT:
         # memory that is shared with a file begins anywhere
         weight, scale = weight.clone(), scale.clone()
@@ -169,7 +159,7 @@ def constants_of(
         "THRESHOLD": DTYPE_CODES[tau.dtype],
         "BIAS": -1 if bias is None else DTYPE_CODES[bias.dtype],
         "RESIDUAL": -1 if residual is None else DTYPE_CODES[residual.dtype],
-        "ACTIVATION": ACTIVATION_CODES[activation],
+        "ACTIVATION": ACTIVATION_CODES[activation] if activation else 0,
         "SCALE_UNIT": scale_unit(weight, scale, activation) if bits == 4 else 4,
         "SHARED_BYTES": config.shared_bytes(ranks, tokens, bits, group, scale.element_size()),
     }

@@ -18,15 +18,12 @@ source.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
-from rana_fx.errors import BadOperand
-from rana_fx.kernels.triton.config import H200_SM_COUNT, MAX_TOKENS
+from rana_fx.kernels.triton.config import H200_SM_COUNT
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -42,14 +39,6 @@ else:
     @triton.jit
     def loop_bound(count):
         return count
-
-
-def check_token_count(name: str, x: Tensor) -> int:
-    """The rows of an operand. Raises BadOperand for more than a launch takes, or none."""
-    tokens = math.prod(x.shape[:-1])
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise BadOperand(name=name, got=f"{tokens} tokens", expected=f"1 to {MAX_TOKENS}", todo="Use the reference for more.")
-    return tokens
 
 
 def sm_count_of(x: Tensor) -> int:

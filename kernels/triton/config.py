@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from typing import Any
 
 import torch
 
-from rana_fx.errors import InvalidOption
+from rana_fx.errors import BadOperand, InvalidOption
 
 MAX_TOKENS = 16
 # on a CPU: for more, masks of several tokens cover most rows and a matmul is faster
@@ -82,6 +83,14 @@ class Launch:
 
 
 EAGER = Launch()
+
+
+def check_token_count(name: str, x: torch.Tensor) -> int:
+    """The rows of an operand. Raises BadOperand for more than a launch takes, or none."""
+    tokens = math.prod(x.shape[:-1])
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise BadOperand(name=name, got=f"{tokens} tokens", expected=f"1 to {MAX_TOKENS}", todo="Use the reference for more.")
+    return tokens
 
 
 def cdiv(a: int, b: int) -> int:

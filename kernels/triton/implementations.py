@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.kernels import cost
+from rana_fx.kernels.gemv import forms
 from rana_fx.kernels.problem import DTYPES, Problem
 from rana_fx.kernels.registry import Implementation
 from rana_fx.kernels.triton.config import COUNTERS, MAX_TOKENS, MOST_PARTS, TOKENS_AT_ONCE, cdiv
@@ -92,16 +93,10 @@ def rows_us(problem: Problem) -> float | None:
     return cost.rows_us(*problem.sizes, problem.density, cost.nearest(problem.device), bits=problem.bits)
 
 
-def launch_add(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor) -> Tensor:
+def launch_gemv(*operands: Any, **fused: Any) -> Tensor:
     from rana_fx.kernels.triton.masked_gemv import masked_gemv
 
-    return masked_gemv(v, tau, weight, bias, scale, residual=residual)
-
-
-def launch_gated(v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, activation: str) -> Tensor:
-    from rana_fx.kernels.triton.masked_gemv import masked_gemv
-
-    return masked_gemv(v, tau, weight, bias, scale, activation=activation)
+    return masked_gemv(*operands, **fused)
 
 
 def launch_normed(x: Tensor, gain: Tensor | None, weight: Tensor, scale: Tensor | None, eps: float, offset: float) -> Tensor:
@@ -122,10 +117,11 @@ def _row(op: str, launch: Any, **facts: Any) -> Implementation:
 _KERNELS = "rana_fx.kernels.triton"
 _GEMV = dict(accepts=accepts_gemv, slower=skips, cost=gemv_us)
 _PARTS = _GEMV | dict(accepts=accepts_parts)
+_plain, _add, _gated = forms(launch_gemv)
 ROWS = (
-    _row("masked_gemv", f"{_KERNELS}.masked_gemv:masked_gemv", **_GEMV),
-    _row("masked_gemv_add", launch_add, **_GEMV),
-    _row("masked_gemv_gated", launch_gated, **_GEMV),
+    _row("masked_gemv", _plain, **_GEMV),
+    _row("masked_gemv_add", _add, **_GEMV),
+    _row("masked_gemv_gated", _gated, **_GEMV),
     _row("masked_gemv_parts", f"{_KERNELS}.masked_gemv_concat:masked_gemv_parts", **_PARTS),
     _row("masked_rows", f"{_KERNELS}.masked_rows:masked_rows", accepts=accepts, slower=skips_of_few, cost=rows_us),
     _row("router", f"{_KERNELS}.router:router", accepts=accepts, slower=few),

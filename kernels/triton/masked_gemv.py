@@ -20,11 +20,11 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from rana_fx.errors import BadOperand, UnknownChoice
-from rana_fx.formats import bits_of, gated_unit, group_of, shape_of
+from rana_fx.errors import BadOperand
+from rana_fx.formats import bits_of, group_of, shape_of
+from rana_fx.kernels.gemv import ACTIVATION_CODES, check_operands
 from rana_fx.kernels.triton.compaction import (
     add_rows,
-    check_token_count,
     column_offsets,
     constants_of,
     kept_values,
@@ -38,7 +38,7 @@ from rana_fx.kernels.triton.compaction import (
 )
 from rana_fx.kernels.triton.config import EAGER, GROUP, TOKENS_AT_ONCE, Config, Launch, cdiv, default_config, row_warps_of
 from rana_fx.kernels.triton.masked_gemv_packed import masked_gemv_packed_kernel, words
-from rana_fx.kernels.triton.splitk import ACTIVATION_CODES, counters_for, partials_at_once, reduce_partials, store_sums
+from rana_fx.kernels.triton.splitk import counters_for, partials_at_once, reduce_partials, store_sums
 
 
 @triton.jit
@@ -128,42 +128,17 @@ def masked_gemv(
     Raises:
         BadOperand, UnknownChoice.
     """
-    rows, columns = _check(v, tau, weight, scale)
-    if bias is not None and tuple(bias.shape) != (columns,):
-        raise BadOperand(name="bias", got=str(tuple(bias.shape)), expected=f"({columns},)", todo="One number per output.")
-    wanted = (*v.shape[:-1], columns)
-    if residual is not None and (tuple(residual.shape) != wanted or activation is not None):
-        todo = "One number per token and output, and no activation."
-        raise BadOperand(name="residual", got=str(tuple(residual.shape)), expected=f"{wanted}", todo=todo)
-    if activation is not None and activation not in ACTIVATION_CODES:
-        raise UnknownChoice(kind="activation", got=activation, valid=", ".join(ACTIVATION_CODES))
+    rows, columns = check_operands(v, tau, weight, bias, scale, residual, activation)
     if how.traced and counters is None:
         # a tensor that is made while a graph is traced does not outlive the tracing
         raise BadOperand(name="counters", got="None", expected="int32 zeros", todo="Make them before tracing.")
     act = ACTIVATION_CODES[activation] if activation else 0
-    unit = gated_unit(weight, scale)
-    if act and columns % unit:
-        raise BadOperand(
-            name="weight", got=f"{columns} columns", expected=f"a multiple of {unit}", todo="Apply the activation apart."
-        )
     if config is None:
         sm_count = sm_count_of(v)
         config = default_config(v.shape[-1], columns, rows, sm_count=sm_count, bits=bits_of(weight))
     added = None if residual is None else residual.reshape(rows, -1)
     y = _launch(v.reshape(rows, -1), tau, weight, scale, bias, added, counters, config, act, how)
     return y.reshape(*v.shape[:-1], y.shape[1])
-
-
-def _check(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[int, int]:
-    """(T, N)."""
-    ranks, columns = shape_of(weight, scale)
-    if v.dim() < 1 or v.shape[-1] != ranks or not v.is_floating_point():
-        got = f"{tuple(v.shape)} {v.dtype}"
-        raise BadOperand(name="v", got=got, expected=f"floating, (..., {ranks})", todo="Its last size is weight's first.")
-    if tuple(tau.shape) != (ranks,):
-        raise BadOperand(name="tau", got=str(tuple(tau.shape)), expected=f"({ranks},)", todo="One threshold per rank.")
-    tokens = check_token_count("v", v)
-    return tokens, columns
 
 
 def _launch(

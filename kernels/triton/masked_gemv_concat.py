@@ -17,8 +17,17 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from rana_fx.errors import BadOperand
-from rana_fx.kernels.triton.compaction import check_token_count, sm_count_of
-from rana_fx.kernels.triton.config import EAGER, MOST_PARTS, TOKENS_AT_ONCE, Config, Launch, cdiv, default_config
+from rana_fx.kernels.triton.compaction import sm_count_of
+from rana_fx.kernels.triton.config import (
+    EAGER,
+    MOST_PARTS,
+    TOKENS_AT_ONCE,
+    Config,
+    Launch,
+    cdiv,
+    check_token_count,
+    default_config,
+)
 from rana_fx.kernels.triton.masked_gemv import lists_for, masked_sums, meta_of
 from rana_fx.kernels.triton.splitk import counters_for
 

@@ -18,13 +18,12 @@ import triton.language as tl
 from rana_fx.errors import BadOperand
 from rana_fx.formats import is_plain
 from rana_fx.kernels.triton.compaction import (
-    check_token_count,
     loop_bound,
     sm_count_of,
     wait_for_previous,
     zero_accumulators,
 )
-from rana_fx.kernels.triton.config import EAGER, H200_SM_COUNT, TOKENS_AT_ONCE, Launch, cdiv
+from rana_fx.kernels.triton.config import EAGER, H200_SM_COUNT, TOKENS_AT_ONCE, Launch, cdiv, check_token_count
 from rana_fx.kernels.triton.router import RouterConfig, add_products
 from rana_fx.kernels.triton.router import default_config as router_config
 

@@ -20,13 +20,12 @@ import triton.language as tl
 from rana_fx.errors import BadOperand
 from rana_fx.formats import bits_of, group_of, shape_of
 from rana_fx.kernels.triton.compaction import (
-    check_token_count,
     loop_bound,
     sm_count_of,
     wait_for_previous,
     zero_accumulators,
 )
-from rana_fx.kernels.triton.config import EAGER, H200_SM_COUNT, TOKENS_AT_ONCE, WARP_BYTES, Launch, cdiv
+from rana_fx.kernels.triton.config import EAGER, H200_SM_COUNT, TOKENS_AT_ONCE, WARP_BYTES, Launch, cdiv, check_token_count
 from rana_fx.kernels.triton.masked_gemv_packed import dequantize, scales_of, units, words
 
 

@@ -10,7 +10,7 @@ buffer per device, made once and never freed, since captured graphs hold address
 two graphs, share counters only if the ring went round between them, after some thousand launches. Where that can happen, launches
 need counters of their own.
 
-    ACT      0 none; else y_n = act(first_n) * second_n over the two halves of N columns, by ACTIVATION_CODES.
+    ACT      0 none; else y_n = act(first_n) * second_n over the two halves of N columns, by gemv.ACTIVATION_CODES.
              A block is then the same columns of both halves, so that its last program has all operands.
 """
 
@@ -23,10 +23,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from rana_fx.kernels.reference import ACTIVATIONS
 
-# what ``activated`` is compiled for: 1 silu, 2 tanh-GELU, 3 ReLU, 4 GELU
-ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS, 1)}
 RING = 1 << 16
 # whole lines of L2, so that launches at the same time do not contend for one
 STEP = 32
