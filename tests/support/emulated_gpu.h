@@ -101,35 +101,24 @@ inline u32 bytes_of(u32 a, u32 b, u32 selector) {
   return d;
 }
 inline u32 and_xor(u32 a, u32 b, u32 c) { return (a & b) ^ c; }
-inline float float_of_bits(u32 x) {
-  float y;
-  std::memcpy(&y, &x, 4);
+template <class To, class From>
+inline To same_bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof y);
   return y;
 }
-inline u32 bits_of_float(float x) {
-  u32 y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
+inline float float_of_bits(u32 x) { return same_bits<float>(x); }
+inline u32 bits_of_float(float x) { return same_bits<u32>(x); }
 inline int nearest_integer(float x) {
   if (x != x) return 0;  // as a GPU converts it
   return x >= 2147483648.f ? 0x7FFFFFFF : x <= -2147483648.f ? -0x7FFFFFFF - 1 : (int)std::nearbyint(x);
 }
-inline float float_of_half(u16 x) {
-  _Float16 y;
-  std::memcpy(&y, &x, 2);
-  return (float)y;
-}
-inline u16 half_of_float(float x) {
-  _Float16 y = (_Float16)x;
-  u16 z;
-  std::memcpy(&z, &y, 2);
-  return z;
-}
+inline float float_of_half(u16 x) { return (float)same_bits<_Float16>(x); }
+inline u16 half_of_float(float x) { return same_bits<u16>((_Float16)x); }
 inline u16 bfloat_of_float(float x) {
-  u32 y;
-  std::memcpy(&y, &x, 4);
   if (x != x) return 0x7FFF;
+  u32 y = bits_of_float(x);
   return (u16)((y + 0x7FFF + (y >> 16 & 1)) >> 16);
 }
 inline float exponential(float x) { return std::exp(x); }
