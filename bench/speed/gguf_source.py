@@ -60,8 +60,8 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
         named = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if named is None:
             raise ValueError(f"{name} has no name in GGUF")
-        dtype = {torch.uint8: "uint8", torch.float16: "float16", torch.float32: "float32"}[stored.dtype]
-        writer.add_tensor_info(named, tuple(stored.shape), _numpy_dtype(dtype), size, raw_dtype=raw)
+        dtype = torch.empty(0, dtype=stored.dtype).numpy().dtype
+        writer.add_tensor_info(named, tuple(stored.shape), dtype, size, raw_dtype=raw)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -110,12 +110,6 @@ def _stored(tensor: Tensor, gguf: Any) -> tuple[Tensor, Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint8), gguf.GGMLQuantizationType.BF16
     return tensor, None
-
-
-def _numpy_dtype(name: str) -> Any:
-    import numpy
-
-    return numpy.dtype(name)
 
 
 def _llama(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:

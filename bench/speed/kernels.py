@@ -32,6 +32,7 @@ import typer
 from torch import Tensor
 
 from bench.common.record import append, head, start
+from bench.speed.rival_matmuls import MATMULS
 from bench.speed.shapes import Shape, shapes
 from bench.speed.timing import Call, Times, buffer_count, copy_gbps, error_ratio, timed
 from rana_fx.commands.record import show
@@ -42,7 +43,7 @@ from rana_fx.kernels.cost import prefers_masked
 Fastest = dict[tuple[str, int], float]
 BASELINES = ("cublas", "inductor", "published", "fallback")
 # others' matmuls in 4 bits, on a GPU
-RIVALS = ("int4", "gemlite")
+RIVALS = tuple(MATMULS)
 RIVAL_BITS = 4
 
 

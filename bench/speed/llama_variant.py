@@ -24,14 +24,13 @@ from torch import Tensor
 from bench.common.models import layers_of
 from bench.speed import gguf_source, llama_engine
 from bench.speed.decoding import Decoder, Forward, Script
-from bench.speed.verify import bound, perturbed, relative_rmse
+from bench.speed.verify import bound, of_noise, perturbed, relative_rmse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILY = "llama.cpp"
 _CONTEXT, _STEPS = 16, 4
-_MOST = 0.3  # of the error of a converted file: unrelated logits differ by 1.4
 
 
 @dataclass(eq=False)
@@ -84,7 +83,7 @@ class Files:
         with opened(path, decoder, room=decoder.room) as engine:
             error = relative_rmse(engine.logits(None, script), expected)
         terms = max(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 2)
-        return {"error": error, "bound": max(bound(coarser, layers_of(model), terms), min(2 * noise, _MOST))}
+        return {"error": error, "bound": of_noise(bound(coarser, layers_of(model), terms), noise)}
 
 
 @contextmanager

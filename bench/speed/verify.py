@@ -106,11 +106,16 @@ def record_expected(
     return Expected(masked, fixed, noise, fixed_noise)
 
 
+def of_noise(limit: float, noise: float) -> float:
+    """The bound where no mask changes: ``limit``, or twice what the reference itself varies by, as far as that is rounding."""
+    return max(limit, min(_TIMES_NOISE * noise, _MOST_FIXED))
+
+
 def check_logits(run: Callable[[], Tensor], plan: Plan | None, expected: Expected, *, limit: float, seed: int = 0) -> CheckResult:
     """Compare ``run`` of the version to be timed with the reference's logits for the same seed."""
     masked_error = relative_rmse(run(), expected.masked)
     if plan is None or expected.fixed is None:
-        allowed = max(limit, min(_TIMES_NOISE * expected.noise, _MOST_FIXED))
+        allowed = of_noise(limit, expected.noise)
         return CheckResult(masked_error <= allowed, masked_error, allowed, None, limit, expected.noise)
     with fixed_masks(plan, seed=seed):
         fixed_error = relative_rmse(run(), expected.fixed)
