@@ -258,7 +258,7 @@ def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, config: P
 
 
 def _stored(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    return (matrix, None) if bits == 16 else pack(matrix.contiguous(), bits)
+    return (matrix, None) if bits == 16 else pack(matrix.contiguous(), bits, scale_dtype=torch.bfloat16)
 
 
 def _floating(bits: int, weight: Tensor) -> int:
