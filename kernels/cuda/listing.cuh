@@ -1,32 +1,72 @@
 // The ranks that a block multiplies.
 
+// The ranks that a thread lists, and what is known of them before the values are: warps list PER_THREAD * 32 neighbours of the slice.
+struct Thresholds {
+  const Arguments& a;
+  int split;
+  float tau[PER_THREAD], scale[PER_THREAD];
+
+  DEVICE Thresholds(const Arguments& a, int split) : a(a), split(split) {
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++) {
+      tau[i] = there(i) ? read(a.tau, rank(i) * a.tau_rank, THRESHOLD) : 0.f;
+      if (BITS == 8) scale[i] = there(i) ? read(a.scale, (u64)(u32)rank(i) * a.scale_row, SCALE) : 0.f;
+    }
+  }
+  // Place in the slice of this thread's i-th rank, the rank, and whether there is one: those that are not are the last places.
+  DEVICE int place(int i) const { return (thread_index() / LANES * PER_THREAD + i) * LANES + thread_index() % LANES; }
+  DEVICE int rank(int i) const { return place(i) / STEP * (STEP * SPLITS) + split * STEP + place(i) % STEP; }
+  DEVICE bool there(int i) const { return place(i) < LISTED && rank(i) < a.K; }
+};
+
+// Where no threshold of the slice can drop a rank, lists all of them, and returns how many; else 0. Reads no values.
+DEVICE int list_all(const Thresholds& thresholds, char* memory) {
+  int* counts = (int*)(memory + AT_COUNTS);
+  int thread = thread_index(), count = 0;
+  bool all = true;
+#pragma unroll
+  for (int i = 0; i < PER_THREAD; i++) {
+    // no square is below 0, nor below NaN
+    all = all && !(thresholds.tau[i] > 0.f);
+    count += ones(ballot(thresholds.there(i)));
+  }
+  if (ballot(!all)) count = -LISTED;
+  if (thread % LANES == 0) counts[thread / LANES] = count;
+  sync_block();
+  int total = 0;
+#pragma unroll
+  for (int j = 0; j < ALL_WARPS; j++) total += counts[j];
+  if (total > 0) {
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++) {
+      if (thresholds.there(i)) ((int*)memory)[thresholds.place(i)] = thresholds.rank(i);
+    }
+    if (thread < STEP) ((int*)memory)[total + thread] = 0;
+  }
+  sync_block();
+  return total > 0 ? total : 0;
+}
+
 // Lists the kept ranks of this block's slice in order; returns how many there are. Waits for the previous kernel.
-DEVICE int list_ranks(const Arguments& a, char* memory, int split) {
+DEVICE int list_ranks(const Thresholds& thresholds, char* memory) {
+  const Arguments& a = thresholds.a;
+  const float(&tau)[PER_THREAD] = thresholds.tau;
   int* ranks = (int*)memory;
   u16* values = (u16*)(memory + AT_VALUES);
   u32* factors = (u32*)values;
   int* counts = (int*)(memory + AT_COUNTS);
   int thread = thread_index(), warp = thread / LANES, lane = thread % LANES;
-  // a warp lists PER_THREAD * 32 ranks that are neighbours in the slice
-  float tau[PER_THREAD], scale[PER_THREAD];
   u16 v[PER_THREAD][TOKENS <= 4 ? TOKENS : 1];
   u32 kept[PER_THREAD];
   int count = 0;
-#pragma unroll
-  for (int i = 0; i < PER_THREAD; i++) {
-    int o = (warp * PER_THREAD + i) * LANES + lane, k = o / STEP * (STEP * SPLITS) + split * STEP + o % STEP;
-    bool there = o < LISTED && k < a.K;
-    tau[i] = there ? read(a.tau, k * a.tau_rank, THRESHOLD) : 0.f;
-    if (BITS == 8) scale[i] = there ? read(a.scale, (u64)(u32)k * a.scale_row, SCALE) : 0.f;
-  }
   if (EARLY) {
     wait_for_previous_kernel();
     start_next_kernel();
   }
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
-    int o = (warp * PER_THREAD + i) * LANES + lane, k = o / STEP * (STEP * SPLITS) + split * STEP + o % STEP;
-    bool keep = false, there = o < LISTED && k < a.K;
+    int k = thresholds.rank(i);
+    bool keep = false, there = thresholds.there(i);
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
       u16 x = there ? ((const u16*)a.v)[t * a.v_token + k * a.v_rank] : (u16)0;
@@ -46,7 +86,7 @@ DEVICE int list_ranks(const Arguments& a, char* memory, int split) {
     for (int t = 0; t < TOKENS; t++) {
       u32 most = 0;
 #pragma unroll
-      for (int i = 0; i < PER_THREAD; i++) most = max(most, magnitude(value_of(v[i][t]) * scale[i]));
+      for (int i = 0; i < PER_THREAD; i++) most = max(most, magnitude(value_of(v[i][t]) * thresholds.scale[i]));
       store_largest(memory, t, most);
     }
   }
@@ -65,11 +105,11 @@ DEVICE int list_ranks(const Arguments& a, char* memory, int split) {
   }
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
-    int o = (warp * PER_THREAD + i) * LANES + lane, k = o / STEP * (STEP * SPLITS) + split * STEP + o % STEP;
+    int k = thresholds.rank(i);
     if (kept[i] >> lane & 1) {
       int place = at + ones(kept[i] & ((1u << lane) - 1));
       ranks[place] = k;
-      float factor = BITS == 8 ? scale[i] : 0.f;
+      float factor = BITS == 8 ? thresholds.scale[i] : 0.f;
       if (LISTS_POWERS) {
         // at least half of and below 1, so that products have the range of the values
         u32 exponent = bits_of_float(factor) & 0x7F800000u;

@@ -64,12 +64,23 @@ KERNEL void CLUSTER(SPLITS) BOUNDS(THREADS, BLOCKS) masked_gemv(CONSTANT Argumen
   char* memory = shared_memory();
   int thread = thread_index(), warp = thread / LANES, segment = warp % SEGMENTS;
   int block = block_index() / SPLITS, split = block_index() % SPLITS;
-  int listed = list_ranks(a, memory, split);
-  Share share{a, memory, block, warp, thread % LANES, segment, warp / SEGMENTS, first_column(a, block, segment), listed};
+  Thresholds thresholds(a, split);
+  Share share{a, memory, block, warp, thread % LANES, segment, warp / SEGMENTS, first_column(a, block, segment), 0};
   Products products(share);
   Pipeline<Products> pipeline(share, products);
   bool works = share.column < share.end();
-  if (works) {
+  // weights that are multiplied whatever the values are copied while the previous kernel runs
+  bool all = false;
+  if (EARLY) {
+    share.listed = list_all(thresholds, memory);
+    all = share.listed > 0;
+    if (all && works) {
+      products.begin();
+      pipeline.begin();
+    }
+  }
+  share.listed = list_ranks(thresholds, memory);
+  if (!all && works) {
     products.begin();
     pipeline.begin();
   }

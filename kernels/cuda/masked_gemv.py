@@ -17,8 +17,9 @@ from torch import Tensor
 from rana_fx.errors import BadOperand
 from rana_fx.formats import bits_of, gated_unit, group_of, shape_of
 from rana_fx.kernels.cuda import driver, nvrtc
-from rana_fx.kernels.cuda.config import Config, columns_of, default_config
+from rana_fx.kernels.cuda.config import ALONE_BYTES, Config, columns_of, default_config
 from rana_fx.kernels.gemv import ACTIVATION_CODES, check_operands
+from rana_fx.kernels.triton.compaction import sm_count_of
 from rana_fx.kernels.triton.config import MAX_TOKENS
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -133,15 +134,16 @@ def prepared(
     flat, added = v.reshape(rows, -1), None if residual is None else residual.reshape(rows, -1)
     y = torch.empty((rows, outputs), dtype=v.dtype, device=v.device)
     kept = (flat, tau, weight, scale, bias, added)
-    constants, arguments = constants_of(*kept, activation, config), arguments_of(*kept, y)
-    return Launch(constants, arguments, config.blocks(outputs, bits, gated=activation is not None), y, kept)
+    blocks = config.blocks(outputs, bits, gated=activation is not None)
+    constants = constants_of(*kept, activation, config, alone=config.alone(blocks, sm_count_of(v)))
+    return Launch(constants, arguments_of(*kept, y), blocks, y, kept)
 
 
 def constants_of(
     v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    activation: str | None, config: Config,
+    activation: str | None, config: Config, *, alone: bool = False,
 ) -> tuple[tuple[str, int], ...]:  # fmt: skip
-    """The constants that masked_gemv.cu is compiled with. v (T, K)."""
+    """The constants that masked_gemv.cu is compiled with. v (T, K). alone: a multiprocessor for each block."""
     tokens, ranks, bits = *v.shape, bits_of(weight)
     group = group_of(weight, scale) if bits == 4 else weight.shape[1]
     constants = {
@@ -161,7 +163,7 @@ def constants_of(
         "RESIDUAL": -1 if residual is None else DTYPE_CODES[residual.dtype],
         "ACTIVATION": ACTIVATION_CODES[activation] if activation else 0,
         "SCALE_UNIT": scale_unit(weight, scale, activation) if bits == 4 else 4,
-        "SHARED_BYTES": config.shared_bytes(ranks, tokens, bits, group, scale.element_size()),
+        "SHARED_BYTES": max(config.shared_bytes(ranks, tokens, bits, group, scale.element_size()), ALONE_BYTES if alone else 0),
     }
     return tuple(constants.items())
 

@@ -78,6 +78,19 @@ def test_matches_fp64(name):
         one.check(emulated.masked_gemv(*one.operands, config=config))
 
 
+@pytest.mark.parametrize(
+    "name", ["one token, a partial segment", "two tokens, 8 bits, two segments", "six tokens", "nine tokens, 8 bits, two segments"]
+)
+def test_an_early_launch_reads_no_value_before_it_waits(name):
+    """Where no threshold drops anything weights are copied before; one threshold makes the lists wait for the values."""
+    case, config = CASES[name]
+    for tau in (torch.zeros_like(case.tau), torch.full_like(case.tau, -1), case.tau, torch.eye(1, len(case.tau))[0] * 1e30):
+        one = dataclasses.replace(case, tau=tau)
+        y = emulated.masked_gemv(*one.operands, config=config, early=True)
+        one.check(y)
+        assert torch.equal(y, emulated.masked_gemv(*one.operands, config=config))
+
+
 def test_one_and_two_tokens_whose_integers_do_not_fit():
     """They take the products of floats."""
     config = Config(8, 2, 1, 6)
