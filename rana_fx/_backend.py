@@ -32,13 +32,12 @@ from rana_fx.runtime.attachment import attached, attachment_of
 from rana_fx.runtime.changed_weights import TODO as OUTDATED
 from rana_fx.runtime.changed_weights import adopt, gone
 from rana_fx.runtime.disabled_parts import disabled_parts
+from rana_fx.runtime.inductor_options import inductor_options, launches_wait, with_defaults
 from rana_fx.runtime.plain_weights import attachments_of_models, in_place_of_planned
 from rana_fx.runtime.plan_folder import kept_alive
 from rana_fx.runtime.plan_option import gone as gone_by_option
 from rana_fx.runtime.plan_option import plan_of
 from rana_fx.runtime.prefill import MODES
-
-_KNOWN_OPTIONS = "'plan', 'prefill', 'strict', 'mode' or an option of Inductor (torch._inductor.list_options())"
 
 _UNKNOWN = "the plan knows none of the weights in this graph: it runs dense"
 _TODO = (
@@ -72,7 +71,8 @@ def backend(
               ``torch.no_grad()``, and each graph that frees a weight is compiled twice.
             - "strict": True raises ``NotApplied`` where a part of the plan cannot be applied in a graph. By default that linear
               is dense, and a ``RanaWarning`` is given once for each cause.
-            - "mode", and the options of Inductor, as torch.compile takes them for ``backend="inductor"``.
+            - "mode", and the options of Inductor, as torch.compile takes them for ``backend="inductor"``. Graphs that decode on
+              a GPU have other defaults (``runtime/inductor_options.py``).
         mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
 
     Returns:
@@ -101,7 +101,8 @@ def backend(
     result = rewrite(gm, example_inputs, plan=plan, prefill=prefill, strict=strict)
     weights = weights_to_free(result.matches) if prefill == "factors" else []
     patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    with launches_wait():
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=with_defaults(patches, gm))
     if plan is not None:
         compiled = kept_alive(compiled, plan)
     return _freeing_after_first_run(compiled, weights) if weights else compiled
@@ -226,29 +227,6 @@ def _attached_nearby() -> bool:
 def _variables() -> list[object]:
     """The local variables of the code that is being compiled."""
     return list(getattr(translator(), "f_locals", {}).values())
-
-
-def inductor_options(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
-    """Inductor's config patches for a mode and options of torch.compile. Raises InvalidOption."""
-    from torch._inductor import list_mode_options
-
-    given = dict(options or {})
-    mode = given.pop("mode", mode) or "default"
-    known = list_mode_options()
-    if mode not in known:
-        raise InvalidOption(name="mode", got=mode, expected=f"one of {', '.join(known)}")
-    patches: dict[str, Any] = dict(known[mode])
-    settings = torch._inductor.config.get_config_copy()
-    for name, value in given.items():
-        key = name.replace("-", "_")
-        if key not in settings:
-            raise InvalidOption(
-                name=name,
-                got=value,
-                expected=_KNOWN_OPTIONS,
-            )
-        patches[key] = value
-    return patches
 
 
 class _PostGrad(CustomGraphPass):
