@@ -19,9 +19,11 @@ from rana_fx.passes.decompose_transformed import decompose_transformed
 from rana_fx.passes.drop_recompute_tags import drop_recompute_tags
 from rana_fx.passes.fuse_gated import fuse_gated
 from rana_fx.passes.fuse_norm import fuse_norm
+from rana_fx.passes.fuse_repeated_heads import fuse_repeated_heads
 from rana_fx.passes.fuse_residual import fuse_residual
 from rana_fx.passes.fuse_same_input import fuse_same_input
 from rana_fx.passes.rewrite_adapter import rewrite_adapter
+from rana_fx.passes.rewrite_attention import rewrite_attention
 from rana_fx.passes.rewrite_gated import rewrite_gated
 from rana_fx.passes.rewrite_lora import rewrite_lora
 
@@ -35,6 +37,8 @@ PRE_GRAD: tuple[Pass[PreGrad], ...] = (
     check_rewritten,
     # after the rewrites, which find linears by their weight: it adds LoRA's term to every use of a matrix that is left
     rewrite_lora,
+    # after what puts factors and LoRA into the graph: where these are trained, gradients flow through attention
+    rewrite_attention,
     # after the rewrites, which make operations and find each other's
     decompose_transformed,
     # after what tags nodes, and with all that may be trained in the graph
@@ -51,6 +55,8 @@ POST_GRAD: tuple[Pass[PostGrad], ...] = (
     fuse_gated,
     # last: a matmul in a shared launch has no epilogue, and an epilogue of its own saves more
     fuse_same_input,
+    # anywhere: no other pass reads attention or changes its operands
+    fuse_repeated_heads,
 )
 
 __all__ = ["NORMALIZE", "POST_GRAD", "PRE_GRAD"]

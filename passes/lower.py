@@ -8,6 +8,8 @@ In: an operation in the graph that AOTAutograd returned. Out: Inductor IR of its
     a matmul (everything else): a mask of its input fuses into the producer, one of its output into the consumer; of fused
     forms, the operations they were made of: lower_dense.py
 
+``rana::decode_attention`` has a lowering of its own (lower_attention.py).
+
 All leading dimensions of activations are one dimension for an implementation. Logging at level DEBUG ("rana_fx.passes.lower")
 names the implementation of each operation, and the reasons why those before it were not used.
 
@@ -31,6 +33,7 @@ from rana_fx.kernels import registry
 from rana_fx.kernels.ops import arguments_of, without_density
 from rana_fx.kernels.problem import Operand, Problem, alignment_of, problem_of
 from rana_fx.kernels.triton.config import CPU_TOKENS, MAX_TOKENS
+from rana_fx.passes import lower_attention
 
 _aten = torch.ops.aten
 _log = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ def register() -> None:
         target = getattr(torch.ops.rana, op).default
         if target not in lowerings:
             register_lowering(target, type_promotion_kind=None)(_lowering_of(op))
+    lower_attention.register()
 
 
 def _lowering_of(op: str) -> Callable[..., Any]:

@@ -1,10 +1,10 @@
 """Invariants that every graph keeps after every pass. A violation is a bug of a pass, so it asserts.
 
-Checked: the graph is well formed; every ``rana::`` operation is declared in kernels/ops.py, and has a backward pass in a graph
-before autograd; every tensor-valued node has a fake value, and it is true: the node, run on the fake values of its inputs, yields
-that shape, dtype and device, past autograd also these strides (Inductor lays out memory by them); no output shares memory with an
-input or another output that did not before. Only nodes that a pass added or changed are run, and a graph that came without fake
-values is not expected to have any.
+Checked: the graph is well formed; every ``rana::`` operation is declared in ``kernels/``, and has a backward pass in a graph
+before autograd (attention where gradients flow); every tensor-valued node has a fake value, and it is true: the node, run on
+the fake values of its inputs, yields that shape, dtype and device, past autograd also these strides (Inductor lays out memory
+by them); no output shares memory with an input or another output that did not before. Only nodes that a pass added or changed
+are run, and a graph that came without fake values is not expected to have any.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from rana_fx.graph.fake_values import fake_run, mode_of
 from rana_fx.graph.names import attribute_at
 from rana_fx.graph.ops import DROPOUT, op_name
 from rana_fx.graph.transforms import is_plumbing
-from rana_fx.kernels import ops
+from rana_fx.kernels import attention, ops
 from rana_fx.passes.aliasing import Aliases, storages
 from rana_fx.passes.snapshot import Snapshot
 
-_KNOWN = frozenset(op for op in vars(ops).values() if isinstance(op, OpOverload) and op.namespace == "rana")
+_DECLARED = (*vars(ops).values(), *vars(attention).values())
+_KNOWN = frozenset(op for op in _DECLARED if isinstance(op, OpOverload) and op.namespace == "rana")
 _DIFFERENTIABLE = frozenset({ops.masked_gemv, ops.masked_rows, ops.router})
 # their results, or side effects, do not follow from shapes
 _NOT_RUN = (_enter_autocast, _exit_autocast, torch._C._set_grad_enabled)
@@ -71,7 +72,9 @@ class Verifier:
         target = node.target
         if isinstance(target, OpOverload) and target.namespace == "rana":
             assert target in _KNOWN, f"{node}: unknown operation {target}"
-            assert self._past_autograd or target in _DIFFERENTIABLE, f"{node}: {target} has no backward pass"
+            trained = torch.is_grad_enabled() and any(map(_requires_grad, node.all_input_nodes))
+            differentiable = target in _DIFFERENTIABLE or (target is attention.decode_attention and not trained)
+            assert self._past_autograd or differentiable, f"{node}: {target} has no backward pass"
 
     def _check_value(self, node: fx.Node, mode: FakeTensorMode, *, fresh: bool) -> None:
         if not _is_run(node):
@@ -98,6 +101,10 @@ class Verifier:
                 assert lies == views, f"{node}: its fake value {'lies' if lies else 'does not lie'} in the memory of {source}"
             elif views:
                 self._aliases.join(value, found)
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    return bool(getattr(value_of(node), "requires_grad", False))
 
 
 def _is_run(node: fx.Node) -> bool:
