@@ -53,6 +53,8 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, tokens: int, chan
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])  # PyTorch takes no mask of one dimension
     return by_tokens(F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True))
 
 

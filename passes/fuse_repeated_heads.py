@@ -1,8 +1,8 @@
 """Attention reads the heads of a cache themselves, not a copy of them for each query head.
 
-    c = clone(expand(unsqueeze(k, 2), (B, G, R, S, D))); y = decode_attention(q, view(c, (B, G R, S, D)), ..., expand(mask), scale)
+    c = clone(expand(unsqueeze(k, 2), (B, G, R, S, D))); y = decode_attention(q, view(c, (B, G R, S, D)), ..., expand(m), s)
   becomes
-    y = decode_attention(q, k, ..., mask, scale)
+    y = decode_attention(q, k, ..., m, s)
 
 In: an aten graph past autograd. Out: how many operations read fewer heads, and why others read what they did. Repetitions are
 recognised by the shapes of the views between a tensor and the operation. The operation reads a mask that broadcasts as it is.

@@ -45,7 +45,7 @@ def main(
         str,
         typer.Option(
             "--variants",
-            help="Some of eager, reduce-overhead, max-autotune, rana, and quantised rivals: int8, fp8, int4 (torchao), gemlite, "
+            help="Some of eager, reduce-overhead, max-autotune, dense+attention, rana, and quantised rivals: int8, fp8, int4 (torchao), gemlite, "
             "llama.cpp:TYPE (a type of GGUF; further types after it by commas; batch 1 on a CPU).",
         ),
     ] = "eager,reduce-overhead,rana",

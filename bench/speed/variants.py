@@ -6,6 +6,7 @@ attached and its thresholds set, or a quantised copy. Rivals are the last varian
     eager                       the model's own forward
     reduce-overhead             torch.compile with that mode: Inductor and CUDA graphs
     max-autotune                torch.compile with that mode, which also measures kernel configs
+    dense+attention             reduce-overhead, with the attention of decoded tokens that rana uses (``bench.speed.dense``)
     rana                        rana_fx.backend with --mode; one variant per saved plan, or per random plan (config and budget)
     int8, fp8, int4, gemlite    the rivals of ``bench.speed.rivals``: quantised linears, then reduce-overhead
     llama.cpp:TYPE              the model in a GGUF file of that type, decoded by llama.cpp (``bench.speed.llama_variant``)
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import rana_fx
+from bench.speed.dense import attention_alone
 from bench.speed.llama_engine import TYPES
 from bench.speed.llama_variant import FAMILY
 from bench.speed.random_plan import PlanConfig, RecordingMeter, attach_unchecked, live_plan, random_plan, set_thresholds
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
 
     from bench.speed.decoding import Decoder, Script
 
-NAMES = ("eager", "reduce-overhead", "max-autotune", "rana")
+ATTENTION = "dense+attention"
+DENSE = {"eager": None, "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune", ATTENTION: "reduce-overhead"}
+NAMES = (*DENSE, "rana")
 _OF_LLAMA_CPP = {f"{FAMILY}:{name}" for name in TYPES}
 _CHECK_STEPS = 4
 CHECK_CONTEXT = 16
@@ -71,6 +75,8 @@ class Variant:
         if self.kind == "rana":
             options: Any = {"mode": self.mode, "prefill": self.prefill}
             return torch.compile(forward, backend=rana_fx.backend, options=options, dynamic=False, fullgraph=True)
+        if self.name == ATTENTION:
+            return torch.compile(forward, backend=attention_alone, options={"mode": self.mode}, dynamic=False, fullgraph=True)
         return torch.compile(forward, mode=self.mode, dynamic=False, fullgraph=True)
 
 
@@ -83,7 +89,7 @@ def variants(
         if name not in NAMES and name not in RIVALS and name not in _OF_LLAMA_CPP:
             known = ", ".join([*NAMES, *RIVALS, f"{FAMILY}:TYPE"])
             raise InvalidOption(name="--variants", got=name, expected=f"some of {known}; types are {', '.join(TYPES)}")
-    found = [Variant(name, "dense", None if name == "eager" else name) for name in NAMES[:3] if name in given]
+    found = [Variant(name, "dense", mode_of_it) for name, mode_of_it in DENSE.items() if name in given]
     if "rana" in given:
         found += [Variant("rana", "rana", mode, load_plan(path).budget, saved=path, prefill=prefill) for path in plans]
         for config in configs:

@@ -21,7 +21,7 @@ import torch
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
-from rana_fx.kernels.cpp.template import RowsTemplate, index_of
+from rana_fx.kernels.cpp.template import RowsTemplate
 
 BLOCK = 64  # positions that are skipped or read together
 _UNITS = 256  # of work, about: enough for many threads, and a bound on the memory for their results
@@ -57,7 +57,11 @@ _MASK = r"""
         for (int64_t m = 0; m < {{mask_rows}}; m++) {
           [[maybe_unused]] const int64_t h = g * R + m / TOKENS, t = m % TOKENS;
           const {{mask_type}}* const row = Mask + {{mask_index}} + first * {{mask_step}}L;
+          {%- if listed %}
+          any |= std::memchr(row, 1, width) != nullptr;
+          {%- else %}
           for (int64_t c = 0; c < width; c++) any |= {{attends}};
+          {%- endif %}
         }
         if (!any) continue;
         for (int64_t m = 0; m < {{mask_rows}}; m++) {
@@ -74,12 +78,21 @@ _SCORES = r"""
           std::fill_n(sum, M * (EP + 1), 0.0f);
           for (int64_t m = 0; m < M; m++) {
             const int64_t h = g * R + m / TOKENS, t = m % TOKENS;
-            for (int64_t d = 0; d < D; d++) query[m * DP + d] = {{scale}} * static_cast<float>(Q[{{q_index}}]);
-            std::fill_n(query.get() + m * DP + D, DP - D, 0.0f);
+            const auto* const row = Q + {{q_index}};
+            float* const to = query.get() + m * DP;
+            {%- if q_step == 1 %}
+            for (int64_t d = 0; d + VL <= D; d += VL) (load(row + d, VL) * Vec({{scale}})).store(to + d);
+            constexpr int64_t REST = D / VL * VL;
+            {%- else %}
+            constexpr int64_t REST = 0;
+            {%- endif %}
+            for (int64_t d = REST; d < D; d++) to[d] = {{scale}} * static_cast<float>(row[d * {{q_step}}L]);
+            std::fill_n(to + D, DP - D, 0.0f);
           }
         }
         const {{key_type}}* const keys = K + {{k_index}};
         const {{key_type}}* const values = V + {{v_index}};
+        constexpr int64_t LINE = 64 / sizeof({{key_type}});  // of a cache
         auto score = [&](auto rows, auto several, int64_t m, int64_t c) {
           constexpr int N_ROWS = decltype(rows)::value, N_KEYS = decltype(several)::value;
           Vec dot[N_ROWS][N_KEYS];
@@ -92,6 +105,9 @@ _SCORES = r"""
               for (int i = 0; i < N_ROWS; i++) dot[i][j] = at::vec::fmadd(k, q[i], dot[i][j]);
             }
           };
+          if (m == 0)  // meanwhile, values come from memory
+            for (int j = 0; j < N_KEYS; j++)
+              for (int64_t e = 0; e < E; e += LINE) prefetch(values + (c + j) * {{v_step}}L + e);
           int64_t d = 0;
           for (; d + VL <= D; d += VL) step(d, VL);
           if (d < D) step(d, D - d);
@@ -255,7 +271,7 @@ class DecodeAttentionTemplate(RowsTemplate):
         _, groups, positions, values = (int(size) for size in v.get_size())
         repeats, blocks = heads // groups, -(-positions // BLOCK)
         shared = mask is None or repeats == 1 or int(mask.get_stride()[1]) == 0
-        rows = min((-(-repeats * tokens // n), -n) for n in (4, 3, 2, 1))[1]
+        rows = min((-(-repeats * tokens // n), n) for n in (1, 2, 3, 4))[1]  # the fewest groups, as even as possible
         super().__init__(
             "rana_decode_attention",
             {"Q": q, "K": k, "V": v} | ({} if mask is None else {"Mask": mask}),
@@ -270,11 +286,12 @@ class DecodeAttentionTemplate(RowsTemplate):
             values=values,
             block=BLOCK,
             span=BLOCK * math.ceil(blocks * batch * groups / _UNITS),
-            rows=-rows,
-            rest=repeats * tokens % -rows,
+            rows=rows,
+            rest=repeats * tokens % rows,
             scale=f"static_cast<float>({scale!r})",
             key_type=DTYPE_TO_CPP[k.get_dtype()],
-            q_index=index_of(q, "b", "h", "t", "d"),
+            q_index=" + ".join(f"{name} * {int(stride)}L" for name, stride in zip("bht", q.get_stride(), strict=False)),
+            q_step=int(q.get_stride()[3]),
             k_index=_start(k),
             v_index=_start(v),
             k_step=int(k.get_stride()[2]),
@@ -303,6 +320,7 @@ def _mask_facts(mask: Any) -> dict[str, Any]:
         "mask_type": DTYPE_TO_CPP[mask.get_dtype()],
         "mask_index": " + ".join(f"{name} * {stride}L" for name, stride in zip("bht", strides, strict=True)),
         "mask_step": step,
+        "listed": step == 1 and mask.get_dtype() == torch.bool,
         "attends": attends,
         "addend": addend,
     }

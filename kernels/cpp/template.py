@@ -43,7 +43,16 @@ extern "C" {{export_declaration}}
   [[maybe_unused]] auto load = [](const auto* p, int64_t count) {
     using stored = std::remove_cv_t<std::remove_pointer_t<decltype(p)>>;
     if constexpr (std::is_same_v<stored, float>) return Vec::loadu(p, count);
-    else return at::vec::convert<float>(at::vec::Vectorized<stored>::loadu(p, count));
+#if defined(CPU_CAPABILITY_AVX2) && !defined(CPU_CAPABILITY_AVX512)
+    // half of a Vectorized, which would go through memory
+    if constexpr (std::is_same_v<stored, at::BFloat16> || std::is_same_v<stored, at::Half>)
+      if (count == VL) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        if constexpr (std::is_same_v<stored, at::Half>) return Vec(_mm256_cvtph_ps(bits));
+        else return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+      }
+#endif
+    if constexpr (!std::is_same_v<stored, float>) return at::vec::convert<float>(at::vec::Vectorized<stored>::loadu(p, count));
   };
   [[maybe_unused]] auto load_pair = [](const uint8_t* p, int64_t count) {
     const Int both = at::vec::convert<int32_t>(at::vec::Vectorized<uint8_t>::loadu(p, count));

@@ -325,3 +325,18 @@ def test_a_value_that_is_not_finite_is_refused():
     expected = torch.ones(4)
     assert relative_rmse(torch.tensor([1.0, float("nan"), 1.0, 1.0]), expected) == float("inf")
     assert relative_rmse(torch.tensor([1.0, float("inf"), 1.0, 1.0]), expected) == float("inf")
+
+
+def test_dense_with_attention_is_a_dense_rival(tiny, tmp_path):
+    model, _ = tiny
+    found = variants("rana,dense+attention,eager", [0.5], [], mode="default", configs=[PlanConfig()], prefill="masked")
+    assert [(one.label, one.kind, one.mode) for one in found[:2]] == [
+        ("eager", "dense", None),
+        ("dense+attention", "dense", "reduce-overhead"),
+    ]
+    decoder = Decoder(model, batch=1, room=24)
+    script = decoder.script(16, 3)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = decoder.logits(model.forward, script)
+        torch.testing.assert_close(decoder.logits(found[1].compiled(model), script), expected, rtol=1e-4, atol=1e-4)

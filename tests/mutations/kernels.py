@@ -8,6 +8,7 @@ _REFERENCE, _COST = "kernels/reference.py", "kernels/cost.py"
 _T_GEMV, _T_ROWS = "tests/kernels/test_masked_gemv.py", "tests/kernels/test_masked_rows.py"
 _T_ROUTER, _T_FUSED = "tests/kernels/test_router.py", "tests/kernels/test_masked_gemv_fused.py"
 _T_FINITE = "tests/kernels/test_not_finite.py"
+_T_ATTENTION = "tests/kernels/test_attention.py"
 _T_OPS, _T_COST = "tests/kernels/test_ops.py", "tests/kernels/test_cost.py"
 
 MUTATIONS = (
@@ -156,4 +157,16 @@ MUTATIONS = (
     M("autotune-margin", "A choice replaces the default without being faster by the margin.",
       "kernels/autotune.py", "(1 - _MARGIN)", "(1 + _MARGIN)",
       "tests/kernels/test_autotune.py::test_a_choice_has_to_win_by_more_than_its_surroundings_change"),
+    M("attention-unscaled-sums", "Sums of earlier positions are not scaled to a new maximum.",
+      "kernels/cpp/decode_attention.py", "sum[m] = sum[m] * factor + parts[0];", "sum[m] = sum[m] + parts[0];",
+      f"{_T_ATTENTION}::test_every_mask_and_a_long_cache"),
+    M("attention-spans-unscaled", "Spans are summed up without the difference of their maxima.",
+      "kernels/cpp/decode_attention.py", "one == most ? 1.0f : std::exp(one - most)", "1.0f",
+      f"{_T_ATTENTION}::test_every_mask_and_a_long_cache"),
+    M("attention-nothing-is-nan", "A row that attends to nothing is NaN.",
+      "kernels/cpp/decode_attention.py", "if (most == LOWEST) {  // the mask", "if (false) {  // the mask",
+      f"{_T_ATTENTION}::test_rows_that_attend_to_nothing_are_zero_as_in_pytorch"),
+    M("attention-masked-blocks-read", "Blocks that the mask excludes are read.",
+      "kernels/cpp/decode_attention.py", "        if (!any) continue;\n", "",
+      f"{_T_ATTENTION}::test_positions_that_no_row_attends_to_are_not_read"),
 )  # fmt: skip

@@ -6,6 +6,7 @@ from tests.mutations.mutation import Mutation as M
 
 _T_GATED = "tests/passes/test_rewrite_gated.py"
 _T_LORA = "tests/training/test_lora.py"
+_T_ATTENTION = "tests/passes/test_rewrite_attention.py"
 
 MUTATIONS = (
     M("pass-left-out", "Gated adapters are not rewritten.",
@@ -136,4 +137,19 @@ MUTATIONS = (
     M("fuse-parts-density", "The density of a shared launch is not weighted by the sizes of its parts.",
       "passes/fuse_same_input.py", "return kept / sum(sizes)", "return kept / (len(sizes) * max(sizes))",
       "tests/passes/test_fuse_same_input.py"),
+    M("attention-through-gradients", "Attention that gradients flow through is replaced.",
+      "passes/rewrite_attention.py", "    if not torch.is_grad_enabled():", "    if True:",
+      f"{_T_ATTENTION}::test_gradients_are_kept"),
+    M("attention-causal", "The positions that causal attention excludes are attended to.",
+      "passes/rewrite_attention.py", 'if given["is_causal"]:', "if False:",
+      f"{_T_ATTENTION}::test_other_calls_are_left"),
+    M("attention-layout", "A result in another memory layout stays so.",
+      "passes/rewrite_attention.py", "if not _same_layout(y, value_of(new)):", "if False:",
+      f"{_T_ATTENTION}::test_a_result_keeps_its_memory_layout"),
+    M("attention-repeats-of-positions", "Repeated positions are taken for repeated heads.",
+      "passes/fuse_repeated_heads.py", "_sizes_equal(inner, (shape[0], groups, 1, *shape[2:]))", "inner is not None",
+      f"{_T_ATTENTION}::test_other_operands_are_read_as_they_are"),
+    M("attention-repeated-differently", "Keys and values have numbers of heads of their own.",
+      "passes/fuse_repeated_heads.py", "elif not statically_equal(*sizes):", "elif False:",
+      f"{_T_ATTENTION}::test_other_operands_are_read_as_they_are"),
 )  # fmt: skip
