@@ -21,7 +21,6 @@ from torch import Tensor
 MAX_TOKENS = 16
 MAX_CHANNELS = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON = "rana_fx.kernels.triton.decode_attention"  # the module of the launcher for GPUs
 
 
 def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -43,7 +42,7 @@ def by_tokens(y: Tensor) -> Tensor:
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype, tokens: int, channels: tuple[int, int]) -> str | None:
     """The reason why no kernel computes a call of these sizes, or None. ``channels``: D and E."""
-    if device.type != "cpu" and not (device.type == "cuda" and importlib.util.find_spec(TRITON) is not None):
+    if device.type != "cpu" and not (device.type == "cuda" and importlib.util.find_spec("triton") is not None):
         return f"no kernel computes it on {device.type}"
     if dtype not in DTYPES:
         return f"no kernel computes it in {dtype}"

@@ -3,7 +3,7 @@
 In: Inductor IR of the operation's arguments. Out: IR of its result, (B, H, T, E) with the memory layout of (B, T, H, E), from
 
     the C++ template (CPU), whose result is fp32: the cast to q's dtype, and whatever else is pointwise, is fused into it
-    the launch of a Triton kernel (GPU), if the package has one
+    the launch of a Triton kernel (GPU)
     the eager operation (other dtypes, more tokens or channels, sizes that vary)
 
 q, k, v and the mask are read with the strides that they have: a cache is not copied.
@@ -11,7 +11,6 @@ q, k, v and the mask are read with the strides that they have: a cache is not co
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import sympy
@@ -19,7 +18,7 @@ import torch
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 
-from rana_fx.kernels.attention import TRITON, decode_attention, why_not_compiled
+from rana_fx.kernels.attention import decode_attention, why_not_compiled
 from rana_fx.passes.launch import counters, starts_early, traced
 
 _aten = torch.ops.aten
@@ -65,9 +64,9 @@ def _template(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
 
 def _launch(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
     """The launcher takes q, k, v, the mask expanded to (B, H, T, S) or None, and counters (config.COUNTERS)."""
+    from rana_fx.kernels.triton import decode_attention as kernel
     from rana_fx.kernels.triton.config import Launch
 
-    kernel = importlib.import_module(TRITON)
     # the kernel reads nothing before the kernel that computes q is done
     early = starts_early(q, ())
 

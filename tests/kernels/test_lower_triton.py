@@ -38,7 +38,7 @@ def options(code):
     return [dict(re.findall(r"'(\w+)': (True|False|\d+)\b", metas[name])) for name in order]
 
 
-REQUESTS = ("1,1,ranks", "1,3,ranks", "64,1,ranks", "1,2,masks", "1,2,gate", "4,1,gate")
+REQUESTS = ("1,1,ranks", "1,3,ranks", "64,1,ranks", "1,2,masks", "1,2,gate", "4,1,gate", "1,2,attention")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,16 @@ def test_a_masked_gate_reads_kept_rows_of_up_and_down(written):
     assert [launch.get("launch_pdl") for launch in options(code)] == ["True"] * 4
     assert [launch.get("HAS_RESIDUAL") for launch in options(code)] == [None, "True"] * 2
     assert not re.search(r"empty_strided\w*\(\((4096, 11008|11008, 4096)\)", code)
+
+
+def test_attention_is_one_launch_that_reads_the_cache(written):
+    code = written["1,2,attention"]
+    ours = [first for first, _ in launches(code) if first and not first.startswith("triton")]
+    assert ours == ["router_kernel", "masked_gemv_kernel", "decode_attention_kernel"] * 2
+    # neither a repeated head nor a mask of each head is in memory
+    assert "1536" not in "".join(line for line in code.splitlines() if "empty_strided" in line)
+    attention = options(code)[2]
+    assert (attention["PDL"], attention["launch_pdl"], attention["MASK"]) == ("True", "True", "1")
 
 
 def test_masks_that_cover_too_much_are_dense_products_of_up(written):

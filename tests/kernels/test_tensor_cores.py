@@ -79,7 +79,8 @@ def test_matches_fp64(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["one token, a partial segment", "two tokens, 8 bits, two segments", "six tokens", "nine tokens, 8 bits, two segments"]
+    "name",
+    ["one token, a partial segment", "two tokens, 8 bits, two segments", "six tokens", "nine tokens, 8 bits, two segments"],
 )
 def test_an_early_launch_reads_no_value_before_it_waits(name):
     """Where no threshold drops anything weights are copied before; one threshold makes the lists wait for the values."""

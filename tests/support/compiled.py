@@ -20,13 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rana_fx.kernels.triton.config import Config, Launch
+from rana_fx.kernels.triton.decode_attention import decode_attention_kernel
 from rana_fx.kernels.triton.masked_gemv import masked_gemv, masked_gemv_kernel
 from rana_fx.kernels.triton.masked_gemv_concat import masked_parts_kernel
 from rana_fx.kernels.triton.masked_gemv_packed import masked_gemv_packed_kernel
 from rana_fx.kernels.triton.masked_rows import masked_rows_kernel
 from rana_fx.kernels.triton.router import router, router_kernel
 
-POINTERS = {name: "bf16" for name in ("v", "x", "a", "z", "y", "h", "bias", "w")}
+POINTERS = {name: "bf16" for name in ("v", "x", "a", "z", "y", "h", "bias", "w", "q", "k")}
 POINTERS |= {
     "residual": "bf16",
     "gain": "bf16",
@@ -34,10 +35,13 @@ POINTERS |= {
     "scale": "fp32",
     "part": "fp32",
     "lists": "i32",
+    "stats": "fp32",
+    "mask": "i1",
     "counters": "i32",
 }
 POINTERS |= {f"{name}_{part}": POINTERS[name] for name in ("tau", "w", "bias") for part in range(3)}
-UNIT = {"s_rn", "s_gain", "s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd", "s_xk", "s_an", "s_wc"}
+SCALARS = {"factor": "fp32"}
+UNIT = {"s_rn", "s_gain", "s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd", "s_xk", "s_an", "s_wc", "s_qd", "s_ms"}
 GEMV = dict(S=32, KS=128, KB=128, GROUP=16, EARLY=0, BT=1, TG=1, BM=4, BN=512, RW=1, SR=8, STAGES=4, WHOLE=True)
 GEMV |= dict(ACT=0, HAS_BIAS=False, HAS_RESIDUAL=False, PDL=False, num_warps=2)
 PACKED = dict(BN=1024, BM=8, num_warps=4)
@@ -63,6 +67,8 @@ ROUTER = dict(
 
 ROWS = dict(BT=1, BR=4, BK=512, STAGES=4, HAS_BIAS=False, PDL=False, num_warps=2)
 
+ATTENTION = dict(BM=1, BS=32, BD=128, BE=128, SPLITS=16, MASK=1, ONE_MASK=True, PDL=True, num_warps=2)
+
 VARIANTS = {
     "default": (masked_gemv_kernel, "bf16", GEMV),
     "in registers": (masked_gemv_kernel, "bf16", GEMV | dict(BM=8, STAGES=1, EARLY=8)),
@@ -87,6 +93,8 @@ VARIANTS = {
     "rows of four tokens": (masked_rows_kernel, "bf16", ROWS | dict(BT=4, HAS_BIAS=True)),
     "rows behind the previous kernel": (masked_rows_kernel, "bf16", ROWS | dict(PDL=True)),
     "router int8": (router_kernel, "i32", ROUTER | dict(BITS=8, BD=256, QG=1024, PER=4)),
+    "attention": (decode_attention_kernel, "bf16", ATTENTION),
+    "attention of rows": (decode_attention_kernel, "bf16", ATTENTION | dict(BM=16, BS=64, MASK=2, ONE_MASK=False, num_warps=4)),
     "router int4": (router_kernel, "i32", ROUTER | dict(BITS=4, BD=256, QG=64, PER=8)),
 }
 
@@ -107,11 +115,13 @@ def compiled(kernel, weight, choices):
     for index, name in enumerate(kernel.arg_names):
         if name in choices:
             signature[name] = "constexpr"
-        elif name in UNIT or (name == "T" and choices["BT"] == 1):
+        elif name in UNIT or (name == "T" and choices.get("BT") == 1):
             signature[name], constants[name] = "constexpr", 1
         else:
-            signature[name] = "*" + (weight if name.startswith("w") else POINTERS[name]) if name in POINTERS else "i32"
-            if name != "T":
+            signature[name] = (
+                "*" + (weight if name.startswith("w") else POINTERS[name]) if name in POINTERS else SCALARS.get(name, "i32")
+            )
+            if name not in ("T", *SCALARS):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
@@ -133,7 +143,7 @@ def main(folder):
     kernels = {kernel.__name__: pasted(kernel, folder) for kernel, _, _ in VARIANTS.values()}
     for name, (kernel, weight, choices) in VARIANTS.items():
         ptx = compiled(kernels[kernel.__name__], weight, choices).asm["ptx"]
-        wide = re.findall(r"evict_first[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)
+        wide = re.findall(r"(?:evict_first|ld\.global)[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)
         print(json.dumps({"name": name, "wide_loads": len(wide)}), flush=True)
     print(json.dumps({"targets": traced()}), flush=True)
 

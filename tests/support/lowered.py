@@ -4,6 +4,7 @@ process of its own for all requests.
 
     out = r + (silu(g) * u) W2   with   [g, u] = mask(router(norm(r))) W
     or, as "masks",              with   g, u = mask(norm(r)) Wg, mask(norm(r)) Wu
+    or, as "attention", r + attention(q, k, v) with   q = mask(router(r)) W, of which two heads read one of a cache's heads
     or, as "gate",      r + (mask(silu(g)) * u) W2   with   g, u = norm(r) Wg, norm(r) Wu
 """
 
@@ -28,12 +29,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
+from rana_fx.kernels.attention import decode_attention
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.passes import POST_GRAD, lower
 from rana_fx.passes.base import PostGrad
 from rana_fx.passes.runner import Runner
 
 RANKS, WIDTH, FFN = 2800, 4096, 11008
+HEADS, KEYS = 32, 1536
 
 
 def layer(gain, b, tau, w, tau2, w2, r):
@@ -56,6 +59,14 @@ def layer_of_a_gate(gain, w_g, w_u, tau2, w2, r):
     gate = torch.nn.functional.silu(torch.nn.functional.linear(x, w_g))
     gate = torch.where(gate.float().square() >= 0.01, gate, 0.0)
     return r + masked_gemv(masked_rows(x, gate, w_u), tau2, w2)
+
+
+def layer_of_attention(b, tau, w, k, v, mask, r):
+    q = masked_gemv(router(r, b), tau, w).view(*r.shape[:2], HEADS, -1).transpose(1, 2)
+    # as Hugging Face repeats heads
+    repeated = (x.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(1, HEADS, *x.shape[2:]) for x in (k, v))
+    y = decode_attention(q, *repeated, mask.expand(1, HEADS, *mask.shape[2:]), 0.1)
+    return r + y.transpose(1, 2).reshape(r.shape)
 
 
 class Driver:
@@ -137,8 +148,18 @@ def written(tokens, count, kind):
             elif kind == "masks":
                 # (out, in), stored by columns
                 first = tau(WIDTH), empty(WIDTH, FFN).t(), tau(WIDTH), empty(WIDTH, FFN).t()
+            if kind == "attention":
+                cache = [empty(1, HEADS // 2, KEYS, WIDTH // HEADS) for _ in range(2)]
+                inputs += [
+                    empty(RANKS, WIDTH),
+                    tau(RANKS),
+                    empty(RANKS, WIDTH),
+                    *cache,
+                    empty(1, 1, tokens, KEYS, dtype=torch.bool),
+                ]
+                continue
             inputs += [empty(WIDTH), *first, tau(FFN), empty(FFN, WIDTH)]
-        one = {"ranks": layer, "masks": layer_of_masks, "gate": layer_of_a_gate}[kind]
+        one = {"ranks": layer, "masks": layer_of_masks, "gate": layer_of_a_gate, "attention": layer_of_attention}[kind]
 
         def layers(r, *weights):
             size = len(weights) // count
