@@ -45,8 +45,8 @@ def main(
         str,
         typer.Option(
             "--variants",
-            help="Some of eager, reduce-overhead, max-autotune, dense+attention, rana, and quantised rivals: int8, fp8, int4 (torchao), gemlite, "
-            "llama.cpp:TYPE (a type of GGUF; further types after it by commas; batch 1 on a CPU).",
+            help="Some of eager, reduce-overhead, max-autotune, dense+attention, rana, and quantised rivals: int8, fp8, "
+            "int4 (torchao), gemlite, llama.cpp:TYPE (a type of GGUF; further types after it by commas; batch 1 on a CPU).",
         ),
     ] = "eager,reduce-overhead,rana",
     budgets: Annotated[str, typer.Option(help="Budgets of random plans, in bytes, by commas.")] = "0.8,0.6,0.5,0.4",
