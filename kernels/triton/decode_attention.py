@@ -40,17 +40,17 @@ def exponent_base(b_most):
 
 
 @triton.jit
-def attend(b_q, b_k, b_v, b_add, factor, b_most, b_sum, b_y, BM: tl.constexpr):
+def attend(b_q, b_k, b_v, b_add, b_most, b_sum, b_y, FACTOR: tl.constexpr, BM: tl.constexpr):
     """A block's keys and values added to b_most, b_sum, b_y. b_add: (1 or BM, BS), -inf where masked."""
     if BM == 1:
-        b_s = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1) * factor + tl.sum(b_add, 0)
+        b_s = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1) * FACTOR + tl.sum(b_add, 0)
         b_next = tl.maximum(b_most, b_s)
         b_base = exponent_base(b_next)
         b_p, b_old = tl.exp2(b_s - b_base), tl.exp2(b_most - b_base)
         b_y = b_y * b_old[:, None] + b_p[:, None] * b_v.to(tl.float32)
         b_sum = b_sum * b_old + b_p
     else:
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * factor + b_add
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * FACTOR + b_add
         b_next = tl.maximum(b_most, tl.max(b_s, 1))
         b_base = exponent_base(b_next)
         b_p, b_old = tl.exp2(b_s - b_base[:, None]), tl.exp2(b_most - b_base)
@@ -76,10 +76,10 @@ def load_mask(mask, o_r, m_r, o_s, S, s_ms, MASK: tl.constexpr):
 @triton.jit
 def decode_attention_kernel(
     q, k, v, mask, y, part, stats, counters,
-    factor, T, S, D, E, HEADS, REPEATS,
+    T, S, D, E, HEADS, REPEATS,
     s_qb, s_qh, s_qt, s_qd, s_kb, s_kh, s_ks, s_vb, s_vh, s_vs, s_mb, s_mh, s_mt, s_ms, s_yb, s_yh, s_yt,
     BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SPLITS: tl.constexpr,
-    MASK: tl.constexpr, ONE_MASK: tl.constexpr, PDL: tl.constexpr,
+    MASK: tl.constexpr, ONE_MASK: tl.constexpr, FACTOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i_s, i_g, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = (i_g // HEADS).to(tl.int64), i_g % HEADS
@@ -113,7 +113,7 @@ def decode_attention_kernel(
         if tl.max(m_s.to(tl.int32), 0) != 0:
             b_k = tl.load(p_k + o_s[:, None] * s_ks + o_d[None, :], mask=m_s[:, None] & (o_d < D)[None, :], other=0.0)
             b_v = tl.load(p_v + o_s[:, None] * s_vs + o_e[None, :], mask=m_s[:, None] & (o_e < E)[None, :], other=0.0)
-            b_most, b_sum, b_y = attend(b_q, b_k, b_v, b_add, factor, b_most, b_sum, b_y, BM)
+            b_most, b_sum, b_y = attend(b_q, b_k, b_v, b_add, b_most, b_sum, b_y, FACTOR, BM)
         o_s, b_add = o_next, b_next
     if BM == 1:
         b_old = tl.exp2(b_most - exponent_base(tl.max(b_most, 0)))
@@ -217,10 +217,11 @@ def decode_attention(
         # an argument that a variant never reads still needs a pointer
         kernel[(splits, batch * groups, blocks_m)](
             q, k, v, q if mask is None else mask, y, part, stats, counters,
-            scale * _LOG2_E, tokens, keys, width, out_width, groups, heads // groups,
+            tokens, keys, width, out_width, groups, heads // groups,
             *q.stride(), *k.stride()[:3], *v.stride()[:3], *mask_strides, y.stride(0), y.stride(2), y.stride(1),
             BM=config.block_m, BS=config.block_s, BD=max(_power(width), 16), BE=block_e, SPLITS=splits, MASK=kind,
-            ONE_MASK=mask_strides[1] == 0 and (mask_strides[2] == 0 or tokens == 1), num_warps=config.warps, **how.options,
+            ONE_MASK=mask_strides[1] == 0 and (mask_strides[2] == 0 or tokens == 1), FACTOR=scale * _LOG2_E,
+            num_warps=config.warps, **how.options,
         )  # fmt: skip
     return y.permute(0, 2, 1, 3)
 

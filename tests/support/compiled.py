@@ -40,7 +40,6 @@ POINTERS |= {
     "counters": "i32",
 }
 POINTERS |= {f"{name}_{part}": POINTERS[name] for name in ("tau", "w", "bias") for part in range(3)}
-SCALARS = {"factor": "fp32"}
 UNIT = {"s_rn", "s_gain", "s_vk", "s_tau", "s_wn", "s_bias", "s_sg", "s_xd", "s_wd", "s_xk", "s_an", "s_wc", "s_qd", "s_ms"}
 GEMV = dict(S=32, KS=128, KB=128, GROUP=16, EARLY=0, BT=1, TG=1, BM=4, BN=512, RW=1, SR=8, STAGES=4, WHOLE=True)
 GEMV |= dict(ACT=0, HAS_BIAS=False, HAS_RESIDUAL=False, PDL=False, num_warps=2)
@@ -67,7 +66,7 @@ ROUTER = dict(
 
 ROWS = dict(BT=1, BR=4, BK=512, STAGES=4, HAS_BIAS=False, PDL=False, num_warps=2)
 
-ATTENTION = dict(BM=1, BS=32, BD=128, BE=128, SPLITS=16, MASK=1, ONE_MASK=True, PDL=True, num_warps=2)
+ATTENTION = dict(BM=1, BS=32, BD=128, BE=128, SPLITS=16, MASK=1, ONE_MASK=True, FACTOR=0.1, PDL=True, num_warps=2)
 
 VARIANTS = {
     "default": (masked_gemv_kernel, "bf16", GEMV),
@@ -118,10 +117,9 @@ def compiled(kernel, weight, choices):
         elif name in UNIT or (name == "T" and choices.get("BT") == 1):
             signature[name], constants[name] = "constexpr", 1
         else:
-            signature[name] = (
-                "*" + (weight if name.startswith("w") else POINTERS[name]) if name in POINTERS else SCALARS.get(name, "i32")
-            )
-            if name not in ("T", *SCALARS):
+            pointer = weight if name.startswith("w") else POINTERS.get(name)
+            signature[name] = "i32" if pointer is None else f"*{pointer}"
+            if name != "T":
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
