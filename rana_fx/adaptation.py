@@ -28,8 +28,8 @@ from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.holdout import Holdout, Tee
 from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Layout, Unread
 from rana_fx.calibration.samples import Reservoir
-from rana_fx.cost import METRICS
-from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, InvalidOption, UnknownMetric, UnknownRecipe
+from rana_fx.cost import METRICS, SCOPES
+from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, InvalidOption, UnknownChoice, UnknownMetric, UnknownRecipe
 from rana_fx.modules import trainable_tensors, unwrap
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.recipes import RECIPES, Problem, Recipe, needs_holdout
@@ -37,6 +37,7 @@ from rana_fx.runtime.attachment import attach, attached
 from rana_fx.skips import Note, Skip, typed
 
 _NAMED = 5  # modules that one note names
+IS_TABLE = "its weight is also the table of an embedding, which stays as it is"
 
 
 def adapt(
@@ -46,6 +47,7 @@ def adapt(
     budget: float = 0.58,
     metric: str = "flops",
     recipe: str = "rana",
+    scope: str = "blocks",
     progress: bool = True,
     seed: int = 0,
 ) -> Plan:
@@ -58,10 +60,11 @@ def adapt(
             ``model(*batch)``, anything else as ``model(batch)``. Tensors are moved to the model's device. Tokens whose
             ``*attention_mask`` is zero do not count. The paper uses 32,000 tokens; at most 32,000 are kept, a
             uniform sample of all tokens of the batches.
-        budget: expected cost per token of all linears inside the blocks, router included, over their dense cost, in (0, 1].
+        budget: expected cost per token of all linears that it counts, router included, over their dense cost, in (0, 1].
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
         recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
             published), or a baseline (docs/recipes.md).
+        scope: which linears the budget counts: "blocks", those inside the blocks; "all", output heads and stems as well.
         progress: whether to show progress bars on stderr.
         seed: of the token sample.
 
@@ -70,19 +73,20 @@ def adapt(
         torch.compile made earlier in this process is compiled again on its next call.
 
     Raises:
-        BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, AlreadyAdapted, NoBatches, NoLinears,
-        TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, WeightAbsent, InvalidOption (``batches`` is one batch).
+        BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, UnknownChoice (``scope``), AlreadyAdapted, NoBatches,
+        NoLinears, TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, WeightAbsent, InvalidOption (``batches`` is one
+        batch).
 
     Example:
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
         >>> fast = torch.compile(model, backend=rana_fx.backend)
     """
-    chosen = _check_options(budget, metric, recipe)
+    chosen = _check_options(budget, metric, recipe, scope)
     seed = _checked_seed(seed)
     model = unwrap(model)
     _check_not_adapted(model)
     with trainable_tensors(model):
-        calibration = calibrated(model, batches, chosen, seed=seed, progress=progress)
+        calibration = calibrated(model, batches, chosen, scope=scope, seed=seed, progress=progress)
         problem = calibration.problem(budget=float(budget), metric=metric, recipe=recipe, progress=progress)
         plan = planned(calibration, problem, solved(problem, chosen))
     attach(model, plan)
@@ -98,6 +102,7 @@ class CalibratedModel:
         samples: by the sites of a group, rows of the tensor that the group reads.
         holdout: batches to run the model on again, for recipes that simulate their adapters.
         hashed: False to leave digests of weights out of the records of plans that will not be loaded.
+        scope: which linears the budget counts (``cost.SCOPES``), as in the layout.
     """
 
     model: str
@@ -107,6 +112,7 @@ class CalibratedModel:
     seed: int
     holdout: Holdout | None = None
     hashed: bool = True
+    scope: str = "blocks"
 
     def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
         """The input of a recipe: this calibration with one budget."""
@@ -119,7 +125,7 @@ class CalibratedModel:
 
 
 def calibrated(
-    model: nn.Module, batches: Iterable[Any], recipe: Recipe, *, seed: int = 0, progress: bool = False
+    model: nn.Module, batches: Iterable[Any], recipe: Recipe, *, scope: str = "blocks", seed: int = 0, progress: bool = False
 ) -> CalibratedModel:
     """Run the model on ``batches`` and sample the tensors that ``recipe.wants`` selects.
 
@@ -127,9 +133,10 @@ def calibrated(
         NoBatches, NoLinears, NonFinite, TraceFailed, InvalidOption.
     """
     tee = Tee(check_batches(batches)) if needs_holdout(recipe) else None
-    found = calibrate(model, tee or batches, wanted=recipe.wants, seed=seed, progress=progress)
+    found = calibrate(model, tee or batches, wanted=recipe.wants, scope=scope, seed=seed, progress=progress)
     holdout = None if tee is None else tee.holdout(model)
-    return CalibratedModel(type(unwrap(model)).__name__, found.layout, found.samples, found.tokens, seed, holdout)
+    name = type(unwrap(model)).__name__
+    return CalibratedModel(name, found.layout, found.samples, found.tokens, seed, holdout, scope=scope)
 
 
 def solved(problem: Problem, recipe: Recipe) -> tuple[Adapter, ...]:
@@ -150,7 +157,8 @@ def planned(calibration: CalibratedModel, problem: Problem, adapters: Sequence[A
         versions=versions(),
         sites=calibration.sites,
         adapters=tuple(adapters),
-        skips=_skips(calibration.layout, problem.skips),
+        skips=_skips(calibration.layout, problem.skips, adapters),
+        scope=calibration.scope,
     )
 
 
@@ -176,13 +184,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_options(budget: float, metric: str, recipe: str) -> Recipe:
+def _check_options(budget: float, metric: str, recipe: str, scope: str) -> Recipe:
     if not isinstance(budget, numbers.Real) or isinstance(budget, bool) or not 0 < budget <= 1:
         raise BudgetOutOfRange(budget=budget)
     if metric not in METRICS:
         raise UnknownMetric(kind="metric", got=metric, valid=", ".join(METRICS))
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise UnknownRecipe(kind="recipe", got=recipe, valid=", ".join(RECIPES))
+    if scope not in SCOPES:
+        raise UnknownChoice(kind="scope", got=scope, valid=", ".join(SCOPES))
     return RECIPES[recipe]
 
 
@@ -199,15 +209,18 @@ def _check_not_adapted(model: nn.Module) -> None:
         raise AlreadyAdapted(model=type(model).__name__, recipe=old.recipe, budget=old.budget, digest=old.digest()[:12])
 
 
-def _skips(layout: Layout, chosen: Sequence[Skip | Note]) -> tuple[Skip | Note, ...]:
+def _skips(layout: Layout, chosen: Sequence[Skip | Note], adapters: Sequence[Adapter]) -> tuple[Skip | Note, ...]:
     reasons = {
         "head": "outside the blocks: it follows the last residual join",
         "stem": "outside the blocks: it makes the stream that the blocks add to",
         "constant": "it reads nothing of the batch, so its cost is not one per token",
         "router": "its output selects experts",
     }
-    outside = [Skip(site.name, reasons[site.role]) for site in layout.sites.values() if site.role in reasons]
-    return tuple(dict.fromkeys([*layout.skips, *outside, *map(typed, chosen), *_unread(layout.unread)]))
+    outside = [Skip(site.name, reasons[site.role]) for site in layout.sites.values() if not site.counted]
+    adapted = {name for adapter in adapters for name in adapter.sites}
+    # a weight with a note is not freed (rana_fx/runtime/replaced_weights.py)
+    tables = [Note(site.name, IS_TABLE) for site in layout.sites.values() if site.is_table and site.name in adapted]
+    return tuple(dict.fromkeys([*layout.skips, *outside, *map(typed, chosen), *tables, *_unread(layout.unread)]))
 
 
 def _unread(unread: Sequence[Unread]) -> list[Skip | Note]:

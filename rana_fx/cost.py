@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rana_fx.errors import UnknownMetric
 
 METRICS = ("flops", "bytes")
+SCOPES = ("blocks", "all")  # which linears a budget counts (rana_fx/calibration/layout.py)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 from rana_fx import plan_check, plan_io, summary
 from rana_fx.adapter import TENSORS, Adapter
 from rana_fx.cost import METRICS as METRICS
+from rana_fx.cost import SCOPES as SCOPES
 from rana_fx.cost import Cost, Kept
 from rana_fx.errors import BadOperand, PlanFileError, PlanVersion
 from rana_fx.skips import Note, Skip, entry, stored
@@ -75,6 +76,7 @@ class Plan:
     Attributes:
         budget: the target, a fraction of the dense cost in ``metric`` ("flops": multiply-adds, "bytes": weight bytes read).
         tokens: number of calibration tokens, padding not counted.
+        scope: which linears the budget counts: "blocks", those inside the blocks; "all", output heads and stems as well.
         sites: every linear found; the budget counts those with ``counted``.
         adapters: what replaces linears. skips: linears that are not replaced, with the reason (``left``), and notes on adapted
             ones (``notes``), in one order.
@@ -90,6 +92,7 @@ class Plan:
     sites: tuple[SiteRecord, ...]
     adapters: tuple[Adapter, ...]
     skips: tuple[Skip | Note, ...]
+    scope: str = "blocks"
 
     def __repr__(self) -> str:
         facts = f"recipe={self.recipe!r}, budget={self.budget:g}, metric={self.metric!r}, model={self.model!r}"
@@ -155,6 +158,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """All facts, without tensors; JSON-able."""
         facts = {key: getattr(self, key) for key in ("recipe", "metric", "budget", "seed", "tokens", "model", "versions")}
+        if self.scope != "blocks":
+            facts["scope"] = self.scope  # plans of the blocks keep the digest that earlier versions gave them
         return facts | {
             "sites": [asdict(site) for site in self.sites],
             "adapters": [adapter_facts(adapter) for adapter in self.adapters],
@@ -167,8 +172,9 @@ class Plan:
         for adapter in self.adapters:
             kinds[adapter.kind] = kinds.get(adapter.kind, 0) + 1
         parts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no adapters"
+        head, of_all = f"plan {self.digest()[:12]} for {self.model}: recipe {self.recipe}", self.scope == "all"
         lines = [
-            f"plan {self.digest()[:12]} for {self.model}: recipe {self.recipe}, budget {self.budget:g} in {self.metric}",
+            f"{head}, budget {self.budget:g} in {self.metric}" + (", output head included" if of_all else ""),
             f"  {parts}; {sum(site.counted for site in self.sites)} linears in the budget, {len(self.left)} not adapted",
             "  expected cost per token over dense: "
             f"flops {self.expected_budget('flops'):.3f}, bytes {self.expected_budget('bytes'):.3f}",
@@ -186,7 +192,7 @@ class Plan:
             PlanWriteError.
         """
         exact = any(adapter.exact_tau is not None for adapter in self.adapters)
-        number = plan_io.FORMAT if exact else plan_io.BEFORE
+        number = plan_io.FORMAT if self.scope != "blocks" else plan_io.EXACT if exact else plan_io.BEFORE
         tensors = {f"{i}.{key}": value for i, a in enumerate(self.adapters) for key, value in a.tensors().items()}
         plan_io.write(plan_io.Stored(number, self.digest(), self.to_dict(), tensors), Path(path))
 
@@ -239,12 +245,15 @@ def adapter_facts(adapter: Adapter) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
 
+_LATER = {"exact_kept": None, "scope": "blocks"}  # facts that are left out where they have these values
+
+
 def _facts_type(name: str, source: type, **changed: Any) -> Any:
-    """A dataclass of the fields of ``source`` except tensors. All are required except the one that ``adapter_facts`` may omit."""
+    """A dataclass of the fields of ``source`` except tensors. All are required except those that earlier plans do not have."""
     found = {key: value for key, value in typing.get_type_hints(source).items() if key not in TENSORS} | changed
     names = [field.name for field in dataclasses.fields(source) if field.name in found]
-    fields: list[Any] = [(key, found[key]) for key in names if key != "exact_kept"]
-    fields += [(key, found[key], None) for key in names if key == "exact_kept"]
+    fields: list[Any] = [(key, found[key]) for key in names if key not in _LATER]
+    fields += [(key, found[key], _LATER[key]) for key in names if key in _LATER]
     return dataclasses.make_dataclass(name, fields, frozen=True)
 
 

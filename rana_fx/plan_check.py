@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.adapter import MATRICES, Adapter
-from rana_fx.cost import METRICS
+from rana_fx.cost import METRICS, SCOPES
 
 # defined in rana_fx.graph.roles
 ROLES = ("attention_in", "attention_out", "up", "down", "router", "other", "constant", "head", "stem")
@@ -25,6 +25,7 @@ _THRESHOLDS = ("tau", "router_tau", "exact_tau")
 def check(plan: Any, tensors: Iterable[str]) -> None:
     """Check a ``rana_fx.plan.Plan``. ``tensors``: the names of all tensors in its file. Raises ValueError."""
     _expect(plan.metric in METRICS, f"metric {plan.metric!r} is none of {', '.join(METRICS)}")
+    _expect(plan.scope in SCOPES, f"scope {plan.scope!r} is none of {', '.join(SCOPES)}")
     _expect(0 < plan.budget < math.inf, f"budget {plan.budget} is no positive number")
     _expect(0 <= plan.tokens <= _LARGEST, f"{plan.tokens} calibration tokens")
     _unique("linear", [site.name for site in plan.sites])

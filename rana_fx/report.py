@@ -44,7 +44,7 @@ class Report:
     """Rows in order of execution, and totals. ``memory``: bytes of linears and factors for each mode of the option "prefill".
 
     ``notes``: of the plan as a whole, for example that the backward pass failed during calibration; then a line for each linear
-    whose adapter is not applied in the graphs of the batch, with the reason.
+    whose adapter is not applied in the graphs of the batch, with the reason. ``scope``: which linears the plan's budget counts.
     """
 
     model: str
@@ -59,6 +59,7 @@ class Report:
     rows: tuple[Row, ...]
     memory: dict[str, int]
     notes: tuple[str, ...] = ()
+    scope: str = "blocks"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able facts."""
@@ -68,6 +69,7 @@ class Report:
         lines = [
             f"{self.model}: {self.sites} linears in {self.groups} groups, {self.blocks} MLP blocks, {self.graphs} graph(s); "
             + (f"plan {self.plan}, expected flops {self.expected_flops:.3f}" if self.plan else "no plan attached")
+            + (", output head included" if self.scope == "all" else "")
         ]
         if self.memory:
             sizes = ", ".join(f"{name} {count / 1e6:.1f} MB" for name, count in self.memory.items())
@@ -125,6 +127,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         rows=tuple(rows),
         memory=_memory(plan),
         notes=() if plan is None else (*plan.notes(), *_left(model, example_inputs, plan)),
+        scope="blocks" if plan is None else plan.scope,
     )
 
 

@@ -36,6 +36,8 @@ from bench.speed.losses import read_text
 from bench.speed.random_plan import layout_of, plan_configs
 from bench.speed.variants import variants
 from rana_fx.commands.record import show
+from rana_fx.cost import SCOPES
+from rana_fx.errors import UnknownChoice
 
 
 def main(
@@ -51,6 +53,7 @@ def main(
     ] = "eager,reduce-overhead,rana",
     budgets: Annotated[str, typer.Option(help="Budgets of random plans, in bytes, by commas.")] = "0.8,0.6,0.5,0.4",
     plan: Annotated[list[Path] | None, typer.Option(help="Saved plan of the checkpoint; may be given several times.")] = None,
+    scope: Annotated[str, typer.Option(help="Linears that random plans adapt: blocks, or all (output head too).")] = "blocks",
     mode: Annotated[str, typer.Option(help="Mode of torch.compile for rana.")] = "reduce-overhead",
     prefill_mode: Annotated[str, typer.Option(help="Backend option prefill: masked, dense, cheapest or factors.")] = "masked",
     density: Annotated[float, typer.Option(help="Kept fraction of a router's ranks in random plans.")] = 0.5,
@@ -81,6 +84,8 @@ def main(
 ) -> None:
     """Tokens per second of MODEL, dense and adapted."""
     began = time.perf_counter()
+    if scope not in SCOPES:
+        raise UnknownChoice(kind="scope", got=scope, valid=", ".join(SCOPES))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16"
     made = plan_configs(config, density=density, stacked=stacked)
@@ -95,7 +100,7 @@ def main(
     common |= {"new_tokens": new_tokens, "prefill_mode": prefill_mode}
     start(out)
     with torch.no_grad(), gguf_files(network, given=gguf) as files:
-        run = Run(network, layout_of(network), protocol, common, out, copy_bandwidth(place), began, files=files, text=read)
+        run = Run(network, layout_of(network, scope), protocol, common, out, copy_bandwidth(place), began, files=files, text=read)
         weights = sum(site.flops * site.weight.element_size() for site in run.layout.sites.values())
         run.add("device", copy_gb_per_s=run.bandwidth / 1e9, weight_gb=weights / 1e9, load_seconds=time.perf_counter() - began)
         compare(run, chosen)

@@ -98,12 +98,13 @@ class Run:
         """Weight bytes of linears that a step of one sequence reads, from the measured densities."""
         sites = self.layout.sites.values()
         dense = sum(site.flops * site.weight.element_size() for site in sites)
-        inside = sum(site.flops * site.weight.element_size() for site in sites if site.counted)
         if variant.kind in RIVALS:
             small = sum(site.flops * site.weight.element_size() for site in sites if id(site.weight) in prepared.quantised)
             fewer = sum(site.flops for site in sites if id(site.weight) in prepared.quantised)
             return dense - small + fewer * RIVALS[variant.kind].bytes_per_weight
-        return dense if prepared.measured is None else dense - inside * (1 - prepared.measured.budget_bytes)
+        if prepared.plan is None or prepared.measured is None:
+            return dense
+        return dense - prepared.plan.dense_cost.bytes * (1 - prepared.measured.budget_bytes)
 
 
 def compare(run: Run, chosen: list[Variant]) -> None:
@@ -267,6 +268,7 @@ def _plan_facts(prepared: Prepared) -> dict[str, Any]:
         "expected_budget": {unit: plan.expected_budget(unit) for unit in ("flops", "bytes")},
         "measured_budget": {"flops": measured.budget_flops, "bytes": measured.budget_bytes},
         "measured_tokens": measured.tokens,
+        "scope": plan.scope,
         "adapters": adapters,
         "router_bits": _bits(plan, "router"),
         "factor_bits": _bits(plan, "weight"),

@@ -5,7 +5,7 @@ ranks, densities and dtypes, not on the values of factors. Every adapter costs o
 
     rank    attention inputs over one tensor, stacked; up and gate, stacked (or each alone)
             r = min(p D / (R + density F), D / (R + F), o, i),  k = (p D - r R) / F      router r R + product k F = p D
-    neuron  attention output, down; with kinds "neuron" and "apart" all linears            k = p D / F
+    neuron  attention output, down, heads and stems where counted; with kinds "neuron" and "apart" all linears   k = p D / F
 
 D: bytes of the dense layers; R: bytes of a row of the router; F: bytes of a row of the factor (or of W^T); scales included. With
 16 bits throughout R = 2 i, F = 2 o, D = 2 o i. The second bound on r is the rank above which a batch, which needs every row,
@@ -88,11 +88,11 @@ def plan_configs(text: str, *, density: float, stacked: bool) -> list[PlanConfig
     return found
 
 
-def layout_of(model: nn.Module) -> Layout:
-    """The layout of a language model, from one traced call with four tokens."""
+def layout_of(model: nn.Module, scope: str = "blocks") -> Layout:
+    """The layout of a language model, from one traced call with four tokens. ``scope``: of the budget."""
     ids_BT = torch.arange(4, device=device_of(model)).unsqueeze(0)
     batch = {"input_ids": ids_BT, "use_cache": False}
-    return calibrate(model, [batch], wanted=lambda _: set(), capacity=4, progress=False).layout
+    return calibrate(model, [batch], wanted=lambda _: set(), capacity=4, scope=scope, progress=False).layout
 
 
 def random_plan(model: nn.Module, layout: Layout, budget: float, *, config: PlanConfig | None = None, seed: int = 0) -> Plan:
@@ -107,6 +107,7 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, config: Plan
     for block in layout.blocks:
         ranked += [block.ups] if config.stacked else [(up,) for up in block.ups]
     masked = [site.name for site in layout.sites.values() if site.role == "attention_out"] + [b.down for b in layout.blocks]
+    masked += [site.name for site in layout.sites.values() if site.counted and site.outside_blocks]
     adapted = (*(name for names in ranked for name in names), *masked)
     left = split_budget(problem, adapted, why="some linears are neither of attention nor of an MLP block")
     fraction = min(1.0, left.fraction)
@@ -121,7 +122,8 @@ def random_plan(model: nn.Module, layout: Layout, budget: float, *, config: Plan
         adapters += [_neuron(problem, names, fraction, config) for names in masks]
     order = {name: index for index, name in enumerate(layout.sites)}
     adapters.sort(key=lambda adapter: order[adapter.sites[0]])
-    calibration = CalibratedModel(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False)
+    scope = next(site.scope for site in layout.sites.values())
+    calibration = CalibratedModel(type(model).__name__, layout, {}, tokens=0, seed=seed, hashed=False, scope=scope)
     return _with_cheap_digest(planned(calibration, problem, adapters))
 
 

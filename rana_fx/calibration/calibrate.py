@@ -153,6 +153,7 @@ def calibrate(
     *,
     wanted: Callable[[Layout], Collection[tuple[str, ...]]] = lambda _: (),
     capacity: int = CAPACITY,
+    scope: str = "blocks",
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
@@ -163,7 +164,7 @@ def calibrate(
         wanted: given the layout, the groups (by their site names) whose inputs to sample, none by default; a mapping has what to
             ``Keep`` of each. Called after the first batch with linears, and again whenever a batch runs linears that no earlier
             one did. Such a batch runs twice where it is large, since its groups are not known in the first run.
-        capacity: rows kept per group where ``wanted`` is no mapping.
+        capacity: rows kept per group where ``wanted`` is no mapping. scope: which linears the budget counts (``cost.SCOPES``).
 
     Raises:
         NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, WeightAbsent, CompilationDisabled.
@@ -173,7 +174,7 @@ def calibrate(
     absent = absent_weight(model)
     if absent is not None:
         raise WeightAbsent(model=type(model).__name__, site=absent)
-    calibrating = _Calibrating(model, _Sampler(model, capacity=capacity, seed=seed), wanted, Keep(capacity))
+    calibrating = _Calibrating(model, _Sampler(model, capacity=capacity, seed=seed), wanted, Keep(capacity), scope)
     tee = batches if isinstance(batches, Tee) else None
     index, tokens = -1, 0
     with probing(model), torch.no_grad():
@@ -193,9 +194,14 @@ class _Calibrating:
     """A model that runs batches one by one, and the layout merged from all of them."""
 
     def __init__(
-        self, model: nn.Module, sampler: _Sampler, wanted: Callable[[Layout], Collection[tuple[str, ...]]], keep: Keep
+        self,
+        model: nn.Module,
+        sampler: _Sampler,
+        wanted: Callable[[Layout], Collection[tuple[str, ...]]],
+        keep: Keep,
+        scope: str,
     ) -> None:
-        self._model, self.sampler, self._wanted, self._keep = model, sampler, wanted, keep
+        self._model, self.sampler, self._wanted, self._keep, self._scope = model, sampler, wanted, keep, scope
         self._layout = Layout({}, (), (), (), 0)
 
     def take(self, batch: Any, index: int, *, held_out: bool = False) -> tuple[int, frozenset[str]]:
@@ -209,7 +215,7 @@ class _Calibrating:
         sampler.layout_only = count > _MOST_SEEN
         new, ran = self._run(batch, index, left_out=known if held_out else frozenset())
         if new:
-            self._layout = merge(sampler.passes.kinds())
+            self._layout = merge(sampler.passes.kinds(), self._scope)
             if any(site.counted for site in self._layout.sites.values()):
                 sampler.settle(_keeps(self._layout, self._wanted(self._layout), self._keep))
                 if sampler.layout_only and sampler.wants(sampler.known - known):

@@ -18,13 +18,18 @@ from rana_fx.graph.linears import Skip
 from rana_fx.graph.mlp_blocks import Rowwise, TracedMlp
 from rana_fx.graph.roles import Occurrence, TracedGraph
 
-OUTSIDE = ("head", "stem", "constant")
+# roles that a budget does not count, by its scope: what reads nothing of the batch has no cost per token, and routers of experts
+# select what else is computed
+OUTSIDE = {"blocks": ("head", "stem", "constant", "router"), "all": ("constant", "router")}
 OUTSIDE_OF_GRAPHS = "ran outside of any traced graph"
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One linear layer, by the name of its weight. ``role`` is explained in ``rana_fx.graph.roles``."""
+    """One linear layer, by the name of its weight. ``role`` is explained in ``rana_fx.graph.roles``.
+
+    ``scope``: of the budget. ``is_table``: the weight is an embedding table as well.
+    """
 
     name: str
     op: str
@@ -38,11 +43,18 @@ class Site:
     uses: int  # occurrences in one forward pass
     group: int  # index into Layout.groups
     attention: int | None  # sites with one value feed the same attention
+    scope: str = "blocks"
+    is_table: bool = False
 
     @property
     def counted(self) -> bool:
-        """Whether the budget counts it: linears inside the blocks that read data, not heads, stems or routers of experts."""
-        return self.role not in (*OUTSIDE, "router")
+        """Whether the budget counts it: linears that read data but routers of experts; with scope "blocks" no heads and stems."""
+        return self.role not in OUTSIDE[self.scope]
+
+    @property
+    def outside_blocks(self) -> bool:
+        """Whether it is a head or a stem."""
+        return self.role in ("head", "stem")
 
     @property
     def flops(self) -> float:
@@ -133,11 +145,12 @@ class Layout:
         return [tuple(names) for names in found.values()]
 
 
-def merge(kinds: Sequence[Sequence[TracedGraph]]) -> Layout:
+def merge(kinds: Sequence[Sequence[TracedGraph]], scope: str = "blocks") -> Layout:
     """Determine heads and stems, and merge the occurrences of shared weights.
 
     Args:
         kinds: the graphs of each kind of forward pass. Facts on a site of several kinds are those of the first (``in_order``).
+        scope: of the budget, a key of ``OUTSIDE``.
     """
     kinds = in_order(kinds)
     graphs = list({id(graph): graph for kind in kinds for graph in kind}.values())
@@ -146,6 +159,8 @@ def merge(kinds: Sequence[Sequence[TracedGraph]]) -> Layout:
     left = {*both, *biased}
     groups = _groups([[item for item in graph.occurrences if item.linear.name not in left] for graph in graphs])
     sites = _sites_of_kinds(kinds, {name: i for i, group in enumerate(groups) for name in group.sites})
+    tables = {id(weight) for graph in graphs for node, weight in graph.scan.weights.items() if _is_table(node)}
+    sites = {name: replace(site, scope=scope, is_table=id(site.weight) in tables) for name, site in sites.items()}
     skips = _skips(kinds)
     skips += [Skip(name, "its weight is also used transposed, and one adapter cannot serve both") for name in both]
     skips += [Skip(name, "its weight is used with different biases, and one adapter cannot serve both") for name in biased]
@@ -277,7 +292,11 @@ def _settle_outside(found: Sequence[tuple[int, Occurrence]]) -> None:
 
 def _is_embedding(found: Occurrence) -> bool:
     """A weight tied to an embedding table is the output head, wherever it stands."""
-    return any(getattr(user.target, "__name__", "") == "embedding" for user in found.linear.weight_node.users)
+    return _is_table(found.linear.weight_node)
+
+
+def _is_table(weight: fx.Node) -> bool:
+    return any(getattr(user.target, "__name__", "") == "embedding" for user in weight.users)
 
 
 def _sites(

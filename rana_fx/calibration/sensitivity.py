@@ -27,30 +27,43 @@ from rana_fx.calibration.layout import Layout
 
 Unit = tuple[str, ...]
 
-_ROWS = 2048  # rows of logits turned to probabilities at a time
+_PAIRS = 512  # tokens of a batch
+_ROWS, _VALUES = 2048, 2**26  # rows of logits, and values, turned to probabilities at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
     """``moments``: per unit. ``columns``: per site the mean square of W^T g, (in,): what dropping a unit of each input costs.
 
+    Per site outside of the blocks ``outputs``: the mean square of g, (out,): what an error of each output costs; and ``pairs``: x
+    and W^T g of some other tokens, (tokens, in) each.
     ``missing``: why there are none for some units, or for any; empty where there are all.
     """
 
     moments: dict[Unit, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     missing: str = ""
 
 
 def sensitivities(
-    model: InstrumentedModel, layout: Layout, units: Sequence[Unit], batches: Iterable[Any], *, seed: int = 0
+    model: InstrumentedModel,
+    layout: Layout,
+    units: Sequence[Unit],
+    batches: Iterable[Any],
+    *,
+    held: Iterable[Any] = (),
+    seed: int = 0,
 ) -> Sensitivity:
-    """Mean gradient moments over the real tokens of ``batches``. A site may be in several units."""
+    """Mean gradient moments over the real tokens of ``batches``; ``pairs`` of ``held``. A site may be in several units."""
     collector = _Collector(model, layout, units)
     generator: torch.Generator | None = None
-    waiting, reached = list(batches)[::-1], False
+    waiting, reached = [(batch, False) for batch in batches][::-1], False
+    if any(layout.sites[name].outside_blocks for unit in units for name in unit):
+        waiting = [*((batch, True) for batch in held), *waiting]
     while waiting:
-        batch = waiting.pop()
+        batch, is_held = waiting.pop()
         try:
             with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
                 # Dynamo looks whether tensors that cross a graph break have gradients
@@ -61,7 +74,7 @@ def sensitivities(
                 if loss is not None and loss.requires_grad and collector.leaves:
                     torch.autograd.grad(loss, collector.leaves, allow_unused=True)
                     reached = True
-            collector.settle()
+            collector.settle(held=is_held)
             continue
         except torch.OutOfMemoryError:
             smaller = halves(batch)
@@ -73,7 +86,7 @@ def sensitivities(
         collector.drop()
         if not smaller:
             return Sensitivity(missing=f"the backward pass failed: {reason}")
-        waiting += smaller[::-1]
+        waiting += [(part, is_held) for part in smaller[::-1]]
     if not reached:
         return Sensitivity(missing="its output does not depend on its linears by differentiable operations")
     return collector.result()
@@ -91,20 +104,27 @@ class _Collector:
         self._outs = {unit: [layout.sites[name].out_features for name in unit] for unit in units}
         self._moments: dict[Unit, Tensor] = {}
         self._columns: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._tokens: dict[Unit, int] = {}
         self.leaves: list[Tensor] = []
         self._uses: dict[str, int] = {}
         # of the batch that runs: they count once its backward pass is done
         self._rows: dict[tuple[Unit, int], Tensor] = {}
         self._squares: dict[str, Tensor] = {}
+        self._output_squares: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._new_pairs: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+    def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """For ``InstrumentedModel.run``."""
         if not y.requires_grad:
             self.leaves.append(y.detach().requires_grad_())
             y = self.leaves[-1] * 1  # what follows may write into it
         if name in self._units_of:
             use = self._uses[name] = self._uses.get(name, -1) + 1
+            if use == 0 and self._layout.sites[name].outside_blocks:
+                self._inputs[name] = self._model.real(x)
             y.register_hook(partial(self._take, name, use))
         return y
 
@@ -113,6 +133,14 @@ class _Collector:
         rows = self._model.real(gradient)
         inner = rows @ site.view.to(rows.dtype)
         _add(self._squares, name, inner.float().square().sum(0))
+        if site.outside_blocks:
+            if use == 0:
+                # .clone(): a view would keep all rows
+                step = -(-len(inner) // _PAIRS)
+                self._new_pairs[name] = self._inputs.pop(name)[::step].clone(), inner[::step].clone()
+            # of a vocabulary, piece by piece
+            for part in rows.split(rows_at_once(rows.shape[1])):
+                _add(self._output_squares, name, part.float().square().sum(0))
         for unit in self._units_of[name]:
             if sum(self._outs[unit]) > site.in_features:
                 # in place: no two units may add to one tensor
@@ -123,10 +151,17 @@ class _Collector:
             start = sum(self._outs[unit][: unit.index(name)])
             held[:, start : start + rows.shape[1]] += rows
 
-    def settle(self) -> None:
+    def settle(self, *, held: bool) -> None:
         """After the backward pass of a batch."""
+        if held:
+            for name, pair in self._new_pairs.items():
+                self._pairs.setdefault(name, []).append(pair)
+            self.drop()
+            return
         for name, squares in self._squares.items():
             _add(self._columns, name, squares)
+        for name, squares in self._output_squares.items():
+            _add(self._outputs, name, squares)
         for unit, use in list(self._rows):
             rows = self._rows.pop((unit, use))
             _add(self._moments, unit, rows.float().t() @ rows.float())
@@ -135,7 +170,8 @@ class _Collector:
 
     def drop(self) -> None:
         """Release what is held of the batch that ran."""
-        self._rows, self._squares, self._uses, self.leaves = {}, {}, {}, []
+        self._rows, self._squares, self._output_squares, self._uses, self.leaves = {}, {}, {}, {}, []
+        self._inputs, self._new_pairs = {}, {}
 
     def result(self) -> Sensitivity:
         lost = {}
@@ -149,19 +185,28 @@ class _Collector:
                 self._moments[unit] = moment.div_(self._tokens[unit])
         for unit in lost:
             self._moments.pop(unit, None)
-        columns = {
-            name: self._columns[name] / self._tokens[unit] for unit in self._moments for name in unit if name in self._columns
+        columns, outputs = (
+            {name: sums[name] / self._tokens[unit] for unit in self._moments for name in unit if name in sums}
+            for sums in (self._columns, self._outputs)
+        )
+        pairs = {
+            name: (torch.cat([x for x, _ in found]), torch.cat([g for _, g in found])) for name, found in self._pairs.items()
         }
         missing = ""
         if lost:
             (unit, why), count = next(iter(lost.items())), len(self._outs)
             missing = f"{why} {unit[0]} ({len(lost)} of {count} groups of linears are without)"
-        return Sensitivity(self._moments, columns, missing)
+        return Sensitivity(self._moments, columns, outputs, pairs, missing)
 
 
 def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
     """In place, where there is something already."""
     sums[key] = sums[key].add_(value) if key in sums else value
+
+
+def rows_at_once(classes: int) -> int:
+    """Rows of logits that are in memory as probabilities at a time: fewer where the vocabulary is large."""
+    return max(1, min(_ROWS, _VALUES // classes))
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -197,7 +242,7 @@ def _projected(output: Any, model: InstrumentedModel, generator: torch.Generator
     if logits is not None:
         rows = _rows(logits, model)
         total = rows.new_zeros((), dtype=torch.float32)
-        for chunk in rows.split(_ROWS):
+        for chunk in rows.split(rows_at_once(rows.shape[1])):
             wide = chunk.float()
             with torch.no_grad():
                 drawn = torch.multinomial(wide.softmax(-1), 1, generator=generator).squeeze(-1)
@@ -230,7 +275,8 @@ def divergence(output: Any, dense: Any, model: InstrumentedModel) -> tuple[float
     logits, expected = logits_of(output), logits_of(dense)
     if logits is not None and expected is not None:
         total, count = 0.0, 0
-        pairs = zip(real_outputs(logits, model).split(_ROWS), real_outputs(expected, model).split(_ROWS), strict=True)
+        most = rows_at_once(logits.shape[-1])
+        pairs = zip(real_outputs(logits, model).split(most), real_outputs(expected, model).split(most), strict=True)
         for rows, reference in pairs:
             log_q, log_p = rows.float().log_softmax(-1), reference.float().log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))

@@ -20,6 +20,7 @@ def command(
     budget: o.Budget = 0.58,
     metric: o.Metric = "flops",
     recipe: o.Recipe = "rana",
+    scope: o.Scope = "blocks",
     tokens: o.Tokens = 32_000,
     context: o.Context = 512,
     batch_size: o.BatchSize = 8,
@@ -43,7 +44,7 @@ def command(
     # neighbouring documents are similar: the first ones alone would be a biased sample of the text
     batches = data_batches(network, tokenizer, data, **text, shuffle=seed)  # type: ignore[arg-type]
     started = time.perf_counter()
-    plan = adapt(network, batches, budget=budget, metric=metric, recipe=recipe, seed=seed)
+    plan = adapt(network, batches, budget=budget, metric=metric, recipe=recipe, scope=scope, seed=seed)
     seconds = time.perf_counter() - started
     plan.save(out)
     facts = facts_of("adapt", seed=seed, model=model, data=data, out=out, dtype=dtype, device=str(network.device), **text)
@@ -54,6 +55,7 @@ def command(
         "budget": {
             "asked": plan.budget,
             "metric": plan.metric,
+            "scope": plan.scope,
             "expected": {"flops": plan.expected_budget("flops"), "bytes": plan.expected_budget("bytes")},
         },
         "tokens": plan.tokens,
@@ -66,7 +68,7 @@ def command(
         ("", "value"),
         [
             ("recipe", plan.recipe),
-            ("target budget", f"{plan.budget:g} of the dense {plan.metric}"),
+            ("target budget", f"{plan.budget:g} of the dense {plan.metric}{', output head included' if scope == 'all' else ''}"),
             ("expected budget, flops", plan.expected_budget("flops")),
             ("expected budget, bytes", plan.expected_budget("bytes")),
             ("calibration tokens", plan.tokens),

@@ -58,6 +58,7 @@ def command(
             "budget": {
                 "asked": loaded.budget,
                 "metric": loaded.metric,
+                "scope": loaded.scope,
                 "expected": {"flops": loaded.expected_budget("flops"), "bytes": loaded.expected_budget("bytes")},
                 "measured": {"flops": measured.budget_flops, "bytes": measured.budget_bytes},
             },

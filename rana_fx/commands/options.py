@@ -37,6 +37,7 @@ PlanDir = Annotated[Path | None, typer.Option("--plan", help="Folder that `rana-
 Json = Annotated[Path | None, typer.Option("--json", callback=file, help="Also write the facts to this file.")]
 Budget = Annotated[float, typer.Option(help="Expected cost per token of the linear layers, over dense, in (0, 1].")]
 Metric = Annotated[str, typer.Option(help="What the budget counts: flops or bytes.")]
+Scope = Annotated[str, typer.Option(help="Linears that the budget counts: blocks, or all (output head and stem as well).")]
 Recipe = Annotated[str, typer.Option(help=f"How the budget is distributed over layers: {', '.join(RECIPES)}.")]
 Tokens = Annotated[int, typer.Option(min=1, max=MOST, help="Maximum number of tokens of the text to use.")]
 Context = Annotated[int, typer.Option(min=2, max=_LONGEST, help="Tokens per sequence.")]

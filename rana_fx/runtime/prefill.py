@@ -22,8 +22,10 @@ import torch
 from torch import nn
 
 from rana_fx.adapter import Adapter
+from rana_fx.graph.operands import base_name
 from rana_fx.kernels.registry import tokens_skipped
 from rana_fx.plan import Plan
+from rana_fx.runtime.replaced_weights import replaced_weights
 
 MODES = ("masked", "dense", "cheapest", "factors")
 
@@ -47,7 +49,8 @@ def memory_of(plan: Plan) -> Memory:
         record.name: record.out_features * record.in_features * getattr(torch, record.dtype).itemsize for record in plan.sites
     }
     factors = sum(value.numel() * value.element_size() for adapter in plan.adapters for value in adapter.tensors().values())
-    replaced = sum(sizes[site] for adapter in plan.adapters if not adapter.reads_model for site in adapter.sites)
+    freed = replaced_weights(plan)
+    replaced = sum(size for site, size in sizes.items() if base_name(site) in freed)
     return Memory(sum(sizes.values()), factors, replaced)
 
 

@@ -9,7 +9,8 @@ from rana_fx.plan import Plan
 def replaced_weights(plan: Plan) -> frozenset[str]:
     """Weights, by the plan's names, all of whose linears have an adapter that multiplies only by a matrix of its own.
 
-    A weight is not replaced where one of its linears was skipped, or where an adapter multiplies by it, masked or exactly.
+    A weight is not replaced where one of its linears was skipped, where an adapter multiplies by it, masked or exactly, or
+    where a note is on it: one of these says that an embedding reads the weight as its table.
     """
     own = {site for adapter in plan.adapters if not adapter.reads_model for site in adapter.sites}
     sites: dict[str, set[str]] = {}

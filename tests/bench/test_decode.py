@@ -16,7 +16,7 @@ from bench.speed.latency import Variant
 from bench.speed.random_plan import PlanConfig, attach_unchecked, layout_of, plan_configs, random_plan, ranks_for
 from bench.speed.variants import on_model, reference, variants
 from bench.speed.verify import bound, check_logits, fixed_masks, record_expected, relative_rmse
-from rana_fx.errors import InvalidOption
+from rana_fx.errors import InvalidOption, UnknownChoice
 from rana_fx.plan import load_plan
 from rana_fx.runtime.attachment import attached, detach
 from tests.support.architectures import build as build_architecture
@@ -78,6 +78,23 @@ def test_other_architectures_have_random_plans(kind):
     plan = random_plan(model, layout_of(model), 0.5)
     assert plan.expected_budget() == pytest.approx(0.5, abs=1e-6)
     assert {site for adapter in plan.adapters for site in adapter.sites} == {s.name for s in plan.sites if s.counted}
+
+
+@pytest.mark.parametrize("kind", ["rank", "neuron", "apart"])
+def test_a_random_plan_counts_the_head_where_asked(kind):
+    model, _ = build_architecture("gemma", 1)
+    layout = layout_of(model, "all")
+    plan = random_plan(model, layout, 0.5, config=PlanConfig(kind=kind))
+    assert plan.scope == "all" and plan.expected_budget() == pytest.approx(0.5, abs=1e-6)
+    assert {site for adapter in plan.adapters for site in adapter.sites} == set(layout.sites)
+    (head,) = (site.name for site in plan.sites if site.role == "head")
+    adapter = plan.adapter_of(head)
+    assert adapter.sites == (head,) and adapter.kind == "neuron" and adapter.density == pytest.approx(0.5)
+
+
+def test_an_unknown_scope(tmp_path):
+    with pytest.raises(UnknownChoice, match=r"scope='head' is not known. Pick one of: blocks, all"):
+        main("tiny", tmp_path / "rows.jsonl", scope="head")
 
 
 @pytest.mark.parametrize(("out", "width"), [(12288, 4096), (22016, 4096), (6144, 4096), (96, 64)])

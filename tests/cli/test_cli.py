@@ -77,6 +77,20 @@ def test_adapt_writes_a_plan_and_its_facts(adapted: tuple[Path, dict[str, Any], 
     assert "by layer and role" in " ".join(printed.split()) and not any(adapter.name in printed for adapter in plan.adapters)
 
 
+def test_a_budget_of_all_linears(model: Path, tmp_path: Path) -> None:
+    record = tmp_path / "facts.json"
+    text = ("--tokens", 600, "--context", 128, "--device", "cpu", "--json", record)
+    result = call(
+        "adapt", model, "--data", TEXT, "--out", tmp_path / "plan", "--budget", 0.6, "--recipe", "teal", "--scope", "all", *text
+    )
+    found = facts(record, result)
+    assert found["budget"]["scope"] == "all" and "output head included" in " ".join(result.output.split())
+    plan = rana_fx.load_plan(tmp_path / "plan")
+    assert {site.role for site in plan.sites if site.counted and plan.adapter_of(site.name)} >= {"head", "up", "down"}
+    measured = facts(record, call("eval", model, "--plan", tmp_path / "plan", "--data", HELD_OUT, *text))["budget"]
+    assert measured["scope"] == "all" and abs(measured["measured"]["flops"] - 0.6) < 0.08
+
+
 def test_eval_shows_dense_and_adapted(model: Path, adapted: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     plan = rana_fx.load_plan(adapted[0])
     args = (
@@ -143,6 +157,10 @@ def test_generate_continues_the_prompt(
     [
         (("adapt", MODEL, "--data", TEXT, "--out", "p", "--budget", "1.5"), "budget=1.5 is outside (0, 1]"),
         (("adapt", MODEL, "--data", TEXT, "--out", "p", "--recipe", "soup"), "recipe='soup' is not known. Pick one of: "),
+        (
+            ("adapt", MODEL, "--data", TEXT, "--out", "p", "--scope", "heads"),
+            "scope='heads' is not known. Pick one of: blocks, all",
+        ),
         (
             ("adapt", MODEL, "--data", TEXT, "--out", "p", "--metric", "joules"),
             "metric='joules' is not known. Pick one of: flops, bytes",

@@ -24,7 +24,7 @@ MUTATIONS = (
       "rana_fx/graph/derivatives.py", "if not _close(total,", "if False and not _close(total,",
       "tests/graph/test_regions.py::test_another_backward_pass_stays_and_its_linears_are_reported"),
     M("head-inside-the-budget", "The output head counts as a linear of the blocks.",
-      "rana_fx/calibration/layout.py", 'OUTSIDE = ("head", "stem", "constant")', 'OUTSIDE = ("stem", "constant")',
+      "rana_fx/calibration/layout.py", '"blocks": ("head", ', '"blocks": (',
       "tests/graph/test_counted.py"),
     M("attention-output-unseen", "A linear behind attention is not recognised as its output projection.",
       "rana_fx/graph/roles.py", "elif any(mixes_tokens(node, weights) for node in behind):", "elif False:",

@@ -33,7 +33,7 @@ def header_of(folder):
 def test_round_trip_and_digest(made, tmp_path):
     _, plan = made
     plan.save(tmp_path)
-    assert header_of(tmp_path)["format"] == planfile.FORMAT == 3
+    assert header_of(tmp_path)["format"] == planfile.EXACT == 3
     again = rana_fx.load_plan(tmp_path)
     assert again.digest() == plan.digest() and again.to_dict() == plan.to_dict()
     (ours,), (theirs,) = plan.adapters, again.adapters
@@ -57,7 +57,7 @@ def test_plans_without_exact_outputs_are_what_they_were(made, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda h: h.update(format=4), PlanVersion, "Upgrade rana_fx"),
+        (lambda h: h.update(format=planfile.FORMAT + 1), PlanVersion, "Upgrade rana_fx"),
         (lambda h: h.update(format=1), PlanVersion, "Make the plan again"),
         (lambda h: h["plan"]["adapters"][0].pop("exact_kept"), PlanFileError, "come together"),
         (lambda h: h["plan"]["adapters"][0].update(exact_kept=1e9), PlanFileError, "exact_kept"),

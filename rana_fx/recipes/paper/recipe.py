@@ -35,6 +35,8 @@ from rana_fx.recipes.registry import split_budget
 _MULTIPLES = tuple(step / 6 for step in range(3, 10))
 _UNADAPTED = {
     "attention_out": "attention output projections stay dense in the paper's recipe",
+    "head": "outside the blocks: dense in the paper's recipe",
+    "stem": "outside the blocks: dense in the paper's recipe",
     "other": "neither an attention input nor part of an MLP block; dense in the paper's recipe",
 }
 
@@ -53,7 +55,7 @@ class Paper:
     def solve(self, problem: Problem) -> list[Adapter]:
         layout = problem.layout
         for site in layout.sites.values():
-            if site.role in _UNADAPTED:
+            if site.counted and site.role in _UNADAPTED:
                 problem.skips.append(Skip(site.name, _UNADAPTED[site.role]))
         every: list[tuple[str, ...] | MlpBlock] = [*layout.stacks(), *layout.blocks]
         units = [unit for unit in every if _calibrated(problem, unit)]

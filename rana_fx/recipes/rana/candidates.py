@@ -28,6 +28,7 @@ from rana_fx.recipes.rana.components import Components
 from rana_fx.recipes.rana.joint_drop import JointDropCorrection
 from rana_fx.recipes.rana.loss_metric import LossMetric
 from rana_fx.recipes.rana.operating_point import BASIS_KINDS, OperatingPoint
+from rana_fx.recipes.rana.paired_errors import PairedErrors
 from rana_fx.recipes.rana.quantization import UnitFormat
 
 
@@ -44,7 +45,7 @@ class UnitCandidates:
 
     Args:
         basis: None: no components. rows_TI: (tokens, in). formats: the first is unquantized. sites: default: the unit as one.
-        dtype: of the model; components are held in it.
+        dtype: of the model; components are held in it. paired: of an output head, see ``Components``.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class UnitCandidates:
         sites: Sequence[UnitSite] = (),
         *,
         dtype: torch.dtype | None = None,
+        paired: PairedErrors | None = None,
     ) -> None:
         self.formats = tuple(formats)
         self.out, self.width = metric.left_OD.shape[0], metric.right_DI.shape[1]
@@ -65,7 +67,7 @@ class UnitCandidates:
         squares_TI = x_TI.square()
         self._survival = [Survival(squares_TI, site.norms_I) for site in self.sites]
         self._joint_drop = JointDropCorrection(metric, x_TI)
-        self.components = None if basis is None else Components(basis, rows_TI, formats, dtype or rows_TI.dtype)
+        self.components = None if basis is None else Components(basis, rows_TI, formats, dtype or rows_TI.dtype, paired)
 
     @property
     def entries(self) -> list[tuple[str, int]]:

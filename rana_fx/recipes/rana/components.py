@@ -7,7 +7,8 @@ In: a unit's basis and rows of its input. Out: operating points. With z = B x, a
     hybrid   as rank, and input j of the router where x_j^2 |B_:,j|^2 >= 2 lambda (rows of the router)
     static   component k                  where mean z_k^2   >= 2 lambda (in + out)
 
-Points are computed on a grid of multipliers, each the first time it is needed, and interpolated between two of them.
+Points are computed on a grid of multipliers, each the first time it is needed, and interpolated between two of them. At an output
+head their losses are corrected on other tokens (paired_errors.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from rana_fx.calibration.score_histogram import Survival
 from rana_fx.recipes.basis import Basis
 from rana_fx.recipes.rana.operating_point import OperatingPoint
+from rana_fx.recipes.rana.paired_errors import LEAST, PairedErrors
 from rana_fx.recipes.rana.quantization import UnitFormat
 
 GRID_STEP = 0.1  # of the multiplier's logarithm, between two points of the grid
@@ -36,7 +38,15 @@ class Components:
             would cut them off and one learning rate would not suit both.
     """
 
-    def __init__(self, basis: Basis, rows_TI: Tensor, formats: Sequence[UnitFormat], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        basis: Basis,
+        rows_TI: Tensor,
+        formats: Sequence[UnitFormat],
+        dtype: torch.dtype,
+        paired: PairedErrors | None = None,
+    ) -> None:
+        self._paired = paired
         self.out, self.width = basis.a_OD.shape[0], basis.b_DI.shape[1]
         self._rows_TI, self._formats = rows_TI, tuple(formats)
         self.units_D = _powers_of_two(torch.linalg.vector_norm(basis.a_OD, dim=0))
@@ -65,7 +75,7 @@ class Components:
         """Of the Lagrangian of every kind: its value, were the router free."""
         threshold = multiplier * self._formats[format_index].rates.factor * self.out
         kept, lost = self._survival.at(2 * threshold)
-        return lost / 2 + kept * threshold
+        return (1.0 if self._paired is None else LEAST) * lost / 2 + kept * threshold
 
     def threshold(self, point: OperatingPoint) -> float:
         """On squared components, in units of loss."""
@@ -114,7 +124,8 @@ class Components:
         # components are ordered by energy, which is also the order in which rows of the router reduce the loss
         if kind == "static":
             ranks = _whole(int((self._z2_D >= threshold + row_threshold).sum()), stored)
-            return OperatingPoint(kind, multiplier, 0.0, float(self._z2_D[ranks:].sum()) / 2, ranks, ranks)
+            loss = float(self._z2_D[ranks:].sum()) / 2 * self._ratio(0.0, ranks)
+            return OperatingPoint(kind, multiplier, 0.0, loss, ranks, ranks)
         z_TD = self._z_TD.float() / self.units_D
         gain_D = (z_TD.square() - threshold).clamp_min_(0).mean(0)
         ranks = _whole(int((gain_D > row_threshold).sum()), stored)
@@ -124,8 +135,11 @@ class Components:
         kept_TR = z_TR.square() >= threshold
         kept = float(kept_TR.count_nonzero()) / max(1, len(kept_TR))
         lost += float((z_TD[:, :ranks] - z_TR * kept_TR).square_().sum()) / max(1, len(kept_TR))
-        loss = lost / 2 + stored.rounding_loss(kind, ranks)
+        loss = lost / 2 * self._ratio(threshold, ranks) + stored.rounding_loss(kind, ranks)
         return OperatingPoint(kind, multiplier, 0.0, loss, kept, ranks, router_kept=router_kept)
+
+    def _ratio(self, threshold: float, ranks: int) -> float:
+        return 1.0 if self._paired is None else self._paired.ratio(threshold, ranks)
 
     def _behind_mask(self, ranks: int, threshold: float) -> tuple[float, Tensor]:
         """(inputs per token that the router's mask keeps, the first components of the masked input, (tokens, ranks))."""

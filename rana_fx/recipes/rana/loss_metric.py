@@ -25,12 +25,19 @@ class LossMetric:
     """left_OD (out, d), right_DI (d, in), fp32: W = L R.
 
     ``isotropic_scale``: twice the loss of a unit error of an output, were all outputs alike: for errors outside the range of W,
-    such as those of rounding.
+    such as those of rounding. ``outputs_O``: the same for each output, where it is known.
     """
 
     left_OD: Tensor
     right_DI: Tensor
     isotropic_scale: float
+    outputs_O: Tensor | None = None
+
+    def loss_of_outputs(self, squares_O: Tensor) -> Tensor:
+        """Loss of independent errors of the outputs, given their mean squares, (..., out)."""
+        if self.outputs_O is None:
+            return self.isotropic_scale * squares_O.sum(-1) / 2
+        return squares_O @ self.outputs_O / 2
 
     @property
     def norms_I(self) -> Tensor:
@@ -43,6 +50,11 @@ def site_norms(weight_OI: Tensor, given_I: Tensor) -> Tensor:
     columns_I = weight_OI.float().square().sum(0)
     isotropic_scale = given_I.sum() / columns_I.sum().clamp_min(1e-30)
     return (1 - _SHRINK) * given_I + _SHRINK * isotropic_scale * columns_I
+
+
+def shrunk(outputs_O: Tensor) -> Tensor:
+    """Twice the loss of a unit error of each output, from the mean square of the gradient there."""
+    return (1 - _SHRINK) * outputs_O + _SHRINK * outputs_O.mean()
 
 
 def loss_metric(weight_OI: Tensor, moment: Tensor | None, *, isotropic_scale: float | None = None) -> LossMetric:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,11 +19,12 @@ from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.candidates import UnitCandidates, UnitSite
 from rana_fx.recipes.rana.decision import Decision
 from rana_fx.recipes.rana.eligible_mlps import EligibleMlp, eligible_mlps
-from rana_fx.recipes.rana.loss_metric import LossMetric, loss_basis, loss_metric, site_norms
+from rana_fx.recipes.rana.loss_metric import LossMetric, loss_basis, loss_metric, shrunk, site_norms
 from rana_fx.recipes.rana.mlp_candidate import MlpCandidate
 from rana_fx.recipes.rana.mlp_exact import ExactMlp
 from rana_fx.recipes.rana.mlp_gated import GatedMlp
 from rana_fx.recipes.rana.options import Options
+from rana_fx.recipes.rana.paired_errors import PairedErrors
 from rana_fx.recipes.rana.quantization import UnitFormat, quantized_formats, unquantized
 from rana_fx.recipes.rana.unit_rows import BASIS_ROWS, UnitRows, directions, evenly_spaced, moment_of, rows_of
 from rana_fx.recipes.rana.units import Unit, has_basis
@@ -118,13 +120,17 @@ class _Maker:
         """A unit's candidates, and its loss metric."""
         problem, rows = self.problem, rows_of(self.problem, unit)
         metric = loss_metric(problem.matrix(unit), self.found.moments.pop(unit, None), isotropic_scale=self.isotropic_scale)
+        if all(name in self.found.outputs for name in unit):
+            metric = replace(metric, outputs_O=shrunk(torch.cat([self.found.outputs[name] for name in unit])))
         basis = _basis(problem, unit, metric, rows)
         formats = [unquantized(_rate(problem, unit[0]))]
         if problem.metric == "bytes":
             formats += self._quantized(unit, metric, basis, rows)
         formats = [_of_kinds(stored, self.options.kinds) for stored in formats]
         sites, dtype = _sites(problem, unit, self.found, metric), problem.layout.sites[unit[0]].weight.dtype
-        return UnitCandidates(metric, basis, rows.measured_TI, formats, sites, dtype=dtype), metric
+        pairs = self.found.pairs.get(unit[0]) if len(unit) == 1 else None
+        paired = None if basis is None or pairs is None else PairedErrors(basis, *pairs)
+        return UnitCandidates(metric, basis, rows.measured_TI, formats, sites, dtype=dtype, paired=paired), metric
 
     def _quantized(self, unit: Unit, metric: LossMetric, basis: Basis | None, rows: UnitRows) -> list[UnitFormat]:
         problem, site, moment_II = self.problem, self.problem.layout.sites[unit[0]], rows.moment_II

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rana_fx.recipes.basis import Basis
-from rana_fx.recipes.rana.gptq import GROUP, Packed, quantize
+from rana_fx.recipes.rana.gptq import COLUMNS, GROUP, Packed, quantize
 from rana_fx.recipes.rana.loss_metric import LossMetric
 from rana_fx.recipes.rana.operating_point import JOINT_KINDS, KINDS
 
@@ -137,19 +137,20 @@ def _rate(bits: int, columns: int, uses: int) -> float:
 def _weight_format(
     metric: LossMetric, weights: Mapping[str, Tensor], moment_II: Tensor, bits: int, uses: int, packed: Mapping[str, Packed]
 ) -> UnitFormat:
-    error = 0.0
+    squares = []
     for name, weight in weights.items():
         dequantized = (packed[name] if packed else quantize(weight.t(), bits)).dequantize()
-        error += float(_squares(dequantized - weight.t(), moment_II).sum())
+        squares.append(_squares(dequantized.sub_(weight.t()), moment_II))
     outs = sum(len(weight) for weight in weights.values())
     rate = sum(_rate(bits, len(weight), uses) * len(weight) for weight in weights.values()) / outs
-    loss = metric.isotropic_scale * error / 2
+    loss = float(metric.loss_of_outputs(torch.cat(squares)))
     return UnitFormat(("stored", "neuron"), Rates(rate, rate, rate), bits, loss=loss, packed=packed)
 
 
 def _squares(matrix_IN: Tensor, moment_II: Tensor) -> Tensor:
     """Mean square of every column of x M."""
-    return ((moment_II @ matrix_IN) * matrix_IN).sum(0).clamp_min(0)
+    parts = matrix_IN.split(COLUMNS, dim=1)  # of a vocabulary, piece by piece
+    return torch.cat([((moment_II @ part) * part).sum(0) for part in parts]).clamp_min(0)
 
 
 def _factor_formats(
@@ -172,7 +173,7 @@ def _factor_formats(
             router_losses[bits] = _squares(router.dequantize() - basis.b_DI.t(), moment_II) / 2
         if bits == 8 or out % 2 == 0:
             factor = quantize(basis.a_OD.t(), bits).dequantize()
-            factor_losses[bits] = metric.isotropic_scale * energy_D * (factor - basis.a_OD.t()).square().sum(1) / 2
+            factor_losses[bits] = energy_D * metric.loss_of_outputs(factor.sub_(basis.a_OD.t()).square_())
     found = []
     for router_bits, factor_bits in mixes:
         if router_bits in router_losses and factor_bits in factor_losses:

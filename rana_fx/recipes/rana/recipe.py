@@ -63,8 +63,8 @@ class Rana(Options):
             yield "gradients"
             mlps = eligible_mlps(problem.layout, units, self.kinds) if self.gates else []
             measured = list(dict.fromkeys([*units, *((mlp.gate,) for mlp in mlps if mlp.kind == "gated")]))
-            batches = problem.holdout.batches
-            found = sensitivities(stage, problem.layout, measured, batches) if self.weighted else Sensitivity()
+            batches, held = problem.holdout.batches, problem.holdout.held
+            found = sensitivities(stage, problem.layout, measured, batches, held=held) if self.weighted else Sensitivity()
             if found.missing:
                 alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"
                 problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")
