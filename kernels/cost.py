@@ -66,9 +66,9 @@ def rows_read(K: int, T: int, density: float) -> float:
     return groups * K * (1 - math.pow(1 - density, T / groups))
 
 
-def weight_bytes(rows: float, N: int, bits: int, group: int = 64) -> float:
-    """Stored weights and their scales (fp32) of that many rows."""
-    scales = {8: 4.0, 4: 4.0 * -(-N // group)}.get(bits, 0.0)
+def weight_bytes(rows: float, N: int, bits: int, group: int = 64, *, scale_bytes: float = 4.0) -> float:
+    """Stored weights and their scales of that many rows."""
+    scales = {8: scale_bytes, 4: scale_bytes * -(-N // group)}.get(bits, 0.0)
     return rows * (N * bits / 8 + scales)
 
 

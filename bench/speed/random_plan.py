@@ -41,6 +41,7 @@ from rana_fx.recipes import Problem, neuron_adapter, split_budget, stack_name
 from rana_fx.runtime import attachment
 from rana_fx.runtime.attachment import Factors
 
+_SCALES = torch.bfloat16  # as recipes store them
 _ALIGNED = 16  # large ranks are multiples of this
 RECIPE = "random"
 
@@ -136,7 +137,7 @@ def ranks_for(
         InvalidOption: the adapter of full rank with all ranks kept costs less.
     """
     dense = weight_bytes(width, out, dense_bits)
-    router, factor = weight_bytes(1, width, router_bits), weight_bytes(1, out, factor_bits)
+    router, factor = _row_bytes(width, router_bits), _row_bytes(out, factor_bits)
     ranks = min(fraction * dense / (router + density * factor), dense / (router + factor), out, width)
     _check_affordable(fraction, min(out, width) * (router + factor) / dense)
     whole = _ALIGNED if ranks >= 4 * _ALIGNED else 1
@@ -241,7 +242,7 @@ def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, config: P
     if config.factor_bits == 16 and len(names) == 1:
         return made
     out = sum(problem.layout.sites[name].out_features for name in names)
-    row, bias = weight_bytes(1, out, _floating(config.factor_bits, site.weight)), problem.bias(names)
+    row, bias = _row_bytes(out, _floating(config.factor_bits, site.weight)), problem.bias(names)
     kept = fraction * problem.bytes(names) / site.uses / row
     _check_affordable(fraction, fraction * site.in_features / kept)
     factor, scale = _stored(torch.cat([problem.layout.sites[name].view for name in names]).t().contiguous(), config.factor_bits)
@@ -259,8 +260,13 @@ def _neuron(problem: Problem, names: tuple[str, ...], fraction: float, config: P
     return own.costed()
 
 
+def _row_bytes(columns: int, bits: int) -> float:
+    """Of a row as ``_stored`` stores it."""
+    return weight_bytes(1, columns, bits, scale_bytes=_SCALES.itemsize)
+
+
 def _stored(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    return (matrix, None) if bits == 16 else pack(matrix.contiguous(), bits, scale_dtype=torch.bfloat16)
+    return (matrix, None) if bits == 16 else pack(matrix.contiguous(), bits, scale_dtype=_SCALES)
 
 
 def _floating(bits: int, weight: Tensor) -> int:

@@ -178,9 +178,9 @@ def test_ranks_in_few_bits_cost_the_fraction(router, factor):
     out, width, fraction = 12288, 4096, 0.25
     ranks, kept = ranks_for(out, width, fraction, 0.5, router_bits=router, factor_bits=factor)
     assert 0 < kept <= ranks <= width
-    # bytes counted by hand: scales are fp32, one per row in 8 bits, one per 64 columns in 4
-    router_row = {16: 2 * width, 8: width + 4, 4: width // 2 + width // 64 * 4}[router]
-    factor_row = {16: 2 * out, 8: out + 4, 4: out // 2 + out // 64 * 4}[factor]
+    # bytes counted by hand: scales are bf16, one per row in 8 bits, one per 64 columns in 4
+    router_row = {16: 2 * width, 8: width + 2, 4: width // 2 + width // 64 * 2}[router]
+    factor_row = {16: 2 * out, 8: out + 2, 4: out // 2 + out // 64 * 2}[factor]
     assert ranks * router_row + kept * factor_row == pytest.approx(fraction * 2 * out * width, rel=1e-9)
 
 
