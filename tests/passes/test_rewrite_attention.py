@@ -185,6 +185,10 @@ KEPT = {
         lambda q, k, v: decode_attention(q, *(x[:, :, :, None].expand(B, G, S, 2, D).reshape(B, H, S, D) for x in (k, v))),
         "not repeated",
     ),
+    "as many positions as repeats": (
+        lambda q, k, v: decode_attention(q, *(x[:, :, :2, None].expand(B, G, 2, 2, D).reshape(B, H, 2, D) for x in (k, v))),
+        "not repeated",
+    ),
 }
 
 
