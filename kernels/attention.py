@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_TOKENS = 16
+from rana_fx.kernels.problem import DTYPES
+from rana_fx.kernels.triton.config import MAX_TOKENS
+
 MAX_CHANNELS = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:

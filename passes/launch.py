@@ -24,6 +24,7 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rana_fx.kernels.triton.config import COUNTERS
+from rana_fx.passes.ir_nodes import boxed
 
 
 def traced(launch: Callable[..., Any], operands: Sequence[Any], *, key: Hashable) -> Any:
@@ -70,8 +71,7 @@ def realized(*nodes: Any) -> list[Any]:
             node = ir.ExternKernel.realize_input(node)
             if not isinstance(node, ir.ReinterpretView):
                 node = ir.ExternKernel.require_contiguous(node)
-            if not isinstance(node, ir.TensorBox):
-                node = ir.TensorBox(node if isinstance(node, (ir.BaseView, ir.StorageBox)) else ir.StorageBox(node))
+            node = boxed(node)
         made.append(node)
     return made
 

@@ -19,6 +19,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 
 from rana_fx.kernels.attention import decode_attention, why_not_compiled
+from rana_fx.passes.ir_nodes import boxed, unboxed
 from rana_fx.passes.launch import counters, starts_early, traced
 
 _aten = torch.ops.aten
@@ -56,7 +57,7 @@ def _template(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
     columns = heads * int(v.get_size()[3])
     size = [sympy.Integer(batch * tokens), sympy.Integer(columns)]
     layout = ir.FixedLayout(q.get_device(), torch.float32, size, [size[1], sympy.S.One])
-    template: Any = DecodeAttentionTemplate(*map(_unboxed, (q, k, v, mask)), layout=layout, scale=scale)
+    template: Any = DecodeAttentionTemplate(*map(unboxed, (q, k, v, mask)), layout=layout, scale=scale)
     y = to_dtype(template.generate().output_node(), q.get_dtype())
     y = lowerings[_aten.view.default](y, [batch, tokens, heads, columns // heads])
     return lowerings[_aten.permute.default](y, [0, 2, 1, 3])
@@ -79,21 +80,13 @@ def _launch(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
 def as_laid_out(node: Any) -> Any:
     """An operand in memory: a view keeps its strides, and what is computed keeps the order in which it is computed."""
     node = ir.ExternKernel.realize_input(node)
-    buffer = _unboxed(node)
+    buffer = unboxed(node)
     if isinstance(buffer.get_layout(), ir.FlexibleLayout):
         buffer.freeze_layout()
-    if isinstance(node, ir.TensorBox):
-        return node
-    return ir.TensorBox(node if isinstance(node, (ir.BaseView, ir.StorageBox)) else ir.StorageBox(node))
+    return boxed(node)
 
 
 def _rows(node: Any) -> Any:
     """Keys or values in memory, with contiguous channels."""
     node = as_laid_out(node)
     return node if node.get_stride()[-1] == 1 else as_laid_out(ir.ExternKernel.require_contiguous(node))
-
-
-def _unboxed(node: Any) -> Any:
-    while isinstance(node, (ir.TensorBox, ir.StorageBox)):
-        node = node.data
-    return node

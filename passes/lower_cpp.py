@@ -17,6 +17,7 @@ from rana_fx.kernels.cpp.masked_gemv import MaskedGemvTemplate
 from rana_fx.kernels.cpp.masked_rows import MaskedRowsTemplate
 from rana_fx.kernels.cpp.router import RouterTemplate
 from rana_fx.kernels.problem import Problem
+from rana_fx.passes.ir_nodes import unboxed
 
 
 def masked_gemv(problem: Problem, v_TK: Any, tau: Any, weight: Any, bias: Any, scale: Any) -> Any:
@@ -45,21 +46,15 @@ def masked_rows(problem: Problem, x_TK: Any, a_TN: Any, weight: Any, bias: Any) 
 def _rows(weight: Any) -> Any:
     """The weight, realized, with contiguous rows: a quantized one with other strides is copied."""
     node = ir.ExternKernel.realize_input(weight)
-    return _unboxed(node if node.get_stride()[1] == 1 else ir.ExternKernel.require_contiguous(node))
+    return unboxed(node if node.get_stride()[1] == 1 else ir.ExternKernel.require_contiguous(node))
 
 
 def _realized(node: Any) -> Any:
     if node is None:
         return None
-    return _unboxed(ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node)))
+    return unboxed(ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node)))
 
 
 def _layout(activations: Any, columns: int | None) -> ir.FixedLayout:
     size = [sympy.sympify(activations.get_size()[0]), sympy.sympify(columns)]
     return ir.FixedLayout(activations.get_device(), torch.float32, size, [size[1], sympy.S.One])
-
-
-def _unboxed(node: Any) -> Any:
-    while isinstance(node, (ir.TensorBox, ir.StorageBox)):
-        node = node.data
-    return node

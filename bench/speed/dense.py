@@ -13,7 +13,6 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from rana_fx._backend import inductor_options
 from rana_fx.passes import lower
 from rana_fx.passes.base import PostGrad, PreGrad
 from rana_fx.passes.fuse_repeated_heads import fuse_repeated_heads
@@ -21,6 +20,7 @@ from rana_fx.passes.match import match_plan
 from rana_fx.passes.rewrite_attention import rewrite_attention
 from rana_fx.passes.runner import Runner
 from rana_fx.passes.sources import sources_hash
+from rana_fx.runtime.inductor_options import inductor_options
 
 
 def attention_alone(

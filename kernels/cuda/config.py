@@ -11,8 +11,7 @@ STEP = 16  # ranks of one product
 ROW_BYTES = 128  # of a rank's row that a warp reads
 MOST_SHARED_BYTES = 227 * 1024
 # Of such blocks a multiprocessor runs one. A launch that begins while the previous one ends finds free space on some
-# multiprocessors only, and without this its blocks share those (11008 x 4096 in 64 blocks, behind gate and up: 16.1 us instead
-# of 12.3; H200).
+# multiprocessors only, and without this its blocks share those while others have none.
 ALONE_BYTES = 116 * 1024
 MOST_INTEGER_TOKENS = 2
 THREADS_AT_A_TIME = 512  # on a multiprocessor, with 128 registers; above 8 tokens a thread takes up to 255

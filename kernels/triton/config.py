@@ -123,14 +123,14 @@ def default_config(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: i
         block_n, warps, per_sm, block_m = (1024, 2, 4, 4) if N >= 16384 else middle
     else:
         block_n, warps, per_sm, block_m = 128, 4, 6.5, 32
-    block_n = min(block_n, max(_power_above(N), 64))
+    block_n = min(block_n, max(power_above(N), 64))
     splits = _splits(K, N, block_n, int(per_sm * sm_count), most=64)
     kept = density * K / splits
     early = 16 if bits >= 16 and T == 1 and block_n == 256 and kept >= 40 else 0
     if bits < 16 and T > 1:
         block_m = max(block_m // 2, 4)
     stages = 1 if bits == 4 else 3 if bits == 8 and block_m >= 16 else 4
-    return Config(splits, block_n, min(block_m, _power_above(max(int(kept), 1))), warps, stages=stages, early=early)
+    return Config(splits, block_n, min(block_m, power_above(max(int(kept), 1))), warps, stages=stages, early=early)
 
 
 def configs(K: int, N: int, T: int = 1, density: float = 0.5, sm_count: int = H200_SM_COUNT, *, bits: int = 16) -> list[Config]:
@@ -164,5 +164,6 @@ def _splits(K: int, N: int, block_n: int, programs: int, *, most: int) -> int:
     return cdiv(groups, cdiv(groups, wanted))
 
 
-def _power_above(n: int) -> int:
+def power_above(n: int) -> int:
+    """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -24,7 +24,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from rana_fx.kernels.triton.compaction import sm_count_of, wait_for_previous
-from rana_fx.kernels.triton.config import COUNTERS, EAGER, H200_SM_COUNT, Launch, cdiv
+from rana_fx.kernels.triton.config import COUNTERS, EAGER, H200_SM_COUNT, Launch, cdiv, power_above
 from rana_fx.kernels.triton.splitk import counters_for, is_last
 
 _MOST_ROWS = 32
@@ -179,7 +179,7 @@ def default_config(rows: int, keys: int, width: int, heads: int, sm_count: int =
     if rows == 1:
         block_m, block_s, warps, per_sm = 1, 32, 2, 4
     else:
-        block_m, block_s, warps, per_sm = min(max(_power(rows), 16), _MOST_ROWS), 64 if width <= 128 else 32, 4, 3
+        block_m, block_s, warps, per_sm = min(max(power_above(rows), 16), _MOST_ROWS), 64 if width <= 128 else 32, 4, 3
     programs = heads * cdiv(rows, block_m)
     wanted = min(per_sm * sm_count // programs, cdiv(keys, block_s), _MOST_SPLITS) if programs <= COUNTERS else 1
     return AttentionConfig(block_m, block_s, 1 << max(wanted, 1).bit_length() - 1, warps)
@@ -202,7 +202,7 @@ def decode_attention(
     groups, keys, out_width = k.shape[1], k.shape[2], v.shape[3]
     rows = heads // groups * tokens
     config = config or default_config(rows, keys, max(width, out_width), batch * groups, sm_count_of(q))
-    splits, blocks_m, block_e = config.splits, cdiv(rows, config.block_m), max(_power(out_width), 16)
+    splits, blocks_m, block_e = config.splits, cdiv(rows, config.block_m), max(power_above(out_width), 16)
     programs = batch * groups * blocks_m
     y = torch.empty((batch, tokens, heads, out_width), dtype=q.dtype, device=q.device)
     sums = 0 if splits == 1 else programs * splits * config.block_m
@@ -219,7 +219,7 @@ def decode_attention(
             q, k, v, q if mask is None else mask, y, part, stats, counters,
             tokens, keys, width, out_width, groups, heads // groups,
             *q.stride(), *k.stride()[:3], *v.stride()[:3], *mask_strides, y.stride(0), y.stride(2), y.stride(1),
-            BM=config.block_m, BS=config.block_s, BD=max(_power(width), 16), BE=block_e, SPLITS=splits, MASK=kind,
+            BM=config.block_m, BS=config.block_s, BD=max(power_above(width), 16), BE=block_e, SPLITS=splits, MASK=kind,
             ONE_MASK=mask_strides[1] == 0 and (mask_strides[2] == 0 or tokens == 1), FACTOR=scale * _LOG2_E,
             num_warps=config.warps, **how.options,
         )  # fmt: skip
@@ -231,7 +231,3 @@ def _strides(mask: Tensor) -> tuple[int, ...]:
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     strides = (0,) * (4 - mask.dim()) + tuple(mask.stride())
     return tuple(0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))
-
-
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()

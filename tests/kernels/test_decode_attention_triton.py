@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rana_fx.kernels.attention import decode_attention_reference
 from rana_fx.kernels.triton.config import COUNTERS, Launch
 from rana_fx.kernels.triton.decode_attention import AttentionConfig, decode_attention, default_config
+from tests.support.attention import MASKS, mask_of
 
 pytest.importorskip("triton")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -30,22 +31,9 @@ def operands(batch, heads, repeats, tokens, keys, width, out_width, dtype, devic
     return q, k, v
 
 
-def masked(kind, batch, heads, tokens, keys, dtype, device, seed=0):
-    """A mask of that kind; "dead": the first token attends to nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "none":
-        return None
-    if kind == "cache":
-        return (torch.arange(keys) <= keys // 3).expand(batch, 1, tokens, keys).to(device)
-    if kind == "float":
-        mask = torch.randn(batch, heads, tokens, keys, generator=generator)
-        mask[torch.rand(mask.shape, generator=generator) < 0.4] = -torch.inf
-        mask[..., 0] = 0.5
-        return mask.to(device, dtype)
-    mask = torch.rand(1, 1, tokens, keys, generator=generator) < 0.3
-    mask[..., 0] = True
-    mask[:, :, 0] = kind != "dead" and mask[:, :, 0]
-    return mask.to(device)
+def masked(kind, batch, heads, tokens, keys, dtype, device):
+    mask = mask_of(kind, (batch, heads, tokens, keys), dtype, torch.Generator().manual_seed(0))
+    return None if mask is None else mask.to(device)
 
 
 def check(y, q, k, v, mask, scale):
@@ -77,7 +65,7 @@ def test_matches_fp64(device, data):
     keys, width = data.draw(st.sampled_from([1, 31, 64, 130])), data.draw(st.sampled_from([1, 16, 24, 64, 80, 256]))
     out_width = data.draw(st.sampled_from([width, 16, 5]))
     q, k, v = operands(batch, heads, repeats, tokens, keys, width, out_width, dtype, device)
-    kind = data.draw(st.sampled_from(["none", "bool", "float", "cache", "dead"]))
+    kind = data.draw(st.sampled_from(MASKS))
     mask = masked(kind, batch, heads * repeats, tokens, keys, dtype, device)
     rows = repeats * tokens
     config = data.draw(st.sampled_from([None, AttentionConfig(1 if rows == 1 else 16, 16, 4, 2)]))
@@ -91,7 +79,7 @@ def test_matches_fp64(device, data):
 @EACH_DEVICE
 def test_one_row_in_bfloat16(device):
     q, k, v = operands(2, 3, 1, 1, 130, 64, 64, torch.bfloat16, device)
-    mask = masked("cache", 2, 3, 1, 130, torch.bfloat16, device)
+    mask = masked("prefix", 2, 3, 1, 130, torch.bfloat16, device)
     check(decode_attention(q, k, v, mask, scale=0.125), q, k, v, mask, 0.125)
 
 

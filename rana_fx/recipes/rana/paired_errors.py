@@ -4,7 +4,7 @@ In: a basis W = A B, rows x of the head's input, and for the same tokens W^T g, 
 the loss is that the metric predicts, for a rule that drops components.
 
 The metric is a moment of gradients over a few thousand tokens, in hundreds of dimensions, with one label drawn for each token.
-Dropped components are those in which it is smallest, also by chance, so that they lose two to four times as much on other text.
+Dropped components are those in which it is smallest, also by chance, so that they lose several times as much on other text.
 That holds for components of all units, but a head of a large vocabulary competes with its own copies in few bits, which have no
 such bias. Here the error e = sum of dropped z_k a_k meets the gradient of its own token: the loss is half of the mean of
 (g^T e)^2 = (sum of dropped z_k h_k)^2, with h = A^T g from W^T g = B^T h.
