@@ -167,11 +167,13 @@ def run(
     return Result(matches, runner)
 
 
-def run_post_grad(result: Result, graph: fx.Graph, *, devices: tuple[str, ...] | None = None) -> None:
-    """Run ``POST_GRAD`` over a graph of Inductor, forward or backward, that was derived from the graph of ``result``."""
+def run_post_grad(
+    result: Result, graph: fx.Graph, *, devices: tuple[str, ...] | None = None, passes: tuple[Pass[PostGrad], ...] = POST_GRAD
+) -> None:
+    """Run ``passes`` over a graph of Inductor, forward or backward, that was derived from the graph of ``result``."""
     graph_module = graph.owning_module
     assert graph_module is not None, "Inductor runs passes on the graphs of modules"
-    result.runner.run(POST_GRAD, graph_module, PostGrad(devices), past_autograd=True)
+    result.runner.run(passes, graph_module, PostGrad(devices), past_autograd=True)
 
 
 def _folder() -> Path | None:

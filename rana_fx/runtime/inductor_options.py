@@ -27,7 +27,7 @@ from rana_fx.kernels.registry import OPERATIONS
 from rana_fx.kernels.triton.config import MAX_TOKENS
 
 _KNOWN_OPTIONS = "'plan', 'prefill', 'strict', 'mode' or an option of Inductor (torch._inductor.list_options())"
-_OF_DECODING = ("combo_kernels", "triton.enable_pdl")
+OF_DECODING = ("combo_kernels", "triton.enable_pdl")
 _EARLY, _NOT_EARLY = "'launch_pdl': True", "'launch_pdl': False"
 _WAIT = "gdc_wait()"
 
@@ -60,7 +60,7 @@ def with_defaults(patches: Mapping[str, Any], graph_module: fx.GraphModule) -> d
     settings = torch._inductor.config.get_config_copy() | dict(patches)
     if settings["cpp_wrapper"]:
         return dict(patches)
-    return {name: True for name in _OF_DECODING if name in settings} | dict(patches)
+    return {name: True for name in OF_DECODING if name in settings} | dict(patches)
 
 
 def _decodes(node: fx.Node) -> bool:
