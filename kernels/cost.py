@@ -8,6 +8,7 @@
                        more 0.25 in blocks of 512 outputs, 0.55 in narrower ones, 2 in 8 and 4 bits: tokens are multiplied in turn
     tensor cores, us   tensor_core_fixed + more (T - 1) + bytes / bandwidth * slower, of the rows that any token keeps
                        slower 1.15 in 4 bits, 1 in 8; more 1.3 where results have less than 8192 columns, else 0.7
+    Triton router, us  dense_fixed - 2.5 in 16 bits + bytes / bandwidth, for every four tokens
     rows, us           dense_fixed + bytes / bandwidth * (1 + 0.55 (min(T, 4) - 1))    masked_rows: no partials, T values a row
     dense, bytes       K * N * bits / 8 + scales, in 8 and 4 bits plus 4 K N: unpacked, written and read in 16 bits
     dense, us          dense_fixed + launch + bytes / bandwidth  the launch puts the masked input into memory
@@ -35,7 +36,11 @@ from rana_fx.kernels.triton.config import TOKENS_AT_ONCE, cdiv, default_config
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """bytes_per_us: memory traffic in the long run. *_fixed_us: the time of a GEMV beyond it. launch_us: one more launch."""
+    """bytes_per_us: memory traffic in the long run. *_fixed_us: the time of a GEMV beyond it. launch_us: one more launch.
+
+    Between the linears of a decoded token: norm_us, pointwise_us of one kernel; attention_us: rotary embeddings, update of the
+    cache and attention over some hundred keys; step_us: embedding, last norm, choice of the next token.
+    """
 
     name: str
     sm_count: int
@@ -45,6 +50,10 @@ class Device:
     packed_fixed_us: float
     tensor_core_fixed_us: float
     launch_us: float
+    norm_us: float = 2.2
+    pointwise_us: float = 1.6
+    attention_us: float = 11.5
+    step_us: float = 12.0
 
 
 H200 = Device(
@@ -95,6 +104,12 @@ def rows_us(N: int, K: int, T: int, density: float, device: Device = H200, *, bi
     """Time of ``masked_rows``: of N rows of K columns those that T tokens with independent masks keep."""
     traffic = weight_bytes(rows_read(N, T, density), K, bits) + T * (4 * N + 2 * K)
     return device.dense_fixed_us + traffic / device.bytes_per_us * (1 + 0.55 * (min(T, TOKENS_AT_ONCE) - 1))
+
+
+def triton_router_us(R: int, D: int, T: int, device: Device = H200, *, bits: int = 16) -> float:
+    """Time of the Triton router behind a kernel that it starts during: part of a floating weight is read before the wait."""
+    groups = cdiv(T, TOKENS_AT_ONCE)
+    return device.dense_fixed_us - 2.5 * (bits >= 16) + groups * weight_bytes(R, D, bits) / device.bytes_per_us
 
 
 def dense_us(K: int, N: int, device: Device = H200, *, bits: int = 16, launches: int = 1) -> float:

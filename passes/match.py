@@ -28,7 +28,7 @@ from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import Attachment, attachment_of, attachments_of
 from rana_fx.runtime.changed_weights import gone, why_bias_stale, why_stale
 from rana_fx.runtime.plan_option import attachment_for
-from rana_fx.runtime.prefill import costs_more, tokens_masked
+from rana_fx.runtime.prefill import costs_more, tokens_adapted
 
 _OTHER_WAY = "its weight is multiplied the other way round, by its transpose, which the plan does not stand for: it runs dense"
 _FAKE = "the graph was given a fake tensor for its weight, and the weight itself was not found"
@@ -76,7 +76,7 @@ def match_plan(
 
     Args:
         plan: to use instead of what is attached to the weights.
-        prefill: "dense": linears that read more tokens than masks are expected to save time for stay as they are, too;
+        prefill: "dense": linears that read more tokens than the adapter is expected to save time for stay as they are, too;
             "cheapest": those that read more than MAX_TOKENS, where their factors take more multiply-adds. A graph with a symbolic
             number of tokens is then guarded on the comparison with that limit.
     """
@@ -107,8 +107,8 @@ def match_plan(
         if row_source(linear.x) in scan.constant:
             # for example positions, multiplied by a weight that is also multiplied by tokens
             reason = "it reads no tokens: nothing was calibrated on its input"
-        elif prefill == "dense" and not _at_most(linear.x, tokens_masked(attachment.plan, adapter, linear.weight)):
-            reason = _of_tokens(linear.x, "prefill=dense, and more tokens than masks are faster for")
+        elif prefill == "dense" and not _at_most(linear.x, tokens_adapted(attachment.plan, adapter, linear.weight)):
+            reason = _of_tokens(linear.x, "prefill=dense, and more tokens than the adapter is expected to be faster for")
         elif prefill == "cheapest" and costs_more(attachment.plan, adapter) and not _at_most(linear.x, MAX_TOKENS):
             reason = f"prefill=cheapest, more than {MAX_TOKENS} tokens, and its factors take more multiply-adds than it"
             reason = _of_tokens(linear.x, reason)

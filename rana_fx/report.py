@@ -21,6 +21,7 @@ from rana_fx.passes.runner import run
 from rana_fx.plan import Plan
 from rana_fx.runtime.attachment import attached
 from rana_fx.runtime.prefill import MODES, costs_more, memory_of, tokens_masked
+from rana_fx.step_time import StepTime, expected, step_time
 from rana_fx.summary import details
 
 
@@ -45,6 +46,7 @@ class Report:
 
     ``notes``: of the plan as a whole, for example that the backward pass failed during calibration; then a line for each linear
     whose adapter is not applied in the graphs of the batch, with the reason. ``scope``: which linears the plan's budget counts.
+    ``step``: the expected time of a decoded token, where the model is on a GPU.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Report:
     memory: dict[str, int]
     notes: tuple[str, ...] = ()
     scope: str = "blocks"
+    step: StepTime | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able facts."""
@@ -74,6 +77,8 @@ class Report:
         if self.memory:
             sizes = ", ".join(f"{name} {count / 1e6:.1f} MB" for name, count in self.memory.items())
             lines.append(f"  linears in memory: {sizes}")
+        if self.step is not None:
+            lines.append(f"  {expected(self.step)}")
         lines += [f"  note: {text}" for text in self.notes]
         width = max((len(row.site) for row in self.rows), default=0)
         for row in self.rows:
@@ -128,6 +133,7 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
         memory=_memory(plan),
         notes=() if plan is None else (*plan.notes(), *_left(model, example_inputs, plan)),
         scope="blocks" if plan is None else plan.scope,
+        step=step_time(layout, plan, next(iter(layout.sites.values())).weight.device),
     )
 
 

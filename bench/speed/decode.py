@@ -12,10 +12,12 @@ of every variant are compared with its reference first (``bench.speed.verify``):
     python -m bench.speed.decode MODEL --device cpu --out rows.jsonl --variants rana,llama.cpp:Q4_0,Q8_0,F16 --plan PLAN \\
         --budgets '' --prefill 0 --text text.txt
 
-Kinds of rows: ``device`` (copy bandwidth, bytes of weights), ``decode``, ``prefill``, ``kernels`` (--profile), ``skipped`` with
-the reason (an error, wrong logits, no time left). The key ``gate`` holds the comparison with the reference, ``loss`` the loss
-on the text of --text. Rows of llama.cpp have no such reference: their ``gate`` is null, and ``conversion`` compares its file.
-Compile time is that of the first three calls, CUDA-graph capture included; for llama.cpp also that of loading the file.
+Rows of plans and of dense+attention have ``predicted_ms``, the step that the cost model expects (rana_fx/step_time.py; batch
+1 on a GPU). Kinds of rows: ``device`` (copy bandwidth, bytes of weights), ``decode``, ``prefill``, ``kernels`` (--profile),
+``skipped`` with the reason (an error, wrong logits, no time left). The key ``gate`` holds the comparison with the reference,
+``loss`` the loss on the text of --text. Rows of llama.cpp have no such reference: their ``gate`` is null, and ``conversion``
+compares its file. Compile time is that of the first three calls, CUDA-graph capture included; for llama.cpp also that of
+loading the file.
 """
 
 from __future__ import annotations
@@ -109,8 +111,8 @@ def main(
 
 def table(run: Run) -> None:
     """Print one line per variant and batch size; ratios to the fastest dense variant of the run."""
-    columns = ("variant", "batch", "tokens/s", "ms p20", "p50", "p80", "x dense", "budget measured", "GB/s", "of copy",
-               "prefill ms", "compile s", "peak GB", "RMSE", "loss")  # fmt: skip
+    columns = ("variant", "batch", "tokens/s", "ms p20", "p50", "p80", "predicted", "x dense", "budget measured", "GB/s",
+               "of copy", "prefill ms", "compile s", "peak GB", "RMSE", "loss")  # fmt: skip
     prefills = {(row["variant"], row["batch"]): row["prefill_ms"] for row in run.rows if row["kind"] == "prefill"}
     lines = []
     for row in run.rows:
@@ -118,7 +120,7 @@ def table(run: Run) -> None:
             continue
         ms, rate, gate = row["ms_per_token"], row["weight_gb_per_s"], row["gate"] or {"fixed_error": None, "masked_error": None}
         lines.append((
-            row["variant"], row["batch"], row["tokens_per_s"], ms["p20"], ms["p50"], ms["p80"],
+            row["variant"], row["batch"], row["tokens_per_s"], ms["p20"], ms["p50"], ms["p80"], row.get("predicted_ms"),
             dense_ratio(run.rows, row["batch"], ms["p50"]), row.get("measured_budget", {}).get("bytes"), rate,
             None if rate is None else rate * 1e9 / run.bandwidth, prefills.get((row["variant"], row["batch"])),
             row["compile_seconds"], row["peak_gb"], gate["masked_error"] if gate["fixed_error"] is None else gate["fixed_error"],

@@ -24,10 +24,11 @@ from bench.speed.kernel_times import kernel_times, show_kernels
 from bench.speed.llama_variant import FAMILY, EngineDecoder, Files, opened
 from bench.speed.losses import WINDOW, Text
 from bench.speed.rivals import RIVALS
-from bench.speed.variants import CHECK_CONTEXT, Prepared, Variant, on_model, reference
+from bench.speed.variants import ATTENTION, CHECK_CONTEXT, Prepared, Variant, on_model, reference
 from bench.speed.verify import bound, check_logits
 from rana_fx.calibration.layout import Layout
 from rana_fx.plan import Plan
+from rana_fx.step_time import step_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,6 +166,7 @@ def _one(run: Run, variant: Variant, prepared: Prepared, batch: int, deadline: f
             return
         # a batch reads the union of the rows that its masks keep, which is not measured
         read = run.weight_bytes(variant, prepared) if batch == 1 or prepared.plan is None else None
+        facts |= {"predicted_ms": _predicted_ms(run, variant, prepared) if batch == 1 else None}
         p50 = _decode(run, facts | _plan_facts(prepared) | seconds, decoder, forward, deadline, read)
     if run.protocol.profile:
         token = decoder.read(decoder.tokens(CHECK_CONTEXT))
@@ -249,6 +251,14 @@ def _timed(protocol: Protocol, decoder: Decoder | EngineDecoder, forward: Forwar
         "tokens_per_s": decoder.batch * len(steps) / spent,
         "ms_per_token": percentiles(steps),
     }
+
+
+def _predicted_ms(run: Run, variant: Variant, prepared: Prepared) -> float | None:
+    """What the kernels' cost model expects of a step; it knows plans, and dense linears beside the attention of plans."""
+    if variant.kind != "rana" and variant.name != ATTENTION:
+        return None
+    step = step_time(run.layout, prepared.plan, run.model.device)
+    return None if step is None else step.ms
 
 
 def _plan_facts(prepared: Prepared) -> dict[str, Any]:

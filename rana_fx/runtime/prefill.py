@@ -3,8 +3,9 @@
     mode         more than 16 tokens at once                        memory of a linear (out, in) at rank r
     "masked"     adapted like any other, as matrix products         in * out + r * (in + out) numbers
     "dense"      the original linears, from the number of tokens    the same
-                 on at which masks are no longer expected to save
-                 time (9 on a CPU; kernels/cost.py)
+                 on at which the adapter is no longer expected to
+                 save time: of 9 on a CPU, on a GPU also of one
+                 where the kernels' cost model says so
     "cheapest"   the original linears where r * (in + out) is       the same
                  more than in * out, adapted elsewhere
     "factors"    as "masked"                                        r * (in + out); the dense weight is freed, irreversibly
@@ -25,6 +26,7 @@ from rana_fx.adapter import Adapter
 from rana_fx.graph.operands import base_name
 from rana_fx.kernels.registry import tokens_skipped
 from rana_fx.plan import Plan
+from rana_fx.runtime.adapter_time import tokens_faster
 from rana_fx.runtime.replaced_weights import replaced_weights
 
 MODES = ("masked", "dense", "cheapest", "factors")
@@ -70,3 +72,10 @@ def tokens_masked(plan: Plan, adapter: Adapter, weight: nn.Parameter) -> int:
     outputs = sum(record.out_features for record in plan.sites if record.name in adapter.sites)
     stored = weight if adapter.weight is None else adapter.weight
     return tokens_skipped(adapter.ranks, outputs, adapter.density, stored.dtype, weight.device)
+
+
+def tokens_adapted(plan: Plan, adapter: Adapter, weight: nn.Parameter) -> int:
+    """The largest number of tokens per call for which the adapter is expected to be faster than its linears, router included."""
+    most = tokens_masked(plan, adapter, weight)
+    names = (*adapter.sites, *adapter.also)
+    return tokens_faster(adapter, {site.name: site for site in plan.sites if site.name in names}, weight.device, most)
