@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from rana_fx import _interrupts
 from rana_fx._version import __version__
-from rana_fx.commands import adapt, demo, evaluate, explain, finetune, generate, tasks
+from rana_fx.commands import adapt, demo, env, evaluate, explain, finetune, generate, tasks
 from rana_fx.errors import RanaError
 
 
@@ -87,6 +87,7 @@ app.command("finetune")(finetune.command)
 app.command("explain")(explain.command)
 app.command("generate")(generate.command)
 app.command("tasks")(tasks.command)
+app.command("env")(env.command)
 
 if __name__ == "__main__":
     app()
