@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from rana_fx.errors import InvalidOption
-from rana_fx.kernels.triton.config import cdiv
+from rana_fx.kernels.triton.config import H200_SM_COUNT, cdiv
 
 STEP = 16  # ranks of one product
 ROW_BYTES = 128  # of a rank's row that a warp reads
@@ -56,7 +56,7 @@ class Config:
         mine = self._bytes_of_integers(ranks, tokens, bits, group, scale_bytes)
         others = self._bytes_of_floats(ranks, tokens, bits, group, scale_bytes)
         least = max(min(_blocks_at_a_time(others), 2, THREADS_AT_A_TIME // self.threads()), 1)
-        return tokens <= MOST_INTEGER_TOKENS and _blocks_at_a_time(mine) >= least
+        return bits < 16 and tokens <= MOST_INTEGER_TOKENS and _blocks_at_a_time(mine) >= least
 
     def shared_bytes(self, ranks: int, tokens: int, bits: int, group: int, scale_bytes: int) -> int:
         """Dynamic shared memory: layout.cuh asserts that it suffices."""
@@ -91,10 +91,12 @@ def default_config(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = F
 
     Narrow results (4096 columns) have too few segments for all multiprocessors: clusters of 6 or 8 blocks. Wide ones take blocks
     of two or four segments, which read longer pieces of a row, in one or two waves. Above 2 tokens, whose products are of floats,
-    a short ring of copies leaves room for sums.
+    a short ring of copies leaves room for sums. For weights in 16 bits: ``_in_waves``.
     """
     across = cdiv(N, columns_of(bits))
-    if T <= 2:
+    if bits == 16:
+        narrow = wide = _in_waves(K, across, T)
+    elif T <= 2:
         narrow = (1, 8, 6, 3) if across <= 24 else (2, 4, 8, 3) if K >= 8192 else (1, 4, 8, 4)
         wide = (2, 4, 4, 4) if across <= 64 else (2, 4, 5, 4) if bits == 4 else (4, 2, 4, 4)
     else:
@@ -114,9 +116,38 @@ def default_config(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = F
     return config
 
 
+def _in_waves(K: int, across: int, T: int) -> tuple[int, int, int, int]:
+    """(segments, warps, splits, stages) of weights in 16 bits: blocks that fill waves of an H200, two at a time on a processor.
+
+    Nothing is unpacked, so that what counts are bytes in flight: 8 warps with 2 or 3 steps of 2 KiB each, twice 32 to 48 KiB on a
+    multiprocessor. Above 8 tokens a thread takes registers of two, and blocks run one at a time.
+    """
+    at_a_time = 2 if T <= 8 else 1
+    wave = at_a_time * H200_SM_COUNT
+
+    def quality(config: Config) -> tuple[bool, float]:
+        """Whether as many fit into shared memory, and the part of their waves that is filled."""
+        blocks = cdiv(across, config.segments) * config.splits
+        fit = _blocks_at_a_time(most_shared_bytes(config, K, T, 16)) >= at_a_time
+        return fit, blocks / (cdiv(blocks, wave) * wave)
+
+    found = [Config(n, 8 // n, _splits_of(wave, cdiv(across, n)), 4 if T <= 2 else 3) for n in (1, 2, 4)]
+    return dataclasses.astuple(max(found, key=quality))
+
+
+def _splits_of(blocks: int, across: int) -> int:
+    """Blocks of a cluster, for so many blocks in all."""
+    return min(max(blocks // across, 1), MOST_SPLITS)
+
+
 def configs(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = False) -> list[Config]:
     """Configs to measure, the default first."""
-    choices = ((2, 4, 8, 3), (2, 4, 4, 4), (2, 4, 5, 4), (4, 2, 4, 4), (4, 2, 4, 3), (1, 4, 8, 4), (1, 8, 6, 3), (2, 4, 6, 3))
+    choices = [(2, 4, 8, 3), (2, 4, 4, 4), (2, 4, 5, 4), (4, 2, 4, 4), (4, 2, 4, 3), (1, 4, 8, 4), (1, 8, 6, 3), (2, 4, 6, 3)]
+    if bits == 16:
+        across = cdiv(N, columns_of(bits))
+        kinds = ((1, 8, 4), (2, 4, 4), (2, 4, 3), (4, 2, 4), (2, 2, 6), (4, 1, 6))
+        # a wave of blocks, of which a multiprocessor runs one to four
+        choices = [(s, w, _splits_of(n * H200_SM_COUNT, cdiv(across, s)), stages) for s, w, stages in kinds for n in (1, 2, 3, 4)]
     found = [default_config(K, N, T, bits=bits, gated=gated)]
     found += [Config(*choice) for choice in choices if not gated or choice[0] % 2 == 0]
     found = [config for config in dict.fromkeys(found) if config.threads() <= _most_threads(T)]

@@ -1,8 +1,9 @@
 """When the kernel on tensor cores applies: rows of the registry for NVIDIA GPUs of compute capability 9.0.
 
-    masked_gemv, _add, _gated    weights in 8 and 4 bits whose rows are multiples of 16 bytes, up to 16 tokens
+    masked_gemv, _add, _gated    weights in 16, 8 and 4 bits whose rows are multiples of 16 bytes, up to 16 tokens
 
-What it does not take, the Triton kernels do. Nothing here compiles a kernel.
+What it does not take, the Triton kernels do, and weights in 16 bits where they are expected to be faster. Nothing here compiles a
+kernel.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rana_fx.kernels.gemv import forms
 from rana_fx.kernels.problem import Problem
 from rana_fx.kernels.registry import Implementation
 from rana_fx.kernels.triton.config import MAX_TOKENS
+from rana_fx.kernels.triton.implementations import few
 
 NAME = "tensor_cores"
 # of a rank's row: what one copy takes, and where it begins
@@ -28,8 +30,8 @@ ALIGNMENT = 16
 
 def accepts(problem: Problem) -> str | None:
     """What the kernel needs."""
-    if problem.dtype not in (torch.bfloat16, torch.float16) or problem.stored not in (torch.int8, torch.uint8):
-        return f"multiplies bfloat16 and float16 by 8 and 4 bits, not {problem.dtype} by {problem.stored}"
+    if problem.dtype not in (torch.bfloat16, torch.float16) or problem.stored not in (torch.int8, torch.uint8, problem.dtype):
+        return f"multiplies bfloat16 and float16 by 8 and 4 bits and by their own dtype, not {problem.dtype} by {problem.stored}"
     if problem.tokens is None or problem.rows is None or problem.columns is None:
         return "sizes vary: the kernel is launched for one number of tokens"
     if not 1 <= problem.tokens <= MAX_TOKENS:
@@ -46,22 +48,39 @@ def accepts(problem: Problem) -> str | None:
 
 
 def accepts_gated(problem: Problem) -> str | None:
-    """Halves are whole segments of 256 columns, so that the scales of both begin at multiples of 4 bytes."""
+    """In 8 and 4 bits halves are whole segments of 256 columns, so that the scales of both begin at multiples of 4 bytes; in 16
+    bits both begin at multiples of what one copy takes.
+    """
     reason = accepts(problem)
-    if reason is None and problem.sizes[1] % 512:
-        return f"halves of {problem.sizes[1]} columns are no multiples of 256"
+    whole = 256 if problem.quantized else ALIGNMENT * 8 // problem.bits
+    if reason is None and problem.sizes[1] % (2 * whole):
+        return f"halves of {problem.sizes[1]} columns are no multiples of {whole}"
     return reason
 
 
-def without_graph(problem: Problem) -> str | None:
-    """Compiled code calls the launcher in Python, longer than Inductor's launches of Triton kernels, unless a graph replays."""
+def slower(problem: Problem) -> str | None:
+    """In eager mode as the Triton kernels; compiled, what they are expected to compute faster, and what no CUDA graph replays."""
     if not problem.compiled:
-        return None
+        return few(problem)
+    return without_graph() or faster_by_triton(problem)
+
+
+def without_graph() -> str | None:
+    """Compiled code calls the launcher in Python, longer than Inductor's launches of Triton kernels, unless a graph replays."""
     from torch._inductor import config
 
     return (
         None if config.triton.cudagraphs else "is launched from Python, which only a CUDA graph repeats without (reduce-overhead)"
     )
+
+
+def faster_by_triton(problem: Problem) -> str | None:
+    """Where the Triton kernel is expected to be faster. Of weights in 8 and 4 bits it unpacks each number for each token."""
+    if problem.quantized:
+        return None
+    device = cost.nearest(problem.device)
+    mine, its = (us(*problem.sizes, problem.density, device, bits=16) for us in (cost.tensor_core_us, cost.masked_us))
+    return None if mine <= its else f"{mine:.1f} us expected, {its:.1f} us of the Triton kernel"
 
 
 def gemv_us(problem: Problem) -> float | None:
@@ -98,7 +117,7 @@ def _row(op: str, launch: Any, accepts: Any) -> Implementation:
         NAME,
         "cuda",
         accepts=accepts,
-        slower=without_graph,
+        slower=slower,
         cost=gemv_us,
         launch=launch,
         lower=f"rana_fx.passes.lower_cuda:{op}",

@@ -36,7 +36,7 @@ static_assert(AT_ROWS + ALL_WARPS * STAGES * STAGE_BYTES <= SHARED_BYTES);
 static_assert(AT_SUMS + ALL_WARPS * AT_ONCE * COLUMNS * SUM_WORDS * 4 <= SHARED_BYTES);
 
 // Where a warp stores the sum of a column, for the token-th of those at once: of floats, lanes store pairs of columns (4 bits: 4 apart,
-// 8 bits: 2) of tokens t / 2, and half a warp those of 4 tokens to different banks.
+// 8 bits: 2) or single columns (16 bits) of tokens t / 2, and half a warp those of 4 tokens to different banks.
 DEVICE int place_of_sum(int column, int token) {
   return INTEGERS ? column : column ^ (token / 2 % 2 * (BITS == 4 ? 2 : 8) + token / 4 % 2 * 16);
 }

@@ -1,19 +1,20 @@
-// y_TN = c_N + sum over k with v_Tk^2 >= tau_k of v_Tk * w_kN for a weight in 4 or 8 bits, on tensor cores, in one launch.
+// y_TN = c_N + sum over k with v_Tk^2 >= tau_k of v_Tk * w_kN for a weight in 4, 8 or 16 bits, on tensor cores, in one launch.
 //
-// A cluster of SPLITS blocks computes SEGMENTS * COLUMNS outputs. Block r of a cluster takes ranks in groups of 16 in turn, lists in
-// shared memory those that some token keeps, with the tokens' values, 0 where a token drops the rank (listing.cuh), and its warps
-// multiply 16 listed ranks at a time by COLUMNS outputs: 128 bytes of each rank's row, copied to shared memory STAGES - 1 steps ahead
-// (rows.cuh). Products are of integers for 1 and 2 tokens (products_integers.cuh), whose factors value * scale are in fixed point
-// (fixed_point.cuh), else of the values' dtype (products_floats.cuh).
+// A cluster of SPLITS blocks computes SEGMENTS * COLUMNS outputs. Block r of a cluster takes ranks in groups of 16 in turn, lists
+// in shared memory those that some token keeps, with the tokens' values, 0 where a token drops the rank (listing.cuh), and its
+// warps multiply 16 listed ranks at a time by COLUMNS outputs: 128 bytes of each rank's row, copied to shared memory STAGES - 1
+// steps ahead (rows.cuh). Products of weights in 4 and 8 bits are of integers for 1 and 2 tokens (products_integers.cuh), whose
+// factors value * scale are in fixed point (fixed_point.cuh), all others of the values' dtype (products_floats.cuh).
 //
 // Sums over warps and blocks are exchanged through shared memory in a fixed order: neither partial sums in global memory nor atomics,
 // and the same bits in every run.
 //
-// Constants of a compilation: BITS 4 or 8; TOKENS 1 ... 16; GROUP columns of a scale (4 bits: 64 or 128); SEGMENTS, WARPS (along the
-// ranks), SPLITS, STAGES; LISTED ranks of a block at most, a multiple of 16; INTEGERS 1: products of integers, at most 2 tokens;
-// VALUE, SCALE dtypes (0 fp32, 1 bf16, 2 fp16) of v and y, and of scales; SCALE_UNIT bytes that scales are copied at once (4 bits: 4,
-// 8 or 16); THRESHOLD, BIAS and RESIDUAL dtypes (-1: none); ACTIVATION 0 none, 1 silu, 2 tanh-GELU, 3 ReLU, 4 GELU; EARLY 1: the
-// launch may begin before the kernel before it is done; SHARED_BYTES of dynamic shared memory.
+// Constants of a compilation: BITS 4, 8 or 16, of the values' dtype; TOKENS 1 ... 16; GROUP columns of a scale (4 bits: 64 or 128);
+// SEGMENTS, WARPS (along the ranks), SPLITS, STAGES; LISTED ranks of a block at most, a multiple of 16; INTEGERS 1: products of
+// integers, at most 2 tokens, not in 16 bits; VALUE, SCALE dtypes (0 fp32, 1 bf16, 2 fp16) of v and y, and of scales (-1: none);
+// SCALE_UNIT bytes that scales are copied at once (4 bits: 4, 8 or 16); THRESHOLD, BIAS and RESIDUAL dtypes (-1: none); ACTIVATION
+// 0 none, 1 silu, 2 tanh-GELU, 3 ReLU, 4 GELU; EARLY 1: the launch may begin before the kernel before it is done; SHARED_BYTES of
+// dynamic shared memory.
 
 DEVICE float sigmoid(float x) {
   float e = exponential(x >= 0.f ? -x : x);

@@ -1,6 +1,8 @@
-"""Launches masked_gemv.cu: the masked GEMV of a weight in 4 or 8 bits on tensor cores, in one launch.
+"""Launches masked_gemv.cu: the masked GEMV of a weight in 4, 8 or 16 bits on tensor cores, in one launch.
 
-Error: relative RMSE <= 4 * eps(dtype of v) * sqrt(log2 K + 1); fixed_point.cuh and products_floats.cuh say what is rounded.
+Error: relative RMSE <= 4 * eps(dtype of v) * sqrt(log2 K + 1); fixed_point.cuh and products_floats.cuh say what is rounded. In 16
+bits that are sums in fp32 and the result. Weights that are not finite count as in a dense product of the masked input where some
+token of the launch keeps their rank, and nowhere else.
 """
 
 from __future__ import annotations
@@ -49,21 +51,21 @@ def refusal(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, activa
     """Why the kernel cannot multiply these, or None. May be called with fake tensors."""
     if v.dtype not in (torch.bfloat16, torch.float16):
         return f"multiplies bfloat16 and float16 activations, these are {v.dtype}"
-    if weight.dtype not in (torch.int8, torch.uint8) or scale is None:
-        return f"multiplies weights in 8 and 4 bits, this is {weight.dtype}"
+    if weight.dtype != v.dtype and (weight.dtype not in (torch.int8, torch.uint8) or scale is None):
+        return f"multiplies weights in 8 and 4 bits and in {v.dtype}, as the activations, this is {weight.dtype}"
     tokens = v.numel() // max(v.shape[-1], 1)
     if not 1 <= tokens <= MAX_TOKENS:
         return f"{tokens} tokens, it takes 1 to {MAX_TOKENS}"
     columns = shape_of(weight, scale)[1]
-    places = weight.stride(0), weight.storage_offset(), weight.shape[1]
-    if weight.stride(1) != 1 or any(place % _ALIGNMENT for place in places):
-        return (
-            f"copies {_ALIGNMENT} bytes at once, of which rows of {columns} columns, {weight.stride(0)} bytes apart, are not made"
-        )
-    if weight.dtype == torch.uint8 and (scale.stride(1) != 1 or scale_unit(weight, scale, activation) < 4):
+    size = weight.element_size()
+    apart, *places = weight.stride(0) * size, weight.storage_offset() * size, weight.shape[1] * size
+    if weight.stride(1) != 1 or any(place % _ALIGNMENT for place in (apart, *places)):
+        return f"copies {_ALIGNMENT} bytes at once, of which rows of {columns} columns, {apart} bytes apart, are not made"
+    if weight.dtype == torch.uint8 and scale is not None and (scale.stride(1) != 1 or scale_unit(weight, scale, activation) < 4):
         return f"copies scales by 4 bytes or more: rows of {scale.shape[1]} in {scale.dtype} do not begin at such"
-    if tau.dtype not in DTYPE_CODES or scale.dtype not in DTYPE_CODES:
-        return f"reads thresholds and scales in {', '.join(map(str, DTYPE_CODES))}, these are {tau.dtype} and {scale.dtype}"
+    read = [tau.dtype, *([] if scale is None else [scale.dtype])]
+    if not DTYPE_CODES.keys() >= set(read):
+        return f"reads thresholds and scales in {', '.join(map(str, DTYPE_CODES))}, these are {' and '.join(map(str, read))}"
     return None
 
 
@@ -120,7 +122,6 @@ def prepared(
     if reason is not None:
         todo = "Use the Triton kernel."
         raise BadOperand(name="weight", got="not for this kernel", expected=f"another: it {reason}", todo=todo)
-    assert scale is not None
     bits, columns = bits_of(weight), shape_of(weight, scale)[1]
     unit = math.lcm(_ALIGNMENT * 8 // bits, gated_unit(weight, scale) // 2)
     if activation in ACTIVATION_CODES and columns % (2 * unit):
@@ -128,9 +129,9 @@ def prepared(
         raise BadOperand(name="weight", got=f"{columns} columns", expected=expected, todo=todo)
     rows, columns = check_operands(v, tau, weight, bias, scale, residual, activation)
     outputs = columns // 2 if activation else columns
-    if weight.data_ptr() % _ALIGNMENT or scale.data_ptr() % _ALIGNMENT:
-        # memory that is shared with a file begins anywhere
-        weight, scale = weight.clone(), scale.clone()
+    # memory that is shared with a file begins anywhere
+    weight = weight.clone() if weight.data_ptr() % _ALIGNMENT else weight
+    scale = scale.clone() if scale is not None and scale.data_ptr() % _ALIGNMENT else scale
     flat, added = v.reshape(rows, -1), None if residual is None else residual.reshape(rows, -1)
     y = torch.empty((rows, outputs), dtype=v.dtype, device=v.device)
     kept = (flat, tau, weight, scale, bias, added)
@@ -140,12 +141,15 @@ def prepared(
 
 
 def constants_of(
-    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     activation: str | None, config: Config, *, alone: bool = False,
 ) -> tuple[tuple[str, int], ...]:  # fmt: skip
     """The constants that masked_gemv.cu is compiled with. v (T, K). alone: a multiprocessor for each block."""
     tokens, ranks, bits = *v.shape, bits_of(weight)
-    group = group_of(weight, scale) if bits == 4 else weight.shape[1]
+    group, unit = columns_of(bits), 4
+    if bits == 4 and scale is not None:
+        group, unit = group_of(weight, scale), scale_unit(weight, scale, activation)
+    scale_bytes = 0 if scale is None else scale.element_size()
     constants = {
         "BITS": bits,
         "TOKENS": tokens,
@@ -155,15 +159,15 @@ def constants_of(
         "SPLITS": config.splits,
         "STAGES": config.stages,
         "LISTED": config.listed(ranks),
-        "INTEGERS": int(config.integers(ranks, tokens, bits, group, scale.element_size())),
+        "INTEGERS": int(config.integers(ranks, tokens, bits, group, scale_bytes)),
         "VALUE": DTYPE_CODES[v.dtype],
-        "SCALE": DTYPE_CODES[scale.dtype],
+        "SCALE": -1 if scale is None else DTYPE_CODES[scale.dtype],
         "THRESHOLD": DTYPE_CODES[tau.dtype],
         "BIAS": -1 if bias is None else DTYPE_CODES[bias.dtype],
         "RESIDUAL": -1 if residual is None else DTYPE_CODES[residual.dtype],
         "ACTIVATION": ACTIVATION_CODES[activation] if activation else 0,
-        "SCALE_UNIT": scale_unit(weight, scale, activation) if bits == 4 else 4,
-        "SHARED_BYTES": max(config.shared_bytes(ranks, tokens, bits, group, scale.element_size()), ALONE_BYTES if alone else 0),
+        "SCALE_UNIT": unit,
+        "SHARED_BYTES": max(config.shared_bytes(ranks, tokens, bits, group, scale_bytes), ALONE_BYTES if alone else 0),
     }
     return tuple(constants.items())
 
@@ -177,13 +181,13 @@ def scale_unit(weight: Tensor, scale: Tensor, activation: str | None) -> int:
 
 
 def arguments_of(
-    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, y: Tensor
 ) -> Arguments:
     """The kernel's argument. v (T, K), residual and y (T, N)."""
     columns = shape_of(weight, scale)[1]
     tensors = (weight, scale, v, tau, bias, residual, y)
     strides = (
-        *(weight.stride(0), scale.stride(0), *v.stride(), tau.stride(0)),
+        *(weight.stride(0) * weight.element_size(), 0 if scale is None else scale.stride(0), *v.stride(), tau.stride(0)),
         *(0 if bias is None else bias.stride(0), *((0, 0) if residual is None else residual.stride()), y.stride(0)),
     )
     half = y.shape[1]

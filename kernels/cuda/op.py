@@ -16,20 +16,20 @@ from rana_fx.kernels.cuda.config import Config
 from rana_fx.kernels.cuda.masked_gemv import masked_gemv
 
 _SCHEMA = (
-    "masked_gemv_tensor_cores(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor scale, Tensor? residual, "
+    "masked_gemv_tensor_cores(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, "
     "str? activation, int[] config, bool early) -> Tensor"
 )
 
 
 def _launch(
-    v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, residual: Tensor | None,
+    v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
     activation: str | None, config: Sequence[int], early: bool,
 ) -> Tensor:  # fmt: skip
     return masked_gemv(v, tau, weight, bias, scale, residual=residual, activation=activation, config=Config(*config), early=early)
 
 
 def _fake(
-    v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, residual: Tensor | None,
+    v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
     activation: str | None, config: Sequence[int], early: bool,
 ) -> Tensor:  # fmt: skip
     columns = shape_of(weight, scale)[1]

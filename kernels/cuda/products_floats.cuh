@@ -6,9 +6,11 @@
 //             dtype than the values
 //     8 bits  value * scale, once, for each rank and token. In fp16 the scale's power of two stays with the weights: products could
 //             be too small for fp16.
+//     16 bits nothing
 //
-// Transposed loads of 16 bits give a lane registers of two ranks each. Unpacking is one AND-XOR for two numbers, whose stored form
-// u is the number plus 8 or, with the sign of a byte flipped, 128; then arithmetic on pairs, which other units execute:
+// Transposed loads of 16 bits give a lane registers of two ranks each. In 16 bits they are the first operand as they are. Else
+// unpacking is one AND-XOR for two numbers, whose stored form u is the number plus 8 or, with the sign of a byte flipped, 128; then
+// arithmetic on pairs, which other units execute:
 //     bf16  the bits of u, up to 255, are the number u * 2^-133: multiples of that are evenly spaced up to 2^-125. One multiply-add
 //           by scale * 2^101 gives weight * 2^-32, rounded once. For scales below 2^27; those below 2^-94 lose bits.
 //     fp16  u in the mantissa of 1024 is 1024 + u; the number follows exactly, and is multiplied by the scale. Scales below 2^-14
@@ -20,7 +22,14 @@ constexpr int SETS = (TOKENS + 7) / 8;  // of 8 tokens
 constexpr int NUMBERS = 16 / BITS;      // of 16 bits of a row
 constexpr int TILES = 4 * NUMBERS;      // of 16 outputs
 constexpr u32 BOTH = 0x00010001u;       // times 16 bits: a pair of them
-constexpr float UNIT = VALUE == 1 ? 4294967296.f : 1.f;  // of the sums
+constexpr float UNIT = VALUE == 1 && BITS < 16 ? 4294967296.f : 1.f;  // of the sums
+
+// The output in row g, or ``upper`` g + 8, of a tile. Tile i * NUMBERS + j is of the i-th two chunks of 16 bytes, of which a lane has
+// 2 NUMBERS numbers: the 2 j-th of them in row g, the next in row g + 8.
+DEVICE int output_of(int tile, int upper, int g) {
+  int number = tile % NUMBERS * 2 + upper;
+  return ((tile / NUMBERS * 2 + number / NUMBERS) * 8 + g) * NUMBERS + number % NUMBERS;
+}
 
 // Weights of two ranks in a group, from the pair of their scales.
 struct Weights {
@@ -39,6 +48,7 @@ struct Weights {
 
   // The e-th of the numbers that 16 bits of each rank hold.
   DEVICE u32 from(u32 x, int e) const {
+    if (BITS == 16) return x;
     const bool high = BITS == 4 && e % 2;
     const u32 mask = BITS == 8 ? 0x00FF : high ? 0x00F0 : 0x000F, flip = (VALUE == 1 ? 0 : 0x6400) + (BITS == 8 ? 0x0080 : 0);
     u32 u = and_xor(x >> 8 * (BITS == 8 ? e : e / 2), mask * BOTH, flip * BOTH);
@@ -70,6 +80,7 @@ struct Products {
       int token = set * 8 + lane / 4;
       values[set] = share.values() + (token < TOKENS ? token : TOKENS - 1) * VALUE_STRIDE + lane % 4 * 2;
     }
+    if (BITS != 4) return;
     u32 group = share.column / GROUP + lane % PARTS * (SCALE_UNIT / SCALE_BYTES);
     int left = ((share.end() + GROUP - 1) / GROUP - (int)group) * SCALE_BYTES;
     scale_size = left < 0 ? 0 : left < SCALE_UNIT ? left : SCALE_UNIT;
@@ -108,13 +119,16 @@ struct Products {
       load_transposed(x, stage + from[i]);
       if (i % (4 / GROUPS) == 0) {
 #pragma unroll
-        for (int k = 0; k < 2; k++) weights[k] = Weights(scales[k].pair(i * GROUPS / 4));
+        for (int k = 0; k < 2 && BITS < 16; k++) weights[k] = Weights(scales[k].pair(i * GROUPS / 4));
       }
 #pragma unroll
       for (int j = 0; j < NUMBERS; j++) {
-        u32 low = x[j * 2 / NUMBERS], high = x[2 + j * 2 / NUMBERS];
-        int e = j * 2 % NUMBERS;
-        u32 a[4] = {weights[0].from(low, e), weights[0].from(low, e + 1), weights[1].from(high, e), weights[1].from(high, e + 1)};
+        u32 a[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          int number = 2 * j + k % 2;
+          a[k] = weights[k / 2].from(x[k / 2 * 2 + number / NUMBERS], number % NUMBERS);
+        }
 #pragma unroll
         for (int set = 0; set < SETS; set++) multiply(tiles[set][i * NUMBERS + j], a, b[set]);
       }
@@ -156,13 +170,19 @@ struct Products {
     int g = share.lane / 4, t = share.lane % 4;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-      int output = (tile / (NUMBERS / 2) * 8 + g) * NUMBERS + tile % (NUMBERS / 2) * 2;
+      int first = output_of(tile, 0, g), second = output_of(tile, 1, g);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         int token = 2 * t + i;
         const float* sums = tiles[from / 8][tile] + i;
         if (from + token >= TOKENS) continue;
-        *(Two*)(to + token * COLUMNS + place_of_sum(output, token)) = {bits_of_float(sums[0] * UNIT), bits_of_float(sums[2] * UNIT)};
+        float* at = to + token * COLUMNS + place_of_sum(first, token);
+        if (BITS < 16) {
+          *(Two*)at = {bits_of_float(sums[0] * UNIT), bits_of_float(sums[2] * UNIT)};
+        } else {
+          at[0] = sums[0];
+          to[token * COLUMNS + place_of_sum(second, token)] = sums[2];
+        }
       }
     }
   }

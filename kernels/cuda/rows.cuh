@@ -36,7 +36,9 @@ struct Pipeline {
     bool there = place < share.listed;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      copy_if<16>(there, stage + copier.to[i], copier.w + (u64)ranks.word[i] * share.a.w_row, copier.size);
+      // weights in 16 bits may be infinite, and times 0 NaN: where the list ends within the step they are zeros
+      int size = BITS == 16 && place + copier.entry + i >= share.listed ? 0 : copier.size;
+      copy_if<16>(there, stage + copier.to[i], copier.w + (u64)ranks.word[i] * share.a.w_row, size);
     }
     if constexpr (BITS == 4 && !INTEGERS) products.fetch_scales(stage + STEP * ROW_BYTES, place);
     close_copies();

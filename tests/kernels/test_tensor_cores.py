@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rana_fx.errors import BadOperand, InvalidOption, KernelNotCompiled, UnknownChoice
-from rana_fx.formats import pack
+from rana_fx.formats import bits_of, pack, shape_of
 from rana_fx.kernels import cost, registry
 from rana_fx.kernels.cuda import implementations, nvrtc, op
 from rana_fx.kernels.cuda import masked_gemv as kernel
@@ -21,7 +22,7 @@ from rana_fx.kernels.problem import Problem, operand_of_tensor
 from rana_fx.kernels.reference import ACTIVATIONS
 from rana_fx.passes import lower
 from tests.support import emulated
-from tests.support.products import Product
+from tests.support.products import STRIDES, Product, strided
 
 GPU = [pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -33,7 +34,8 @@ def product(tokens, ranks, columns, bits, *, dtype=torch.bfloat16, group=64, sca
     v = torch.randn(tokens, ranks, generator=generator)
     v[:, :outliers] *= 1000
     v = v.abs() if positive else v
-    weight, scale = pack(torch.randn(ranks, columns, generator=generator), bits, group, scale_dtype)
+    weight, scale = torch.randn(ranks, columns, generator=generator), None
+    weight, scale = (weight.to(dtype), None) if bits == 16 else pack(weight, bits, group, scale_dtype)
     tau = torch.rand(ranks, generator=generator) * threshold
     added = torch.randn(columns, generator=generator) if bias else None
     return Product(v.to(dtype), tau, weight, scale, added)
@@ -62,6 +64,11 @@ CASES = {
     "sixteen tokens": (product(16, 90, 256, 4, group=128, scale_dtype=torch.float32), Config(1, 2, 2, 2)),
     "sixteen tokens, 8 bits": (product(16, 60, 128, 8), Config(1, 2, 1, 2)),
     "sixteen tokens, fp16, 8 bits": (product(16, 60, 128, 8, dtype=torch.float16, scale_dtype=torch.float32), Config(1, 2, 1, 2)),
+    "one token, 16 bits, a partial segment": (product(1, 97, 64 + 24, 16), Config(1, 2, 2, 3)),
+    "two tokens, fp16, 16 bits, two segments": (product(2, 64, 136, 16, dtype=torch.float16), Config(2, 1, 1, 4)),
+    "five tokens, 16 bits": (product(5, 130, 64, 16), Config(1, 2, 3, 2)),
+    "eleven tokens, fp16, 16 bits": (product(11, 70, 72, 16, dtype=torch.float16), Config(1, 1, 2, 3)),
+    "sixteen tokens, 16 bits": (product(16, 60, 200, 16), Config(2, 2, 1, 2)),
 }
 EACH = pytest.mark.parametrize("name", CASES)
 
@@ -70,9 +77,9 @@ EACH = pytest.mark.parametrize("name", CASES)
 def test_matches_fp64(name):
     """Few, many, all and no ranks kept, outliers, and values of one sign: the offset of stored numbers dominates the sums."""
     case, config = CASES[name]
-    (tokens, ranks), bits = case.v.shape, 4 if case.weight.dtype == torch.uint8 else 8
-    columns = case.weight.shape[1] * 8 // bits
-    facts = dict(dtype=case.v.dtype, group=128 if "128" in name or name == "sixteen tokens" else 64, scale_dtype=case.scale.dtype)
+    (tokens, ranks), bits, columns = case.v.shape, bits_of(case.weight), shape_of(case.weight, case.scale)[1]
+    facts = dict(dtype=case.v.dtype, group=128 if "128" in name or name == "sixteen tokens" else 64)
+    facts |= {} if case.scale is None else dict(scale_dtype=case.scale.dtype)
     for more in (dict(), dict(threshold=8.0), dict(threshold=0.0), dict(threshold=1e30), dict(outliers=2), dict(positive=True)):
         one = product(tokens, ranks, columns, bits, **facts | more)
         one.check(emulated.masked_gemv(*one.operands, config=config))
@@ -80,7 +87,14 @@ def test_matches_fp64(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["one token, a partial segment", "two tokens, 8 bits, two segments", "six tokens", "nine tokens, 8 bits, two segments"],
+    [
+        "one token, a partial segment",
+        "two tokens, 8 bits, two segments",
+        "six tokens",
+        "nine tokens, 8 bits, two segments",
+        "one token, 16 bits, a partial segment",
+        "eleven tokens, fp16, 16 bits",
+    ],
 )
 def test_an_early_launch_reads_no_value_before_it_waits(name):
     """Where no threshold drops anything weights are copied before; one threshold makes the lists wait for the values."""
@@ -114,7 +128,9 @@ def test_small_and_large_weights(scale, dtype):
         case.check(emulated.masked_gemv(*case.operands, config=Config(1, 1, 1, 2)))
 
 
-@pytest.mark.parametrize(("bits", "activation"), [(4, "silu"), (4, "gelu"), (8, "gelu_tanh"), (8, "relu")])
+@pytest.mark.parametrize(
+    ("bits", "activation"), [(4, "silu"), (4, "gelu"), (8, "gelu_tanh"), (8, "relu"), (16, "silu"), (16, "gelu")]
+)
 def test_the_activation_of_one_half_times_the_other(bits, activation):
     case = product(1, 80, 512, bits)
     case.check_gated(
@@ -122,10 +138,10 @@ def test_the_activation_of_one_half_times_the_other(bits, activation):
     )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_halves_that_end_within_a_segment(bits):
+@pytest.mark.parametrize(("bits", "half"), [(4, 320), (8, 80), (16, 72)])
+def test_halves_that_end_within_a_segment(bits, half):
     """What lies behind the first half is not read as its columns."""
-    case = product(1, 48, 2 * 320 if bits == 4 else 2 * 80, bits, scale_dtype=torch.float32)
+    case = product(1, 48, 2 * half, bits, scale_dtype=torch.float32)
     y = emulated.masked_gemv(*case.operands, activation="relu", config=Config(2, 1, 1, 2))
     case.check_gated(y, ACTIVATIONS["relu"])
 
@@ -142,8 +158,9 @@ def test_outliers_leave_the_other_factors(bits):
     assert torch.equal(y, emulated.masked_gemv(torch.where(v == 4096, 1.0, v), *found.operands[1:], config=Config(1, 1, 1, 2)))
 
 
-def test_a_residual_is_added_in_fp32():
-    case = product(2, 64, 256, 4, bias=False)
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_residual_is_added_in_fp32(bits):
+    case = product(2, 64, 256, bits, bias=False)
     residual = 100 * torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     case.check(emulated.masked_gemv(*case.operands, residual=residual, config=Config(1, 1, 1, 2)), residual)
 
@@ -157,6 +174,8 @@ def test_a_residual_is_added_in_fp32():
         (8, 9, torch.bfloat16),
         (4, 3, torch.float16),
         (8, 3, torch.float16),
+        (16, 1, torch.bfloat16),
+        (16, 9, torch.float16),
     ],
 )
 @pytest.mark.parametrize("odd", [float("inf"), float("nan"), -float("inf")])
@@ -192,6 +211,52 @@ def test_any_strides_of_activations():
     case.check(emulated.masked_gemv(apart, tau, *case.operands[2:], config=Config(1, 1, 1, 2)))
 
 
+# thresholds: what drops nothing, some, all but what is not finite
+LEVELS = [-1.0, 0.0, float("nan"), 1e-45, 0.5, 2.5, 1e30, float("inf")]
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.bfloat16), (4, torch.float16), (10, torch.bfloat16)])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_any_layout_and_thresholds_in_16_bits(tokens, dtype, data):
+    """What a compilation does not depend on: sizes within a step and a segment, strides, offsets, thresholds of each rank."""
+    ranks, columns = data.draw(st.integers(33, 64)), 8 * data.draw(st.integers(1, 20))
+    case = product(tokens, ranks, columns, 16, dtype=dtype, seed=data.draw(st.integers(0, 99)))
+    tau = torch.tensor(data.draw(st.lists(st.sampled_from(LEVELS), min_size=ranks, max_size=ranks)))
+    tau = tau[:1].expand(ranks) if data.draw(st.booleans()) else tau
+    before, behind = (8 * data.draw(st.integers(0, 3)) for _ in range(2))
+    wide = torch.full((ranks, before + columns + behind), torch.nan, dtype=dtype)
+    weight = wide[:, before : before + columns].copy_(case.weight)
+    v = strided(case.v, data.draw(STRIDES))
+    found = dataclasses.replace(case, v=v, tau=tau.nan_to_num(nan=0.0, posinf=torch.inf), weight=weight)
+    y = emulated.masked_gemv(v, tau, weight, case.bias, None, config=Config(1, 2, 2, 2))
+    found.check(y)
+    assert torch.equal(y, emulated.masked_gemv(v, tau, weight, case.bias, None, config=Config(1, 2, 2, 2), early=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_weights_that_are_not_finite_count_where_a_token_keeps_their_rank(tokens):
+    """As in the dense product of the masked input; and a list that ends within a step is filled up with rank 0, which is not
+    multiplied."""
+    case = product(tokens, 64, 72, 16, bias=False)
+    tau, weight = torch.full((64,), 0.0), case.weight.clone()
+    tau[0], tau[20:] = torch.inf, torch.inf  # nobody keeps these
+    weight[0], weight[21], weight[20] = torch.inf, torch.nan, -torch.inf
+    weight[1, 5], weight[2, 6], weight[3, 7:9] = torch.inf, torch.nan, -torch.inf
+    weight[4, 8] = torch.inf
+    v = case.v.abs()
+    v[-1, 1] = 0.0
+    for early in (False, True):
+        y = emulated.masked_gemv(v, tau, weight, config=Config(1, 2, 2, 2), early=early)
+        exact = v[:, 1:20].double() @ weight[1:20].double()
+        for what in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(what(y), what(exact))
+        finite = dataclasses.replace(case, v=v, tau=tau, weight=weight.nan_to_num(0.0, 0.0, 0.0))
+        finite = dataclasses.replace(finite, weight=torch.where(exact.isfinite().all(0), finite.weight, 0.0))
+        finite.check(torch.where(exact.isfinite().all(0), y, 0.0))
+        assert exact.isfinite().all(0).sum() == 72 - 4
+
+
 # ---- on a GPU
 
 
@@ -199,10 +264,10 @@ def test_any_strides_of_activations():
 @settings(max_examples=25)
 @given(data=st.data())
 def test_a_launch_matches_fp64(device, data):
-    bits = data.draw(st.sampled_from([4, 8]))
+    bits = data.draw(st.sampled_from([4, 8, 16]))
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
     tokens = data.draw(st.integers(1, 16))
-    columns = data.draw(st.integers(1, 40)) * 32 * (2 if bits == 4 else 1)
+    columns = data.draw(st.integers(1, 40)) * {4: 64, 8: 32, 16: 8}[bits]
     facts = dict(
         threshold=data.draw(st.sampled_from([0.0, 0.3, 8.0, 1e30])),
         scale_dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
@@ -222,7 +287,7 @@ def test_a_launch_matches_fp64(device, data):
 
 
 @pytest.mark.parametrize("device", GPU, indirect=True)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 def test_opcheck(device, bits):
     case = product(2, 64, 512, bits).to(device)
     for activation, residual in ((None, None), ("silu", None), (None, torch.randn(2, 512, device=device).bfloat16())):
@@ -232,9 +297,10 @@ def test_opcheck(device, bits):
 
 
 @pytest.mark.parametrize("device", GPU, indirect=True)
-def test_compiled_graphs_launch_it(device):
+@pytest.mark.parametrize("bits", [4, 16])
+def test_compiled_graphs_launch_it(device, bits):
     """In a CUDA graph; the result is the eager launch's to the bit."""
-    case = product(1, 512, 1024, 4, bias=False).to(device)
+    case = product(1, 512, 1024, bits, bias=False).to(device)
 
     def step(v, residual):
         return torch.ops.rana.masked_gemv(v, case.tau, case.weight, None, case.scale, 0.5) + residual
@@ -249,9 +315,11 @@ def test_compiled_graphs_launch_it(device):
 
 
 @pytest.mark.parametrize("device", GPU, indirect=True)
-def test_memory_that_begins_anywhere_is_copied(device):
-    case = product(1, 64, 256, 4).to(device)
-    moved = torch.empty(case.weight.numel() + 4, dtype=torch.uint8, device=device)[4:].view_as(case.weight).copy_(case.weight)
+@pytest.mark.parametrize("bits", [4, 16])
+def test_memory_that_begins_anywhere_is_copied(device, bits):
+    case = product(1, 64, 256, bits).to(device)
+    moved = torch.empty(case.weight.numel() + 4, dtype=case.weight.dtype, device=device)[4:]
+    moved = moved.view_as(case.weight).copy_(case.weight)
     moved = torch.from_dlpack(moved)  # a tensor without an offset, at an address that is no multiple of 16
     case.check(kernel.masked_gemv(case.v, case.tau, moved, case.bias, case.scale))
 
@@ -279,7 +347,11 @@ def problem(**facts):
         (dict(tokens=17, dtype=torch.float16), "17 tokens, it takes 1 to 16"),
         (dict(tokens=None), "sizes vary"),
         (dict(dtype=torch.float32), "not torch.float32 by torch.uint8"),
-        (dict(stored=torch.bfloat16, bits=16), "not torch.bfloat16 by torch.bfloat16"),
+        (dict(stored=torch.float16, bits=16), "not torch.bfloat16 by torch.float16"),
+        (dict(stored=torch.float32, bits=32), "not torch.bfloat16 by torch.float32"),
+        (dict(columns=4096 + 4, stored=torch.bfloat16, bits=16), "4100 columns in 16 bits are not made of aligned 16 bytes"),
+        (dict(op="masked_gemv_gated", columns=4096 + 8, stored=torch.bfloat16, bits=16), "4104 columns are no multiples of 8"),
+        (dict(rows=16, columns=16, tokens=4, stored=torch.bfloat16, bits=16), "of the Triton kernel"),
         (dict(columns=4096 + 16), "4112 columns in 4 bits are not made of aligned 16 bytes"),
         (dict(contiguous_rows=False), "not made of aligned 16 bytes"),
         (dict(scale_alignment=2), "multiples of 4 bytes"),
@@ -345,7 +417,7 @@ def test_operands_that_do_not_fit_are_refused():
 def test_configs_are_checked_and_fit():
     with pytest.raises(InvalidOption, match="splits"):
         Config(splits=9)
-    for bits, gated in ((4, False), (4, True), (8, False), (8, True)):
+    for bits, gated in itertools.product((4, 8, 16), (False, True)):
         for ranks, columns in ((4096, 22016), (4096, 12288), (11008, 4096), (64, 64), (28672, 8192)):
             for tokens in (1, 4, 16):
                 config = default_config(ranks, columns, tokens, bits=bits, gated=gated)
