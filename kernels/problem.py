@@ -42,7 +42,8 @@ class Problem:
     most_tokens: a bound on it, where one is known. rows, columns: of the weight as a matrix, None where they vary; of several
     weights beside each other, all columns. stored: the dtype of the weight's memory; bits: of one of its numbers.
     contiguous_rows: neighbours in a row are neighbours in memory, so that a row that is skipped is memory that is not read.
-    alignment, scale_alignment: of rows of the weight and of its scales, in bytes, up to 16.
+    alignment, scale_alignment: of rows of the weight and of its scales, in bytes, up to 16; of several weights also of the length
+    of their rows.
     density: the expected fraction of kept rows. weights: how many there are; alike: they have one dtype. compiled: lowered by
     Inductor, not run in eager mode.
     """
@@ -107,7 +108,7 @@ def problem_of(
         stored=first.dtype,
         bits=bits,
         contiguous_rows=all(weight.contiguous_rows for weight in weights),
-        alignment=min(weight.alignment for weight in weights),
+        alignment=_alignment_of_all(weights),
         scale_alignment=16 if arguments.get("scale") is None else operand_of(arguments["scale"]).alignment,
         density=float(arguments.get("density", 1.0)),
         weights=len(weights),
@@ -128,6 +129,12 @@ def alignment_of(size: int, offset: int | torch.SymInt, strides: Sequence[int]) 
     if len(strides) > 1 and strides[-1] != 1:
         return 1
     return math.gcd(16, size * int(offset), *(size * stride for stride in strides[:-1]))
+
+
+def _alignment_of_all(weights: Sequence[Operand]) -> int:
+    """Of the rows of one weight or, of several, of which each begins where the one before it ends, of these places, too."""
+    lengths = [weight.dtype.itemsize * (weight.size[-1] or 1) for weight in weights] if len(weights) > 1 else []
+    return math.gcd(*(weight.alignment for weight in weights), *lengths)
 
 
 def _product(sizes: Sequence[int | None]) -> int | None:

@@ -10,6 +10,7 @@ graph (mode "reduce-overhead") does not repeat.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,21 @@ def _masked_gemv(
 
 
 masked_gemv, masked_gemv_add, masked_gemv_gated = forms(_masked_gemv)
+
+
+def masked_gemv_parts(problem: Problem, v_TK: Any, taus: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any]) -> Any:
+    """(T, sum of N), in one launch."""
+    from rana_fx.kernels.cuda import op
+
+    v, *rest = realized(v_TK, *taus, *weights, *biases)
+    count = len(weights)
+    early = starts_early(v, rest)
+    # measured as one weight of all columns
+    whole = torch.empty(problem.sizes[:2], dtype=problem.stored, device="meta")
+    config = _config(problem, whole, None, None, early)
+    call = fallback_handler(op.masked_gemv_parts_tensor_cores, add_to_fallback_set=False)
+    parts = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    return call(v, *parts, list(dataclasses.astuple(config)), early)
 
 
 def _config(problem: Problem, stored: Any, scale: Any, activation: str | None, early: bool) -> Config:

@@ -1,6 +1,7 @@
 """When the kernel on tensor cores applies: rows of the registry for NVIDIA GPUs of compute capability 9.0.
 
     masked_gemv, _add, _gated    weights in 16, 8 and 4 bits whose rows are multiples of 16 bytes, up to 16 tokens
+    masked_gemv_parts            such weights in 16 bits
 
 What it does not take, the Triton kernels do, and weights in 16 bits where they are expected to be faster. Nothing here compiles a
 kernel.
@@ -20,7 +21,7 @@ from rana_fx.kernels.cuda.config import MOST_SHARED_BYTES, default_config, most_
 from rana_fx.kernels.gemv import forms
 from rana_fx.kernels.problem import Problem
 from rana_fx.kernels.registry import Implementation
-from rana_fx.kernels.triton.config import MAX_TOKENS
+from rana_fx.kernels.triton.config import MAX_TOKENS, MOST_PARTS
 from rana_fx.kernels.triton.implementations import few
 
 NAME = "tensor_cores"
@@ -56,6 +57,15 @@ def accepts_gated(problem: Problem) -> str | None:
     if reason is None and problem.sizes[1] % (2 * whole):
         return f"halves of {problem.sizes[1]} columns are no multiples of {whole}"
     return reason
+
+
+def accepts_parts(problem: Problem) -> str | None:
+    """Weights in 16 bits."""
+    if not 2 <= problem.weights <= MOST_PARTS:
+        return f"{problem.weights} weights, it takes 2 to {MOST_PARTS}"
+    if not problem.alike or problem.stored != problem.dtype:
+        return "weights are not all of the dtype of the activations"
+    return accepts(problem)
 
 
 def slower(problem: Problem) -> str | None:
@@ -111,6 +121,12 @@ def _launch(*operands: Any, **fused: Any) -> Tensor:
     return masked_gemv(*operands, **fused)
 
 
+def _launch_parts(*operands: Any) -> Tensor:
+    from rana_fx.kernels.cuda.masked_gemv_parts import masked_gemv_parts
+
+    return masked_gemv_parts(*operands)
+
+
 def _row(op: str, launch: Any, accepts: Any) -> Implementation:
     return Implementation(
         op,
@@ -129,4 +145,5 @@ ROWS = (
     _row("masked_gemv", _plain, accepts),
     _row("masked_gemv_add", _add, accepts),
     _row("masked_gemv_gated", _gated, accepts_gated),
+    _row("masked_gemv_parts", _launch_parts, accepts_parts),
 )

@@ -62,6 +62,11 @@ struct Arguments {
   u32 w_row, scale_row;
   long long v_token, v_rank, tau_rank, bias_column, residual_token, residual_column, y_token;
 };
+// Of several weights each has its own thresholds and results; clusters of the i-th end before ``ends[i]``.
+struct Parts {
+  Arguments of[WEIGHTS];
+  int ends[WEIGHTS];
+};
 
 // The weight's column of a segment's first output. With an activation segments alternate between the halves.
 DEVICE int first_column(const Arguments& a, int block, int segment) {

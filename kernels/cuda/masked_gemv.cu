@@ -6,6 +6,8 @@
 // steps ahead (rows.cuh). Products of weights in 4 and 8 bits are of integers for 1 and 2 tokens (products_integers.cuh), whose
 // factors value * scale are in fixed point (fixed_point.cuh), all others of the values' dtype (products_floats.cuh).
 //
+// Several weights (WEIGHTS) of one tensor are beside each other in a launch: each has clusters of its own, and thresholds.
+//
 // Sums over warps and blocks are exchanged through shared memory in a fixed order: neither partial sums in global memory nor atomics,
 // and the same bits in every run.
 //
@@ -61,10 +63,14 @@ DEVICE void exchange(const Share& share, int from, int split) {
   if (SPLITS > 1) sync_cluster(); else sync_block();
 }
 
-KERNEL void CLUSTER(SPLITS) BOUNDS(THREADS, BLOCKS) masked_gemv(CONSTANT Arguments a) {
+KERNEL void CLUSTER(SPLITS) BOUNDS(THREADS, BLOCKS) masked_gemv(CONSTANT Parts parts) {
   char* memory = shared_memory();
   int thread = thread_index(), warp = thread / LANES, segment = warp % SEGMENTS;
-  int block = block_index() / SPLITS, split = block_index() % SPLITS;
+  int block = block_index() / SPLITS, split = block_index() % SPLITS, part = 0;
+#pragma unroll
+  for (int i = 0; i < WEIGHTS - 1; i++) part += block >= parts.ends[i];
+  const Arguments& a = parts.of[part];
+  block -= part > 0 ? parts.ends[part - 1] : 0;
   Thresholds thresholds(a, split);
   Share share{a, memory, block, warp, thread % LANES, segment, warp / SEGMENTS, first_column(a, block, segment), 0};
   Products products(share);

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,19 @@ class Arguments(ctypes.Structure):
     )
 
 
+@functools.cache
+def _parts_of(count: int) -> type[ctypes.Structure]:
+    """The struct Parts of layout.cuh, for so many weights."""
+    fields = (("of", Arguments * count), ("ends", ctypes.c_int * count))
+    return type("Parts", (ctypes.Structure,), {"_fields_": fields})
+
+
+def joined(arguments: Sequence[Arguments], ends: Sequence[int]) -> ctypes.Structure:
+    """The kernel's parameter. ends: clusters of each weight, and of all before it."""
+    count = len(arguments)
+    return _parts_of(count)((Arguments * count)(*arguments), (ctypes.c_int * count)(*ends))
+
+
 def refusal(v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None = None) -> str | None:
     """Why the kernel cannot multiply these, or None. May be called with fake tensors."""
     if v.dtype not in (torch.bfloat16, torch.float16):
@@ -77,10 +91,15 @@ class Launch:
     """
 
     constants: tuple[tuple[str, int], ...]
-    arguments: Arguments
+    arguments: ctypes.Structure
     blocks: int
     y: Tensor
     kept: tuple[Tensor | None, ...]
+
+    def __call__(self, *, early: bool) -> Tensor:
+        """y, once the current stream of its device has come to the launch. Raises KernelNotCompiled."""
+        _kernel(self.constants, early, self.y.device.index)(self.blocks, self.arguments)
+        return self.y
 
 
 def masked_gemv(
@@ -109,8 +128,8 @@ def masked_gemv(
         config = default_config(v.shape[-1], columns, tokens, bits=bits_of(weight), gated=activation is not None)
     with torch.cuda.device_of(v):
         launch = prepared(v, tau, weight, bias, scale, residual=residual, activation=activation, config=config)
-        _kernel(launch.constants, bool(early), v.device.index)(launch.blocks, launch.arguments)
-    return launch.y.reshape(*v.shape[:-1], launch.y.shape[1])
+        y = launch(early=bool(early))
+    return y.reshape(*v.shape[:-1], y.shape[1])
 
 
 def prepared(
@@ -137,14 +156,16 @@ def prepared(
     kept = (flat, tau, weight, scale, bias, added)
     blocks = config.blocks(outputs, bits, gated=activation is not None)
     constants = constants_of(*kept, activation, config, alone=config.alone(blocks, sm_count_of(v)))
-    return Launch(constants, arguments_of(*kept, y), blocks, y, kept)
+    return Launch(constants, joined([arguments_of(*kept, y)], [blocks // config.splits]), blocks, y, kept)
 
 
 def constants_of(
     v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    activation: str | None, config: Config, *, alone: bool = False,
+    activation: str | None, config: Config, *, alone: bool = False, weights: int = 1,
 ) -> tuple[tuple[str, int], ...]:  # fmt: skip
-    """The constants that masked_gemv.cu is compiled with. v (T, K). alone: a multiprocessor for each block."""
+    """The constants that masked_gemv.cu is compiled with. v (T, K). alone: a multiprocessor for each block. weights: of a launch,
+    alike but for their columns.
+    """
     tokens, ranks, bits = *v.shape, bits_of(weight)
     group, unit = columns_of(bits), 4
     if bits == 4 and scale is not None:
@@ -152,6 +173,7 @@ def constants_of(
     scale_bytes = 0 if scale is None else scale.element_size()
     constants = {
         "BITS": bits,
+        "WEIGHTS": weights,
         "TOKENS": tokens,
         "GROUP": group,
         "SEGMENTS": config.segments,
@@ -183,7 +205,7 @@ def scale_unit(weight: Tensor, scale: Tensor, activation: str | None) -> int:
 def arguments_of(
     v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, y: Tensor
 ) -> Arguments:
-    """The kernel's argument. v (T, K), residual and y (T, N)."""
+    """The kernel's arguments for one weight. v (T, K), residual and y (T, N)."""
     columns = shape_of(weight, scale)[1]
     tensors = (weight, scale, v, tau, bias, residual, y)
     strides = (

@@ -1,7 +1,8 @@
-"""``rana::masked_gemv_tensor_cores``: the launch of masked_gemv.cu as an operation, which Inductor calls and CUDA graphs record.
+"""``rana::masked_gemv_tensor_cores``, ``rana::masked_gemv_parts_tensor_cores``: launches of masked_gemv.cu as operations, which
+Inductor calls and CUDA graphs record.
 
-It is what an implementation of ``rana::masked_gemv`` and its fused forms computes with, not an operation of a plan: it is without
-gradients, and takes a launch config.
+They are what an implementation of ``rana::masked_gemv`` and its fused forms computes with, not operations of a plan: they are
+without gradients, and take a launch config.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ from torch import Tensor
 from rana_fx.formats import shape_of
 from rana_fx.kernels.cuda.config import Config
 from rana_fx.kernels.cuda.masked_gemv import masked_gemv
+from rana_fx.kernels.cuda.masked_gemv_parts import masked_gemv_parts
 
 _SCHEMA = (
     "masked_gemv_tensor_cores(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, "
     "str? activation, int[] config, bool early) -> Tensor"
+)
+_SCHEMA_OF_PARTS = (
+    "masked_gemv_parts_tensor_cores(Tensor v, Tensor[] taus, Tensor[] weights, Tensor[] biases, "
+    "int[] config, bool early) -> Tensor"
 )
 
 
@@ -36,9 +42,29 @@ def _fake(
     return v.new_empty((*v.shape[:-1], columns // 2 if activation else columns))
 
 
+def _launch_parts(
+    v: Tensor, taus: list[Tensor], weights: list[Tensor], biases: list[Tensor], config: Sequence[int], early: bool
+) -> Tensor:
+    return masked_gemv_parts(v, taus, weights, biases, config=Config(*config), early=early)
+
+
+def _fake_parts(
+    v: Tensor,
+    taus: list[Tensor],  # noqa: ARG001
+    weights: list[Tensor],
+    biases: list[Tensor],  # noqa: ARG001
+    config: Sequence[int],  # noqa: ARG001
+    early: bool,  # noqa: ARG001
+) -> Tensor:
+    return v.new_empty((*v.shape[:-1], sum(weight.shape[1] for weight in weights)))
+
+
 _LIBRARY = torch.library.Library("rana", "FRAGMENT")
-_LIBRARY.define(_SCHEMA)
-_LIBRARY.impl("masked_gemv_tensor_cores", _launch, "CUDA")
-torch.library.register_fake("rana::masked_gemv_tensor_cores", _fake, lib=_LIBRARY)
+for _schema, _compute, _shape in ((_SCHEMA, _launch, _fake), (_SCHEMA_OF_PARTS, _launch_parts, _fake_parts)):
+    _name = _schema.partition("(")[0]
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_name, _compute, "CUDA")
+    torch.library.register_fake(f"rana::{_name}", _shape, lib=_LIBRARY)
 
 masked_gemv_tensor_cores = torch.ops.rana.masked_gemv_tensor_cores.default
+masked_gemv_parts_tensor_cores = torch.ops.rana.masked_gemv_parts_tensor_cores.default

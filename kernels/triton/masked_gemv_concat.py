@@ -16,7 +16,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from rana_fx.errors import BadOperand
+from rana_fx.kernels.gemv import check_parts
 from rana_fx.kernels.triton.compaction import sm_count_of
 from rana_fx.kernels.triton.config import (
     EAGER,
@@ -25,7 +25,6 @@ from rana_fx.kernels.triton.config import (
     Config,
     Launch,
     cdiv,
-    check_token_count,
     default_config,
 )
 from rana_fx.kernels.triton.masked_gemv import lists_for, masked_sums, meta_of
@@ -71,7 +70,7 @@ def masked_gemv_parts(
     Raises:
         BadOperand.
     """
-    tokens = _check(v, taus, weights, biases)
+    tokens = check_parts(v, taus, weights, biases)
     rows, ranks = v.reshape(tokens, -1), v.shape[-1]
     sizes = [weight.shape[1] for weight in weights]
     if config is None:
@@ -101,27 +100,3 @@ def masked_gemv_parts(
             *part.stride()[:2], y.stride(0), **meta,
         )  # fmt: skip
     return y.reshape(*v.shape[:-1], sum(sizes))
-
-
-def _check(v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
-    """T."""
-    found = len(weights)
-    if not 2 <= found <= MOST_PARTS or len(taus) != found or len(biases) not in (0, found):
-        got, expected = f"{found} with {len(taus)} thresholds and {len(biases)} biases", f"2 to {MOST_PARTS}, and as many of each"
-        raise BadOperand(name="weights", got=got, expected=expected, todo="Multiply by the others apart.")
-    if v.dim() < 1 or not v.is_floating_point():
-        raise BadOperand(name="v", got=f"{tuple(v.shape)} {v.dtype}", expected="floating, (..., K)", todo="Pass such a tensor.")
-    ranks = v.shape[-1]
-    for index, (tau, weight) in enumerate(zip(taus, weights, strict=True)):
-        if weight.dim() != 2 or weight.shape[0] != ranks or weight.stride(1) != 1 or weight.dtype != weights[0].dtype:
-            got = f"{tuple(weight.shape)} {weight.dtype}, strides {weight.stride()}"
-            expected = f"({ranks}, N) {weights[0].dtype} with unit stride"
-            raise BadOperand(name=f"weights[{index}]", got=got, expected=expected, todo="Multiply by it apart.")
-        if tuple(tau.shape) != (ranks,) or not tau.is_contiguous():
-            got = f"{tuple(tau.shape)}, strides {tau.stride()}"
-            raise BadOperand(name=f"taus[{index}]", got=got, expected=f"({ranks},), contiguous", todo="One threshold per rank.")
-        bias = biases[index] if biases else None
-        if biases and (bias is None or tuple(bias.shape) != (weight.shape[1],) or not bias.is_contiguous()):
-            got = "None" if bias is None else str(tuple(bias.shape))
-            raise BadOperand(name=f"biases[{index}]", got=got, expected=f"({weight.shape[1]},)", todo="One number per output.")
-    return check_token_count("v", v)

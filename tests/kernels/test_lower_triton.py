@@ -39,6 +39,7 @@ def options(code):
 
 
 REQUESTS = ("1,1,ranks", "1,3,ranks", "64,1,ranks", "1,2,masks", "1,2,gate", "4,1,gate", "1,2,attention")
+REQUESTS += ("1,2,ranks,graphs", "1,1,masks,graphs")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,27 @@ def test_masks_of_one_tensor_are_one_launch(written):
     assert not re.search(
         r"\(4096, 11008\)|\(11008, 4096\)", "".join(line for line in code.splitlines() if "empty_strided" in line)
     )
+
+
+def on_tensor_cores(code):
+    """The operation and the arguments of each launch on tensor cores, in order."""
+    return re.findall(r"= torch\.ops\.rana\.(\w+_tensor_cores)\.default\((.*)\)$", code, re.M)
+
+
+def test_code_that_cuda_graphs_repeat_multiplies_16_bits_on_tensor_cores(written):
+    """Gated, with a residual, and several weights; each starts early, after another launch of the graph."""
+    code = written["1,2,ranks,graphs"]
+    calls = on_tensor_cores(code)
+    assert [name for name, _ in calls] == ["masked_gemv_tensor_cores"] * 4 and "masked_gemv_kernel" not in code
+    assert ["'silu'" in given for _, given in calls] == [True, False] * 2
+    # of the second layer the residual is a result of the first
+    assert all(re.search(r"None, None, (reinterpret_tensor\(\w+|\w+), .*None, \[", given) for _, given in calls[1::2])
+    assert all(given.endswith("True") for _, given in calls)
+    code = written["1,1,masks,graphs"]
+    (first, given), (second, _) = on_tensor_cores(code)
+    assert (first, second) == ("masked_gemv_parts_tensor_cores", "masked_gemv_tensor_cores")
+    # no weight is copied
+    assert given.count("reinterpret_tensor") >= 2 and not re.search(r"empty_strided\w*\(\(4096, 11008\)", code)
 
 
 def test_a_masked_gate_reads_kept_rows_of_up_and_down(written):

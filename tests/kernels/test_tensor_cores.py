@@ -22,23 +22,9 @@ from rana_fx.kernels.problem import Problem, operand_of_tensor
 from rana_fx.kernels.reference import ACTIVATIONS
 from rana_fx.passes import lower
 from tests.support import emulated
-from tests.support.products import STRIDES, Product, strided
+from tests.support.emulated import product
 
 GPU = [pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def product(tokens, ranks, columns, bits, *, dtype=torch.bfloat16, group=64, scale_dtype=torch.bfloat16, threshold=0.3, seed=0,
-            outliers=0, positive=False, bias=True):  # fmt: skip
-    """A product with Gaussian operands; ``outliers`` values of each token are 1000 times as large."""
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(tokens, ranks, generator=generator)
-    v[:, :outliers] *= 1000
-    v = v.abs() if positive else v
-    weight, scale = torch.randn(ranks, columns, generator=generator), None
-    weight, scale = (weight.to(dtype), None) if bits == 16 else pack(weight, bits, group, scale_dtype)
-    tau = torch.rand(ranks, generator=generator) * threshold
-    added = torch.randn(columns, generator=generator) if bias else None
-    return Product(v.to(dtype), tau, weight, scale, added)
 
 
 # ---- the source under the emulator. A case is one compilation: what a constant decides is in some of them
@@ -209,52 +195,6 @@ def test_any_strides_of_activations():
     apart.copy_(case.v)
     tau = torch.zeros(48, 2)[:, 1].copy_(case.tau)
     case.check(emulated.masked_gemv(apart, tau, *case.operands[2:], config=Config(1, 1, 1, 2)))
-
-
-# thresholds: what drops nothing, some, all but what is not finite
-LEVELS = [-1.0, 0.0, float("nan"), 1e-45, 0.5, 2.5, 1e30, float("inf")]
-
-
-@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.bfloat16), (4, torch.float16), (10, torch.bfloat16)])
-@settings(max_examples=15)
-@given(data=st.data())
-def test_any_layout_and_thresholds_in_16_bits(tokens, dtype, data):
-    """What a compilation does not depend on: sizes within a step and a segment, strides, offsets, thresholds of each rank."""
-    ranks, columns = data.draw(st.integers(33, 64)), 8 * data.draw(st.integers(1, 20))
-    case = product(tokens, ranks, columns, 16, dtype=dtype, seed=data.draw(st.integers(0, 99)))
-    tau = torch.tensor(data.draw(st.lists(st.sampled_from(LEVELS), min_size=ranks, max_size=ranks)))
-    tau = tau[:1].expand(ranks) if data.draw(st.booleans()) else tau
-    before, behind = (8 * data.draw(st.integers(0, 3)) for _ in range(2))
-    wide = torch.full((ranks, before + columns + behind), torch.nan, dtype=dtype)
-    weight = wide[:, before : before + columns].copy_(case.weight)
-    v = strided(case.v, data.draw(STRIDES))
-    found = dataclasses.replace(case, v=v, tau=tau.nan_to_num(nan=0.0, posinf=torch.inf), weight=weight)
-    y = emulated.masked_gemv(v, tau, weight, case.bias, None, config=Config(1, 2, 2, 2))
-    found.check(y)
-    assert torch.equal(y, emulated.masked_gemv(v, tau, weight, case.bias, None, config=Config(1, 2, 2, 2), early=True))
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_weights_that_are_not_finite_count_where_a_token_keeps_their_rank(tokens):
-    """As in the dense product of the masked input; and a list that ends within a step is filled up with rank 0, which is not
-    multiplied."""
-    case = product(tokens, 64, 72, 16, bias=False)
-    tau, weight = torch.full((64,), 0.0), case.weight.clone()
-    tau[0], tau[20:] = torch.inf, torch.inf  # nobody keeps these
-    weight[0], weight[21], weight[20] = torch.inf, torch.nan, -torch.inf
-    weight[1, 5], weight[2, 6], weight[3, 7:9] = torch.inf, torch.nan, -torch.inf
-    weight[4, 8] = torch.inf
-    v = case.v.abs()
-    v[-1, 1] = 0.0
-    for early in (False, True):
-        y = emulated.masked_gemv(v, tau, weight, config=Config(1, 2, 2, 2), early=early)
-        exact = v[:, 1:20].double() @ weight[1:20].double()
-        for what in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(what(y), what(exact))
-        finite = dataclasses.replace(case, v=v, tau=tau, weight=weight.nan_to_num(0.0, 0.0, 0.0))
-        finite = dataclasses.replace(finite, weight=torch.where(exact.isfinite().all(0), finite.weight, 0.0))
-        finite.check(torch.where(exact.isfinite().all(0), y, 0.0))
-        assert exact.isfinite().all(0).sum() == 72 - 4
 
 
 # ---- on a GPU

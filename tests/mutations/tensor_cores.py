@@ -6,6 +6,7 @@ from tests.mutations.mutation import Mutation as M
 
 _TESTS = "tests/kernels/test_tensor_cores.py"
 _FP64 = f"{_TESTS}::test_matches_fp64"
+_16_BITS = "tests/kernels/test_tensor_cores_16_bits.py"
 
 MUTATIONS = (
     M("tc-mask-strict", "A value at its threshold is dropped.",
@@ -45,6 +46,30 @@ MUTATIONS = (
     M("tc-alignment", "Rows that begin anywhere are accepted.",
       "kernels/cuda/implementations.py", "problem.alignment % ALIGNMENT or ", "",
       f"{_TESTS}::test_a_view_that_begins_between_16_bytes_is_declined"),
+    M("tc-rows-behind-the-list", "Rows that fill up the last step are multiplied by 0, which infinity times is NaN.",
+      "kernels/cuda/rows.cuh", "BITS == 16 && place + copier.entry + i >= share.listed ? 0 : copier.size;", "copier.size;",
+      f"{_16_BITS}::test_weights_that_are_not_finite_count_where_a_token_keeps_their_rank"),
+    M("tc-output-of-second-chunk", "Sums of the second of two chunks are stored as those of the first.",
+      "kernels/cuda/products_floats.cuh", "tile / NUMBERS * 2 + number / NUMBERS", "tile / NUMBERS * 2",
+      f"{_FP64}[one token, 16 bits, a partial segment]"),
+    M("tc-row-in-numbers", "Rows of numbers of two bytes are taken as of one.",
+      "kernels/cuda/masked_gemv.py", "weight.stride(0) * weight.element_size(), 0 if", "weight.stride(0), 0 if",
+      f"{_FP64}[one token, 16 bits, a partial segment]"),
+    M("tc-unit-of-16-bits", "Sums of weights that are not unpacked are multiplied by what unpacking divides by.",
+      "kernels/cuda/products_floats.cuh", "VALUE == 1 && BITS < 16 ?", "VALUE == 1 ?",
+      f"{_FP64}[five tokens, 16 bits]"),
+    M("tc-parts-of-first", "All weights of a launch have the first one's thresholds and rows.",
+      "kernels/cuda/masked_gemv.cu", "parts.of[part];", "parts.of[0];",
+      f"{_16_BITS}::test_each_weight_has_its_own_thresholds_and_results"),
+    M("tc-parts-begin", "Columns of the second weight are counted from the first one's.",
+      "kernels/cuda/masked_gemv.cu", "block -= part > 0 ? parts.ends[part - 1] : 0;", "",
+      f"{_16_BITS}::test_each_weight_has_its_own_thresholds_and_results"),
+    M("tc-parts-alignment", "Of several weights only their columns together are aligned.",
+      "kernels/problem.py", "if len(weights) > 1 else []", "if len(weights) > 9 else []",
+      f"{_16_BITS}::test_which_parts_are_accepted_and_why_others_are_not"),
+    M("tc-triton-is-faster", "In 16 bits the Triton kernel is not chosen where it is faster.",
+      "kernels/cuda/implementations.py", "return without_graph() or faster_by_triton(problem)", "return without_graph()",
+      f"{_TESTS}::test_what_is_declined_and_why"),
     M("tc-stale-code", "Compiled code of other constants is used.",
       "kernels/cuda/nvrtc.py", "repr((text, options, _version(nvrtc)))", "repr((source, options, _version(nvrtc)))",
       f"{_TESTS}::test_code_is_compiled_once"),

@@ -1,6 +1,6 @@
-"""Prints code that Inductor generates for a GPU, without one: a line of JSON for each argument "tokens,layers,kind". A program,
-not a test: it patches in an H200 and must import Triton without its interpreter, so test_lower_triton.py runs it in one
-process of its own for all requests.
+"""Prints code that Inductor generates for a GPU, without one: a line of JSON for each argument "tokens,layers,kind", or
+"tokens,layers,kind,graphs" for code that CUDA graphs repeat. A program, not a test: it patches in an H200 and must import
+Triton without its interpreter, so test_lower_triton.py runs it in one process of its own for all requests.
 
     out = r + (silu(g) * u) W2   with   [g, u] = mask(router(norm(r))) W
     or, as "masks",              with   g, u = mask(norm(r)) Wg, mask(norm(r)) Wu
@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from rana_fx.kernels.attention import decode_attention
+from rana_fx.kernels.cuda import implementations
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.passes import POST_GRAD, lower
 from rana_fx.passes.base import PostGrad
@@ -120,8 +121,8 @@ def pretend(stack):
     stack.enter_context(patch.object(hints.DeviceProperties, "create", lambda *_, **__: device))
 
 
-def written(tokens, count, kind):
-    """The code for so many tokens and layers."""
+def written(tokens, count, kind, graphs=False):
+    """The code for so many tokens and layers. graphs: that CUDA graphs repeat."""
     lower.register()
     code = []
 
@@ -133,6 +134,8 @@ def written(tokens, count, kind):
         pretend(stack)
         stack.enter_context(patch.object(GraphLowering, "compile_to_module", write))
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False, compile_threads=1))
+        stack.enter_context(torch._inductor.config.patch({"triton.cudagraphs": graphs}))
+        stack.enter_context(patch.object(implementations, "_device", lambda _: None))  # NVRTC compiles nothing
 
         def empty(*size, dtype=torch.bfloat16):
             return torch.empty(size, dtype=dtype, device="cuda")
@@ -180,5 +183,5 @@ def written(tokens, count, kind):
 
 if __name__ == "__main__":
     for request in sys.argv[1:]:
-        tokens, count, kind = request.split(",")
-        print(json.dumps({"request": request, "code": written(int(tokens), int(count), kind)}), flush=True)
+        tokens, count, kind, *graphs = request.split(",")
+        print(json.dumps({"request": request, "code": written(int(tokens), int(count), kind, bool(graphs))}), flush=True)
