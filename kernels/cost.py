@@ -7,7 +7,7 @@
                        slower 2.2 in 4 bits, 1.45 in 8 bits and blocks below 1024: dequantizing takes longer than reading
                        more 0.25 in blocks of 512 outputs, 0.55 in narrower ones, 2 in 8 and 4 bits: tokens are multiplied in turn
     tensor cores, us   tensor_core_fixed + more (T - 1) + bytes / bandwidth * slower, of the rows that any token keeps
-                       slower 1.15 in 4 bits, 1 in 8; more 1.3 where results have less than 8192 columns, else 0.7
+                       slower 1.15 in 4 bits, else 1; more 1.3 where results have less than 8192 columns, else 0.7
     Triton router, us  dense_fixed - 2.5 in 16 bits + bytes / bandwidth, for every four tokens
     rows, us           dense_fixed + bytes / bandwidth * (1 + 0.55 (min(T, 4) - 1))    masked_rows: no partials, T values a row
     dense, bytes       K * N * bits / 8 + scales, in 8 and 4 bits plus 4 K N: unpacked, written and read in 16 bits
@@ -21,7 +21,8 @@ a third or more too high, where dense wins anyway. Of masked_fixed, two to three
 the last program (memory fence, counter, reading them), the rest is launch and ramp, as in a dense matmul. Constants of the H100
 are the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured. Nor is
 masked_rows: it has no partials, and its tokens are taken to cost what they cost narrow masked GEMVs. Constants of the kernel on
-tensor cores are from sweeps of 1 to 16 tokens with bf16 scales, of which no rows are kept (python -m bench.kernels makes them).
+tensor cores are from sweeps of 1 to 16 tokens in 8 and 4 bits with bf16 scales, of which no rows are kept (python -m
+bench.kernels makes them); in 16 bits, of which nothing is unpacked, they are taken to be those in 8.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ def implementation(name: str) -> Iterator[None]:
     """Choose which implementation computes the operations in eager mode, for the whole process, inside a ``with``.
 
     Args:
-        name: "auto": the first row of the registry that applies, which is on a GPU a Triton kernel for up to 4 tokens where the
-            weight is floating, since above that its dense matmul is faster (cost.py), and for up to 16 where the reference would
-            first have to unpack it. "reference": plain PyTorch. "triton": the kernels for up to 16 tokens of any weight, also
+        name: "auto": the first row of the registry that applies, which is on a GPU a kernel for up to 4 tokens where the weight
+            is floating, since above that its dense matmul is faster (cost.py), and for up to 16 where the reference would first
+            have to unpack it. "reference": plain PyTorch. "triton": the kernels for up to 16 tokens of any weight, also
             without a GPU, where Triton must have been imported under its interpreter. Any other: what was registered under that
             name (registry.register_implementation). What an implementation does not accept, the reference computes.
 

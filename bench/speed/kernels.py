@@ -7,12 +7,15 @@ model prefers it. Every result is compared with fp64 first; a wrong result has n
 
 The time of this package's kernels is the complete launch from v to y. The router of a rank adapter has its own rows.
 
+With ``--tune`` kernels run with other configs, too: a row is of the fastest, ``tried`` of all, the default first. A second table
+orders the configs of a matmul and number of tokens by their time over that of the fastest, at worst over masked fractions.
+
 4-bit matmuls of others (int4, gemlite; ``bench.speed.rival_matmuls``) are dense, and compared with fp64 of their own weight.
 ``rival_us`` is the fastest correct one of a matmul, ``over_rival`` the speed-up over it, of this package's kernels in 4 bits. A
 rival without its package, or without a kernel for a shape, is left out with its reason on stderr.
 
     python -m bench.speed.kernels --out bench/results/kernels-h200.jsonl
-    python -m bench.speed.kernels --shapes llama-2-7b/qkv --masked 50 --tokens 1 --bits 16 --tune
+    python -m bench.speed.kernels --shapes llama-2-7b/qkv --masked 50 --tokens 1 --bits 16 --tune masked,tensor_cores
     python -m bench.speed.kernels --bits 4 --tokens 1,4,16 --rivals cublas,inductor,int4,gemlite
     python -m bench.speed.kernels --interpret                       # toy sizes without a GPU: correctness only
 """
@@ -23,7 +26,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,9 +38,10 @@ from bench.common.record import append, head, start
 from bench.speed.rival_matmuls import MATMULS
 from bench.speed.shapes import Shape, shapes
 from bench.speed.timing import Call, Times, buffer_count, copy_gbps, error_ratio, timed
+from bench.speed.tried_configs import configs_table
 from rana_fx.commands.record import show
 from rana_fx.errors import InvalidOption, RanaError
-from rana_fx.kernels.cost import prefers_masked
+from rana_fx.kernels.cost import masked_us, prefers_masked, tensor_core_us
 
 # us of the fastest correct dense matmul, by shape and tokens
 Fastest = dict[tuple[str, int], float]
@@ -45,6 +49,9 @@ BASELINES = ("cublas", "inductor", "published", "fallback")
 # others' matmuls in 4 bits, on a GPU
 RIVALS = tuple(MATMULS)
 RIVAL_BITS = 4
+# this package's, by the names of their rows; and what the cost model expects of them
+KERNELS = ("masked", "tensor_cores", "router")
+EXPECTED_US = {"masked": masked_us, "tensor_cores": tensor_core_us}
 
 
 def main(
@@ -60,8 +67,8 @@ def main(
     ] = ",".join(BASELINES),
     seconds: Annotated[float, typer.Option(help="Start no new matmul after this time.")] = 480.0,
     tune: Annotated[
-        bool, typer.Option(help="Also time other configs and keep the fastest; otherwise the default config.")
-    ] = False,
+        str, typer.Option(help="Kernels to time with other configs, too, by commas: some of masked, tensor_cores, router.")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="JSONL file; overwritten.")] = None,
     interpret: Annotated[bool, typer.Option(help="Toy sizes under Triton's interpreter, without times.")] = False,
 ) -> None:
@@ -78,7 +85,7 @@ def main(
 
 
 def run(
-    names: str, masked: str, tokens: str, bits: str, baselines: str, seconds: float, tune: bool, out: Path | None, interpret: bool
+    names: str, masked: str, tokens: str, bits: str, baselines: str, seconds: float, tune: str, out: Path | None, interpret: bool
 ) -> list[dict[str, Any]]:
     """Measure all cases, write their rows to ``out`` and return them. Raises InvalidOption, UnknownChoice."""
     shares, counts, widths = numbers("masked", masked, 0, 100), numbers("tokens", tokens, 1, 16), numbers("bits", bits, 4, 16)
@@ -87,6 +94,9 @@ def run(
         raise InvalidOption(name="rivals", got=baselines, expected=f"some of {', '.join((*BASELINES, *RIVALS))}")
     if not set(widths) <= {4, 8, 16}:
         raise InvalidOption(name="bits", got=bits, expected="some of 16, 8, 4")
+    tuned = set(tune.split(",")) - {""}
+    if not tuned <= set(KERNELS):
+        raise InvalidOption(name="tune", got=tune, expected=f"some of {', '.join(KERNELS)}")
     if interpret:
         names, shares, counts, known = "toy", shares[:1], counts[:1], known - {"inductor", *RIVALS}
     elif not torch.cuda.is_available():
@@ -94,7 +104,7 @@ def run(
         raise InvalidOption(name="--interpret", got=False, expected=expected)
     chosen, device = shapes(names.split(",")), torch.device("cpu" if interpret else "cuda")
     began, roofline = time.perf_counter(), copy_gbps(device)
-    common = head("kernels") | {"dtype": "bfloat16", "copy_gbps": roofline, "tuned": tune}
+    common = head("kernels") | {"dtype": "bfloat16", "copy_gbps": roofline, "tuned": sorted(tuned)}
     rows: list[dict[str, Any]] = []
     fastest: Fastest = {}
     if out is not None:
@@ -104,7 +114,7 @@ def run(
         if time.perf_counter() - began > seconds:
             print(f"out of time: {len(cases) - done} of {len(cases)} matmuls not started", file=sys.stderr)
             break
-        for row in measure(shape, shares, count, width, known, tune, device, fastest):
+        for row in measure(shape, shares, count, width, known, device, fastest, tuned=tuned):
             row = common | row | {"roofline": row["gbps"] / roofline if roofline else None}
             rows.append(row)
             if out is not None:
@@ -112,13 +122,17 @@ def run(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     table(rows)
+    configs_table(rows)
     return rows
 
 
 def measure(
-    shape: Shape, shares: list[int], count: int, width: int, known: set[str], tune: bool, device: torch.device, fastest: Fastest
-) -> list[dict[str, Any]]:
-    """Rows of one matmul: dense implementations once for all widths, the others for each masked fraction."""
+    shape: Shape, shares: list[int], count: int, width: int, known: set[str], device: torch.device, fastest: Fastest, *,
+    tuned: Collection[str] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of one matmul: dense implementations once for all widths, the others for each masked fraction. tuned: kernels that run
+    with all their configs.
+    """
     from bench.speed import operands
 
     case = operands.make_case(shape, count, width, buffer_count(shape.K * shape.N * width / 8, device), device)
@@ -136,7 +150,7 @@ def measure(
     has_fallback = shape.op == "masked_gemv" and width == 16 and "fallback" in known
     fallbacks = case.fallback_trials(shares) if has_fallback else {}
     for share in [0] if shape.op == "router" else shares:
-        implementations = case.kernel_trials(share, tune)
+        implementations = case.kernel_trials(share, tuned)
         if shape.op == "masked_gemv" and count == 1 and width == 16 and "published" in known:
             implementations |= case.published_trials(share)
         if share in fallbacks:
@@ -145,8 +159,13 @@ def measure(
             found = [check_and_time(trial, case.bytes_read(share), device) for trial in trials]
             row = min(found, key=lambda row: (not row["passed"], row["us"]["p50"]))
             row |= {"speedup": over(best, row), "rival_us": rival, "over_rival": over(rival, row)}
+            sizes = shape.K, shape.N, count, 1 - share / 100
             if name == "masked":
-                row["preferred"] = prefers_masked(shape.K, shape.N, count, 1 - share / 100, bits=width)
+                row["preferred"] = prefers_masked(*sizes, bits=width)
+            if name in EXPECTED_US:
+                row["expected_us"] = EXPECTED_US[name](*sizes, bits=width)
+            if name in tuned:
+                row["tried"] = [{"config": one["config"], "us": one["us"]["p50"]} for one in found if one["passed"]]
             rows.append(facts | {"impl": name, "bits": width, "masked": share} | row)
     return rows
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -94,24 +94,24 @@ class Case:
             roundings = 2 * roundings + 1  # of both factors and of the product
         return Trial(calls, exact, magnitude, self.shape.K, roundings=roundings, stored=made[0].stored)
 
-    def kernel_trials(self, share: int, tune: bool) -> dict[str, list[Trial]]:
-        """Trials of this package's kernel by name; with ``tune`` one per candidate config."""
+    def kernel_trials(self, share: int, tuned: Collection[str]) -> dict[str, list[Trial]]:
+        """Trials of this package's kernels by name; of those in ``tuned`` one per candidate config, the default first."""
         tokens = self.xs[0].shape[0]
         if self.shape.op == "router":
             exact, magnitude = self._exact(self.xs[0], unpack(*self.stored[0], torch.float64).t())
             early = _early_launch(self.xs[0])
             candidates: list[Any] = [router.default_config(self.shape.N, self.shape.K, tokens, bits=self.bits, pdl=early)]
-            candidates += router.configs(self.shape.N, self.shape.K, bits=self.bits) if tune else []
+            candidates += router.configs(self.shape.N, self.shape.K, bits=self.bits) if "router" in tuned else []
             return {"router": [self._router(config, exact, magnitude) for config in candidates]}
         tau, density = self.tau(share), 1 - share / 100
         kept = self._kept(self.xs[0], tau)
         exact, magnitude = self._exact(kept, unpack(*self.stored[0], torch.float64))
         candidates = [default_config(self.shape.K, self.shape.N, tokens, density, bits=self.bits)]
-        candidates += configs(self.shape.K, self.shape.N, tokens, density, bits=self.bits) if tune else []
+        candidates += configs(self.shape.K, self.shape.N, tokens, density, bits=self.bits) if "masked" in tuned else []
         activation = "silu" if self.shape.op == "gated_gemv" else None
         found = {"masked": [self._masked(config, tau, activation, exact, magnitude) for config in candidates]}
-        if self.bits < 16 and self.xs[0].is_cuda and tensor_cores.refusal(self.xs[0], tau, *self.stored[0], activation) is None:
-            found["tensor_cores"] = self._on_tensor_cores(tau, activation, exact, magnitude, tune)
+        if self.xs[0].is_cuda and tensor_cores.refusal(self.xs[0], tau, *self.stored[0], activation) is None:
+            found["tensor_cores"] = self._on_tensor_cores(tau, activation, exact, magnitude, "tensor_cores" in tuned)
         return found
 
     def published_trials(self, share: int) -> dict[str, list[Trial]]:

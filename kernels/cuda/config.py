@@ -145,9 +145,9 @@ def configs(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = False) -
     choices = [(2, 4, 8, 3), (2, 4, 4, 4), (2, 4, 5, 4), (4, 2, 4, 4), (4, 2, 4, 3), (1, 4, 8, 4), (1, 8, 6, 3), (2, 4, 6, 3)]
     if bits == 16:
         across = cdiv(N, columns_of(bits))
-        kinds = ((1, 8, 4), (2, 4, 4), (2, 4, 3), (4, 2, 4), (2, 2, 6), (4, 1, 6))
-        # a wave of blocks, of which a multiprocessor runs one to four
-        choices = [(s, w, _splits_of(n * H200_SM_COUNT, cdiv(across, s)), stages) for s, w, stages in kinds for n in (1, 2, 3, 4)]
+        kinds = ((1, 8, 4), (2, 4, 4), (4, 2, 4), (2, 2, 6), (4, 1, 6))
+        # a wave of blocks, of which a multiprocessor runs one to three
+        choices = [(s, w, _splits_of(n * H200_SM_COUNT, cdiv(across, s)), stages) for s, w, stages in kinds for n in (1, 2, 3)]
     found = [default_config(K, N, T, bits=bits, gated=gated)]
     found += [Config(*choice) for choice in choices if not gated or choice[0] % 2 == 0]
     found = [config for config in dict.fromkeys(found) if config.threads() <= _most_threads(T)]

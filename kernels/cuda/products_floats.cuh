@@ -22,7 +22,7 @@ constexpr int SETS = (TOKENS + 7) / 8;  // of 8 tokens
 constexpr int NUMBERS = 16 / BITS;      // of 16 bits of a row
 constexpr int TILES = 4 * NUMBERS;      // of 16 outputs
 constexpr u32 BOTH = 0x00010001u;       // times 16 bits: a pair of them
-constexpr float UNIT = VALUE == 1 && BITS < 16 ? 4294967296.f : 1.f;  // of the sums
+constexpr float UNIT = VALUE == 1 ? 4294967296.f : 1.f;  // of the sums of unpacked weights
 
 // The output in row g, or ``upper`` g + 8, of a tile. Tile i * NUMBERS + j is of the i-th two chunks of 16 bytes, of which a lane has
 // 2 NUMBERS numbers: the 2 j-th of them in row g, the next in row g + 8.

@@ -16,6 +16,7 @@ from bench.speed.kernels import main, measure, run
 from bench.speed.rival_matmuls import RivalMatmul, tinygemm_operands
 from bench.speed.shapes import MODELS, shapes
 from bench.speed.timing import Times, error_ratio
+from bench.speed.tried_configs import configs_table, worst_ratios
 from rana_fx.errors import InvalidOption, UnknownChoice
 from rana_fx.kernels.triton import compaction as gather
 
@@ -31,7 +32,7 @@ def app():
 @pytest.mark.skipif(not gather.INTERPRETED, reason="runs under the interpreter")
 def test_toy_sizes_are_right_and_recorded(tmp_path):
     out = tmp_path / "rows.jsonl"
-    rows = run(**OPTIONS, seconds=300.0, tune=False, out=out, interpret=True)
+    rows = run(**OPTIONS, seconds=300.0, tune="", out=out, interpret=True)
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
     assert all(row["passed"] for row in rows)
     found = {(row["op"], row["impl"], row["bits"]) for row in rows}
@@ -72,7 +73,7 @@ def test_rivals_are_compared_with_their_own_weight_and_count_in_their_bits(name,
         monkeypatch.setattr(kernels, "timed", lambda calls, device: Times(*[next(left)] * 3))
         for key, matmul in matmuls.items():
             monkeypatch.setitem(rival_matmuls.MATMULS, key, matmul)
-        found = measure(shape, [0], 3, width, {"cublas", "int4", "gemlite"}, False, device, {})
+        found = measure(shape, [0], 3, width, {"cublas", "int4", "gemlite"}, device, {})
         return {"ours" if row["impl"] in ("masked", "router") else row["impl"]: row for row in found}
 
     rows = rows_of(4, [12.0, 6.0, 8.0], int4=on_cpu, gemlite=without_a_kernel)
@@ -113,11 +114,29 @@ def test_without_a_gpu_it_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("masked", "most"), ("masked", "101"), ("tokens", "17"), ("bits", "5"), ("baselines", "trt")]
+    ("option", "value"),
+    [("masked", "most"), ("masked", "101"), ("tokens", "17"), ("bits", "5"), ("baselines", "trt"), ("tune", "published")],
 )
 def test_impossible_options_are_refused(option, value):
     with pytest.raises(InvalidOption, match="rivals" if option == "baselines" else option):
-        run(**OPTIONS | {option: value}, seconds=1.0, tune=False, out=None, interpret=True)
+        run(**OPTIONS | {"tune": ""} | {option: value}, seconds=1.0, out=None, interpret=True)
+
+
+def test_configs_are_compared_over_all_masked_fractions(capsys):
+    """The fastest at one fraction is not the best; one without a time at some fraction is none."""
+
+    def row(masked, **us):
+        tried = [{"config": {"splits": int(name[1:])}, "us": us[name]} for name in us]
+        return {"impl": "tensor_cores", "shape": "o", "bits": 16, "tokens": 1, "masked": masked, "tried": tried}
+
+    rows = [row(0, c1=15.0, c2=10.0, c3=11.0, c4=10.5), row(50, c1=5.0, c2=8.0, c3=6.0), {"impl": "cublas"}]
+    (found,) = worst_ratios(rows).values()
+    assert [(label, default) for _, label, default in found] == [("splits 3", False), ("splits 1", True), ("splits 2", False)]
+    assert [ratio for ratio, *_ in found] == pytest.approx([1.2, 1.5, 1.6])
+    configs_table(rows)
+    assert capsys.readouterr().out.count("splits") == 3
+    configs_table(rows[2:])
+    assert capsys.readouterr().out == ""
 
 
 def test_shapes_are_those_of_the_models():
