@@ -15,6 +15,7 @@ MOST_SHARED_BYTES = 227 * 1024
 ALONE_BYTES = 116 * 1024
 MOST_INTEGER_TOKENS = 2
 THREADS_AT_A_TIME = 512  # on a multiprocessor, with 128 registers; above 8 tokens a thread takes up to 255
+MOST_LISTED = 64  # values of a thread, in 16 bits: more take registers, and seconds to compile
 MOST_SPLITS = 8  # blocks of a cluster that every GPU of compute capability 9.0 takes
 
 
@@ -47,6 +48,10 @@ class Config:
     def alone(self, blocks: int, sm_count: int) -> bool:
         """Whether each block has a multiprocessor of its own: clusters of more blocks do not all fit at once."""
         return 4 * blocks <= 3 * sm_count
+
+    def listed_by_thread(self, ranks: int, tokens: int) -> int:
+        """Values that a thread reads to list ranks, one after another in the code."""
+        return cdiv(self.listed(ranks), self.threads()) * tokens
 
     def threads(self) -> int:
         return 32 * self.segments * self.warps
@@ -125,13 +130,14 @@ def _in_waves(K: int, across: int, T: int) -> tuple[int, int, int, int]:
     at_a_time = 2 if T <= 8 else 1
     wave = at_a_time * H200_SM_COUNT
 
-    def quality(config: Config) -> tuple[bool, float]:
-        """Whether as many fit into shared memory, and the part of their waves that is filled."""
+    def quality(config: Config) -> tuple[int, bool, float]:
+        """That lists are short, whether as many fit into shared memory, and the part of their waves that is filled."""
         blocks = cdiv(across, config.segments) * config.splits
         fit = _blocks_at_a_time(most_shared_bytes(config, K, T, 16)) >= at_a_time
-        return fit, blocks / (cdiv(blocks, wave) * wave)
+        return -max(config.listed_by_thread(K, T), MOST_LISTED), fit, blocks / (cdiv(blocks, wave) * wave)
 
-    found = [Config(n, 8 // n, _splits_of(wave, cdiv(across, n)), 4 if T <= 2 else 3) for n in (1, 2, 4)]
+    waves = (1, 2, 4) if T > 8 else (1,)
+    found = [Config(n, 8 // n, _splits_of(k * wave, cdiv(across, n)), 4 if T <= 2 else 3) for k in waves for n in (1, 2, 4)]
     return dataclasses.astuple(max(found, key=quality))
 
 
@@ -149,7 +155,9 @@ def configs(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = False) -
         # a wave of blocks, of which a multiprocessor runs one to three
         choices = [(s, w, _splits_of(n * H200_SM_COUNT, cdiv(across, s)), stages) for s, w, stages in kinds for n in (1, 2, 3)]
     found = [default_config(K, N, T, bits=bits, gated=gated)]
-    found += [Config(*choice) for choice in choices if not gated or choice[0] % 2 == 0]
+    others = [Config(*choice) for choice in choices if not gated or choice[0] % 2 == 0]
+    longest = max(found[0].listed_by_thread(K, T), MOST_LISTED)
+    found += [config for config in others if bits < 16 or config.listed_by_thread(K, T) <= longest]
     found = [config for config in dict.fromkeys(found) if config.threads() <= _most_threads(T)]
     return [config for config in found if most_shared_bytes(config, K, T, bits) <= MOST_SHARED_BYTES]
 

@@ -15,7 +15,7 @@ from rana_fx.errors import BadOperand
 from rana_fx.kernels import cost, registry
 from rana_fx.kernels.cuda import implementations, op
 from rana_fx.kernels.cuda import masked_gemv_parts as parts
-from rana_fx.kernels.cuda.config import Config, default_config
+from rana_fx.kernels.cuda.config import Config, configs, default_config, most_shared_bytes
 from rana_fx.kernels.problem import operand_of_tensor, problem_of
 from rana_fx.passes import lower
 from tests.support import emulated
@@ -68,6 +68,19 @@ def test_weights_that_are_not_finite_count_where_a_token_keeps_their_rank(tokens
         finite = dataclasses.replace(finite, weight=torch.where(exact.isfinite().all(0), finite.weight, 0.0))
         finite.check(torch.where(exact.isfinite().all(0), y, 0.0))
         assert exact.isfinite().all(0).sum() == 72 - 4
+
+
+@pytest.mark.parametrize(("ranks", "columns"), [(4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096), (28672, 8192)])
+def test_default_configs_fill_a_wave_with_short_lists(ranks, columns):
+    """Two blocks on each of 132 multiprocessors; of more tokens there is more to list, in larger clusters."""
+    for tokens in (1, 4, 16):
+        first, *others = configs(ranks, columns, tokens, bits=16)
+        assert first == default_config(ranks, columns, tokens, bits=16) and first not in others
+        assert all(most_shared_bytes(one, ranks, tokens, 16) <= 227 * 1024 for one in (first, *others))
+        longest = max(64, first.listed_by_thread(ranks, tokens))
+        assert all(one.listed_by_thread(ranks, tokens) <= longest for one in others)
+        assert first.listed_by_thread(ranks, tokens) <= 64 or first.splits == 8
+        assert tokens > 4 or 0.9 * 264 <= first.blocks(columns, 16, gated=False) <= 264
 
 
 # ---- several weights of one tensor
