@@ -96,17 +96,17 @@ def default_config(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = F
 
     Narrow results (4096 columns) have too few segments for all multiprocessors: clusters of 6 or 8 blocks. Wide ones take blocks
     of two or four segments, which read longer pieces of a row, in one or two waves. Above 2 tokens, whose products are of floats,
-    a short ring of copies leaves room for sums. For weights in 16 bits: ``_in_waves``.
+    a short ring of copies leaves room for sums. For weights in 16 bits: ``_of_bytes``.
     """
     across = cdiv(N, columns_of(bits))
     if bits == 16:
-        narrow = wide = _in_waves(K, across, T)
+        narrow = wide = _of_bytes(K, across, T)
     elif T <= 2:
         narrow = (1, 8, 6, 3) if across <= 24 else (2, 4, 8, 3) if K >= 8192 else (1, 4, 8, 4)
         wide = (2, 4, 4, 4) if across <= 64 else (2, 4, 5, 4) if bits == 4 else (4, 2, 4, 4)
     else:
         narrow = (1, 8, 6, 3) if T <= 4 else (2, 4, 8, 3)
-        wide = (2, 4, 4, 3) if bits == 4 and T <= 8 else (4, 2, 4, 3)
+        wide = (2, 4, 4, 3 if T <= 8 else 4) if bits == 4 and (T <= 8 or across <= 64) else (4, 2, 4, 3)
     segments, warps, splits, stages = narrow if across <= 40 else wide
     if gated and segments == 1:
         segments, warps = 2, warps // 2
@@ -121,39 +121,25 @@ def default_config(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = F
     return config
 
 
-def _in_waves(K: int, across: int, T: int) -> tuple[int, int, int, int]:
-    """(segments, warps, splits, stages) of weights in 16 bits: blocks that fill waves of an H200, two at a time on a processor.
+def _of_bytes(K: int, across: int, T: int) -> tuple[int, int, int, int]:
+    """(segments, warps, splits, stages) of weights in 16 bits: nothing is unpacked, so that what counts are bytes in flight.
 
-    Nothing is unpacked, so that what counts are bytes in flight: 8 warps with 2 or 3 steps of 2 KiB each, twice 32 to 48 KiB on a
-    multiprocessor. Above 8 tokens a thread takes registers of two, and blocks run one at a time.
+    Pieces of four segments are 512 bytes of a row. Clusters of 8 blocks have short lists and, of results up to 12288 columns, are
+    three per multiprocessor or fewer; more columns take clusters of 4. One warp along the ranks copies far ahead; long lists, and
+    wide results of few tokens, have two. Results too narrow for a block on most multiprocessors get narrower ones.
     """
-    at_a_time = 2 if T <= 8 else 1
-    wave = at_a_time * H200_SM_COUNT
-
-    def quality(config: Config) -> tuple[int, bool, float]:
-        """That lists are short, whether as many fit into shared memory, and the part of their waves that is filled."""
-        blocks = cdiv(across, config.segments) * config.splits
-        fit = _blocks_at_a_time(most_shared_bytes(config, K, T, 16)) >= at_a_time
-        return -max(config.listed_by_thread(K, T), MOST_LISTED), fit, blocks / (cdiv(blocks, wave) * wave)
-
-    waves = (1, 2, 4) if T > 8 else (1,)
-    found = [Config(n, 8 // n, _splits_of(k * wave, cdiv(across, n)), 4 if T <= 2 else 3) for k in waves for n in (1, 2, 4)]
-    return dataclasses.astuple(max(found, key=quality))
-
-
-def _splits_of(blocks: int, across: int) -> int:
-    """Blocks of a cluster, for so many blocks in all."""
-    return min(max(blocks // across, 1), MOST_SPLITS)
+    splits = 8 if across <= 192 else 4
+    segments = next((n for n in (4, 2) if cdiv(across, n) * splits >= H200_SM_COUNT * 3 // 4), 1)
+    two = T > 8 or K >= 8192 or (splits == 4 and T <= 2)
+    warps, stages = (2, 4) if two else (1, 6)
+    return segments, warps * 4 // segments, splits, stages
 
 
 def configs(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = False) -> list[Config]:
     """Configs to measure, the default first."""
     choices = [(2, 4, 8, 3), (2, 4, 4, 4), (2, 4, 5, 4), (4, 2, 4, 4), (4, 2, 4, 3), (1, 4, 8, 4), (1, 8, 6, 3), (2, 4, 6, 3)]
     if bits == 16:
-        across = cdiv(N, columns_of(bits))
-        kinds = ((1, 8, 4), (2, 4, 4), (4, 2, 4), (2, 2, 6), (4, 1, 6))
-        # a wave of blocks, of which a multiprocessor runs one to three
-        choices = [(s, w, _splits_of(n * H200_SM_COUNT, cdiv(across, s)), stages) for s, w, stages in kinds for n in (1, 2, 3)]
+        choices = [(4, 1, 8, 6), (4, 2, 8, 4), (4, 2, 4, 4), (4, 1, 4, 6), (2, 4, 4, 4), (2, 2, 8, 6), (2, 4, 2, 4), (1, 8, 2, 4)]
     found = [default_config(K, N, T, bits=bits, gated=gated)]
     others = [Config(*choice) for choice in choices if not gated or choice[0] % 2 == 0]
     longest = max(found[0].listed_by_thread(K, T), MOST_LISTED)

@@ -71,8 +71,8 @@ def test_weights_that_are_not_finite_count_where_a_token_keeps_their_rank(tokens
 
 
 @pytest.mark.parametrize(("ranks", "columns"), [(4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096), (28672, 8192)])
-def test_default_configs_fill_a_wave_with_short_lists(ranks, columns):
-    """Two blocks on each of 132 multiprocessors; of more tokens there is more to list, in larger clusters."""
+def test_default_configs_have_a_block_on_most_multiprocessors_and_short_lists(ranks, columns):
+    """Blocks have 8 warps at most and copy 48 KiB ahead; lists are short, or clusters as large as they can be."""
     for tokens in (1, 4, 16):
         first, *others = configs(ranks, columns, tokens, bits=16)
         assert first == default_config(ranks, columns, tokens, bits=16) and first not in others
@@ -80,7 +80,15 @@ def test_default_configs_fill_a_wave_with_short_lists(ranks, columns):
         longest = max(64, first.listed_by_thread(ranks, tokens))
         assert all(one.listed_by_thread(ranks, tokens) <= longest for one in others)
         assert first.listed_by_thread(ranks, tokens) <= 64 or first.splits == 8
-        assert tokens > 4 or 0.9 * 264 <= first.blocks(columns, 16, gated=False) <= 264
+        assert first.blocks(columns, 16, gated=False) >= 0.75 * 132 and first.threads() <= 256
+        assert first.segments * first.warps * (first.stages - 1) * 16 * 128 <= 48 * 1024
+
+
+@pytest.mark.parametrize("columns", [64, 256, 1024, 2048])
+def test_narrow_results_have_narrow_blocks(columns):
+    found = default_config(2048, columns, bits=16)
+    assert found.splits == 8 and found.segments <= max(columns // 64, 1)
+    assert found.blocks(columns, 16, gated=False) >= min(0.75 * 132, 8 * columns // 64)
 
 
 # ---- several weights of one tensor
