@@ -9,6 +9,7 @@
     tensor cores, us   tensor_core_fixed + more (T - 1) + bytes / bandwidth * slower, of the rows that any token keeps
                        slower 1.15 in 4 bits, 1 in 8; more 1.3 where results have less than 8192 columns, else 0.7
     Triton router, us  dense_fixed - 2.5 in 16 bits + bytes / bandwidth, for every four tokens
+    router, us         router_fixed + (bytes + blocks * T * D * 2) / bandwidth    on tensor cores: each block reads all x, from L2
     rows, us           dense_fixed + bytes / bandwidth * (1 + 0.55 (min(T, 4) - 1))    masked_rows: no partials, T values a row
     dense, bytes       K * N * bits / 8 + scales, in 8 and 4 bits plus 4 K N: unpacked, written and read in 16 bits
     dense, us          dense_fixed + launch + bytes / bandwidth  the launch puts the masked input into memory
@@ -21,7 +22,8 @@ a third or more too high, where dense wins anyway. Of masked_fixed, two to three
 the last program (memory fence, counter, reading them), the rest is launch and ramp, as in a dense matmul. Constants of the H100
 are the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured. Nor is
 masked_rows: it has no partials, and its tokens are taken to cost what they cost narrow masked GEMVs. Constants of the kernel on
-tensor cores are from sweeps of 1 to 16 tokens with bf16 scales, of which no rows are kept (python -m bench.kernels makes them).
+tensor cores are from sweeps of 1 to 16 tokens with bf16 scales, of which no rows are kept (python -m bench.kernels makes them);
+router_fixed is an estimate that no measurement has confirmed, between those of other routers and of masked GEMVs.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import math
 
 import torch
 
+from rana_fx.kernels.cuda.router_config import default_config as router_config
 from rana_fx.kernels.triton.config import TOKENS_AT_ONCE, cdiv, default_config
 
 
@@ -49,6 +52,7 @@ class Device:
     masked_fixed_us: float
     packed_fixed_us: float
     tensor_core_fixed_us: float
+    router_fixed_us: float
     launch_us: float
     norm_us: float = 2.2
     pointwise_us: float = 1.6
@@ -64,6 +68,7 @@ H200 = Device(
     masked_fixed_us=6.1,
     packed_fixed_us=11.0,
     tensor_core_fixed_us=5.0,
+    router_fixed_us=3.0,
     launch_us=1.8,
 )
 H100 = dataclasses.replace(H200, name="H100", bytes_per_us=4.25e6 * 3.35 / 4.8)
@@ -98,6 +103,13 @@ def tensor_core_us(K: int, N: int, T: int, density: float, device: Device = H200
     # sums of more tokens are exchanged, over more blocks where results are narrow
     more = (1.3 if N < 8192 else 0.7) * (T - 1)
     return device.tensor_core_fixed_us + more + weight_bytes(rows, N, bits) / device.bytes_per_us * (1.15 if bits == 4 else 1.0)
+
+
+def router_us(R: int, D: int, T: int, device: Device = H200, *, bits: int = 4) -> float:
+    """Time of the router on tensor cores."""
+    config = router_config(R, D, T, bits=bits, sm_count=device.sm_count)
+    values = config.blocks(R) // config.splits * T * D * 2
+    return device.router_fixed_us + (weight_bytes(R, D, bits) + values) / device.bytes_per_us
 
 
 def rows_us(N: int, K: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> float:

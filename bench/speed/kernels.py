@@ -5,7 +5,9 @@ implementation, and a table: microseconds (p20, p50, p80), GB/s of the weight by
 large copy, error over its bound, whether two runs are bit-identical, speed-up over the fastest dense matmul, whether the cost
 model prefers it. Every result is compared with fp64 first; a wrong result has no speed-up.
 
-The time of this package's kernels is the complete launch from v to y. The router of a rank adapter has its own rows.
+The time of this package's kernels is the complete launch from v to y. The router of a rank adapter has its own rows, also with
+the norm in front ("+norm"). With --tune a row is the fastest config's, and ``sweep`` in its JSON has the time of each config, the
+default first.
 
 4-bit matmuls of others (int4, gemlite; ``bench.speed.rival_matmuls``) are dense, and compared with fp64 of their own weight.
 ``rival_us`` is the fastest correct one of a matmul, ``over_rival`` the speed-up over it, of this package's kernels in 4 bits. A
@@ -13,6 +15,7 @@ rival without its package, or without a kernel for a shape, is left out with its
 
     python -m bench.speed.kernels --out bench/results/kernels-h200.jsonl
     python -m bench.speed.kernels --shapes llama-2-7b/qkv --masked 50 --tokens 1 --bits 16 --tune
+    python -m bench.speed.kernels --shapes llama-2-7b/router:1952,llama-2-7b/router:2384 --tokens 1,4 --tune --out routers.jsonl
     python -m bench.speed.kernels --bits 4 --tokens 1,4,16 --rivals cublas,inductor,int4,gemlite
     python -m bench.speed.kernels --interpret                       # toy sizes without a GPU: correctness only
 """
@@ -144,6 +147,9 @@ def measure(
         for name, trials in implementations.items():
             found = [check_and_time(trial, case.bytes_read(share), device) for trial in trials]
             row = min(found, key=lambda row: (not row["passed"], row["us"]["p50"]))
+            if len(found) > 1:
+                sweep = [{"config": one["config"], "us": one["us"]["p50"], "passed": one["passed"]} for one in found]
+                row = row | {"sweep": sweep}
             row |= {"speedup": over(best, row), "rival_us": rival, "over_rival": over(rival, row)}
             if name == "masked":
                 row["preferred"] = prefers_masked(shape.K, shape.N, count, 1 - share / 100, bits=width)

@@ -37,7 +37,8 @@ def test_toy_sizes_are_right_and_recorded(tmp_path):
     found = {(row["op"], row["impl"], row["bits"]) for row in rows}
     assert found >= {(op, "masked", bits) for op in ("masked_gemv", "gated_gemv") for bits in (16, 4)}
     assert found >= {("router", "router", 4), ("masked_gemv", "published", 16), ("masked_gemv", "fallback", 16)}
-    ours = [row for row in rows if row["impl"] in ("masked", "router")]
+    assert ("router", "router+norm", 4) in found
+    ours = [row for row in rows if row["impl"] in ("masked", "router", "router+norm")]
     assert all(row["bit_equal"] and row["config"] for row in ours)
 
 
@@ -67,12 +68,13 @@ def test_rivals_are_compared_with_their_own_weight_and_count_in_their_bits(name,
     monkeypatch.setattr(baseline_kernels, "by_inductor", lambda function, tuned: function)
 
     def rows_of(width, times, **matmuls):
-        """Rows by implementation. ``times``: in the order dense, gemlite, int4, this package's kernel."""
+        """Rows by implementation. ``times``: in the order dense, gemlite, int4, this package's kernel; then that with a norm."""
         left = iter(times)
-        monkeypatch.setattr(kernels, "timed", lambda calls, device: Times(*[next(left)] * 3))
+        monkeypatch.setattr(kernels, "timed", lambda calls, device: Times(*[next(left, 9.0)] * 3))
         for key, matmul in matmuls.items():
             monkeypatch.setitem(rival_matmuls.MATMULS, key, matmul)
         found = measure(shape, [0], 3, width, {"cublas", "int4", "gemlite"}, False, device, {})
+        found = [row for row in found if row["impl"] != "router+norm"]
         return {"ours" if row["impl"] in ("masked", "router") else row["impl"]: row for row in found}
 
     rows = rows_of(4, [12.0, 6.0, 8.0], int4=on_cpu, gemlite=without_a_kernel)
@@ -128,5 +130,9 @@ def test_shapes_are_those_of_the_models():
     assert found["gemma-2b/down"] == (16384, 2048)
     assert found["pythia-1.4b/up"] == (2048, 8192)
     assert shapes(["llama-2-7b/o"])[0].name == "llama-2-7b/o"
+    assert shapes(["llama-2-7b/router:2384"]) == [("llama-2-7b/router:2384", "router", 4096, 2384)]
+    for unknown in ("llama-2-7b/o:7", "llama-2-7b/router:", "llama-2-7b/router:x", "router:7"):
+        with pytest.raises(UnknownChoice, match=unknown):
+            shapes([unknown])
     with pytest.raises(UnknownChoice, match="llama-2-7b"):
         shapes(["llama-9"])

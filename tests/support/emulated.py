@@ -1,8 +1,9 @@
-"""masked_gemv.cu on a CPU: the kernel's own source, with emulated_gpu.h in place of the instructions of a GPU."""
+"""masked_gemv.cu and router.cu on a CPU: the kernels' own source, with emulated_gpu.h in place of the instructions of a GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import subprocess
 import tempfile
@@ -11,26 +12,28 @@ from pathlib import Path
 import torch
 
 from rana_fx.kernels.cuda import masked_gemv as kernel
+from rana_fx.kernels.cuda import router as router_kernel
 from rana_fx.kernels.cuda.config import Config
+from rana_fx.kernels.cuda.router_config import RouterConfig
 
 _HEADER = Path(__file__).with_name("emulated_gpu.h")
 _MAIN = """
 extern "C" void launch(const Arguments* a, int blocks, void* to, const void* from, size_t size) {
   late = {to, from, size};
-  run_on_cluster(blocks, SPLITS, THREADS, SHARED_BYTES, [a] { masked_gemv(*a); });
+  run_on_cluster(blocks, SPLITS, THREADS, SHARED_BYTES, [a] { NAME(*a); });
 }
 """
 
 
 @functools.cache
-def _compiled(constants, early):
-    """A shared library with one function, ``launch``."""
+def _compiled(kernel, name, constants, early):
+    """A shared library with one function, ``launch``, of the kernel of that name in a module."""
     primitives = (Path(kernel.__file__).parent / "primitives.cuh").read_text()
     assert kernel.source().startswith(primitives)
     defined = "".join(f"#define {name} {value}\n" for name, value in (*constants, ("EARLY", int(early))))
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-        source.write_text(defined + _HEADER.read_text() + kernel.source().removeprefix(primitives) + _MAIN)
+        source.write_text(defined + _HEADER.read_text() + kernel.source().removeprefix(primitives) + _MAIN.replace("NAME", name))
         # lanes of a warp run one after another: what they share is not to be kept in registers over a wait
         subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-o", library, source], check=True)
         return ctypes.CDLL(str(library))
@@ -38,12 +41,38 @@ def _compiled(constants, early):
 
 def masked_gemv(v, tau, weight, bias=None, scale=None, *, residual=None, activation=None, config=None, early=False):
     """As the launcher of that name. ``early``: v is NaN until the launch waits for the previous kernel."""
-    written = v.clone()
-    v = torch.full_like(v, float("nan")) if early else v
-    launch = kernel.prepared(v, tau, weight, bias, scale, residual=residual, activation=activation, config=config or Config())
-    launch.y.fill_(float("nan"))
-    late = (v.data_ptr(), written.data_ptr(), written.nbytes) if early else (written.data_ptr(), v.data_ptr(), 0)
-    _compiled(launch.constants, early).launch(
+    later = _later(v, early)
+    facts = dict(residual=residual, activation=activation, config=config or Config())
+    launch = kernel.prepared(later.first, tau, weight, bias, scale, **facts)
+    _run(kernel, "masked_gemv", launch, launch.y, later)
+    return launch.y.reshape(*v.shape[:-1], -1)
+
+
+def router(x, weight, scale=None, *, gain=None, eps=None, offset=0.0, config=None, early=False):
+    """As the launcher of that name. ``early``: x is NaN until the launch waits for the previous kernel."""
+    later = _later(x, early)
+    facts = dict(gain=gain, eps=eps, offset=offset, config=config or RouterConfig())
+    launch = router_kernel.prepared(later.first, weight, scale, **facts)
+    _run(router_kernel, "router", launch, launch.z, later)
+    return launch.z.reshape(*x.shape[:-1], -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Later:
+    """A tensor that the previous kernel writes. first: what is there before, of the same strides. then: what it writes."""
+
+    first: torch.Tensor
+    then: torch.Tensor
+    early: bool
+
+
+def _later(tensor, early):
+    return _Later(torch.full_like(tensor, float("nan")) if early else tensor, tensor.clone(), early)
+
+
+def _run(module, name, launch, result, later):
+    result.fill_(float("nan"))
+    late = later.first.data_ptr(), later.then.data_ptr(), later.then.nbytes if later.early else 0
+    _compiled(module, name, launch.constants, later.early).launch(
         ctypes.byref(launch.arguments), launch.blocks, *map(ctypes.c_void_p, late[:2]), ctypes.c_size_t(late[2])
     )
-    return launch.y.reshape(*v.shape[:-1], -1)
