@@ -2,7 +2,8 @@
 
 In: an operation in the graph that AOTAutograd returned. Out: Inductor IR of its result, one of
 
-    a CUDA C++ kernel on tensor cores (GPU, weights in 8 and 4 bits, few tokens): lower_cuda.py
+    a CUDA C++ kernel on tensor cores (GPU, few tokens, for CUDA graphs): lower_cuda.py (masked GEMVs of weights in 8 and 4 bits),
+    lower_cuda_router.py (routers in 4, 8 and 16 bits)
     a Triton kernel (GPU, few tokens, where the cost model expects it to be faster): lower_triton.py
     a C++ template (CPU, few tokens): reads only the rows that are kept; lower_cpp.py
     a matmul (everything else): a mask of its input fuses into the producer, one of its output into the consumer; of fused
