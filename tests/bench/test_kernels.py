@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from bench.speed import baseline_kernels, kernels, rival_matmuls
+from bench.speed import baseline_kernels, kernels, operands, rival_matmuls
 from bench.speed.kernels import main, measure, run
 from bench.speed.rival_matmuls import RivalMatmul, tinygemm_operands
 from bench.speed.shapes import MODELS, shapes
@@ -66,15 +67,16 @@ def without_a_kernel(weight, tokens):
 def test_rivals_are_compared_with_their_own_weight_and_count_in_their_bits(name, monkeypatch, capsys):
     (shape,), device = shapes([name]), torch.device("cpu")
     monkeypatch.setattr(baseline_kernels, "by_inductor", lambda function, tuned: function)
+    routers = operands.Case._router_trials
+    monkeypatch.setattr(operands.Case, "_router_trials", lambda case, tune: {"router": routers(case, tune)["router"]})
 
     def rows_of(width, times, **matmuls):
-        """Rows by implementation. ``times``: in the order dense, gemlite, int4, this package's kernel; then that with a norm."""
+        """Rows by implementation. ``times``: in the order dense, gemlite, int4, this package's kernel."""
         left = iter(times)
-        monkeypatch.setattr(kernels, "timed", lambda calls, device: Times(*[next(left, 9.0)] * 3))
+        monkeypatch.setattr(kernels, "timed", lambda calls, device: Times(*[next(left)] * 3))
         for key, matmul in matmuls.items():
             monkeypatch.setitem(rival_matmuls.MATMULS, key, matmul)
         found = measure(shape, [0], 3, width, {"cublas", "int4", "gemlite"}, False, device, {})
-        found = [row for row in found if row["impl"] != "router+norm"]
         return {"ours" if row["impl"] in ("masked", "router") else row["impl"]: row for row in found}
 
     rows = rows_of(4, [12.0, 6.0, 8.0], int4=on_cpu, gemlite=without_a_kernel)
@@ -90,6 +92,21 @@ def test_rivals_are_compared_with_their_own_weight_and_count_in_their_bits(name,
     assert rows["ours"]["rival_us"] == 6.0
     rows = rows_of(8, [12.0, 8.0])
     assert list(rows) == ["cublas", "ours"] and rows["ours"]["rival_us"] is rows["ours"]["over_rival"] is None
+
+
+def test_a_tuned_row_has_the_time_of_every_config_the_default_first(monkeypatch):
+    (shape,), times = shapes(["toy/router"]), iter([5.0, 4.0, 3.0, 2.0, *[6.0] * 99])
+
+    def measured(trial, bytes_read, device):
+        us = next(times)
+        return {"us": Times(us, us, us)._asdict(), "passed": us != 2.0, "config": trial.config}
+
+    monkeypatch.setattr(kernels, "check_and_time", measured)
+    alone, normed = measure(shape, [0], 1, 16, set(), True, torch.device("cpu"), {})
+    default = operands.router.default_config(shape.N, shape.K, 1, bits=16)
+    assert alone["us"]["p50"] == 3.0 and alone["config"] == alone["sweep"][2]["config"]
+    assert [row["us"] for row in alone["sweep"][:4]] == [5.0, 4.0, 3.0, 2.0] and not alone["sweep"][3]["passed"]
+    assert alone["sweep"][0]["config"] == normed["config"] == dataclasses.asdict(default) and "sweep" not in normed
 
 
 @pytest.mark.gpu
