@@ -133,7 +133,7 @@ def test_what_is_not_finite_is_so_where_it_is_in_the_dense_product(bits, odd):
 
 
 @pytest.mark.parametrize("device", GPU, indirect=True)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_launch_matches_fp64(device, data):
     bits, dtype = data.draw(st.sampled_from([4, 8, 16])), data.draw(st.sampled_from([BF16, F16]))
