@@ -9,6 +9,7 @@
     tensor cores, us   tensor_core_fixed + more (T - 1) + bytes / bandwidth * slower, of the rows that any token keeps
                        slower 1.15 in 4 bits, else 1; more 1.3 where results have less than 8192 columns, else 0.7
     Triton router, us  dense_fixed - 2.5 in 16 bits + bytes / bandwidth, for every four tokens
+    router, us         router_fixed + 0.1 (T - 1) + bytes / bandwidth    on tensor cores; in 8 and 4 bits 0.33 (T - 1)
     rows, us           dense_fixed + bytes / bandwidth * (1 + 0.55 (min(T, 4) - 1))    masked_rows: no partials, T values a row
     dense, bytes       K * N * bits / 8 + scales, in 8 and 4 bits plus 4 K N: unpacked, written and read in 16 bits
     dense, us          dense_fixed + launch + bytes / bandwidth  the launch puts the masked input into memory
@@ -21,8 +22,8 @@ a third or more too high, where dense wins anyway. Of masked_fixed, two to three
 the last program (memory fence, counter, reading them), the rest is launch and ramp, as in a dense matmul. Constants of the H100
 are the same launch costs and the bandwidth scaled by 3.35 / 4.8 TB/s, the ratio of the data sheets: not measured. Nor is
 masked_rows: it has no partials, and its tokens are taken to cost what they cost narrow masked GEMVs. Constants of the kernel on
-tensor cores are from sweeps of 1 to 16 tokens in 8 and 4 bits with bf16 scales, of which no rows are kept (python -m
-bench.kernels makes them); in 16 bits, of which nothing is unpacked, they are taken to be those in 8.
+tensor cores are from sweeps of 1 to 16 tokens in 16, 8 and 4 bits with bf16 scales, of which no rows are kept (python -m
+bench.kernels makes them); so are those of routers.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Device:
     masked_fixed_us: float
     packed_fixed_us: float
     tensor_core_fixed_us: float
+    router_fixed_us: float
+    packed_router_fixed_us: float
     launch_us: float
     norm_us: float = 2.2
     pointwise_us: float = 1.6
@@ -65,6 +68,8 @@ H200 = Device(
     masked_fixed_us=6.1,
     packed_fixed_us=11.0,
     tensor_core_fixed_us=5.0,
+    router_fixed_us=1.5,
+    packed_router_fixed_us=3.2,
     launch_us=1.8,
 )
 H100 = dataclasses.replace(H200, name="H100", bytes_per_us=4.25e6 * 3.35 / 4.8)
@@ -99,6 +104,12 @@ def tensor_core_us(K: int, N: int, T: int, density: float, device: Device = H200
     # sums of more tokens are exchanged, over more blocks where results are narrow
     more = (1.3 if N < 8192 else 0.7) * (T - 1)
     return device.tensor_core_fixed_us + more + weight_bytes(rows, N, bits) / device.bytes_per_us * (1.15 if bits == 4 else 1.0)
+
+
+def router_us(R: int, D: int, T: int, device: Device = H200, *, bits: int = 4) -> float:
+    """Time of the router on tensor cores."""
+    fixed, more = (device.router_fixed_us, 0.1) if bits >= 16 else (device.packed_router_fixed_us, 0.33)
+    return fixed + more * (T - 1) + weight_bytes(R, D, bits) / device.bytes_per_us
 
 
 def rows_us(N: int, K: int, T: int, density: float, device: Device = H200, *, bits: int = 16) -> float:

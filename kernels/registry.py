@@ -34,6 +34,7 @@ FUSED = ("masked_gemv_add", "masked_gemv_gated", "masked_gemv_parts", "normed_ro
 OPERATIONS = ("masked_gemv", "router", "masked_rows", *FUSED)
 BUILT_IN = (
     "rana_fx.kernels.cuda.implementations",
+    "rana_fx.kernels.cuda.router_implementations",
     "rana_fx.kernels.triton.implementations",
     "rana_fx.kernels.cpp.implementations",
 )

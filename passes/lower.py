@@ -2,7 +2,8 @@
 
 In: an operation in the graph that AOTAutograd returned. Out: Inductor IR of its result, one of
 
-    a CUDA C++ kernel on tensor cores (GPU, few tokens, where a CUDA graph replays its launch): lower_cuda.py
+    a CUDA C++ kernel on tensor cores (GPU, few tokens, where a CUDA graph replays its launch): lower_cuda.py (masked GEMVs),
+    lower_cuda_router.py (routers)
     a Triton kernel (GPU, few tokens, where the cost model expects it to be faster): lower_triton.py
     a C++ template (CPU, few tokens): reads only the rows that are kept; lower_cpp.py
     a matmul (everything else): a mask of its input fuses into the producer, one of its output into the consumer; of fused

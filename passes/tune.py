@@ -1,4 +1,4 @@
-"""The fastest launch config of a masked GEMV, by measuring a few on operands like those of the graph that is being lowered.
+"""The fastest launch config of a masked GEMV or router, by measuring a few on operands like those of the graph being lowered.
 
 In: a problem, the layouts of its weight and scales, the configs and a launcher. Out: the config, measured once for similar shapes
 (kernels/autotune.py). Used with Inductor's option ``max_autotune``.
@@ -40,13 +40,42 @@ def fastest(
         v = torch.randn(tokens, ranks, device=problem.device).to(problem.dtype)
         threshold = v.float().square().flatten().quantile(1 - min(max(problem.density, 0.0), 1.0))
         tau = threshold.expand(ranks).contiguous()
-        weights = [
-            torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=problem.device).fill_(1)
-            for _ in range(autotune.copies_of(ranks * columns * problem.bits / 8))
-        ]
-        scales = None if scale is None else torch.ones(scale.shape, dtype=scale.dtype, device=problem.device)
+        weights, scales = _operands(problem, stored, scale)
 
         def measure(config: C) -> float:
             return autotune.microseconds([functools.partial(launch, v, tau, weight, scales, config) for weight in weights])
 
         return autotune.fastest(f"{name} {key}", choices, measure)
+
+
+def fastest_router(
+    name: str,
+    problem: Problem,
+    stored: torch.Tensor,
+    scale: torch.Tensor | None,
+    choices: Sequence[C],
+    launch: Callable[..., Any],
+) -> C:
+    """As ``fastest`` of a router. launch: (x, weight, scale, config) -> the result, in one launch."""
+    ranks, columns, tokens = problem.sizes
+    key = autotune.bucket(ranks, columns, tokens, 1.0, problem.bits, problem.dtype)
+    with unset_fake_temporarily():
+        x = torch.randn(tokens, columns, device=problem.device).to(problem.dtype)
+        weights, scales = _operands(problem, stored, scale)
+
+        def measure(config: C) -> float:
+            return autotune.microseconds([functools.partial(launch, x, weight, scales, config) for weight in weights])
+
+        return autotune.fastest(f"{name} {key}", choices, measure)
+
+
+def _operands(
+    problem: Problem, stored: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Weights to rotate over, and their scales."""
+    ranks, columns, _ = problem.sizes
+    weights = [
+        torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device=problem.device).fill_(1)
+        for _ in range(autotune.copies_of(ranks * columns * problem.bits / 8))
+    ]
+    return weights, None if scale is None else torch.ones(scale.shape, dtype=scale.dtype, device=problem.device)

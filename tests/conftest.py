@@ -67,6 +67,7 @@ LONGEST = (
     "integration/test_sizes.py",
     "runtime/test_prefill.py",
     "kernels/test_tensor_cores.py",
+    "kernels/test_router_tensor_cores.py",
     "kernels/test_attention.py",
     "passes/test_rewrite_attention.py",
     "recipes/test_scope.py",

@@ -5,7 +5,8 @@ implementation, and a table: microseconds (p20, p50, p80), GB/s of the weight by
 large copy, error over its bound, whether two runs are bit-identical, speed-up over the fastest dense matmul, whether the cost
 model prefers it. Every result is compared with fp64 first; a wrong result has no speed-up.
 
-The time of this package's kernels is the complete launch from v to y. The router of a rank adapter has its own rows.
+The time of this package's kernels is the complete launch from v to y. The router of a rank adapter has its own rows, also with
+the norm in front ("+norm", with the default config).
 
 With ``--tune`` kernels run with other configs, too: a row is of the fastest, ``tried`` of all, the default first. A second table
 orders the configs of a matmul and number of tokens by their time over that of the fastest, at worst over masked fractions.
@@ -16,6 +17,7 @@ rival without its package, or without a kernel for a shape, is left out with its
 
     python -m bench.speed.kernels --out bench/results/kernels-h200.jsonl
     python -m bench.speed.kernels --shapes llama-2-7b/qkv --masked 50 --tokens 1 --bits 16 --tune masked,tensor_cores
+    python -m bench.speed.kernels --shapes llama-2-7b/router:2384 --tokens 1,4 --tune router,tensor_cores --out routers.jsonl
     python -m bench.speed.kernels --bits 4 --tokens 1,4,16 --rivals cublas,inductor,int4,gemlite
     python -m bench.speed.kernels --interpret                       # toy sizes without a GPU: correctness only
 """
@@ -41,7 +43,7 @@ from bench.speed.timing import Call, Times, buffer_count, copy_gbps, error_ratio
 from bench.speed.tried_configs import configs_table
 from rana_fx.commands.record import show
 from rana_fx.errors import InvalidOption, RanaError
-from rana_fx.kernels.cost import masked_us, prefers_masked, tensor_core_us
+from rana_fx.kernels.cost import masked_us, prefers_masked, router_us, tensor_core_us, triton_router_us
 
 # us of the fastest correct dense matmul, by shape and tokens
 Fastest = dict[tuple[str, int], float]
@@ -52,6 +54,7 @@ RIVAL_BITS = 4
 # this package's, by the names of their rows; and what the cost model expects of them
 KERNELS = ("masked", "tensor_cores", "router")
 EXPECTED_US = {"masked": masked_us, "tensor_cores": tensor_core_us}
+EXPECTED_OF_ROUTERS = {"router": triton_router_us, "tensor_cores": router_us}
 
 
 def main(
@@ -162,10 +165,12 @@ def measure(
             sizes = shape.K, shape.N, count, 1 - share / 100
             if name == "masked":
                 row["preferred"] = prefers_masked(*sizes, bits=width)
-            if name in EXPECTED_US:
+            if shape.op == "router":
+                row["expected_us"] = EXPECTED_OF_ROUTERS[name.removesuffix("+norm")](shape.N, shape.K, count, bits=width)
+            elif name in EXPECTED_US:
                 row["expected_us"] = EXPECTED_US[name](*sizes, bits=width)
             if name in tuned:
-                row["tried"] = [{"config": one["config"], "us": one["us"]["p50"]} for one in found if one["passed"]]
+                row["tried"] = [{key: one[key] for key in ("config", "passed")} | {"us": one["us"]["p50"]} for one in found]
             rows.append(facts | {"impl": name, "bits": width, "masked": share} | row)
     return rows
 

@@ -20,8 +20,10 @@ from rana_fx.formats import pack, unpack
 from rana_fx.kernels import reference
 from rana_fx.kernels.cost import weight_bytes
 from rana_fx.kernels.cuda import masked_gemv as tensor_cores
+from rana_fx.kernels.cuda import router as tensor_core_router
 from rana_fx.kernels.cuda.config import configs as tensor_core_configs
 from rana_fx.kernels.cuda.config import default_config as tensor_core_config
+from rana_fx.kernels.cuda.router_config import configs as tensor_core_router_configs
 from rana_fx.kernels.triton import masked_gemv, router
 from rana_fx.kernels.triton.config import Launch, configs, default_config
 
@@ -98,11 +100,7 @@ class Case:
         """Trials of this package's kernels by name; of those in ``tuned`` one per candidate config, the default first."""
         tokens = self.xs[0].shape[0]
         if self.shape.op == "router":
-            exact, magnitude = self._exact(self.xs[0], unpack(*self.stored[0], torch.float64).t())
-            early = _early_launch(self.xs[0])
-            candidates: list[Any] = [router.default_config(self.shape.N, self.shape.K, tokens, bits=self.bits, pdl=early)]
-            candidates += router.configs(self.shape.N, self.shape.K, bits=self.bits) if "router" in tuned else []
-            return {"router": [self._router(config, exact, magnitude) for config in candidates]}
+            return self._router_trials(tuned)
         tau, density = self.tau(share), 1 - share / 100
         kept = self._kept(self.xs[0], tau)
         exact, magnitude = self._exact(kept, unpack(*self.stored[0], torch.float64))
@@ -162,12 +160,35 @@ class Case:
             trials.append(Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config)))
         return trials
 
-    def _router(self, config: Any, exact: Tensor, magnitude: Tensor) -> Trial:
+    def _router_trials(self, tuned: Collection[str]) -> dict[str, list[Trial]]:
+        """Trials of the routers, alone and with the norm in front (default config)."""
+        sizes, early = (self.shape.N, self.shape.K, self.xs[0].shape[0]), _early_launch(self.xs[0])
+        gain = torch.linspace(0.5, 1.5, self.shape.K, device=self.xs[0].device).bfloat16()
+        norm = dict(gain=gain, eps=1e-5)
+        candidates: list[Any] = [router.default_config(*sizes, bits=self.bits, pdl=early)]
+        candidates += router.configs(*sizes[:2], bits=self.bits) if "router" in tuned else []
+        by_triton = functools.partial(router.router, how=Launch(pdl=early))
+        found = {
+            "router": [self._routed(by_triton, config) for config in candidates],
+            "router+norm": [self._routed(by_triton, candidates[0], norm)],
+        }
+        if self.xs[0].is_cuda and tensor_core_router.refusal(self.xs[0], *self.stored[0]) is None:
+            choices = tensor_core_router_configs(*sizes, bits=self.bits)
+            tried = choices if "tensor_cores" in tuned else choices[:1]
+            launch = functools.partial(tensor_core_router.router, early=early)
+            found["tensor_cores"] = [self._routed(launch, config) for config in tried]
+            found["tensor_cores+norm"] = [self._routed(launch, choices[0], norm, roundings=2)]
+        return found
+
+    def _routed(self, launch: Any, config: Any, norm: dict[str, Any] | None = None, *, roundings: int = 1) -> Trial:
+        x, norm = self.xs[0].double(), norm or {}
+        if norm:
+            x = x * (x.square().mean(-1, keepdim=True) + norm["eps"]).rsqrt() * norm["gain"].double()
+        exact, magnitude = self._exact(x, unpack(*self.stored[0], torch.float64).t())
         calls = [
-            functools.partial(router.router, x, *stored, config=config, how=Launch(pdl=_early_launch(x)))
-            for x, stored in zip(self.xs, self.stored, strict=True)
+            functools.partial(launch, x, *stored, config=config, **norm) for x, stored in zip(self.xs, self.stored, strict=True)
         ]
-        return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config))
+        return Trial(calls, exact, magnitude, self.shape.K, dataclasses.asdict(config), roundings)
 
     def _kept(self, x: Tensor, tau: Tensor) -> Tensor:
         return torch.where(reference.kept(x, tau), x, x.new_zeros(()))

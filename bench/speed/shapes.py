@@ -1,6 +1,7 @@
 """Matmul shapes of one decoding step, from the sizes of a few models.
 
-In: names such as ``llama-2-7b``, or of one matmul ``llama-2-7b/qkv``. Out: K inputs (or ranks) and N outputs of each.
+In: names such as ``llama-2-7b``, of one matmul ``llama-2-7b/qkv``, or ``llama-2-7b/router:2384`` for a router of so many
+ranks. Out: K inputs (or ranks) and N outputs of each.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def shapes_of(model: str) -> list[Shape]:
 
 
 def shapes(names: list[str]) -> list[Shape]:
-    """Shapes by model name (all matmuls) or by matmul name. Raises UnknownChoice."""
+    """Shapes by model name (all matmuls), by matmul name or as routers of a number of ranks. Raises UnknownChoice."""
     known = {shape.name: shape for model in MODELS for shape in shapes_of(model)}
     chosen = []
     for name in names:
@@ -63,6 +64,8 @@ def shapes(names: list[str]) -> list[Shape]:
             chosen += shapes_of(name)
         elif name in known:
             chosen.append(known[name])
+        elif (router := known.get(name.partition(":")[0])) and router.op == "router" and name.partition(":")[2].isdecimal():
+            chosen.append(router._replace(name=name, N=int(name.partition(":")[2])))
         else:
             raise UnknownChoice(kind="shape", got=name, valid=", ".join([*MODELS, *known]))
     return chosen

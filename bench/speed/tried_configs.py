@@ -18,12 +18,13 @@ def worst_ratios(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[tuple
     ratios: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     defaults: dict[tuple[Any, ...], str] = {}
     for row in rows:
-        if not row.get("tried"):
+        tried = [one for one in row.get("tried") or () if one["passed"]]
+        if not tried:
             continue
         key = (row["impl"], row["shape"], row["bits"], row["tokens"])
-        least = min(one["us"] for one in row["tried"])
+        least = min(one["us"] for one in tried)
         # a config may be tried twice, as the default and as one of the others
-        times = {_label(one["config"]): one["us"] for one in reversed(row["tried"])}
+        times = {_label(one["config"]): one["us"] for one in reversed(tried)}
         defaults.setdefault(key, _label(row["tried"][0]["config"]))
         for label, us in times.items():
             ratios.setdefault(key, {}).setdefault(label, []).append(us / least if least else 1.0)

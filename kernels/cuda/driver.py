@@ -37,6 +37,7 @@ class _LaunchConfig(ctypes.Structure):
 class Kernel:
     """A kernel of one device with its launch constants. ``early``: may start before the previous kernel of the stream is done."""
 
+    name: str
     function: ctypes.c_void_p
     threads: int
     shared_bytes: int
@@ -54,18 +55,18 @@ class Kernel:
             int(self.early),
         )
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), "cuLaunchKernelEx")
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), "cuLaunchKernelEx", self.name)
 
 
 def load(code: bytes, name: str, *, threads: int, shared_bytes: int, early: bool) -> Kernel:
     """The kernel ``name`` of a cubin, on the current device. Raises KernelNotCompiled."""
     torch.cuda.current_stream()  # makes PyTorch's context the current one
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
-    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData", name)
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction", name)
     given = ctypes.c_int(shared_bytes)
-    _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, given), "cuFuncSetAttribute")
-    return Kernel(function, threads, shared_bytes, early)
+    _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, given), "cuFuncSetAttribute", name)
+    return Kernel(name, function, threads, shared_bytes, early)
 
 
 @functools.cache
@@ -73,8 +74,8 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _check(code: int, what: str) -> None:
+def _check(code: int, what: str, kernel: str) -> None:
     if code:
-        name = ctypes.c_char_p()
-        _driver().cuGetErrorName(code, ctypes.byref(name))
-        raise KernelNotCompiled(kernel="masked_gemv.cu", reason=f"{what}: {(name.value or b'?').decode()}")
+        found = ctypes.c_char_p()
+        _driver().cuGetErrorName(code, ctypes.byref(found))
+        raise KernelNotCompiled(kernel=f"{kernel}.cu", reason=f"{what}: {(found.value or b'?').decode()}")

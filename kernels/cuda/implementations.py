@@ -10,6 +10,7 @@ kernel.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,14 +103,18 @@ def gemv_us(problem: Problem) -> float | None:
 
 @functools.lru_cache
 def _device(device: torch.device) -> str | None:
-    """Why the kernel cannot run there, or None. It is compiled and loaded once: if that fails, the Triton kernels compute."""
     from rana_fx.kernels.cuda import masked_gemv
 
+    return unable(device, masked_gemv.load_smallest)
+
+
+def unable(device: torch.device, load_smallest: Callable[[torch.device], None]) -> str | None:
+    """Why a kernel cannot run there, or None. It is compiled and loaded once: if that fails, the Triton kernels compute."""
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
         return f"is for compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
     try:
-        masked_gemv.load_smallest(device)
+        load_smallest(device)
     except KernelNotCompiled as error:
         return str(error)
     return None

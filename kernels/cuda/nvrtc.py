@@ -45,25 +45,26 @@ def _folders() -> list[Path]:
     return [*found, Path(torch.__file__).parent / "lib", Path(home) / "lib64"]
 
 
-def compiled(source: str, constants: Mapping[str, int], architecture: str) -> bytes:
+def compiled(source: str, constants: Mapping[str, int], architecture: str, *, name: str = "masked_gemv.cu") -> bytes:
     """The machine code of a source with preprocessor constants.
 
     Args:
         architecture: such as "sm_90a".
+        name: of the source, for messages.
 
     Raises:
         KernelNotCompiled: with NVRTC's own message.
     """
     nvrtc = library()
     if nvrtc is None:
-        raise KernelNotCompiled(kernel="masked_gemv.cu", reason=f"NVRTC of CUDA {torch.version.cuda} was not found")
+        raise KernelNotCompiled(kernel=name, reason=f"NVRTC of CUDA {torch.version.cuda} was not found")
     text = "".join(f"#define {name} {value}\n" for name, value in constants.items()) + source
     options = (f"--gpu-architecture={architecture}", *OPTIONS)
     key = hashlib.sha256(repr((text, options, _version(nvrtc))).encode()).hexdigest()
     file = _folder() / f"{key}.cubin"
     if file.exists():
         return file.read_bytes()
-    code = _compile(nvrtc, text, options)
+    code = _compile(nvrtc, text, options, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as made:
         made.write(code)
@@ -82,13 +83,13 @@ def _version(nvrtc: ctypes.CDLL) -> tuple[int, int]:
     return major.value, minor.value
 
 
-def _compile(nvrtc: ctypes.CDLL, text: str, options: tuple[str, ...]) -> bytes:
+def _compile(nvrtc: ctypes.CDLL, text: str, options: tuple[str, ...], name: str) -> bytes:
     program = ctypes.c_void_p()
-    failed = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"masked_gemv.cu", 0, None, None)
+    failed = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = failed or nvrtc.nvrtcCompileProgram(program, len(options), given)
     if failed:
-        raise KernelNotCompiled(kernel="masked_gemv.cu", reason=_text(nvrtc, "ProgramLog", program).decode(errors="replace"))
+        raise KernelNotCompiled(kernel=name, reason=_text(nvrtc, "ProgramLog", program).decode(errors="replace"))
     code = _text(nvrtc, "CUBIN", program)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return code

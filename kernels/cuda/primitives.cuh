@@ -1,4 +1,4 @@
-// The instructions that masked_gemv.cu is written in, for compute capability 9.0. No header of the CUDA toolkit is included, so that
+// The instructions that masked_gemv.cu and router.cu are written in, for compute capability 9.0. No header of the CUDA toolkit is included, so that
 // NVRTC needs none. tests/support/emulated_gpu.h defines the same names for a CPU.
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -48,6 +48,13 @@ DEVICE u16 bfloat_of_float(float x) {
 }
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE float error_function(float x) { return erff(x); }
+DEVICE float inverse_root(float x) { return rsqrtf(x); }
+// the same bits in all lanes
+DEVICE float sum_in_warp(float x) {
+#pragma unroll
+  for (int apart = 16; apart; apart /= 2) x += __shfl_xor_sync(~0u, x, apart);
+  return x;
+}
 
 // Pairs of numbers in the dtype of the values; subnormal ones count.
 #if VALUE == 1
@@ -91,6 +98,24 @@ DEVICE void load_transposed(u32 (&x)[4], const void* row) {
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address)
                : "memory");
+}
+
+// WORDS (2 or 4) neighbouring words of global memory, read by one thread once; CHECKED: zeros unless ``there``. Not by ld.global.nc, which
+// the assembler moves behind a wait for the previous kernel.
+template <int WORDS, bool CHECKED>
+DEVICE void read_once(u32 (&to)[WORDS], const char* from, bool there) {
+  int p = CHECKED ? there : 1;
+  if constexpr (WORDS == 4) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+                 "@p ld.global.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];}"
+                 : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3])
+                 : "l"(from), "r"(p));
+  } else {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0;\n"
+                 "@p ld.global.L1::no_allocate.v2.b32 {%0,%1}, [%2];}"
+                 : "=&r"(to[0]), "=&r"(to[1])
+                 : "l"(from), "r"(p));
+  }
 }
 
 // x, which the compiler cannot know to be x: it computes x once and keeps it, and does not take an address apart. All lanes call it.

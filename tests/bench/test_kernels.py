@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from bench.speed import baseline_kernels, kernels, rival_matmuls
+from bench.speed import baseline_kernels, kernels, operands, rival_matmuls
 from bench.speed.kernels import main, measure, run
 from bench.speed.rival_matmuls import RivalMatmul, tinygemm_operands
 from bench.speed.shapes import MODELS, shapes
@@ -38,7 +39,8 @@ def test_toy_sizes_are_right_and_recorded(tmp_path):
     found = {(row["op"], row["impl"], row["bits"]) for row in rows}
     assert found >= {(op, "masked", bits) for op in ("masked_gemv", "gated_gemv") for bits in (16, 4)}
     assert found >= {("router", "router", 4), ("masked_gemv", "published", 16), ("masked_gemv", "fallback", 16)}
-    ours = [row for row in rows if row["impl"] in ("masked", "router")]
+    assert ("router", "router+norm", 4) in found
+    ours = [row for row in rows if row["impl"] in ("masked", "router", "router+norm")]
     assert all(row["bit_equal"] and row["config"] for row in ours)
 
 
@@ -66,6 +68,8 @@ def without_a_kernel(weight, tokens):
 def test_rivals_are_compared_with_their_own_weight_and_count_in_their_bits(name, monkeypatch, capsys):
     (shape,), device = shapes([name]), torch.device("cpu")
     monkeypatch.setattr(baseline_kernels, "by_inductor", lambda function, tuned: function)
+    routers = operands.Case._router_trials
+    monkeypatch.setattr(operands.Case, "_router_trials", lambda case, tune: {"router": routers(case, tune)["router"]})
 
     def rows_of(width, times, **matmuls):
         """Rows by implementation. ``times``: in the order dense, gemlite, int4, this package's kernel."""
@@ -89,6 +93,21 @@ def test_rivals_are_compared_with_their_own_weight_and_count_in_their_bits(name,
     assert rows["ours"]["rival_us"] == 6.0
     rows = rows_of(8, [12.0, 8.0])
     assert list(rows) == ["cublas", "ours"] and rows["ours"]["rival_us"] is rows["ours"]["over_rival"] is None
+
+
+def test_a_tuned_row_has_the_time_of_every_config_the_default_first(monkeypatch):
+    (shape,), times = shapes(["toy/router"]), iter([5.0, 4.0, 3.0, 2.0, *[6.0] * 99])
+
+    def measured(trial, bytes_read, device):
+        us = next(times)
+        return {"us": Times(us, us, us)._asdict(), "passed": us != 2.0, "config": trial.config}
+
+    monkeypatch.setattr(kernels, "check_and_time", measured)
+    alone, normed = measure(shape, [0], 1, 16, set(), torch.device("cpu"), {}, tuned={"router"})
+    default = operands.router.default_config(shape.N, shape.K, 1, bits=16)
+    assert alone["us"]["p50"] == 3.0 and alone["config"] == alone["tried"][2]["config"]
+    assert [row["us"] for row in alone["tried"][:4]] == [5.0, 4.0, 3.0, 2.0] and not alone["tried"][3]["passed"]
+    assert alone["tried"][0]["config"] == normed["config"] == dataclasses.asdict(default) and "tried" not in normed
 
 
 @pytest.mark.gpu
@@ -126,10 +145,10 @@ def test_configs_are_compared_over_all_masked_fractions(capsys):
     """The fastest at one fraction is not the best; one without a time at some fraction is none."""
 
     def row(masked, **us):
-        tried = [{"config": {"splits": int(name[1:])}, "us": us[name]} for name in us]
+        tried = [{"config": {"splits": int(name[1:])}, "us": us[name], "passed": us[name] > 0} for name in us]
         return {"impl": "tensor_cores", "shape": "o", "bits": 16, "tokens": 1, "masked": masked, "tried": tried}
 
-    rows = [row(0, c1=15.0, c2=10.0, c3=11.0, c4=10.5), row(50, c1=5.0, c2=8.0, c3=6.0), {"impl": "cublas"}]
+    rows = [row(0, c1=15.0, c2=10.0, c3=11.0, c4=10.5), row(50, c1=5.0, c2=8.0, c3=6.0, c4=-1.0), {"impl": "cublas"}]
     (found,) = worst_ratios(rows).values()
     assert [(label, default) for _, label, default in found] == [("splits 3", False), ("splits 1", True), ("splits 2", False)]
     assert [ratio for ratio, *_ in found] == pytest.approx([1.2, 1.5, 1.6])
@@ -147,5 +166,9 @@ def test_shapes_are_those_of_the_models():
     assert found["gemma-2b/down"] == (16384, 2048)
     assert found["pythia-1.4b/up"] == (2048, 8192)
     assert shapes(["llama-2-7b/o"])[0].name == "llama-2-7b/o"
+    assert shapes(["llama-2-7b/router:2384"]) == [("llama-2-7b/router:2384", "router", 4096, 2384)]
+    for unknown in ("llama-2-7b/o:7", "llama-2-7b/router:", "llama-2-7b/router:x", "router:7"):
+        with pytest.raises(UnknownChoice, match=unknown):
+            shapes([unknown])
     with pytest.raises(UnknownChoice, match="llama-2-7b"):
         shapes(["llama-9"])

@@ -10,6 +10,7 @@ import torch
 from bench.speed.random_plan import layout_of, plan_configs, random_plan
 from rana_fx.kernels import cost
 from rana_fx.kernels.cuda import implementations as tensor_core_rows
+from rana_fx.kernels.cuda import router_implementations as router_rows
 from rana_fx.kernels.triton import implementations as triton_rows
 from rana_fx.runtime import prefill
 from rana_fx.runtime.adapter_time import adapter_us, dense_us, linear_us, tokens_faster
@@ -27,6 +28,7 @@ def h200():
         patch.setattr(cost, "nearest", lambda device: H200)
         patch.setattr(triton_rows, "_installed", lambda: True)
         patch.setattr(tensor_core_rows, "_device", lambda device: None)
+        patch.setattr(router_rows, "_device", lambda device: None)
         yield
 
 

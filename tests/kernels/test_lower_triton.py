@@ -4,6 +4,7 @@ results."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from torch.nn.functional import silu
 from rana_fx.formats import pack, unpack
 from rana_fx.kernels import autotune as tune
 from rana_fx.kernels import reference
+from rana_fx.kernels.cuda.router_config import default_config as router_config
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.kernels.triton.config import configs
 from rana_fx.passes import lower
@@ -38,7 +40,7 @@ def options(code):
     return [dict(re.findall(r"'(\w+)': (True|False|\d+)\b", metas[name])) for name in order]
 
 
-REQUESTS = ("1,1,ranks", "1,3,ranks", "64,1,ranks", "1,2,masks", "1,2,gate", "4,1,gate", "1,2,attention")
+REQUESTS = ("1,1,ranks", "1,3,ranks", "64,1,ranks", "1,2,masks", "1,2,gate", "4,1,gate", "1,2,attention", "3,2,packed")
 REQUESTS += ("1,2,ranks,graphs", "1,1,masks,graphs")
 
 
@@ -127,6 +129,17 @@ def test_attention_is_one_launch_that_reads_the_cache(written):
     assert "1536" not in "".join(line for line in code.splitlines() if "empty_strided" in line)
     attention = options(code)[2]
     assert (attention["PDL"], attention["launch_pdl"], attention["MASK"]) == ("True", "True", "1")
+
+
+def test_a_packed_router_on_tensor_cores_is_a_call_with_the_norm_in_it(written):
+    """It starts early where the kernel before it is one of this graph."""
+    code = written["3,2,packed"]
+    calls = re.findall(r"rana\.router_tensor_cores\.default\((.*)\)", code)
+    given = [re.search(r", (1e-05), (0\.0), \[([\d, ]+)\], (True|False)$", call) for call in calls]
+    assert [(call[1], call[2], call[4]) for call in given] == [("1e-05", "0.0", "False"), ("1e-05", "0.0", "True")]
+    config = dataclasses.astuple(router_config(2800, 4096, 3, bits=4))
+    assert all(tuple(map(int, call[3].split(","))) == config for call in given)
+    assert "router_kernel" not in code
 
 
 def test_masks_that_cover_too_much_are_dense_products_of_up(written):

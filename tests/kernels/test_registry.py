@@ -18,6 +18,7 @@ from rana_fx.errors import InvalidOption, UnknownChoice
 from rana_fx.formats import pack
 from rana_fx.kernels import cost, registry
 from rana_fx.kernels.cuda import implementations as tensor_core_rows
+from rana_fx.kernels.cuda import router_implementations as router_rows
 from rana_fx.kernels.ops import implementation, masked_gemv
 from rana_fx.kernels.problem import Problem, operand_of_tensor, problem_of
 from rana_fx.kernels.registry import Implementation, register_implementation
@@ -236,6 +237,7 @@ def h200():
         patch.setattr(cost, "nearest", lambda device: cost.H200)
         patch.setattr(triton_rows, "_installed", lambda: True)
         patch.setattr(tensor_core_rows, "_device", lambda device: None)
+        patch.setattr(router_rows, "_device", lambda device: "tests/kernels/test_router_tensor_cores.py has its tests")
         with torch._inductor.config.patch({"triton.cudagraphs": True}):
             yield
 

@@ -378,7 +378,7 @@ def test_code_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setattr(nvrtc, "library", lambda: ctypes.CDLL(None))
     monkeypatch.setattr(nvrtc, "_version", lambda library: (13, 0))
     monkeypatch.setattr(nvrtc, "_folder", lambda: tmp_path)
-    monkeypatch.setattr(nvrtc, "_compile", lambda library, text, options: made.append(text) or text.encode())
+    monkeypatch.setattr(nvrtc, "_compile", lambda library, text, options, name: made.append(text) or text.encode())
     for source, constants in (("a", {"B": 1}), ("a", {"B": 1}), ("a", {"B": 2}), ("c", {"B": 1})):
         assert nvrtc.compiled(source, constants, "sm_90a") == f"#define B {constants['B']}\n{source}".encode()
     assert len(made) == 3

@@ -6,12 +6,13 @@ They measure the tests, not the code: after tests are rewritten, they have to ki
 
 from __future__ import annotations
 
-from tests.mutations import adaptation, kernels, passes, runtime, tensor_cores, training
+from tests.mutations import adaptation, kernels, passes, router_tensor_cores, runtime, tensor_cores, training
 from tests.mutations.mutation import Mutation
 
 MUTATIONS: tuple[Mutation, ...] = (
     *kernels.MUTATIONS,
     *tensor_cores.MUTATIONS,
+    *router_tensor_cores.MUTATIONS,
     *passes.MUTATIONS,
     *runtime.MUTATIONS,
     *adaptation.MUTATIONS,

@@ -1,8 +1,10 @@
-"""masked_gemv.cu on a CPU: the kernel's own source, with emulated_gpu.h in place of the instructions of a GPU. And operands."""
+"""masked_gemv.cu and router.cu on a CPU: the kernels' own source, with emulated_gpu.h in place of the instructions of a GPU. And
+operands."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import subprocess
 import tempfile
@@ -13,55 +15,58 @@ import torch
 from rana_fx.formats import pack
 from rana_fx.kernels.cuda import masked_gemv as kernel
 from rana_fx.kernels.cuda import masked_gemv_parts as parts
+from rana_fx.kernels.cuda import router as router_kernel
 from rana_fx.kernels.cuda.config import Config
+from rana_fx.kernels.cuda.router_config import RouterConfig
 from tests.support.products import Product
 
 _HEADER = Path(__file__).with_name("emulated_gpu.h")
 _MAIN = """
-extern "C" void launch(const Parts* parts, int blocks, void* to, const void* from, size_t size) {
+template <class A> A parameter_of(void (*)(A));
+extern "C" void launch(const void* a, int blocks, void* to, const void* from, size_t size) {
   late = {to, from, size};
-  run_on_cluster(blocks, SPLITS, THREADS, SHARED_BYTES, [parts] { masked_gemv(*parts); });
+  run_on_cluster(blocks, SPLITS, THREADS, SHARED_BYTES, [a] { NAME(*(const decltype(parameter_of(NAME))*)a); });
 }
 """
 
 
 @functools.cache
-def _compiled(constants, early):
-    """A shared library with one function, ``launch``."""
+def _compiled(kernel, name, constants, early):
+    """A shared library with one function, ``launch``, of the kernel of that name in a module."""
     primitives = (Path(kernel.__file__).parent / "primitives.cuh").read_text()
     assert kernel.source().startswith(primitives)
     defined = "".join(f"#define {name} {value}\n" for name, value in (*constants, ("EARLY", int(early))))
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-        source.write_text(defined + _HEADER.read_text() + kernel.source().removeprefix(primitives) + _MAIN)
+        source.write_text(defined + _HEADER.read_text() + kernel.source().removeprefix(primitives) + _MAIN.replace("NAME", name))
         # lanes of a warp run one after another: what they share is not to be kept in registers over a wait
         subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-o", library, source], check=True)
         return ctypes.CDLL(str(library))
 
 
 def masked_gemv(v, *operands, residual=None, activation=None, config=None, early=False):
-    """As the launcher of that name: tau, weight, bias and scale."""
-    given = [*operands, *[None] * (4 - len(operands))]
-    facts = dict(residual=residual, activation=activation, config=config or Config())
-    return _launched(v, early, lambda v: kernel.prepared(v, *given, **facts))
+    """As the launcher of that name: tau, weight, bias, scale. ``early``: v is NaN before the launch waits for it."""
+    given, later = [*operands, *[None] * (4 - len(operands))], _later(v, early)
+    launch = kernel.prepared(later.first, *given, residual=residual, activation=activation, config=config or Config())
+    _run(kernel, "masked_gemv", launch, launch.y, later)
+    return launch.y.reshape(*v.shape[:-1], -1)
 
 
 def masked_gemv_parts(v, taus, weights, biases=(), *, config=None, early=False):
-    """As the launcher of that name."""
-    return _launched(v, early, lambda v: parts.prepared(v, taus, weights, biases, config=config or Config()))
-
-
-def _launched(v, early, prepare):
-    """The result of a launch. ``early``: v is NaN until the launch waits for the previous kernel."""
-    written = v.clone()
-    v = torch.full_like(v, float("nan")) if early else v
-    launch = prepare(v)
-    launch.y.fill_(float("nan"))
-    late = (v.data_ptr(), written.data_ptr(), written.nbytes) if early else (written.data_ptr(), v.data_ptr(), 0)
-    _compiled(launch.constants, early).launch(
-        ctypes.byref(launch.arguments), launch.blocks, *map(ctypes.c_void_p, late[:2]), ctypes.c_size_t(late[2])
-    )
+    """As the launcher of that name. ``early``: as of ``masked_gemv``."""
+    later = _later(v, early)
+    launch = parts.prepared(later.first, taus, weights, biases, config=config or Config())
+    _run(kernel, "masked_gemv", launch, launch.y, later)
     return launch.y.reshape(*v.shape[:-1], -1)
+
+
+def router(x, weight, scale=None, *, gain=None, eps=None, offset=0.0, config=None, early=False):
+    """As the launcher of that name. ``early``: x is NaN until the launch waits for the previous kernel."""
+    later = _later(x, early)
+    facts = dict(gain=gain, eps=eps, offset=offset, config=config or RouterConfig())
+    launch = router_kernel.prepared(later.first, weight, scale, **facts)
+    _run(router_kernel, "router", launch, launch.z, later)
+    return launch.z.reshape(*x.shape[:-1], -1)
 
 
 def product(tokens, ranks, columns, bits, *, dtype=torch.bfloat16, group=64, scale_dtype=torch.bfloat16, threshold=0.3, seed=0,
@@ -76,3 +81,24 @@ def product(tokens, ranks, columns, bits, *, dtype=torch.bfloat16, group=64, sca
     tau = torch.rand(ranks, generator=generator) * threshold
     added = torch.randn(columns, generator=generator) if bias else None
     return Product(v.to(dtype), tau, weight, scale, added)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Later:
+    """A tensor that the previous kernel writes. first: what is there before, of the same strides. then: what it writes."""
+
+    first: torch.Tensor
+    then: torch.Tensor
+    early: bool
+
+
+def _later(tensor, early):
+    return _Later(torch.full_like(tensor, float("nan")) if early else tensor, tensor.clone(), early)
+
+
+def _run(module, name, launch, result, later):
+    result.fill_(float("nan"))
+    late = later.first.data_ptr(), later.then.data_ptr(), later.then.nbytes if later.early else 0
+    _compiled(module, name, launch.constants, later.early).launch(
+        ctypes.byref(launch.arguments), launch.blocks, *map(ctypes.c_void_p, late[:2]), ctypes.c_size_t(late[2])
+    )

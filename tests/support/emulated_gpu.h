@@ -123,6 +123,26 @@ inline u16 bfloat_of_float(float x) {
 }
 inline float exponential(float x) { return std::exp(x); }
 inline float error_function(float x) { return std::erf(x); }
+inline float inverse_root(float x) { return 1.f / std::sqrt(x); }
+inline float sum_in_warp(float x) {
+  WarpState& w = warp_state();
+  for (int apart = 16; apart; apart /= 2) {
+    w.words[lane_index()][0] = bits_of_float(x);
+    sync_warp();
+    x += float_of_bits(w.words[lane_index() ^ apart][0]);
+    sync_warp();
+  }
+  return x;
+}
+template <int WORDS, bool CHECKED>
+inline void read_once(u32 (&to)[WORDS], const char* from, bool there) {
+  if (CHECKED && !there) {
+    std::memset(to, 0, sizeof to);
+    return;
+  }
+  if ((std::uintptr_t)from % sizeof to) std::abort();
+  std::memcpy(to, from, sizeof to);
+}
 
 // one number of a pair
 inline double part(u32 word, int upper) {

@@ -5,6 +5,7 @@ Triton without its interpreter, so test_lower_triton.py runs it in one process o
     out = r + (silu(g) * u) W2   with   [g, u] = mask(router(norm(r))) W
     or, as "masks",              with   g, u = mask(norm(r)) Wg, mask(norm(r)) Wu
     or, as "attention", r + attention(q, k, v) with   q = mask(router(r)) W, of which two heads read one of a cache's heads
+    or, as "packed",    r + mask(router(norm(r))) W   with the router in 4 bits, for a CUDA graph
     or, as "gate",      r + (mask(silu(g)) * u) W2   with   g, u = norm(r) Wg, norm(r) Wu
 """
 
@@ -30,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from rana_fx.kernels.attention import decode_attention
-from rana_fx.kernels.cuda import implementations
+from rana_fx.kernels.cuda import implementations, router_implementations
 from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.passes import POST_GRAD, lower
 from rana_fx.passes.base import PostGrad
@@ -68,6 +69,12 @@ def layer_of_attention(b, tau, w, k, v, mask, r):
     repeated = (x.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(1, HEADS, *x.shape[2:]) for x in (k, v))
     y = decode_attention(q, *repeated, mask.expand(1, HEADS, *mask.shape[2:]), 0.1)
     return r + y.transpose(1, 2).reshape(r.shape)
+
+
+def layer_of_packed_routers(gain, b, b_scale, tau, w, r):
+    wide = r.float()
+    x = gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(r.dtype)
+    return r + masked_gemv(router(x, b, b_scale), tau, w)
 
 
 class Driver:
@@ -118,6 +125,7 @@ def pretend(stack):
     for name, value in {"is_triton_capable": True, "get_compute_capability": 90, "raise_if_triton_unavailable": None}.items():
         if hasattr(CudaInterface, name):
             stack.enter_context(patch.object(CudaInterface, name, staticmethod(lambda *_, value=value, **__: value)))
+    stack.enter_context(patch.object(router_implementations, "_device", lambda device: None))
     stack.enter_context(patch.object(hints.DeviceProperties, "create", lambda *_, **__: device))
 
 
@@ -134,7 +142,7 @@ def written(tokens, count, kind, graphs=False):
         pretend(stack)
         stack.enter_context(patch.object(GraphLowering, "compile_to_module", write))
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False, compile_threads=1))
-        stack.enter_context(torch._inductor.config.patch({"triton.cudagraphs": graphs}))
+        stack.enter_context(torch._inductor.config.patch({"triton.cudagraphs": graphs or kind == "packed"}))
         stack.enter_context(patch.object(implementations, "_device", lambda _: None))  # NVRTC compiles nothing
 
         def empty(*size, dtype=torch.bfloat16):
@@ -151,6 +159,10 @@ def written(tokens, count, kind, graphs=False):
             elif kind == "masks":
                 # (out, in), stored by columns
                 first = tau(WIDTH), empty(WIDTH, FFN).t(), tau(WIDTH), empty(WIDTH, FFN).t()
+            if kind == "packed":
+                packed = empty(RANKS, WIDTH // 2, dtype=torch.uint8), empty(RANKS, WIDTH // 64)
+                inputs += [empty(WIDTH), *packed, tau(RANKS), empty(RANKS, WIDTH)]
+                continue
             if kind == "attention":
                 cache = [empty(1, HEADS // 2, KEYS, WIDTH // HEADS) for _ in range(2)]
                 inputs += [
@@ -162,7 +174,13 @@ def written(tokens, count, kind, graphs=False):
                 ]
                 continue
             inputs += [empty(WIDTH), *first, tau(FFN), empty(FFN, WIDTH)]
-        one = {"ranks": layer, "masks": layer_of_masks, "gate": layer_of_a_gate, "attention": layer_of_attention}[kind]
+        one = {
+            "ranks": layer,
+            "masks": layer_of_masks,
+            "gate": layer_of_a_gate,
+            "packed": layer_of_packed_routers,
+            "attention": layer_of_attention,
+        }[kind]
 
         def layers(r, *weights):
             size = len(weights) // count
