@@ -60,7 +60,7 @@ DEVICE void exchange(const Share& share, int from, int split) {
     a.y[token * a.y_token + column] = rounded(result);
   }
   // until all blocks have read, none may write the next tokens' sums or end
-  if (SPLITS > 1) sync_cluster(); else sync_block();
+  if (SPLITS > 1) sync_cluster_after_reads(); else sync_block();
 }
 
 KERNEL void CLUSTER(SPLITS) BOUNDS(THREADS, BLOCKS) masked_gemv(CONSTANT Parts parts) {

@@ -158,6 +158,10 @@ DEVICE void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents
 DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same after reads whose values have been used: stores before it need not be visible to other blocks, which makes it shorter.
+DEVICE void sync_cluster_after_reads() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 DEVICE float of_block(const float* p, int rank) {
   u32 address = (u32)__cvta_generic_to_shared(p), there;
   float x;

@@ -51,7 +51,7 @@ DEVICE void write_outputs(const Share& share) {
     a.z[token * a.z_token + share.row + row] = rounded(z);
   }
   // until all blocks have read, none may end
-  if (SPLITS > 1) sync_cluster();
+  if (SPLITS > 1) sync_cluster_after_reads();
 }
 
 #if SPLITS > 1

@@ -245,6 +245,7 @@ inline Late late = {};
 inline void wait_for_previous_kernel() { std::memcpy(late.to, late.from, late.size); }
 inline void start_next_kernel() {}
 inline void sync_cluster() { wait_at(cluster->barrier); }
+inline void sync_cluster_after_reads() { wait_at(cluster->barrier); }
 inline float of_block(const float* p, int rank) {
   Block& mine = cluster->blocks[cluster->current->block];
   return *(const float*)(cluster->blocks[rank].memory.data() + ((const char*)p - mine.memory.data()));
