@@ -19,13 +19,14 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
 
 from rana_fx._backend import backend
 from rana_fx._moved import install as _install_moved_names
-from rana_fx._version import __version__
+from rana_fx._version import __version__ as __version__
 from rana_fx.adaptation import adapt
 from rana_fx.errors import RanaError, RanaWarning
 from rana_fx.plan import Plan, load_plan
 from rana_fx.report import explain
 from rana_fx.runtime.attachment import attach, detach
+from rana_fx.runtime.disabling import disabled
 
-__all__ = ["Plan", "RanaError", "RanaWarning", "__version__", "adapt", "attach", "backend", "detach", "explain", "load_plan"]
+__all__ = ["Plan", "RanaError", "RanaWarning", "adapt", "attach", "backend", "detach", "disabled", "explain", "load_plan"]
 
 _install_moved_names()

@@ -64,6 +64,13 @@ class InvalidOption(RanaError, ValueError):
     message = "option {name}={got!r} is not valid: expected {expected}."
 
 
+class NoSuchLinear(RanaError, ValueError):
+    message = (
+        "{option}={pattern!r} matches no linear of {model}: {near} Expected a pattern (*, ?, [abc]) of names of weights or of "
+        "modules around them; rana_fx.explain(model, batch) lists them."
+    )
+
+
 # ---- calibration
 
 

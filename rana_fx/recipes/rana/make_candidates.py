@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rana_fx.calibration.sensitivity import Sensitivity
 from rana_fx.recipes.basis import Basis
@@ -68,7 +67,7 @@ class _Maker:
         last = {self.problem.sample(unit[0]): unit for unit in units}
         mlps = eligible_mlps(self.problem.layout, units, self.options.kinds)
         joint: dict[EligibleMlp, MlpCandidate] = {}
-        for unit in tqdm(units, desc="decompose", unit="group", disable=not self.problem.progress):
+        for unit in self.problem.steps.each(units):
             self._add(unit, [mlp for mlp in mlps if unit in mlp.units])
             for mlp in [mlp for mlp in mlps if unit in mlp.units and all(other in self.candidates for other in mlp.units)]:
                 made = self._joint(mlp)
