@@ -113,6 +113,14 @@ class Plan:
         return "\n".join(map(summary.shortened, lines))
 
     @property
+    def dtype(self) -> str:
+        """The dtype of most of the weights that it was made for, such as "bfloat16"; "" where it has no linear."""
+        sizes: dict[str, int] = {}
+        for site in self.sites:
+            sizes[site.dtype] = sizes.get(site.dtype, 0) + site.out_features * site.in_features
+        return max(sizes, key=lambda name: sizes[name], default="")
+
+    @property
     def dense_cost(self) -> Cost:
         """Per token, of all linears that the budget counts."""
         return sum((site.dense_cost for site in self.sites if site.counted), Cost())

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rana_fx.adapter import Adapter
-from rana_fx.cost import Cost
 from rana_fx.skips import Note, Skip
+
+if TYPE_CHECKING:
+    from rana_fx.adapter import Adapter
+    from rana_fx.cost import Cost
 
 MOST_GROUPS = 18  # current recipes make fewer combinations of kind and role
 MOST_ROLES = 5
@@ -52,7 +55,7 @@ def by_role_alone(adapters: Sequence[Adapter], roles: Mapping[str, str], metric:
     for role, found in ordered:
         cost, whole = (sum(getattr(adapter, part)[metric] for adapter in found) for part in ("expected_cost", "dense_cost"))
         linears = sum(len(adapter.sites) for adapter in found)
-        rows.append((role, str(linears), layers_of(found), f"{cost / whole:.3f}" if whole else "-"))
+        rows.append((role.replace("_", " "), str(linears), layers_of(found), f"{cost / whole:.3f}" if whole else "-"))
     return aligned(("role", "linears", "layers", f"{metric} over dense"), rows) if rows else []
 
 

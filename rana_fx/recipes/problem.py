@@ -20,7 +20,7 @@ from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.errors import TooFewTokens
 from rana_fx.progress import Progress
-from rana_fx.skips import Note, Skip
+from rana_fx.skips import TOO_FEW, Note, Skip
 
 
 @dataclass(eq=False)
@@ -111,7 +111,7 @@ class Problem:
             return True
         if seen >= largest:
             raise TooFewTokens(site=names[0], got=seen, rank=needed, needed=needed)
-        reason = f"sees {seen} rows where other layers see {largest}: too few for {needed} ranks, so it stays dense"
+        reason = f"sees {seen} rows where other layers see {largest}: {TOO_FEW} {needed} ranks, so it stays dense"
         self.skips += [Skip(name, reason) for name in names]
         return False
 
