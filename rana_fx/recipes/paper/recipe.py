@@ -17,7 +17,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout, MlpBlock
@@ -62,7 +61,7 @@ class Paper:
         fraction, units = _feasible(problem, units)
         moments: dict[int, Tensor] = {}
         adapters: list[Adapter] = []
-        for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
+        for unit in problem.steps.each(units):
             names = unit.ups if isinstance(unit, MlpBlock) else unit
             site = layout.sites[names[0]]
             rows = problem.rows(names[0])

@@ -13,6 +13,10 @@ memory      samples, moments and candidates of a large model take a few gigabyte
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import ClassVar
+
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.samples import CAPACITY, Keep
@@ -38,6 +42,8 @@ class Rana(Options):
     name = "rana"
     needs_holdout = True
     adapts_every_layer = True
+    # of the time of ``solve``: between those of a small model on two cores and of a large one on a GPU (bench.adapt_scale)
+    shares: ClassVar[Mapping[str, float]] = {"gradients": 0.37, "decompose": 0.42, "allocate": 0.18, "build": 0.03}
 
     def wants(self, layout: Layout) -> dict[tuple[str, ...], Keep]:
         units: dict[tuple[str, ...], list[Unit]] = {}
@@ -50,7 +56,7 @@ class Rana(Options):
         return {group: _FEW if basis else _WITHOUT_BASIS for group, basis in based.items()}
 
     def solve(self, problem: Problem) -> list[Adapter]:
-        return run_stages(self.stages(problem))
+        return run_stages(self.stages(problem), problem.steps.stage)
 
     def stages(self, problem: Problem) -> Stages:
         """``solve`` in stages: gradients, decompose, allocate, build."""
@@ -64,7 +70,8 @@ class Rana(Options):
             mlps = eligible_mlps(problem.layout, units, self.kinds) if self.gates else []
             measured = list(dict.fromkeys([*units, *((mlp.gate,) for mlp in mlps if mlp.kind == "gated")]))
             batches, held = problem.holdout.batches, problem.holdout.held
-            found = sensitivities(stage, problem.layout, measured, batches, held=held) if self.weighted else Sensitivity()
+            measure = functools.partial(sensitivities, stage, problem.layout, measured, steps=problem.steps)
+            found = measure(batches, held=held) if self.weighted else Sensitivity()
             if found.missing:
                 alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"
                 problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")
