@@ -153,9 +153,14 @@ def _check_affordable(fraction: float, most: float) -> None:
 
 
 def attach_unchecked(model: nn.Module, plan: Plan) -> Plan:
-    """Attach without hashing weights. Returns the plan; its tensors are the attached factors, not copies."""
-    attachment.attach_unchecked(model, plan, copy=False)
-    return plan
+    """Attach without hashing weights. Returns the plan with the attached factors as its tensors.
+
+    On a CPU these are copies in huge pages, as ``attach`` makes them; on a GPU, where memory is short, the plan's own.
+    """
+    attachment.attach_unchecked(model, plan, copy=device_of(model).type == "cpu")
+    found = attachment.attached(model)
+    assert found is not None
+    return live_plan(plan, found.factors)
 
 
 def live_plan(plan: Plan, factors: Factors) -> Plan:

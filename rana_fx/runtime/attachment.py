@@ -29,6 +29,7 @@ from rana_fx.ordinary import is_ordinary
 from rana_fx.plan import Plan, SiteRecord, as_plan, weight_digest
 from rana_fx.runtime.changed_weights import TODO, Watch, adopt, stale_when_loaded
 from rana_fx.runtime.column_major import by_columns_, by_rows_, why_by_rows
+from rana_fx.runtime.huge_pages import in_huge_pages
 from rana_fx.runtime.lora_state import LowRank
 from rana_fx.runtime.pass_through import LastPart
 from rana_fx.runtime.plan_fit import check_fit, records_of
@@ -48,16 +49,17 @@ class Factors(LastPart):
     ) -> None:
         """``weights``: by site; factors get the device and ``requires_grad`` of their weight. Without: ``device``, and True.
 
-        ``copy``: False to use the plan's own tensors, where they are on that device.
+        ``copy``: False to use the plan's own tensors, where they are on that device. Copies on a CPU lie in huge pages.
         """
         super().__init__()
         self.lowrank: LowRank | None = None
-        for index, adapter in enumerate(plan.adapters):
-            owners = [] if weights is None else [weights[base_name(site)] for site in adapter.sites]
-            own_device = owners[0].device if owners else device
+        owners_of = [[] if weights is None else [weights[base_name(site)] for site in adapter.sites] for adapter in plan.adapters]
+        devices = [owners[0].device if owners else device for owners in owners_of]
+        huge = in_huge_pages(_on_cpu(plan, devices)) if copy else {}
+        for index, (adapter, owners) in enumerate(zip(plan.adapters, owners_of, strict=True)):
             trained = any(owner.requires_grad for owner in owners) or not owners
             for key, value in adapter.tensors().items():
-                moved = value.data.to(own_device, copy=copy)
+                moved = huge[index, key] if (index, key) in huge else value.data.to(devices[index], copy=copy)
                 if key in adapter.trained:
                     self.register_parameter(f"a{index}_{key}", nn.Parameter(moved, requires_grad=trained))
                 else:
@@ -104,6 +106,13 @@ class Factors(LastPart):
         if owner is not None:
             # the model's other modules have been loaded: this one was added last
             _loaded(owner, with_factors=any(key.startswith(prefix) for key in state_dict))
+
+
+def _on_cpu(plan: Plan, devices: list[torch.device]) -> dict[tuple[int, str], Tensor]:
+    """Contiguous factors that belong on a CPU, by (index of the adapter, key)."""
+    found = {(index, key): value for index, adapter in enumerate(plan.adapters) for key, value in adapter.tensors().items()}
+    on_cpu = {name: value.data.cpu() for name, value in found.items() if devices[name[0]].type == "cpu"}
+    return {name: value for name, value in on_cpu.items() if value.is_contiguous()}
 
 
 class Attachment:

@@ -25,7 +25,7 @@ def in_fp32(model, plan):
     plan = replace(plan, adapters=tuple(adapter.to(torch.float32) for adapter in plan.adapters))
     vars(plan)["_digest"] = "0" * 64
     wide = wide.float()
-    attach_unchecked(wide, plan)
+    plan = attach_unchecked(wide, plan)
     return wide, plan
 
 
