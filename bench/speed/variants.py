@@ -68,16 +68,20 @@ class Variant:
         return self.name if self.budget is None else f"{self.name} {self.budget:g}"
 
     def compiled(self, model: PreTrainedModel) -> Callable[..., Any]:
-        """The function that is timed; each shape is compiled separately."""
+        """The function that is timed; each shape is compiled separately. No module changes meanwhile: guards on modules are
+        left out of all variants.
+        """
         forward: Callable[..., Any] = model.forward
         if self.mode is None:
             return forward
-        if self.kind == "rana":
-            options: Any = {"mode": self.mode, "prefill": self.prefill}
-            return torch.compile(forward, backend=rana_fx.backend, options=options, dynamic=False, fullgraph=True)
-        if self.name == ATTENTION:
-            return torch.compile(forward, backend=attention_alone, options={"mode": self.mode}, dynamic=False, fullgraph=True)
-        return torch.compile(forward, mode=self.mode, dynamic=False, fullgraph=True)
+        backends: dict[str, Any] = {"rana": rana_fx.backend, ATTENTION: attention_alone}
+        backend = backends.get("rana" if self.kind == "rana" else self.name, "inductor")
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        if backend == "inductor":
+            options |= torch._inductor.list_mode_options(self.mode)
+        else:
+            options |= {"mode": self.mode} | ({"prefill": self.prefill} if self.kind == "rana" else {})
+        return torch.compile(forward, backend=backend, options=options, dynamic=False, fullgraph=True)
 
 
 def variants(

@@ -3,8 +3,12 @@
 In: the graph inputs of the weights a rewrite depends on. Out: guards in the compile that is in progress.
 Why: Dynamo inlines modules, so one graph may serve every layer of a model compiled in pieces (graph breaks, or
 ``layer.compile()``), with the layer's weights as inputs. A rewrite bakes in the factors of one layer, so the weight's
-identity, and the attachment found on it, become part of what the compiled code is valid for. A ``guard_filter_fn`` that was given
-to torch.compile selects among all guards but these.
+identity, and the attachment found on it, become part of what the compiled code is valid for.
+
+A ``guard_filter_fn`` that was given to torch.compile says that modules do not change, and selects among all other guards. Of the
+weights of one module the first is then guarded alone: it tells one layer from another, and one plan from another, since
+``attach`` and ``detach`` renew the marks of all weights of a plan. Guards on all weights would be
+a part of every call that the filter is there to save.
 """
 
 from __future__ import annotations
@@ -42,16 +46,19 @@ def guard_weights(nodes: Iterable[fx.Node], *, attachment: bool) -> None:
         raise InvalidOption(name="torch._dynamo.config.caching_precompile", got=True, expected=expected)
     kept: list[Guard] = []
     roots: set[Any] = set()
+    hooks = variable_of_caller("_compile", "hooks", Hooks)
+    filtered = hooks is not None and hooks.guard_filter_fn is not None
     for node in nodes:
         source = source_of(node)
-        if source is None:
+        if source is None or (filtered and root_of(source) in roots and isinstance(local(root_of(source)), nn.Module)):
             continue
         kept.append(source.make_guard(GuardBuilder.ID_MATCH))
         if attachment:
             kept.append(AttrSource(source, ATTRIBUTE).make_guard(GuardBuilder.ID_MATCH))
         roots.add(root_of(source))
     install_guard(*kept)
-    _keep(kept)
+    if filtered:
+        _keep(kept, hooks)
     for root in roots:
         # an id-matched root makes Dynamo count its recompile limit per module instead of per function
         if isinstance(local(root), nn.Module):
@@ -74,11 +81,8 @@ def _key(guard: Guard) -> object:
     return guard.name, guard.create_fn  # Dynamo may have installed an equal one before
 
 
-def _keep(guards: Iterable[Guard]) -> None:
-    """Exempt guards from the filter of the compilation in progress, if it has one."""
-    hooks = variable_of_caller("_compile", "hooks", Hooks)
-    if hooks is None or hooks.guard_filter_fn is None:
-        return
+def _keep(guards: Iterable[Guard], hooks: Any) -> None:
+    """Exempt guards from the filter of the compilation in progress."""
     if not isinstance(hooks.guard_filter_fn, _Filter):
         hooks.guard_filter_fn = _Filter(hooks.guard_filter_fn)
     hooks.guard_filter_fn.kept |= set(map(_key, guards))

@@ -326,9 +326,15 @@ def detach(model: nn.Module) -> Plan | None:
     if found is not None:
         with torch.inference_mode(False):
             by_rows_(parameter for parameter in model.parameters() if id(parameter) in found.relaid)
+    marked = dict.fromkeys(known for known in map(attachment_of, model.parameters()) if known is not None)
     for parameter in model.parameters():
         if hasattr(parameter, ATTRIBUTE):
             delattr(parameter, ATTRIBUTE)
+    for other in marked:
+        # the plan of a model of which this is a part: its other weights say by their marks, too, that code for it is outdated
+        rest = [] if other.watch is None else [one for one in other.watch.parameters().values() if other.marks(one)]
+        if rest:
+            _mark_anew(other, rest)
     if isinstance(getattr(model, MODULE, None), Factors):
         delattr(model, MODULE)
     forget_invalid()

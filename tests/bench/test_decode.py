@@ -62,7 +62,7 @@ def test_a_random_plan_has_the_target_cost(tiny, budget, stacked):
     variant = Variant("rana", "rana", "default", budget, config=PlanConfig(stacked=stacked))
     with on_model(variant, model, layout, seed=1) as prepared, torch.no_grad():
         reference(variant, prepared, Decoder(model, batch=4, room=128), seed=0)
-        assert attached(model).plan is prepared.plan
+        assert attached(model).plan.digest() == prepared.plan.digest()
         assert prepared.plan.expected_budget("bytes") == pytest.approx(budget, abs=1e-6)
         assert prepared.measured.budget_bytes == pytest.approx(budget, abs=0.02)
         for adapter in prepared.plan.adapters:

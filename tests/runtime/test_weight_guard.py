@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._guards import Source
 
 import rana_fx
 from rana_fx._backend import rewritten
@@ -77,3 +80,43 @@ def test_each_weight_runs_by_its_own_adapter(planned):
     x = torch.randn(3, 16)
     for adapter, weight in zip(plan.adapters, (model.first.weight, model.second.weight), strict=True):
         torch.testing.assert_close(compiled(x, weight), x @ adapter.router.t() @ adapter.weight)
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_plan_for_a_part_outdates_the_code_of_the_whole(planned, graphs_as_rewritten, filtered, name):
+    """Also where the weight that is guarded alone under a filter is none of the part."""
+    model, _ = planned
+    twin = Part(copy.deepcopy(getattr(model, name)))
+    rana_fx.detach(twin)
+    other = rana_fx.adapt(twin, [torch.randn(200, 16)], budget=0.3, recipe="static", progress=False)
+    options = {"guard_filter_fn": FILTERS["no modules"]} if filtered else {}
+    x = torch.randn(3, 16)
+    compiled = torch.compile(model, backend=rana_fx.backend, options=options)
+    first = compiled(x)
+    rana_fx.attach(Part(getattr(model, name)), other)
+    count = len(graphs_as_rewritten)
+    got = compiled(x)
+    assert len(graphs_as_rewritten) == count + 1
+    torch.compiler.reset()
+    torch.testing.assert_close(got, torch.compile(model, backend=rana_fx.backend)(x))
+    assert not torch.allclose(got, first)
+
+
+def test_under_a_filter_one_weight_of_a_module_is_guarded(planned, monkeypatch):
+    model, _ = planned
+    seen = []
+    make = Source.make_guard
+
+    def made(source, kind):
+        seen.append(str(source.name() if callable(source.name) else source.name))
+        return make(source, kind)
+
+    monkeypatch.setattr(Source, "make_guard", made)
+    counts = []
+    for options in ({}, {"guard_filter_fn": FILTERS["no modules"]}):
+        torch.compiler.reset()
+        seen.clear()
+        torch.compile(model, backend=rewritten, options=options)(torch.randn(3, 16))
+        counts.append(sum(text.endswith("._rana_fx") for text in seen))
+    assert counts == [3, 1]
