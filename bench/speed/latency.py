@@ -192,6 +192,7 @@ def _one_by_engine(run: Run, variant: Variant, prepared: Prepared, batch: int, d
         decoder.decode(None, CHECK_CONTEXT, _WARM_CALLS)
         facts |= {
             "gate": None,
+            "predicted_ms": None,
             "conversion": run.files.conversion,
             "llama_cpp_python": decoder.engine.version,
             "prepare_seconds": made - began,

@@ -55,7 +55,9 @@ class Factors(LastPart):
         self.lowrank: LowRank | None = None
         owners_of = [[] if weights is None else [weights[base_name(site)] for site in adapter.sites] for adapter in plan.adapters]
         devices = [owners[0].device if owners else device for owners in owners_of]
-        huge = in_huge_pages(_on_cpu(plan, devices)) if copy else {}
+        on_cpu = [(index, adapter) for index, adapter in enumerate(plan.adapters) if devices[index].type == "cpu"]
+        found = {(index, key): value.data for index, adapter in on_cpu for key, value in adapter.tensors().items()}
+        huge = in_huge_pages(found) if copy else {}
         for index, (adapter, owners) in enumerate(zip(plan.adapters, owners_of, strict=True)):
             trained = any(owner.requires_grad for owner in owners) or not owners
             for key, value in adapter.tensors().items():
@@ -106,13 +108,6 @@ class Factors(LastPart):
         if owner is not None:
             # the model's other modules have been loaded: this one was added last
             _loaded(owner, with_factors=any(key.startswith(prefix) for key in state_dict))
-
-
-def _on_cpu(plan: Plan, devices: list[torch.device]) -> dict[tuple[int, str], Tensor]:
-    """Contiguous factors that belong on a CPU, by (index of the adapter, key)."""
-    found = {(index, key): value for index, adapter in enumerate(plan.adapters) for key, value in adapter.tensors().items()}
-    on_cpu = {name: value.data.cpu() for name, value in found.items() if devices[name[0]].type == "cpu"}
-    return {name: value for name, value in on_cpu.items() if value.is_contiguous()}
 
 
 class Attachment:

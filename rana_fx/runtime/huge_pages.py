@@ -1,6 +1,6 @@
 """Tensors on a CPU whose memory the kernel may back with huge pages.
 
-In: tensors on a CPU. Out: copies that lie one behind the other in one range of anonymous memory, each with a storage of its own,
+In: tensors. Out: copies on a CPU that lie one behind the other in one range of anonymous memory, each with a storage of its own,
 for which ``madvise(MADV_HUGEPAGE)`` was called before the first write.
 Why: a decoded token reads every kept row of every factor once. With pages of 4 KiB that is an address to translate for each few
 rows, in a virtual machine by two tables, and matrices of one or two MB are too small for huge pages of their own. Linux gives
@@ -23,11 +23,12 @@ LINE = 64  # bytes of a cache line, in which every copy starts
 
 
 def in_huge_pages(tensors: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
-    """Copies of contiguous CPU tensors, by the same names; shapes and dtypes stay, ``requires_grad`` does not.
+    """Copies of the contiguous ones, by the same names; shapes and dtypes stay, ``requires_grad`` does not.
 
     Empty where the system has no ``MADV_HUGEPAGE``, or where all of them are smaller than a huge page.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}
     sizes = {name: -(-tensor.nbytes // LINE) * LINE for name, tensor in tensors.items()}
     if advice is None or sum(sizes.values()) < HUGE:
         return {}
