@@ -14,9 +14,9 @@ import functools
 import importlib.metadata
 import numbers
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -28,11 +28,15 @@ from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.holdout import Holdout, Tee
 from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Layout, Unread
 from rana_fx.calibration.samples import Reservoir
+from rana_fx.calibration.withheld import Withheld
 from rana_fx.cost import METRICS, SCOPES
-from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, InvalidOption, UnknownChoice, UnknownMetric, UnknownRecipe
+from rana_fx.errors import AlreadyAdapted, InvalidOption, UnknownChoice, UnknownMetric, UnknownRecipe
+from rana_fx.measured_plans import Asked, asked_of, measured_plans
 from rana_fx.modules import trainable_tensors, unwrap
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.recipes import RECIPES, Problem, Recipe, needs_holdout
+from rana_fx.recipes.held_out_quality import held_out_quality
+from rana_fx.recipes.sharing import Solver, sharing
 from rana_fx.runtime.attachment import attach, attached
 from rana_fx.skips import Note, Skip, typed
 
@@ -40,17 +44,37 @@ _NAMED = 5  # modules that one note names
 IS_TABLE = "its weight is also the table of an embedding, which stays as it is"
 
 
+@overload
+def adapt(
+    model: nn.Module, batches: Iterable[Any], *, budgets: Sequence[float], metric: str = ..., recipe: str = ..., scope: str = ...,
+    held_out: Iterable[Any] | None = ..., progress: bool = ..., seed: int = ...,
+) -> list[Plan]: ...  # fmt: skip
+
+
+@overload
+def adapt(
+    model: nn.Module, batches: Iterable[Any], *, budget: float | None = ..., max_kl: float | None = ...,
+    max_loss: float | None = ..., max_ppl_increase: float | None = ..., metric: str = ..., recipe: str = ..., scope: str = ...,
+    held_out: Iterable[Any] | None = ..., progress: bool = ..., seed: int = ...,
+) -> Plan: ...  # fmt: skip
+
+
 def adapt(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    budget: float = 0.58,
+    budget: float | None = None,
+    budgets: Sequence[float] | None = None,
+    max_kl: float | None = None,
+    max_loss: float | None = None,
+    max_ppl_increase: float | None = None,
     metric: str = "flops",
     recipe: str = "rana",
     scope: str = "blocks",
+    held_out: Iterable[Any] | None = None,
     progress: bool = True,
     seed: int = 0,
-) -> Plan:
+) -> Plan | list[Plan]:
     """Calibrate a model on a few batches, distribute a budget over its linear layers, and attach the resulting plan.
 
     Args:
@@ -60,19 +84,32 @@ def adapt(
             ``model(*batch)``, anything else as ``model(batch)``. Tensors are moved to the model's device. Tokens whose
             ``*attention_mask`` is zero do not count. The paper uses 32,000 tokens; at most 32,000 are kept, a
             uniform sample of all tokens of the batches.
-        budget: expected cost per token of all linears that it counts, router included, over their dense cost, in (0, 1].
+        budget: expected cost per token of all linears that it counts, router included, over their dense cost, in (0, 1]. Default
+            0.58, where none of the next four is given; they exclude each other.
+        budgets: several of them: one calibration, a plan for each.
+        max_kl: instead of a budget, the cheapest plan whose mean KL divergence from the dense model stays below it, in nats per
+            token. The promise is the upper end of the 95 % confidence interval on held-out documents (rana_fx/targets.py).
+        max_loss: the same for the increase of the next-token loss, in nats per token (log of the ratio of perplexities).
+        max_ppl_increase: the same for the increase of the perplexity, exp(loss per token), in points, as tables of perplexities
+            give it: from 5.5 to 6.0 it is 0.5.
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
         recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
             published), or a baseline (docs/recipes.md).
         scope: which linears the budget counts: "blocks", those inside the blocks; "all", output heads and stems as well.
+        held_out: batches of other text, to measure plans of ``budgets`` and targets on; each row is taken for a document, so rows
+            of one document make the interval too narrow. Default: every fourth of ``batches``, at most some 16,000 tokens, which
+            calibration then does not see. Not used with ``budget``, which measures nothing.
         progress: whether to show progress bars on stderr.
         seed: of the token sample.
 
     Returns:
         The plan, attached to the model: compile with ``torch.compile(model, backend=rana_fx.backend)``. Code that
         torch.compile made earlier in this process is compiled again on its next call.
+        With ``budgets`` a list of plans in their order, none of them attached. Each is the plan of that ``budget`` alone (of the
+        same text: without ``held_out`` a part of it is withheld), and has all measurements in ``Plan.curve``.
 
     Raises:
+        BudgetOrTarget, TargetNotPositive, TargetUnreachable, TargetNotMeasurable, TooFewHeldOut (of targets).
         BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, UnknownChoice (``scope``), AlreadyAdapted, NoBatches,
         NoLinears, TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, WeightAbsent, InvalidOption (``batches`` is one
         batch).
@@ -81,16 +118,46 @@ def adapt(
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
         >>> fast = torch.compile(model, backend=rana_fx.backend)
     """
-    chosen = _check_options(budget, metric, recipe, scope)
+    asked = asked_of(budget, budgets, {"max_kl": max_kl, "max_loss": max_loss, "max_ppl_increase": max_ppl_increase})
+    chosen = _check_options(metric, recipe, scope)
     seed = _checked_seed(seed)
     model = unwrap(model)
     _check_not_adapted(model)
     with trainable_tensors(model):
-        calibration = calibrated(model, batches, chosen, scope=scope, seed=seed, progress=progress)
-        problem = calibration.problem(budget=float(budget), metric=metric, recipe=recipe, progress=progress)
-        plan = planned(calibration, problem, solved(problem, chosen))
-    attach(model, plan)
-    return plan
+        text = Withheld(batches, held_out) if asked.measured else batches
+        calibration = calibrated(model, text, chosen, scope=scope, seed=seed, progress=progress)
+
+        def plan_at(budget: float, solver: Solver = chosen) -> Plan:
+            problem = calibration.problem(budget=budget, metric=metric, recipe=recipe, progress=progress)
+            return planned(calibration, problem, solved(problem, solver))
+
+        if isinstance(text, Withheld):
+            plans = _measured(model, calibration, chosen, asked, text, plan_at, metric=metric, progress=progress)
+        else:
+            plans = [plan_at(asked.budgets[0])]
+    if asked.many:
+        return plans
+    attach(model, plans[0])
+    return plans[0]
+
+
+def _measured(
+    model: nn.Module,
+    calibration: CalibratedModel,
+    recipe: Recipe,
+    asked: Asked,
+    text: Withheld,
+    plan_at: Callable[[float, Solver], Plan],
+    *,
+    metric: str,
+    progress: bool,
+) -> list[Plan]:
+    """Plans with what they lose on the text that was withheld; what no budget changes is computed once."""
+    with sharing(recipe) as solver, held_out_quality(model, calibration.layout, text.batches()) as quality:
+        return measured_plans(
+            asked, lambda budget: plan_at(budget, solver), quality, model=calibration.model, recipe=recipe.name, metric=metric,
+            progress=progress,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +206,7 @@ def calibrated(
     return CalibratedModel(name, found.layout, found.samples, found.tokens, seed, holdout, scope=scope)
 
 
-def solved(problem: Problem, recipe: Recipe) -> tuple[Adapter, ...]:
+def solved(problem: Problem, recipe: Solver) -> tuple[Adapter, ...]:
     """The recipe's adapters. Raises BudgetUnreachable, TooFewTokens."""
     with torch.no_grad(), autocast_as(()):
         return tuple(recipe.solve(problem))
@@ -184,9 +251,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_options(budget: float, metric: str, recipe: str, scope: str) -> Recipe:
-    if not isinstance(budget, numbers.Real) or isinstance(budget, bool) or not 0 < budget <= 1:
-        raise BudgetOutOfRange(budget=budget)
+def _check_options(metric: str, recipe: str, scope: str) -> Recipe:
     if metric not in METRICS:
         raise UnknownMetric(kind="metric", got=metric, valid=", ".join(METRICS))
     if not isinstance(recipe, str) or recipe not in RECIPES:

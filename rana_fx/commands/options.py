@@ -36,6 +36,16 @@ Data = Annotated[
 PlanDir = Annotated[Path | None, typer.Option("--plan", help="Folder that `rana-fx adapt` wrote.")]
 Json = Annotated[Path | None, typer.Option("--json", callback=file, help="Also write the facts to this file.")]
 Budget = Annotated[float, typer.Option(help="Expected cost per token of the linear layers, over dense, in (0, 1].")]
+Budgets = Annotated[str | None, typer.Option(help="Several budgets, such as 0.3,0.5,0.7: one calibration, a plan for each.")]
+MaxKl = Annotated[
+    float | None, typer.Option("--max-kl", help="Instead of a budget: the cheapest plan whose KL stays below it, nats per token.")
+]
+MaxLoss = Annotated[
+    float | None, typer.Option("--max-loss", help="Instead of a budget: ... whose loss rises by less, nats per token.")
+]
+MaxPplIncrease = Annotated[
+    float | None, typer.Option("--max-ppl-increase", help="Instead of a budget: ... whose perplexity rises by less, in points.")
+]
 Metric = Annotated[str, typer.Option(help="What the budget counts: flops or bytes.")]
 Scope = Annotated[str, typer.Option(help="Linears that the budget counts: blocks, or all (output head and stem as well).")]
 Recipe = Annotated[str, typer.Option(help=f"How the budget is distributed over layers: {', '.join(RECIPES)}.")]

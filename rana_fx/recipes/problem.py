@@ -7,8 +7,9 @@ rows of any site's input. Adapters are made by ``rana_fx.recipes.builders``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from rana_fx.calibration.holdout import Holdout
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.errors import TooFewTokens
+from rana_fx.recipes.memory import Memory
 from rana_fx.skips import Note, Skip
+
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -31,6 +35,7 @@ class Problem:
         recipe: its name, for errors. progress: whether to show progress bars.
         skips: a recipe appends the sites that it leaves dense, each with the reason.
         holdout: the model and some batches, for recipes that simulate their choices; None for recipes that do not.
+        memory: what problems of other budgets computed; None: there are no others.
     """
 
     layout: Layout
@@ -41,6 +46,7 @@ class Problem:
     progress: bool = True
     skips: list[Skip | Note] = field(default_factory=list)
     holdout: Holdout | None = None
+    memory: Memory | None = None
 
     @property
     def limit(self) -> Budget:
@@ -50,6 +56,10 @@ class Problem:
     def note(self, text: str, site: str = "") -> None:
         """A remark on the whole plan, or on one adapted site; ``plan.notes()`` and ``explain`` report it."""
         self.skips.append(Note(site, text))
+
+    def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """``make()``, which does not depend on the budget: where there are several it is kept for the others."""
+        return make() if self.memory is None else self.memory.once(key, make)
 
     @property
     def rehearsal(self) -> Holdout | None:
