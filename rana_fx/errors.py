@@ -48,7 +48,7 @@ class BudgetUnreachable(RanaError, ValueError):
     )
 
 
-class BudgetOrTarget(RanaError, TypeError):
+class BudgetOrTarget(RanaError, ValueError):
     message = (
         "got {got} together: expected at most one of budget, budgets, max_kl, max_loss and max_ppl_increase. A target "
         "is searched for by itself: pass the one that matters, and no budget."

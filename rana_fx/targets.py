@@ -4,8 +4,8 @@ In: a function that makes and measures the plan of one budget. Out: the cheapest
 95 % interval, keeps the target, and all points that were measured.
 
 The search brackets the target between two budgets and interpolates the logarithm of the bound, which falls nearly linearly with
-the budget; it ends when the bracket is ``STEP`` wide. That more budget loses less is how the next budget is chosen, not what the
-result relies on: only measured plans are returned, and where a dearer plan lost more than the target, the plan has a note.
+the budget; it ends when the bracket is ``STEP`` wide. That more budget loses less decides which budget is tried next. The result
+is the cheapest of the plans that were measured; where a dearer one of these loses more than a cheaper one, it has a note.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ STEP = 0.01  # of the dense cost
 MOST = 14  # budgets
 _SLOPE = -8.0  # of the logarithm of a bound by the budget, while only one is known
 _FAR = 0.15  # the farthest that is extrapolated
+_NOTED = 0.02  # of the target: a rise of a bound with the cost that is no rounding
 _SMALLEST = 1e-3  # of the target: bounds below it, or not positive, count as so much
 
 Measure = Callable[[float], tuple[Plan, CurvePoint]]
@@ -45,7 +46,7 @@ def search(promise: Promise, measure: Measure, *, recipe: str, metric: str) -> P
     """The cheapest plan, with its curve; with a note where the cheapest that there is keeps the promise.
 
     Raises:
-        TargetUnreachable.
+        TargetUnreachable, BudgetUnreachable.
     """
     found = _Search(promise, metric)
     while (budget := found.next()) is not None:
@@ -69,7 +70,8 @@ class _Search:
     def __init__(self, promise: Promise, metric: str) -> None:
         self._promise, self._metric = promise, metric
         self._tried: list[_Tried] = []
-        self._floor, self._unreachable = LOWEST, 0
+        self._floor = LOWEST
+        self._unreachable: list[BudgetUnreachable] = []
         self._best: tuple[Plan, _Tried] | None = None
 
     def add(self, plan: Plan, point: CurvePoint) -> None:
@@ -79,28 +81,28 @@ class _Search:
         cost: float = getattr(point, self._metric)
         tried = _Tried(point.budget, point, interval.high, self._promise.kept(point), cost)
         self._tried.append(tried)
-        if tried.kept and (self._best is None or cost < self._best[1].cost):
+        if tried.kept and (self._best is None or (cost, tried.budget) < (self._best[1].cost, self._best[1].budget)):
             self._best = plan, tried
 
     def too_low(self, budget: float, error: BudgetUnreachable) -> None:
         """No plan costs so little."""
-        self._unreachable += 1
+        self._unreachable.append(error)
         lowest = float(str(error.facts["lowest"]))
         self._floor = max(self._floor, budget + STEP, lowest)
 
     def next(self) -> float | None:
         """The budget to try; None: the search is over."""
-        if len(self._tried) + self._unreachable >= MOST or self._floor > HIGHEST:
+        if len(self._tried) + len(self._unreachable) >= MOST or self._floor > HIGHEST:
             return None
         if not self._tried:
             return max(START, self._floor)
-        fails = [tried for tried in self._tried if not tried.kept]
-        if self._best is None:
+        kept, fails = ([tried for tried in self._tried if tried.kept == wanted] for wanted in (True, False))
+        if not kept:
             last = max(fails, key=lambda tried: tried.budget)
             if last.budget >= HIGHEST:
                 return None
             return self._beyond(last, min(last.budget + _FAR, HIGHEST), upwards=True)
-        best = self._best[1]
+        best = min(kept, key=lambda tried: tried.budget)
         below = [tried for tried in fails if tried.budget < best.budget]
         if not below:
             if best.budget <= self._floor + 1e-9:
@@ -126,7 +128,7 @@ class _Search:
         share = self._log(left) / max(1e-9, self._log(left) - self._log(right))
         aim = left.budget + min(1.0, max(0.0, share)) * width
         inside = sum(left.budget < tried.budget < right.budget for tried in self._tried)
-        if inside or len(self._tried) + self._unreachable >= MOST - 5:
+        if inside or len(self._tried) + len(self._unreachable) >= MOST - 5:
             return (left.budget + right.budget) / 2
         near_left, near_right = aim - left.budget < STEP, right.budget - aim < STEP
         aim += -0.6 * STEP if near_right and not near_left else 0.4 * STEP
@@ -137,7 +139,9 @@ class _Search:
         return math.log(max(tried.high / self._promise.limit, _SMALLEST))
 
     def result(self, recipe: str) -> Plan:
-        """Raises TargetUnreachable."""
+        """Raises TargetUnreachable; BudgetUnreachable where the recipe reaches no budget that saves anything."""
+        if not self._tried:
+            raise self._unreachable[-1]
         name, limit = self._promise.name, self._promise.limit
         if self._best is None:
             best = min(self._tried, key=lambda tried: tried.high)
@@ -151,11 +155,10 @@ class _Search:
         notes = []
         if all(tried.kept for tried in self._tried if tried.budget <= best.budget) and best.budget <= self._floor + STEP:
             notes.append(f"{name}={limit:g} is already kept by the cheapest plan that there is")
-        dearer = [tried.budget for tried in self._tried if not tried.kept and tried.cost > best.cost]
-        if dearer:
-            missed = ", ".join(f"{budget:.3f}" for budget in sorted(dearer))
+        ordered = sorted(self._tried, key=lambda tried: tried.cost)
+        if any(right.high > left.high + _NOTED * limit for left, right in zip(ordered, ordered[1:], strict=False)):
             notes.append(
-                f"{name} does not fall with every budget: plans at {missed} cost more and miss it; others may be cheaper"
+                f"{name} rises between two budgets (plan.curve): a plan that was not measured may be cheaper and keep it"
             )
         points = tuple(sorted((tried.point for tried in self._tried), key=lambda point: point.budget))
         return replace(plan, curve=Curve(points, self._promise), skips=(*plan.skips, *(Note("", text) for text in notes)))

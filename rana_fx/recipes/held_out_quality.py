@@ -133,7 +133,7 @@ class _Sums:
         self.has_logits = True
         ids_BT = _ids(batch)
         logits, reference, real_BT = _by_document(logits, reference, model.mask(logits), ids_BT)
-        has_next = ids_BT is not None and real_BT.shape == ids_BT.shape and real_BT.shape[1] > 1
+        has_next = ids_BT is not None and real_BT.shape == ids_BT.shape
         for document, real_T in enumerate(real_BT):
             if not bool(real_T.any()):
                 continue
