@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from rana_fx import notices
 from rana_fx.dense_memory import free_
-from rana_fx.errors import InvalidOption, NoPlan
+from rana_fx.errors import InvalidOption, NoPlan, one_of
 from rana_fx.graph.fake_values import mode_of
 from rana_fx.graph.graph_pass import Outdated
 from rana_fx.graph.guards import guard_weights
@@ -112,7 +112,7 @@ def _own_options(given: dict[str, Any], plan: Plan | None) -> tuple[str, bool]:
     """The values of ("prefill", "strict"), removed from the options. Raises InvalidOption."""
     prefill = given.pop("prefill", "masked")
     if prefill not in MODES:
-        raise InvalidOption(name="prefill", got=prefill, expected=f"one of {', '.join(MODES)}")
+        raise InvalidOption(name="prefill", got=prefill, expected=one_of(prefill, MODES))
     if prefill == "factors" and (plan is not None or torch.is_grad_enabled()):
         expected = "a plan that is attached to the model" if plan is not None else "torch.no_grad() around the call"
         raise InvalidOption(name="prefill", got=prefill, expected=f"{expected}, since it frees weights irreversibly")

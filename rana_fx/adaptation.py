@@ -14,7 +14,8 @@ import functools
 import importlib.metadata
 import numbers
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -22,40 +23,49 @@ import torch
 from torch import nn
 
 from rana_fx.adapter import Adapter
+from rana_fx.asked import Asked, asked_of
 from rana_fx.calibration.autocast import autocast_as
 from rana_fx.calibration.batches import check_batches
-from rana_fx.calibration.calibrate import calibrate
+from rana_fx.calibration.calibrate import CALIBRATE, calibrate
 from rana_fx.calibration.holdout import Holdout, Tee
 from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Layout, Unread
 from rana_fx.calibration.samples import Reservoir
+from rana_fx.calibration.selection import Patterns, Selection
 from rana_fx.calibration.withheld import Withheld
 from rana_fx.cost import METRICS, SCOPES
-from rana_fx.errors import AlreadyAdapted, InvalidOption, UnknownChoice, UnknownMetric, UnknownRecipe
-from rana_fx.measured_plans import Asked, asked_of, measured_plans
-from rana_fx.modules import trainable_tensors, unwrap
+from rana_fx.errors import AlreadyAdapted, InvalidOption, UnknownChoice, UnknownMetric
+from rana_fx.measured_plans import PLANS, SEARCHED, measured_plans
+from rana_fx.modules import trainable_tensors, unwrap, weights_of
 from rana_fx.plan import Plan, SiteRecord, weight_digest
-from rana_fx.recipes import RECIPES, Problem, Recipe, needs_holdout
+from rana_fx.progress import Callback, Progress, following
+from rana_fx.recipes import Problem, Recipe, needs_holdout, recipe_of, title_of
 from rana_fx.recipes.held_out_quality import held_out_quality
+from rana_fx.recipes.selected import in_budgets_of_all, selected
 from rana_fx.recipes.sharing import Solver, sharing
 from rana_fx.runtime.attachment import attach, attached
 from rana_fx.skips import Note, Skip, typed
 
+_SOLVE, _PLAN = "solve", "plan"  # stages
+# of the time of ``adapt``: between those of a small model on two cores and of a large one on a GPU (bench.adapt_scale)
+_CALIBRATING, _SOLVING, _PLANNING = 0.2, 0.7, 0.1
 _NAMED = 5  # modules that one note names
 IS_TABLE = "its weight is also the table of an embedding, which stays as it is"
 
 
 @overload
 def adapt(
-    model: nn.Module, batches: Iterable[Any], *, budgets: Sequence[float], metric: str = ..., recipe: str = ..., scope: str = ...,
-    held_out: Iterable[Any] | None = ..., progress: bool = ..., seed: int = ...,
+    model: nn.Module, batches: Iterable[Any], *, budgets: Sequence[float], metric: str = ..., recipe: str | Recipe = ...,
+    scope: str = ..., skip: Patterns = ..., only: Patterns = ..., held_out: Iterable[Any] | None = ...,
+    progress: bool | Callback = ..., seed: int = ...,
 ) -> list[Plan]: ...  # fmt: skip
 
 
 @overload
 def adapt(
     model: nn.Module, batches: Iterable[Any], *, budget: float | None = ..., max_kl: float | None = ...,
-    max_loss: float | None = ..., max_ppl_increase: float | None = ..., metric: str = ..., recipe: str = ..., scope: str = ...,
-    held_out: Iterable[Any] | None = ..., progress: bool = ..., seed: int = ...,
+    max_loss: float | None = ..., max_ppl_increase: float | None = ..., metric: str = ..., recipe: str | Recipe = ...,
+    scope: str = ..., skip: Patterns = ..., only: Patterns = ..., held_out: Iterable[Any] | None = ...,
+    progress: bool | Callback = ..., seed: int = ...,
 ) -> Plan: ...  # fmt: skip
 
 
@@ -69,10 +79,12 @@ def adapt(
     max_loss: float | None = None,
     max_ppl_increase: float | None = None,
     metric: str = "flops",
-    recipe: str = "rana",
+    recipe: str | Recipe = "rana",
     scope: str = "blocks",
+    skip: Patterns = (),
+    only: Patterns = (),
     held_out: Iterable[Any] | None = None,
-    progress: bool = True,
+    progress: bool | Callback = True,
     seed: int = 0,
 ) -> Plan | list[Plan]:
     """Calibrate a model on a few batches, distribute a budget over its linear layers, and attach the resulting plan.
@@ -94,12 +106,16 @@ def adapt(
             give it: from 5.5 to 6.0 it is 0.5.
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
         recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
-            published), or a baseline (docs/recipes.md).
+            published), or a baseline (docs/recipes.md). Or a recipe with options of its own:
+            ``rana_fx.recipes.Rana(shared=False)``.
         scope: which linears the budget counts: "blocks", those inside the blocks; "all", output heads and stems as well.
+        skip: linears that stay dense: a pattern of names of weights or of modules around them, or several ("*.down_proj",
+            "model.layers.0"). only: if given, all linears stay dense that match none of these. The budget counts them, as dense.
         held_out: batches of other text, to measure plans of ``budgets`` and targets on; each row is taken for a document, so rows
             of one document make the interval too narrow. Default: every fourth of ``batches``, at most some 16,000 tokens, which
             calibration then does not see. Not used with ``budget``, which measures nothing.
-        progress: whether to show progress bars on stderr.
+        progress: True draws a bar on stderr, with an estimate of the time left; False is silent. A function is called with a
+            ``rana_fx.progress.Step`` at each step instead. The stages are logged to "rana_fx.progress" in any case.
         seed: of the token sample.
 
     Returns:
@@ -110,35 +126,38 @@ def adapt(
 
     Raises:
         BudgetOrTarget, TargetNotPositive, TargetUnreachable, TargetNotMeasurable, TooFewHeldOut (of targets).
-        BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, UnknownChoice (``scope``), AlreadyAdapted, NoBatches,
-        NoLinears, TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, WeightAbsent, InvalidOption (``batches`` is one
-        batch).
+        BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, UnknownChoice (``scope``), NoSuchLinear (a pattern that
+        matches nothing), AlreadyAdapted, NoBatches, NoLinears, TooFewTokens, NonFinite, TraceFailed, CompilationDisabled,
+        WeightAbsent, InvalidOption (``batches`` is one batch).
 
     Example:
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
         >>> fast = torch.compile(model, backend=rana_fx.backend)
     """
     asked = asked_of(budget, budgets, {"max_kl": max_kl, "max_loss": max_loss, "max_ppl_increase": max_ppl_increase})
-    chosen = _check_options(metric, recipe, scope)
+    chosen = _check_options(metric, recipe, scope, progress)
     seed = _checked_seed(seed)
     model = unwrap(model)
+    selection = Selection.of(skip, only)
+    named = {name: weight for name, weight in weights_of(model).items() if not nn.parameter.is_lazy(weight)}
+    selection.check([name for name, weight in named.items() if weight.dim() >= 2], type(model).__name__)
     _check_not_adapted(model)
-    with trainable_tensors(model):
-        text = Withheld(batches, held_out) if asked.measured else batches
-        calibration = calibrated(model, text, chosen, scope=scope, seed=seed, progress=progress)
-
-        def plan_at(budget: float, solver: Solver = chosen) -> Plan:
-            problem = calibration.problem(budget=budget, metric=metric, recipe=recipe, progress=progress)
-            return planned(calibration, problem, solved(problem, solver))
-
-        if isinstance(text, Withheld):
-            plans = _measured(model, calibration, chosen, asked, text, plan_at, metric=metric, progress=progress)
-        else:
-            plans = [plan_at(asked.budgets[0])]
-    if asked.many:
-        return plans
-    attach(model, plans[0])
-    return plans[0]
+    with following(progress, title="adapt", shares=_shares(chosen, asked)) as steps:
+        with trainable_tensors(model):
+            text = Withheld(batches, held_out) if asked.measured else batches
+            calibration = calibrated(model, text, chosen, scope=scope, seed=seed, progress=steps, selection=selection)
+            problem_at = functools.partial(calibration.problem, metric=metric, recipe=title_of(chosen), progress=steps)
+            if isinstance(text, Withheld):
+                plans = _measured(model, calibration, chosen, asked, text.batches(), problem_at)
+            else:
+                problem = problem_at(budget=asked.budgets[0])
+                adapters = solved(problem, chosen)
+        if asked.many:
+            return plans
+        with steps.stage(_PLAN):
+            plan = plans[0] if asked.measured else planned(calibration, problem, adapters)
+            attach(model, plan)
+    return plan
 
 
 def _measured(
@@ -146,18 +165,18 @@ def _measured(
     calibration: CalibratedModel,
     recipe: Recipe,
     asked: Asked,
-    text: Withheld,
-    plan_at: Callable[[float, Solver], Plan],
-    *,
-    metric: str,
-    progress: bool,
+    held_out: Sequence[Any],
+    problem_at: functools.partial[Problem],
 ) -> list[Plan]:
-    """Plans with what they lose on the text that was withheld; what no budget changes is computed once."""
-    with sharing(recipe) as solver, held_out_quality(model, calibration.layout, text.batches()) as quality:
-        return measured_plans(
-            asked, lambda budget: plan_at(budget, solver), quality, model=calibration.model, recipe=recipe.name, metric=metric,
-            progress=progress,
-        )  # fmt: skip
+    """Plans with what they lose on held-out batches; what no budget changes is computed once."""
+    metric, title, steps = (problem_at.keywords[name] for name in ("metric", "recipe", "progress"))
+
+    def plan_at(budget: float) -> Plan:
+        problem = problem_at(budget=budget)
+        return planned(calibration, problem, solved(problem, solver))
+
+    with sharing(recipe) as solver, held_out_quality(model, calibration.layout, held_out) as quality:
+        return measured_plans(asked, plan_at, quality, model=calibration.model, recipe=title, metric=metric, steps=steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +188,7 @@ class CalibratedModel:
         samples: by the sites of a group, rows of the tensor that the group reads.
         holdout: batches to run the model on again, for recipes that simulate their adapters.
         hashed: False to leave digests of weights out of the records of plans that will not be loaded.
-        scope: which linears the budget counts (``cost.SCOPES``), as in the layout.
+        scope: which linears the budget counts (``cost.SCOPES``), as in the layout. selection: those that a recipe may adapt.
     """
 
     model: str
@@ -180,10 +199,16 @@ class CalibratedModel:
     holdout: Holdout | None = None
     hashed: bool = True
     scope: str = "blocks"
+    selection: Selection = Selection()
 
-    def problem(self, *, budget: float, metric: str, recipe: str, progress: bool = False) -> Problem:
-        """The input of a recipe: this calibration with one budget."""
-        return Problem(self.layout, self.samples, budget, metric, recipe, progress, holdout=self.holdout)
+    def problem(self, *, budget: float, metric: str, recipe: str, progress: bool | Progress = False) -> Problem:
+        """The input of a recipe: this calibration with one budget.
+
+        Raises:
+            BudgetUnreachable: the linears that the selection leaves dense cost more than the budget.
+        """
+        problem = Problem(self.layout, self.samples, budget, metric, recipe, progress, holdout=self.holdout)
+        return selected(problem, self.selection) if self.selection else problem
 
     @functools.cached_property
     def sites(self) -> tuple[SiteRecord, ...]:
@@ -192,23 +217,37 @@ class CalibratedModel:
 
 
 def calibrated(
-    model: nn.Module, batches: Iterable[Any], recipe: Recipe, *, scope: str = "blocks", seed: int = 0, progress: bool = False
+    model: nn.Module,
+    batches: Iterable[Any],
+    recipe: Recipe,
+    *,
+    scope: str = "blocks",
+    seed: int = 0,
+    progress: bool | Progress = False,
+    selection: Selection = Selection(),  # noqa: B008 - frozen
 ) -> CalibratedModel:
-    """Run the model on ``batches`` and sample the tensors that ``recipe.wants`` selects.
+    """Run the model on ``batches`` and sample the tensors that ``recipe.wants`` selects, of linears that it may adapt.
 
     Raises:
-        NoBatches, NoLinears, NonFinite, TraceFailed, InvalidOption.
+        NoBatches, NoLinears, NonFinite, TraceFailed, InvalidOption, NoSuchLinear.
     """
+
+    def wanted(layout: Layout) -> Collection[tuple[str, ...]]:
+        return recipe.wants(selection.applied(layout))
+
     tee = Tee(check_batches(batches)) if needs_holdout(recipe) else None
-    found = calibrate(model, tee or batches, wanted=recipe.wants, scope=scope, seed=seed, progress=progress)
+    found = calibrate(model, batches if tee is None else tee, wanted=wanted, scope=scope, seed=seed, progress=progress)
     holdout = None if tee is None else tee.holdout(model)
     name = type(unwrap(model)).__name__
-    return CalibratedModel(name, found.layout, found.samples, found.tokens, seed, holdout, scope=scope)
+    selection.check([site.name for site in found.layout.sites.values() if site.counted], name)
+    return CalibratedModel(name, found.layout, found.samples, found.tokens, seed, holdout, scope=scope, selection=selection)
 
 
 def solved(problem: Problem, recipe: Solver) -> tuple[Adapter, ...]:
     """The recipe's adapters. Raises BudgetUnreachable, TooFewTokens."""
-    with torch.no_grad(), autocast_as(()):
+    # a recipe with stages of its own names them
+    stage = nullcontext() if hasattr(recipe, "shares") else problem.steps.stage(_SOLVE)
+    with torch.no_grad(), autocast_as(()), stage, in_budgets_of_all(problem):
         return tuple(recipe.solve(problem))
 
 
@@ -217,7 +256,7 @@ def planned(calibration: CalibratedModel, problem: Problem, adapters: Sequence[A
     return Plan(
         recipe=problem.recipe,
         metric=problem.metric,
-        budget=problem.budget,
+        budget=problem.budget if problem.asked is None else problem.asked,
         seed=calibration.seed,
         tokens=calibration.tokens,
         model=calibration.model,
@@ -251,14 +290,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_options(metric: str, recipe: str, scope: str) -> Recipe:
+def _shares(recipe: Recipe, asked: Asked) -> dict[str, float]:
+    """Expected shares of the time of ``adapt`` by stage, in order."""
+    inside: Mapping[str, float] = getattr(recipe, "shares", {_SOLVE: 1.0})
+    if asked.measured:
+        once = getattr(recipe, "once", ())
+        each = sum(share for name, share in inside.items() if name not in once)
+        inside = {name: inside[name] for name in once} | {PLANS: each * (len(asked.budgets) or SEARCHED)}
+    shares = {CALIBRATE: _CALIBRATING} | {name: share * _SOLVING for name, share in inside.items()}
+    return shares if asked.many else shares | {_PLAN: _PLANNING}
+
+
+def _check_options(metric: str, recipe: object, scope: str, progress: object) -> Recipe:
     if metric not in METRICS:
         raise UnknownMetric(kind="metric", got=metric, valid=", ".join(METRICS))
-    if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise UnknownRecipe(kind="recipe", got=recipe, valid=", ".join(RECIPES))
+    if not isinstance(progress, bool) and not callable(progress):
+        raise InvalidOption(name="progress", got=progress, expected="True, False or a function of a rana_fx.progress.Step")
     if scope not in SCOPES:
         raise UnknownChoice(kind="scope", got=scope, valid=", ".join(SCOPES))
-    return RECIPES[recipe]
+    return recipe_of(recipe)
 
 
 def _checked_seed(seed: object) -> int:

@@ -66,7 +66,6 @@ app = typer.Typer(
     cls=_Group,
     help="Adaptive rank allocation for any Transformer that torch.compile can trace.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

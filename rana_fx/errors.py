@@ -6,6 +6,8 @@ expected and what to do; the named facts stay on the exception as ``error.facts`
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -21,6 +23,18 @@ class RanaError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # keyword-only construction: the default pickling of exceptions would call cls(message)
         return (_rebuild, (type(self), self.facts))
+
+
+def nearest(got: object, valid: Iterable[str]) -> str | None:
+    """The name among the valid ones that was probably meant; None where none is like it."""
+    return next(iter(difflib.get_close_matches(str(got), list(valid), n=1)), None)
+
+
+def one_of(got: object, valid: Iterable[str]) -> str:
+    """What ``InvalidOption`` expects where there are few names: "one of static, dynamic (did you mean static?)"."""
+    names = list(valid)
+    near = nearest(got, names)
+    return f"one of {', '.join(names)}" + (f" (did you mean {near}?)" if near else "")
 
 
 class RanaWarning(UserWarning):
@@ -39,6 +53,12 @@ class BudgetOutOfRange(RanaError, ValueError):
         "budget={budget!r} is outside (0, 1]. It is the expected cost per token of the linear layers inside the "
         "blocks as a fraction of the dense cost: pass a number such as 0.58."
     )
+
+    def __init__(self, **facts: object) -> None:
+        super().__init__(**facts)
+        budget = facts["budget"]
+        if isinstance(budget, (int, float)) and not isinstance(budget, bool) and 1 < budget <= 100:  # meant as percent
+            self.args = (f"{self.args[0]} Did you mean {budget / 100:g}?",)
 
 
 class BudgetUnreachable(RanaError, ValueError):
@@ -87,6 +107,12 @@ class TooFewHeldOut(RanaError, ValueError):
 class UnknownChoice(RanaError, ValueError):
     message = "{kind}={got!r} is not known. Pick one of: {valid}."
 
+    def __init__(self, **facts: object) -> None:
+        super().__init__(**facts)
+        near = nearest(facts["got"], str(facts["valid"]).split(", "))
+        if near is not None:
+            self.args = (f"{self.args[0]} Did you mean {near!r}?",)
+
 
 class UnknownRecipe(UnknownChoice):
     pass
@@ -98,6 +124,13 @@ class UnknownMetric(UnknownChoice):
 
 class InvalidOption(RanaError, ValueError):
     message = "option {name}={got!r} is not valid: expected {expected}."
+
+
+class NoSuchLinear(RanaError, ValueError):
+    message = (
+        "{option}={pattern!r} matches no linear of {model}: {near} Expected a pattern (*, ?, [abc]) of names of weights or of "
+        "modules around them; rana_fx.explain(model, batch) lists them."
+    )
 
 
 # ---- calibration

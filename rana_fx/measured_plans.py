@@ -6,58 +6,21 @@ budget, or the one that a target is searched for, with ``Plan.curve``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from numbers import Real
+from collections.abc import Callable
+from dataclasses import replace
 
-from tqdm.auto import tqdm
-
+from rana_fx.asked import Asked
 from rana_fx.curve import Curve, CurvePoint, Promise
-from rana_fx.errors import BudgetOrTarget, BudgetOutOfRange, InvalidOption, TargetNotMeasurable, TooFewHeldOut
+from rana_fx.errors import TargetNotMeasurable, TooFewHeldOut
 from rana_fx.plan import Plan
+from rana_fx.progress import Progress
 from rana_fx.recipes.held_out_quality import HeldOutQuality
 from rana_fx.recipes.intervals import LEAST
 from rana_fx.skips import Note
-from rana_fx.targets import promise_of, search
+from rana_fx.targets import search
 
-DEFAULT_BUDGET = 0.58
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One budget, several (``many``), or none where a promise is to be kept."""
-
-    budgets: tuple[float, ...]
-    many: bool = False
-    promise: Promise | None = None
-
-    @property
-    def measured(self) -> bool:
-        """Whether plans are measured on held-out documents."""
-        return self.many or self.promise is not None
-
-
-def asked_of(budget: float | None, budgets: Sequence[float] | None, targets: Mapping[str, float | None]) -> Asked:
-    """From the arguments of ``adapt``. Raises BudgetOrTarget, BudgetOutOfRange, InvalidOption, TargetNotPositive."""
-    given = {"budget": budget, "budgets": budgets, **targets}
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) > 1:
-        raise BudgetOrTarget(got=", ".join(f"{name}={value!r}" for name, value in given.items()))
-    named = {name: value for name, value in targets.items() if value is not None}
-    if named:
-        return Asked((), promise=promise_of(named))
-    if budgets is None:
-        return Asked((_checked(DEFAULT_BUDGET if budget is None else budget),))
-    several = tuple(budgets) if isinstance(budgets, Iterable) and not isinstance(budgets, str) else ()
-    if not several or len(set(several)) < len(several):
-        raise InvalidOption(name="budgets", got=budgets, expected="a list of different budgets, such as [0.3, 0.5, 0.7]")
-    return Asked(tuple(map(_checked, several)), many=True)
-
-
-def _checked(budget: object) -> float:
-    if not isinstance(budget, Real) or isinstance(budget, bool) or not 0 < float(budget) <= 1:
-        raise BudgetOutOfRange(budget=budget)
-    return float(budget)
+PLANS = "plans"  # the name of this stage
+SEARCHED = 6  # budgets that a search makes plans of, about
 
 
 def measured_plans(
@@ -68,26 +31,25 @@ def measured_plans(
     model: str,
     recipe: str,
     metric: str,
-    progress: bool,
+    steps: Progress,
 ) -> list[Plan]:
-    """The plans that were asked for, in order.
+    """The plans that were asked for, in order; each that is made and measured is a step of the stage "plans".
 
     Raises:
         TargetUnreachable, TargetNotMeasurable, TooFewHeldOut, and what ``plan_at`` raises.
     """
-    total = len(asked.budgets) if asked.promise is None else None
-    with tqdm(total=total, desc="plans" if asked.promise is None else "search", unit="plan", disable=not progress) as bar:
 
-        def measure(budget: float) -> tuple[Plan, CurvePoint]:
-            bar.set_postfix_str(f"budget {budget:.3f}")
-            plan = plan_at(budget)
-            point = _point(plan, quality)
-            bar.update()
-            return plan, point
+    def measure(budget: float) -> tuple[Plan, CurvePoint]:
+        plan = plan_at(budget)
+        point = _point(plan, quality)
+        steps.advance()
+        return plan, point
 
+    with steps.stage(PLANS):
         if asked.promise is not None:
             _check_measurable(asked.promise, quality, model)
             return [search(asked.promise, measure, recipe=recipe, metric=metric)]
+        steps.expect(len(asked.budgets))
         pairs = [measure(budget) for budget in asked.budgets]
     curve = Curve(tuple(sorted((point for _, point in pairs), key=lambda point: point.budget)))
     notes = []

@@ -30,7 +30,7 @@ from rana_fx.cost import METRICS as METRICS
 from rana_fx.cost import SCOPES as SCOPES
 from rana_fx.cost import Cost, Kept
 from rana_fx.curve import Curve
-from rana_fx.errors import BadOperand, PlanFileError, PlanVersion
+from rana_fx.errors import BadOperand, InvalidOption, PlanFileError, PlanVersion
 from rana_fx.skips import Note, Skip, entry, stored
 
 
@@ -101,6 +101,27 @@ class Plan:
         facts = f"recipe={self.recipe!r}, budget={self.budget:g}, metric={self.metric!r}, model={self.model!r}"
         counts = f"{len(self.adapters)} adapters, {len(self.left)} not adapted, {len(self.sites)} linears"
         return f"Plan({facts}, {counts}, digest {self.digest()[:12]})"
+
+    def __str__(self) -> str:
+        """About ten lines of at most 80 columns: cost by role, what stays dense, remarks."""
+        roles = {site.name: site.role for site in self.sites}
+        lines = [
+            f"plan {self.digest()[:12]} for {self.model}: recipe {self.recipe}, budget {self.budget:g} in {self.metric}",
+            f"  expected cost per token over dense: flops {self.expected_budget('flops'):.3f}, "
+            f"bytes {self.expected_budget('bytes'):.3f}" + (", output head included" if self.scope == "all" else ""),
+            *summary.by_role_alone(self.adapters, roles, self.metric),
+            f"  {len(self.left)} not adapted, of {len(self.sites)} linears found",
+            *summary.remarks_in_short(self.skips, most=1),
+        ]
+        return "\n".join(map(summary.shortened, lines))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most of the weights that it was made for, such as "bfloat16"; "" where it has no linear."""
+        sizes: dict[str, int] = {}
+        for site in self.sites:
+            sizes[site.dtype] = sizes.get(site.dtype, 0) + site.out_features * site.in_features
+        return max(sizes, key=lambda name: sizes[name], default="")
 
     @property
     def dense_cost(self) -> Cost:
@@ -225,6 +246,15 @@ def load_plan(path: str | Path) -> Plan:
         raise
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise PlanFileError(path=folder, reason=str(error)) from error
+
+
+def as_plan(given: Plan | str | Path) -> Plan:
+    """The plan itself, or the one in the folder of that name. Raises InvalidOption, PlanFileError, PlanVersion."""
+    if isinstance(given, Plan):
+        return given
+    if isinstance(given, (str, Path)):
+        return load_plan(given)
+    raise InvalidOption(name="plan", got=given, expected="a rana_fx.Plan, or the folder of a saved one")
 
 
 def _checked(folder: Path, found: plan_io.Stored) -> Plan:

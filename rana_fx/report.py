@@ -1,6 +1,6 @@
 """``explain``: every linear of a model, what happens to it, and why.
 
-In: a model (with or without a plan) and one example batch. Out: a ``Report``, which prints as a table and converts to JSON.
+In: a model (with or without a plan) and one example batch. Out: a ``Report``, which prints as a summary and converts to JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rana_fx import report_rows
 from rana_fx.calibration.calibrate import calibrate
 from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Site, Unread
 from rana_fx.calibration.probe import Probe, probing
@@ -19,25 +20,11 @@ from rana_fx.graph.operands import base_name
 from rana_fx.modules import unwrap
 from rana_fx.passes.runner import run
 from rana_fx.plan import Plan
+from rana_fx.report_rows import Row as Row
 from rana_fx.runtime.attachment import attached
 from rana_fx.runtime.prefill import MODES, costs_more, memory_of, tokens_masked
 from rana_fx.step_time import StepTime, expected, step_time
 from rana_fx.summary import details
-
-
-@dataclass(frozen=True)
-class Row:
-    """One weight. ``action``: an adapter's kind ("rank", ...), "dense" or "skipped"; costs over the dense layer's."""
-
-    site: str
-    role: str
-    op: str
-    shape: tuple[int, ...]
-    action: str
-    detail: str
-    flops: float
-    bytes: float
-    error: float | None
 
 
 @dataclass(frozen=True)
@@ -69,22 +56,31 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.model}: {self.sites} linears in {self.groups} groups, {self.blocks} MLP blocks, {self.graphs} graph(s); "
-            + (f"plan {self.plan}, expected flops {self.expected_flops:.3f}" if self.plan else "no plan attached")
-            + (", output head included" if self.scope == "all" else "")
-        ]
+        """By role and by layers, what is left dense, and the first remarks: at most 36 lines of 80 columns."""
+        return "\n".join(self.lines())
+
+    def lines(self, *, layers: bool = False) -> list[str]:
+        """The report as text. layers: a line for each linear, and all remarks, instead of the summary."""
+        head = f"{self.model}: {self.sites} linears in {self.groups} groups, {self.blocks} MLP blocks, {self.graphs} graph(s); "
+        head += f"plan {self.plan}, expected flops {self.expected_flops:.3f}" if self.plan else "no plan attached"
+        lines = report_rows.wrapped(head + (", output head included" if self.scope == "all" else ""))
         if self.memory:
             sizes = ", ".join(f"{name} {count / 1e6:.1f} MB" for name, count in self.memory.items())
-            lines.append(f"  linears in memory: {sizes}")
+            lines += report_rows.wrapped(f"  linears in memory: {sizes}")
         if self.step is not None:
-            lines.append(f"  {expected(self.step)}")
-        lines += [f"  note: {text}" for text in self.notes]
-        width = max((len(row.site) for row in self.rows), default=0)
-        for row in self.rows:
-            shape = "x".join(map(str, row.shape))
-            lines.append(f"  {row.site:{width}}  {row.role:13}  {shape:>12}  {row.action:7}  {row.flops:6.3f}  {row.detail}")
-        return "\n".join(lines)
+            lines += report_rows.wrapped(f"  {expected(self.step)}")
+        if layers:
+            return [*lines, *(f"  note: {text}" for text in self.notes), *report_rows.every_row(self.rows)]
+        few = [(row.site, text) for row in self.rows for text in row.detail.split("; ")]
+        return [
+            *lines,
+            *report_rows.by_role(self.rows),
+            *report_rows.by_layers(self.rows, "flops"),
+            *report_rows.kernels(self.rows),
+            *report_rows.left_dense(self.rows),
+            *report_rows.too_few_tokens(few),
+            *report_rows.counted_remarks(self.notes),
+        ]
 
 
 def explain(model: nn.Module, example_inputs: Any) -> Report:
@@ -99,7 +95,8 @@ def explain(model: nn.Module, example_inputs: Any) -> Report:
 
     Returns:
         A ``Report``: a row for each linear with its role, shape, action, cost over dense and the reason; and the bytes of linears
-        and factors for each mode of the option "prefill". ``print(report)`` shows a table, ``report.to_dict()`` is JSON-able.
+        and factors for each mode of the option "prefill". ``print(report)`` shows a summary by role and by layers,
+        ``report.lines(layers=True)`` has a line for each linear, ``report.to_dict()`` is JSON-able.
 
     Raises:
         NoLinears: the traced graphs contain no linear inside a block.
@@ -197,7 +194,8 @@ def _row(site: Site, plan: Plan | None, by_rows: str | None) -> Row:
         detail += ", more FLOPs than dense during prefill"
     detail += "".join(f"; {text}" for text in plan.notes(site.name))
     flops, read = adapter.flops / adapter.dense_flops, adapter.bytes / adapter.dense_bytes
-    return Row(site.name, site.role, site.op, shape, adapter.kind, detail, flops, read, adapter.error)
+    masked = 0 if by_rows is not None else most
+    return Row(site.name, site.role, site.op, shape, adapter.kind, detail, flops, read, adapter.error, masked)
 
 
 def _reason(site: Site, plan: Plan | None) -> str:

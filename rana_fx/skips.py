@@ -8,6 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MARK = "*"
+TOO_FEW = "too few for"  # in the text of every entry that says so of tokens
+
+
+def is_too_few(text: str) -> bool:
+    """Whether a text says that a linear saw too few tokens."""
+    return TOO_FEW in text
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,13 @@ is the cheapest of the plans that were measured; where a dearer one of these los
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Real
 
 from rana_fx.curve import Curve, CurvePoint, Promise
-from rana_fx.errors import BudgetUnreachable, TargetNotPositive, TargetUnreachable
+from rana_fx.errors import BudgetUnreachable, TargetUnreachable
 from rana_fx.plan import Plan
 from rana_fx.skips import Note
-
-EXAMPLES = {"max_kl": 0.02, "max_loss": 0.05, "max_ppl_increase": 0.5}
 
 START = 0.58
 LOWEST, HIGHEST = 0.05, 0.95  # with more there is nothing to gain
@@ -32,14 +29,6 @@ _NOTED = 0.02  # of the target: a rise of a bound with the cost that is no round
 _SMALLEST = 1e-3  # of the target: bounds below it, or not positive, count as so much
 
 Measure = Callable[[float], tuple[Plan, CurvePoint]]
-
-
-def promise_of(targets: Mapping[str, object]) -> Promise:
-    """The promise that one argument of ``adapt`` asks for. Raises TargetNotPositive."""
-    ((name, limit),) = targets.items()
-    if not isinstance(limit, Real) or isinstance(limit, bool) or not 0 < float(limit) < math.inf:
-        raise TargetNotPositive(name=name, got=limit, example=EXAMPLES[name])
-    return Promise(name, float(limit))
 
 
 def search(promise: Promise, measure: Measure, *, recipe: str, metric: str) -> Plan:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm.auto import tqdm
 
 from rana_fx.calibration.batches import check_batches, failing_part, real_rows
 from rana_fx.calibration.forward_passes import ForwardPasses
@@ -32,7 +31,9 @@ from rana_fx.graph.operands import base_name
 from rana_fx.graph.roles import Occurrence, read_graph
 from rana_fx.graph.transforms import outside, unbatched
 from rana_fx.modules import absent_weight, names_of, quantised_modules, unwrap, weights_of, wrapped_weights
+from rana_fx.progress import Progress, following
 
+CALIBRATE = "calibrate"  # the name of this stage
 _MOST_SEEN = 4096  # tokens of a batch whose rows are kept before ``wanted`` has been called for what it runs first
 _FOREIGN = "its weight is no Parameter of the model: a variable, of a module in a plain list, or gathered while the model runs"
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -155,7 +156,7 @@ def calibrate(
     capacity: int = CAPACITY,
     scope: str = "blocks",
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> Calibration:
     """Layout of the model, samples per group and the number of tokens seen.
 
@@ -165,6 +166,7 @@ def calibrate(
             ``Keep`` of each. Called after the first batch with linears, and again whenever a batch runs linears that no earlier
             one did. Such a batch runs twice where it is large, since its groups are not known in the first run.
         capacity: rows kept per group where ``wanted`` is no mapping. scope: which linears the budget counts (``cost.SCOPES``).
+        progress: True: a bar on stderr; or the ``Progress`` of the work that this is a stage of.
 
     Raises:
         NoBatches, NoLinears, NonFinite, TraceFailed, WeightsFreed, WeightAbsent, CompilationDisabled.
@@ -177,14 +179,15 @@ def calibrate(
     calibrating = _Calibrating(model, _Sampler(model, capacity=capacity, seed=seed), wanted, Keep(capacity), scope)
     tee = batches if isinstance(batches, Tee) else None
     index, tokens = -1, 0
-    with probing(model), torch.no_grad():
-        for index, batch in enumerate(tqdm(check_batches(batches), desc="calibrate", unit="batch", disable=not progress)):
+    shown = following(progress, title="calibrate", shares={CALIBRATE: 1.0})
+    with shown as steps, steps.stage(CALIBRATE), probing(model), torch.no_grad():
+        for index, batch in enumerate(steps.each(check_batches(batches))):
             count, ran = calibrating.take(batch, index)
             tokens += count
             if tee is not None:
                 tee.ran(ran)
         if tee is not None:
-            tokens += calibrating.take_held_out(tee, index + 1)
+            tokens += calibrating.take_held_out(tee, index + 1, steps)
     if index < 0:
         raise NoBatches(hint=f"forward of {type(model).__name__}")
     return Calibration(calibrating.result(), calibrating.sampler.samples, tokens)
@@ -223,7 +226,7 @@ class _Calibrating:
             sampler.unread.run_eagerly(batch)
         return count, ran
 
-    def take_held_out(self, tee: Tee, index: int) -> int:
+    def take_held_out(self, tee: Tee, index: int, steps: Progress) -> int:
         """Run the held-out batches of a tee, and sample them where batches are mixed; returns the number of sampled tokens."""
         counted = 0
         sampled: list[tuple[Any, int, frozenset[frozenset[str]]]] = []
@@ -231,6 +234,7 @@ class _Calibrating:
             known = self.sampler.known
             count, ran = self.take(batch, index, held_out=True)
             tee.ran(ran)
+            steps.advance()
             sampled.append((batch, count, self.sampler.known - known))
         for batch, count, new in sampled if tee.mixed else ():
             self._run(batch, index, left_out=new)

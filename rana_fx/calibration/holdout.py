@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -79,8 +79,11 @@ class Tee:
         self._held: list[Any] = []
         self._last: Any = None  # the batch that came last
         # linears that run together -> digest -> a batch that runs them
-        # linears that run together -> digest -> a batch that runs them
         self._kinds: dict[frozenset[str], dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        """Number of batches, held-out ones included. Raises TypeError where it is not known before they come."""
+        return len(cast(Sized, self._batches))
 
     def __iter__(self) -> Iterator[Any]:
         for index, batch in enumerate(self._batches):

@@ -28,7 +28,7 @@ OUTSIDE_OF_GRAPHS = "ran outside of any traced graph"
 class Site:
     """One linear layer, by the name of its weight. ``role`` is explained in ``rana_fx.graph.roles``.
 
-    ``scope``: of the budget. ``is_table``: the weight is an embedding table as well.
+    ``scope``: of the budget. ``is_table``: the weight is an embedding table as well. ``left``: by the caller's choice, to itself.
     """
 
     name: str
@@ -45,11 +45,12 @@ class Site:
     attention: int | None  # sites with one value feed the same attention
     scope: str = "blocks"
     is_table: bool = False
+    left: bool = False
 
     @property
     def counted(self) -> bool:
         """Whether the budget counts it: linears that read data but routers of experts; with scope "blocks" no heads and stems."""
-        return self.role not in OUTSIDE[self.scope]
+        return not self.left and self.role not in OUTSIDE[self.scope]
 
     @property
     def outside_blocks(self) -> bool:
@@ -140,7 +141,7 @@ class Layout:
         """Attention inputs that read one tensor and feed one attention: the paper's stacked qkv (or a fused one)."""
         found: dict[tuple[int, int | None], list[str]] = {}
         for site in self.sites.values():
-            if site.role == "attention_in":
+            if site.role == "attention_in" and site.counted:
                 found.setdefault((site.group, site.attention), []).append(site.name)
         return [tuple(names) for names in found.values()]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from rana_fx.calibration.batches import halves
 from rana_fx.calibration.instrumented import InstrumentedModel
 from rana_fx.calibration.layout import Layout
+from rana_fx.progress import Progress
 
 Unit = tuple[str, ...]
 
@@ -55,14 +56,21 @@ def sensitivities(
     *,
     held: Iterable[Any] = (),
     seed: int = 0,
+    steps: Progress | None = None,
 ) -> Sensitivity:
-    """Mean gradient moments over the real tokens of ``batches``; ``pairs`` of ``held``. A site may be in several units."""
+    """Mean gradient moments over the real tokens of ``batches``; ``pairs`` of ``held``. A site may be in several units.
+
+    ``steps``: told of each batch.
+    """
+    steps = steps or Progress()
     collector = _Collector(model, layout, units)
     generator: torch.Generator | None = None
     waiting, reached = [(batch, False) for batch in batches][::-1], False
     if any(layout.sites[name].outside_blocks for unit in units for name in unit):
         waiting = [*((batch, True) for batch in held), *waiting]
+    done = 0
     while waiting:
+        steps.expect(done + len(waiting))  # batches may be halved on the way
         batch, is_held = waiting.pop()
         try:
             with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
@@ -75,6 +83,8 @@ def sensitivities(
                     torch.autograd.grad(loss, collector.leaves, allow_unused=True)
                     reached = True
             collector.settle(held=is_held)
+            done += 1
+            steps.advance()
             continue
         except torch.OutOfMemoryError:
             smaller = halves(batch)

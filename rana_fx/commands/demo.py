@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
 from rana_fx.commands import options as o
 from rana_fx.commands.plan_table import show_plan
-from rana_fx.commands.record import facts_of, show, write_json
+from rana_fx.commands.record import facts_of, write_json
+from rana_fx.commands.screen import Screen
 
 
 def command(
@@ -24,6 +23,8 @@ def command(
     device: o.Device = None,
     every_adapter: o.All = False,
     json: o.Json = None,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
 ) -> None:
     """Adapt, compile and run the language model that ships with rana_fx. Takes a few minutes on two CPU cores."""
     from rana_fx.commands import demo_run
@@ -38,14 +39,14 @@ def command(
     }
     facts = facts_of("demo", seed=seed, **options, max_new_tokens=max_new_tokens, dtype=dtype, device=device)
     chosen = demo_run.Options(**options, max_new_tokens=max_new_tokens, seed=seed, device=device, dtype=dtype)  # type: ignore[arg-type]
-    made, plan = demo_run.run(chosen, report=typer.echo)
+    screen = Screen(quiet)
+    made, plan = demo_run.run(chosen, progress=not quiet, report=lambda line: screen.lines([line], whole=True))
     facts |= made
     for name in ("dense", "adapted"):
-        typer.echo(f"\n{name}: {facts['generation']['prompt']}{facts['generation'][name]['text']}")
-    typer.echo()
-    show_plan("plan", plan, every_adapter=every_adapter)
+        screen.lines([f"{name}: {facts['generation']['prompt']}{facts['generation'][name]['text']}"], whole=True)
+    show_plan(screen, "plan", plan, every_adapter=every_adapter)
     title = f"{facts['model']} on {facts['device']}, {facts['dtype']}"
-    show(title, ("", "dense", "adapted", "ratio"), _rows(facts), notes=[facts["note"], "", demo_run.gain(facts)])
+    screen.table(title, ("", "dense", "adapted", "ratio"), _rows(facts), notes=[facts["note"], demo_run.gain(facts)])
     write_json(json, facts)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rana_fx.commands import options as o
-from rana_fx.commands.record import data_batches, facts_of, show, write_json
+from rana_fx.commands.plan_table import Table
+from rana_fx.commands.record import data_batches, facts_of, write_json
+from rana_fx.commands.screen import Screen
 
 if TYPE_CHECKING:
     from rana_fx.evaluation.measure import Measurement
     from rana_fx.plan import Plan
+
+_DENSITIES = ("density_expected", "density_measured")
 
 
 def command(
@@ -25,31 +30,30 @@ def command(
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = None,
+    layers: o.Layers = False,
     json: o.Json = None,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
 ) -> None:
     """Perplexity of MODEL on a text; with --plan also of the adapted model, and its measured densities and budget."""
     import torch
 
-    from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
-    from rana_fx.plan import load_plan
-    from rana_fx.runtime.attachment import attach
+    from rana_fx.commands.loading import load
+    from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted
 
+    screen = Screen(quiet)
     torch.manual_seed(seed)
-    # before the model, so that a wrong path fails fast
-    loaded = None if plan is None else load_plan(plan)
-    network, tokenizer = load_model(model, dtype=dtype, device=device)
-    if loaded is not None:
-        attach(network, loaded)
+    network, tokenizer, loaded = load(model, plan, dtype=dtype, device=device)
     text = {"column": column, "split": split, "tokens": tokens, "context": context, "batch_size": batch_size}
     batches = data_batches(
         network, tokenizer, data, column=column, split=split, tokens=tokens, context=context, batch_size=batch_size
     )
     # the eager model is the dense one, also with a plan attached
-    dense = evaluate(network, batches)
+    dense = evaluate(network, batches, progress=not quiet)
     facts = facts_of("eval", seed=seed, model=model, data=data, plan=plan, dtype=dtype, device=str(network.device), **text)
     facts |= {"tokens": dense.tokens, "dense": asdict(dense), "adapted": None, "budget": None, "sites": []}
     if loaded is not None:
-        adapted, measured = evaluate_adapted(network, batches)
+        adapted, measured = evaluate_adapted(network, batches, progress=not quiet)
         facts |= {
             "adapted": asdict(adapted),
             "perplexity_ratio": adapted.perplexity / dense.perplexity,
@@ -64,10 +68,36 @@ def command(
             },
             "sites": _sites(loaded, measured),
         }
-        columns = _columns(facts["sites"])
-        show("density per linear", columns, [tuple(row[key.replace(" ", "_")] for key in columns) for row in facts["sites"]])
-    show(f"{model} on {data}", ("", "dense", "adapted"), _rows(facts))
+        roles = {site.name: site.role for site in loaded.sites}
+        if layers:
+            columns = _columns(facts["sites"])
+            rows = [tuple(row[key.replace(" ", "_")] for key in columns) for row in facts["sites"]]
+            screen.table("density per linear", columns, rows)
+        else:
+            screen.summary("density by role: ranks or inputs that a token keeps, over all", *by_role(facts["sites"], roles))
+    screen.table(f"{model} on {data}", ("", "dense", "adapted"), _rows(facts))
+    if loaded is None:
+        screen.next_steps((f"rana-fx adapt {model} --data TEXT --out plan", "make a plan"))
+    else:
+        screen.next_steps((f"rana-fx generate {model} --plan {plan} --prompt TEXT", "run it"))
+        if not layers:
+            screen.lines(["--layers: a line for every linear"])
     write_json(json, facts)
+
+
+def by_role(sites: list[dict[str, Any]], roles: Mapping[str, str]) -> Table:
+    """A row for each role: linears, mean densities expected and measured, and the linear where they differ most."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in sites:
+        groups.setdefault(roles[row["site"]].replace("_", " "), []).append(row)
+    rows: list[tuple[object, ...]] = []
+    for role, found in groups.items():
+        measured = [row for row in found if row["density_measured"] is not None]
+        means = [sum(row[key] for row in measured) / len(measured) if measured else None for key in _DENSITIES]
+        furthest = max(measured, key=lambda row: abs(row[_DENSITIES[1]] - row[_DENSITIES[0]]), default=None)
+        where = "-" if furthest is None else f"{furthest[_DENSITIES[1]] - furthest[_DENSITIES[0]]:+.3f} {furthest['site']}"
+        rows.append((role, len(found), *means, where))
+    return ("role", "linears", "expected", "measured", "largest difference"), rows
 
 
 def _sites(plan: Plan, measured: Measurement) -> list[dict[str, Any]]:

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rana_fx.choices import METHODS
+from rana_fx.commands import checks
 from rana_fx.commands import options as o
 from rana_fx.commands.memory import memory_hints
-from rana_fx.commands.record import data_batches, facts_of, show, write_json
+from rana_fx.commands.record import data_batches, facts_of, write_json
+from rana_fx.commands.screen import Screen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +26,16 @@ if TYPE_CHECKING:
 
 def command(
     model: o.Model,
-    plan: Annotated[Path, typer.Option(help="Folder that `rana-fx adapt` wrote.")],
+    plan: Annotated[Path, typer.Option(help="Folder that `rana-fx adapt` wrote.", callback=checks.needed_plan)],
     data: o.Data,
-    out: Annotated[Path, typer.Option(callback=o.folder, help="Folder for the trained model, its plan and checkpoints.")],
+    out: Annotated[Path, typer.Option(callback=checks.folder, help="Folder for the trained model, its plan and checkpoints.")],
     tokens: Annotated[int, typer.Option(min=1, max=o.MOST, help="Number of tokens to train on, each once.")],
     method: Annotated[
-        str, typer.Option(help="lora: low-rank additions; factors: the plan's matrices; full: everything.")
+        str,
+        typer.Option(
+            help="lora: low-rank additions; factors: the plan's matrices; full: everything.",
+            callback=checks.choice("method", METHODS),
+        ),
     ] = "lora",
     lr: Annotated[str, typer.Option(help="Highest learning rate, or auto: try several on a fifth of the tokens.")] = "auto",
     held_out: Annotated[
@@ -60,6 +67,8 @@ def command(
     dtype: o.Dtype = "auto",
     device: o.Device = None,
     json: o.Json = None,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
 ) -> None:
     """Train MODEL with its plan applied, and write the trained model and its plan."""
     from rana_fx.training import Settings
@@ -86,23 +95,20 @@ class _Finetuning:
         """Raises what loading, training and saving raise."""
         import torch
 
-        from rana_fx import attach, detach, load_plan
-        from rana_fx.errors import UnknownChoice
-        from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted, load_model
+        from rana_fx.commands.loading import load
+        from rana_fx.evaluation.perplexity import evaluate, evaluate_adapted
+        from rana_fx.runtime.attachment import detach
         from rana_fx.training import merge_lora, rethreshold, trained_plan
-        from rana_fx.training.methods import METHODS
         from rana_fx.training.saved_pair import save_pair
         from rana_fx.training.thresholds import SAMPLE_TOKENS
 
         given, out = self.given, self.given["out"]
-        if given["method"] not in METHODS:  # before anything is loaded
-            raise UnknownChoice(kind="method", got=given["method"], valid=", ".join(METHODS))
         torch.manual_seed(self.settings.seed)
-        network, tokenizer = load_model(given["model"], dtype=given["dtype"], device=given["device"])
-        old = load_plan(given["plan"])
-        attach(network, old)
+        network, tokenizer, old = load(given["model"], given["plan"], dtype=given["dtype"], device=given["device"])
+        assert old is not None
         batches, held_out = self._batches(network, tokenizer)
-        dense, (before, _) = evaluate(network, held_out), evaluate_adapted(network, held_out)
+        shown = not given["quiet"]
+        dense, (before, _) = evaluate(network, held_out, progress=shown), evaluate_adapted(network, held_out, progress=shown)
         self._choose(network)
         started = time.perf_counter()
         done = self._train(network, batches, held_out)
@@ -111,7 +117,7 @@ class _Finetuning:
         if given["thresholds"]:
             rethreshold(network, batches[: -(-SAMPLE_TOKENS // (given["context"] * given["batch_size"]))])
         new = trained_plan(network)
-        after, measured = evaluate_adapted(network, held_out)
+        after, measured = evaluate_adapted(network, held_out, progress=shown)
         detach(network)
         save_pair(out, network, tokenizer, new)
         options = {key: value for key, value in given.items() if key not in _NOT_RECORDED}
@@ -128,7 +134,9 @@ class _Finetuning:
             },
             "seconds": seconds,
         }  # fmt: skip
-        show(f"fine-tuned {given['model']}", ("", "value"), _rows(record, done.seconds))
+        screen = Screen(given["quiet"])
+        screen.table(f"fine-tuned {given['model']}", ("", "value"), _rows(record, done.seconds))
+        screen.next_steps((f"rana-fx eval {out / 'model'} --plan {out / 'plan'} --data TEXT", "its quality on other text"))
         write_json(given["json"], record)
 
     def _batches(self, network: Any, tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
@@ -175,14 +183,17 @@ class _Finetuning:
             if self.rate is None and given["resume"]:
                 self.rate = rate_of(given["out"])
             elif self.rate is None:
-                self.rate, self.rates = best_rate(network, batches, settings=self.settings, held_out=held_out)
+                self.rate, self.rates = best_rate(
+                    network, batches, settings=self.settings, held_out=held_out, progress=not given["quiet"]
+                )
             settings = replace(self.settings, rate=self.rate)
-            return train(network, batches, settings=settings, held_out=held_out, folder=given["out"], resume=given["resume"])
+            where = {"folder": given["out"], "resume": given["resume"], "progress": not given["quiet"]}
+            return train(network, batches, settings=settings, held_out=held_out, **where)
 
 
 # arguments and options of the command, in order; those that its record has under another key or omits
 _OPTIONS = tuple(inspect.signature(command).parameters)
-_NOT_RECORDED = ("seed", "json", "evaluate_every", "checkpoint_every")
+_NOT_RECORDED = ("seed", "json", "config", "quiet", "evaluate_every", "checkpoint_every")
 
 
 def _rows(record: dict[str, Any], seconds: float) -> list[tuple[str, object]]:

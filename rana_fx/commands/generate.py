@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
+from rana_fx.choices import CACHES
+from rana_fx.commands import checks
 from rana_fx.commands import options as o
-from rana_fx.commands.record import facts_of, show, write_json
+from rana_fx.commands.record import facts_of, write_json
+from rana_fx.commands.screen import Screen
 
 
 def command(
@@ -15,26 +18,25 @@ def command(
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     plan: o.PlanDir = None,
     max_new_tokens: o.NewTokens = 64,
-    cache: Annotated[str, typer.Option(help="Key/value cache: static or dynamic.")] = "static",
+    cache: Annotated[
+        str, typer.Option(help="Key/value cache: static or dynamic.", callback=checks.option("cache", CACHES))
+    ] = "static",
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = None,
     json: o.Json = None,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
 ) -> None:
     """Continue a prompt greedily, with the adapted model compiled by rana (--plan) or the dense model compiled by Inductor."""
     import torch
 
     from rana_fx._backend import backend
+    from rana_fx.commands.loading import load
     from rana_fx.evaluation.generate import compiled_forward, generate
-    from rana_fx.evaluation.perplexity import load_model
-    from rana_fx.plan import load_plan
-    from rana_fx.runtime.attachment import attach
 
     torch.manual_seed(seed)
-    loaded = None if plan is None else load_plan(plan)
-    network, tokenizer = load_model(model, dtype=dtype, device=device)
-    if loaded is not None:
-        attach(network, loaded)
+    network, tokenizer, loaded = load(model, plan, dtype=dtype, device=device)
     forward = compiled_forward(network, "inductor" if loaded is None else backend)
     made = generate(network, tokenizer, prompt, forward=forward, max_new_tokens=max_new_tokens, cache=cache)
     # the median over steps is not affected by the two or three steps that compile
@@ -61,5 +63,5 @@ def command(
         ("compilation and prefill, seconds", compile_s),
         ("plan", "-" if loaded is None else loaded.digest()[:12]),
     ]
-    show("generated", ("", "value"), rows)
+    Screen(quiet).table("generated", ("", "value"), rows)
     write_json(json, facts)

@@ -1,30 +1,58 @@
-"""A plan in a few lines: cost of the linears by layer and role, and adapters by kind; or a line for every adapter.
+"""A plan in a few lines: cost of the linears by role and layer, and adapters by kind; or a line for every adapter.
 
-In: a plan. Out: tables for ``commands.record.show``. A layer is the first number in a linear's name, as ``nn.ModuleList`` gives;
-neighbouring layers share a line where there are many, so that the table of any model fits on a screen.
+In: a plan. Out: tables for ``commands.screen``. A layer is the first number in a linear's name, as ``nn.ModuleList`` gives;
+neighbouring layers share a line or a column where there are many, so that the table of any model fits on a screen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rana_fx.commands.record import show
+from rana_fx.commands.screen import Screen
 from rana_fx.cost import Cost
-from rana_fx.plan import Plan, SiteRecord
+from rana_fx.report_rows import counted_remarks, too_few_tokens
+from rana_fx.skips import Note, Skip, is_too_few
 from rana_fx.summary import layer_of
 
+if TYPE_CHECKING:
+    from rana_fx.plan import Plan, SiteRecord
+
 LINES = 16  # of layers
+RANGES = 5  # of layers, in columns
 
 Table = tuple[tuple[str, ...], list[tuple[object, ...]]]  # columns, rows
 
 
-def show_plan(title: str, plan: Plan, *, every_adapter: bool) -> None:
-    """Print the plan: by layer and role and by kind, or with ``every_adapter`` a line per adapter."""
+def show_plan(screen: Screen, title: str, plan: Plan, *, every_adapter: bool) -> None:
+    """Print the plan: by role and layer and by kind, or with ``every_adapter`` a line per adapter; then its remarks."""
     if every_adapter:
-        show(title, *by_adapter(plan))
+        screen.table(title, *by_adapter(plan))
+        screen.lines([f"note: {_text(note)}" for note in plan.skips if isinstance(note, Note)], whole=True)
         return
-    show(f"{title}: {plan.metric} over dense, by layer and role", *by_layer(plan))
-    show("adapters", *by_kind(plan))
+    screen.lines([title], whole=True)
+    screen.summary(f"{plan.metric} over dense, by role and layers", *by_role(plan))
+    screen.summary("adapters by kind", *by_kind(plan))
+    screen.lines(remarks(plan))
+
+
+def remarks(plan: Plan) -> list[str]:
+    """Linears with too few tokens, counted; then the number of other remarks and the first of them."""
+    few = [(entry.site, entry.reason) for entry in plan.skips if is_too_few(entry.reason)]
+    notes = [entry for entry in plan.skips if isinstance(entry, Note) and not is_too_few(entry.reason)]
+    notes.sort(key=lambda note: note.site != "")
+    return [*too_few_tokens(few), *counted_remarks([_text(note) for note in notes])]
+
+
+def _text(entry: Note | Skip) -> str:
+    return f"{entry.site}: {entry.reason}" if entry.site else entry.reason
+
+
+def by_role(plan: Plan) -> Table:
+    """Expected cost over dense in the plan's metric: rows are roles, columns ranges of layers; as ``by_layer``."""
+    columns, rows = by_layer(plan, lines=RANGES)
+    spans = [str(row[0]).replace(" to ", "-").replace("no layer", "none") for row in rows]
+    return ("layers", *spans), [(columns[index], *(row[index] for row in rows)) for index in range(1, len(columns))]
 
 
 def by_layer(plan: Plan, *, lines: int = LINES) -> Table:

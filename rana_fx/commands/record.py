@@ -62,7 +62,8 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    # without lines around cells: they would cost a third of a screen
+    table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
@@ -72,6 +73,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *
     if not console.is_terminal:
         # a pipe has no width: do not fold cells
         console = Console(width=200)
+    console.print(title, markup=False, highlight=False)
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from rana_fx.commands import options as o
-from rana_fx.commands.record import facts_of, show, write_json
+from rana_fx.commands.record import facts_of, write_json
+from rana_fx.commands.screen import Screen
 from rana_fx.errors import InvalidOption
 
 
@@ -24,12 +25,14 @@ def command(
     compile: Annotated[
         bool, typer.Option(help="Compile the adapted model; --no-compile: without Inductor, slower calls.")
     ] = True,
-    prefill: Annotated[str, typer.Option(help="Which tokens are adapted: masked (all), dense, cheapest, factors.")] = "masked",
+    prefill: o.Prefill = "masked",
     batch_size: o.BatchSize = 8,
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = None,
     json: o.Json = None,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
 ) -> None:
     """Scores of MODEL on tasks of lm-evaluation-harness; with --plan those of the adapted model."""
     from rana_fx.evaluation.perplexity import known_device
@@ -37,8 +40,13 @@ def command(
     if not 0 <= seed < 2**32:
         raise InvalidOption(name="--seed", got=seed, expected="a number of 32 bits that is not negative, as lm_eval takes them")
     known_device(device)
+    from rana_fx.commands.loading import dtype_for
     from rana_fx.integrations.lm_eval_harness import RanaLM, language_model, run_tasks
+    from rana_fx.plan import load_plan
 
+    if plan is not None:
+        loaded = load_plan(plan)
+        dtype = dtype_for(loaded, dtype)
     options = {"batch_size": batch_size, "dtype": dtype, "device": device}
     made = language_model(model, plan=plan, compile=compile, prefill=prefill, **options)
     scores = run_tasks(made, tasks.split(","), shots=shots, limit=limit, include=include, seed=seed)
@@ -53,7 +61,7 @@ def command(
         "budget": None if adapted is None else {"asked": adapted.budget, "metric": adapted.metric},
         "digest": None if adapted is None else adapted.digest(),
     }
-    show(
+    Screen(quiet).table(
         f"{model}, {'dense' if adapted is None else f'plan {adapted.digest()[:12]}'}",
         ("task", "metric", "score", "standard error"),
         [

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rana_fx.errors import InvalidOption
+from rana_fx.choices import CACHES as CACHES
+from rana_fx.errors import InvalidOption, one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CACHES = ("static", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def generate(
         InvalidOption.
     """
     if cache not in CACHES:
-        raise InvalidOption(name="cache", got=cache, expected="one of " + ", ".join(CACHES))
+        raise InvalidOption(name="cache", got=cache, expected=one_of(cache, CACHES))
     if max_new_tokens < 1:
         raise InvalidOption(name="max_new_tokens", got=max_new_tokens, expected="a positive number")
     try:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rana_fx.calibration.batches import call, evaluating, to_device
-from rana_fx.errors import InvalidOption, ModelError, NoBatches, NonFinite
+from rana_fx.choices import DTYPES as DTYPES
+from rana_fx.errors import InvalidOption, ModelError, NoBatches, NonFinite, one_of
 from rana_fx.evaluation.measure import Measurement, measuring
 from rana_fx.modules import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 # rows of logits converted to float32 at a time: 1024 rows of a vocabulary of 128k are half a gigabyte
 _ROWS = 1024
 
@@ -97,7 +97,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str | None = None) -
         ModelError: with the reason. InvalidOption: unknown dtype or device.
     """
     if dtype not in DTYPES:
-        raise InvalidOption(name="dtype", got=dtype, expected="one of " + ", ".join(DTYPES))
+        raise InvalidOption(name="dtype", got=dtype, expected=one_of(dtype, DTYPES))
     target = known_device(device)
     wanted: torch.dtype | str = getattr(torch, dtype) if dtype != "auto" else torch.float32 if target.type == "cpu" else "auto"
     from transformers import AutoModelForCausalLM, AutoTokenizer

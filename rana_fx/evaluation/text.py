@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rana_fx.choices import builder_of
 from rana_fx.errors import ColumnMissing, DatasetError, InvalidOption
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_COMPRESSED = (".xz", ".gz")
 
 
 def load_texts(source: str | Path, *, column: str = "text", split: str | None = None, limit: int | None = None) -> list[str]:
@@ -153,7 +151,7 @@ def _open(source: str, *, split: str | None, stream: bool) -> Any:
         settings = {"sample_by": "document"} if builder == "text" else {}
         named = {"data_dir": source} if files is None else {"data_files": files}
         return _pick(source, datasets.load_dataset(builder, split=split, **named, **settings), split)
-    if path.is_absolute() or source.startswith(".") or _builder(path) is not None:
+    if path.is_absolute() or source.startswith(".") or builder_of(path) is not None:
         raise DatasetError(source=source, reason="there is no such file or folder")
     name, _, configuration = source.partition(":")
     return _pick(
@@ -166,25 +164,18 @@ def _open(source: str, *, split: str | None, stream: bool) -> Any:
 def _local(path: Path, split: str | None) -> tuple[str, list[str] | None]:
     """Builder of ``datasets`` and the files it reads (None: it finds those of the split in the folder)."""
     if path.is_file():
-        builder = _builder(path)
+        builder = builder_of(path)
         if builder is None:
             raise DatasetError(source=str(path), reason=f"files that end in {path.suffix or path.name!r} are not known")
         return builder, [str(path)]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _builder(file) is not None)
-    kinds = {_builder(file) for file in files}
+    files = sorted(file for file in path.rglob("*") if file.is_file() and builder_of(file) is not None)
+    kinds = {builder_of(file) for file in files}
     if not files:
         raise DatasetError(source=str(path), reason="the folder has no such file")
     if len(kinds) > 1:
         raise DatasetError(source=str(path), reason=f"the folder mixes kinds of files ({files[0].name}, {files[-1].name}, ...)")
     by_name = split is not None and split.partition("[")[0] != "train"
-    return str(_builder(files[0])), None if by_name else [str(file) for file in files]
-
-
-def _builder(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+    return str(builder_of(files[0])), None if by_name else [str(file) for file in files]
 
 
 def _pick(source: str, found: Any, split: str | None) -> Any:

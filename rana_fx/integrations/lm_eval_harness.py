@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rana_fx._backend import backend, rewritten
 from rana_fx.errors import InvalidOption, MissingPackage, ModelError, RanaError
-from rana_fx.plan import Plan, load_plan
+from rana_fx.plan import Plan, as_plan
 from rana_fx.runtime.attachment import attach
 from rana_fx.runtime.prefill import MODES
 
@@ -67,7 +67,7 @@ class RanaLM(HFLM):  # type: ignore[misc]
             if got not in valid:
                 raise InvalidOption(name=name, got=got, expected="one of " + ", ".join(map(str, valid)))
         # before the model, so that a wrong path fails fast
-        self.plan = plan if isinstance(plan, Plan) else load_plan(plan)
+        self.plan = as_plan(plan)
         if dtype == "auto":
             dtype = self.plan.sites[0].dtype
         _load(partial(super().__init__, pretrained, dtype=dtype, device=device or _default_device(), **others), pretrained)

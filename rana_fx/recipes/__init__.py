@@ -11,7 +11,7 @@ from rana_fx.recipes.mlp_rows import hidden_rows, up_outputs
 from rana_fx.recipes.paper.recipe import Paper
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.recipe import Rana
-from rana_fx.recipes.registry import RECIPES, Recipe, needs_holdout, split_budget
+from rana_fx.recipes.registry import RECIPES, Recipe, needs_holdout, recipe_of, split_budget, title_of
 
 RECIPES.update(
     (recipe.name, recipe)
@@ -38,7 +38,9 @@ _moved.methods(
 __all__ = [
     "RECIPES",
     "Keep",
+    "Paper",
     "Problem",
+    "Rana",
     "Recipe",
     "gated_adapter",
     "importance_profile",
@@ -46,6 +48,8 @@ __all__ = [
     "neuron_adapter",
     "neuron_threshold",
     "rank_adapter",
+    "recipe_of",
     "split_budget",
     "stack_name",
+    "title_of",
 ]

@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout, MlpBlock
@@ -62,7 +61,7 @@ class Static:
         if problem.budget >= 1:
             return []
         adapters = []
-        for names in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
+        for names in problem.steps.each(units):
             sites = [problem.layout.sites[name] for name in names]
             out, width = sum(site.out_features for site in sites), sites[0].in_features
             rank = int(problem.budget * out * width / (out + width))
@@ -96,7 +95,7 @@ class Thresholds:
         if problem.budget >= 1:
             return []
         adapters = []
-        for name in tqdm(problem.counted(), desc="thresholds", unit="layer", disable=not problem.progress):
+        for name in problem.steps.each(problem.counted()):
             if not problem.calibrated((name,), 1):
                 continue
             norms = self._norms(problem, name)
@@ -128,7 +127,7 @@ class Cats:
         adaptable = tuple(name for block in blocks for name in _masked_sites(block))
         fraction = split_budget(problem, adaptable, why="CATS leaves attention and the gate of every MLP dense").fraction
         problem.skips += [Skip(name, "dense in CATS") for name in problem.counted() if name not in adaptable]
-        return [_threshold_block(problem, block, min(1.0, fraction)) for block in blocks]
+        return [_threshold_block(problem, block, min(1.0, fraction)) for block in problem.steps.each(blocks)]
 
 
 def _masked_sites(block: MlpBlock) -> tuple[str, ...]:

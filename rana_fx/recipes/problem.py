@@ -6,6 +6,7 @@ rows of any site's input. Adapters are made by ``rana_fx.recipes.builders``.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ from rana_fx.calibration.holdout import Holdout
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.errors import TooFewTokens
+from rana_fx.progress import Progress
 from rana_fx.recipes.memory import Memory
-from rana_fx.skips import Note, Skip
+from rana_fx.skips import TOO_FEW, Note, Skip
 
 _T = TypeVar("_T")
 
@@ -32,9 +34,11 @@ class Problem:
     Attributes:
         samples: by the site names of a group, rows of the tensor that the group reads.
         budget: fraction of the dense cost, in ``metric`` ("flops" or "bytes"); both together are ``limit``.
-        recipe: its name, for errors. progress: whether to show progress bars.
+        recipe: its name, for errors. progress: False, or True (or a ``Progress``) to tell of steps; ``steps`` counts them.
         skips: a recipe appends the sites that it leaves dense, each with the reason.
         holdout: the model and some batches, for recipes that simulate their choices; None for recipes that do not.
+        asked: the budget of all linears that the caller asked for, where some are left to themselves; ``budget`` is then what
+            that leaves for the others, which alone are counted. None: they are the same.
         memory: what problems of other budgets computed; None: there are no others.
     """
 
@@ -43,10 +47,16 @@ class Problem:
     budget: float
     metric: str
     recipe: str
-    progress: bool = True
+    progress: bool | Progress = True
     skips: list[Skip | Note] = field(default_factory=list)
     holdout: Holdout | None = None
+    asked: float | None = None
     memory: Memory | None = None
+
+    @functools.cached_property
+    def steps(self) -> Progress:
+        """Counts the steps of ``solve``, for whoever follows the whole work."""
+        return self.progress if isinstance(self.progress, Progress) else Progress()
 
     @property
     def limit(self) -> Budget:
@@ -111,7 +121,7 @@ class Problem:
             return True
         if seen >= largest:
             raise TooFewTokens(site=names[0], got=seen, rank=needed, needed=needed)
-        reason = f"sees {seen} rows where other layers see {largest}: too few for {needed} ranks, so it stays dense"
+        reason = f"sees {seen} rows where other layers see {largest}: {TOO_FEW} {needed} ranks, so it stays dense"
         self.skips += [Skip(name, reason) for name in names]
         return False
 

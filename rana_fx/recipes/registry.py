@@ -5,22 +5,25 @@ In: recipes, entered by ``rana_fx.recipes``. Out: ``RECIPES``.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Collection
-from typing import Protocol
+from typing import Protocol, cast
 
 from rana_fx.adapter import Adapter
 from rana_fx.budget import Split
 from rana_fx.calibration.layout import Layout
-from rana_fx.errors import BudgetUnreachable
+from rana_fx.errors import BudgetUnreachable, InvalidOption, UnknownRecipe
 from rana_fx.recipes.problem import Problem
 
 
 class Recipe(Protocol):
     """One way to turn a budget into adapters.
 
-    Two further attributes are optional. ``adapts_every_layer = True``: any budget can be reached on any model, so errors of other
-    recipes name this one. ``stages``: see ``rana_fx.recipes.stages``.
+    Further attributes are optional. ``adapts_every_layer = True``: any budget can be reached on any model, so errors of
+    other recipes name this one. ``stages``: see ``rana_fx.recipes.stages``. ``shares``: of the time of ``solve`` by stage, for
+    the estimate of the time left; ``solve`` then enters each with ``problem.steps.stage(name)``. ``sharing``: see
+    ``rana_fx.recipes.sharing``; ``once``: the stages of ``shares`` that it runs once for all budgets.
     """
 
     @property
@@ -41,6 +44,29 @@ class Recipe(Protocol):
 
 
 RECIPES: dict[str, Recipe] = {}
+
+
+def recipe_of(given: object) -> Recipe:
+    """The recipe of that name, or the recipe itself. Raises UnknownRecipe, InvalidOption."""
+    if isinstance(given, str):
+        if given not in RECIPES:
+            raise UnknownRecipe(kind="recipe", got=given, valid=", ".join(RECIPES))
+        return RECIPES[given]
+    if isinstance(given, type) or not all(hasattr(given, name) for name in ("name", "wants", "solve")):
+        expected = f"a name ({', '.join(RECIPES)}), or a recipe such as rana_fx.recipes.Rana(weighted=False)"
+        raise InvalidOption(name="recipe", got=given, expected=expected)
+    return cast(Recipe, given)
+
+
+def title_of(recipe: Recipe) -> str:
+    """The name that plans and errors give it: with those options that are not the default, "rana(weighted=False)"."""
+    if not dataclasses.is_dataclass(recipe):
+        return recipe.name
+    fields = [field for field in dataclasses.fields(recipe) if field.init and field.default is not dataclasses.MISSING]
+    changed = [
+        f"{field.name}={getattr(recipe, field.name)!r}" for field in fields if getattr(recipe, field.name) != field.default
+    ]
+    return recipe.name + (f"({', '.join(changed)})" if changed else "")
 
 
 def needs_holdout(recipe: Recipe) -> bool:

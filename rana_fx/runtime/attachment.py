@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from rana_fx.graph.recompiles import forget_invalid
 from rana_fx.modules import device_of, unwrap, weights_of
 from rana_fx.notices import report
 from rana_fx.ordinary import is_ordinary
-from rana_fx.plan import Plan, SiteRecord, weight_digest
+from rana_fx.plan import Plan, SiteRecord, as_plan, weight_digest
 from rana_fx.runtime.changed_weights import TODO, Watch, adopt, stale_when_loaded
 from rana_fx.runtime.column_major import by_columns_, by_rows_, why_by_rows
 from rana_fx.runtime.lora_state import LowRank
@@ -237,13 +238,12 @@ def invalidate_guards(model: nn.Module) -> None:
         new.watch.remember(new)
 
 
-def attach(model: nn.Module, plan: Plan) -> None:
+def attach(model: nn.Module, plan: Plan | str | Path) -> None:
     """Attach ``plan`` to ``model``, in place of a plan that is attached. Functions compiled before recompile on their next call.
 
     Weights of the model whose columns the plan skips (neuron adapters without a weight of their own; exact outputs, where the
     weight is stored (in, out)) are column-major while the plan is attached: values, shapes and memory stay, strides change, and
-    ``detach`` restores them. (Libraries that save tensors with their strides, such as safetensors, accept contiguous ones only;
-    ``save_pretrained`` makes them contiguous.)
+    ``detach`` restores them. (Libraries that save tensors with their strides, such as safetensors, accept contiguous ones only.)
 
     A ``copy.deepcopy`` of the model is adapted, too; a pickled and loaded one (or one whose Parameters were replaced) is
     not: attach the plan again. ``state_dict`` includes the factors, as ``rana_fx.*``: ``detach`` first for one without.
@@ -251,16 +251,16 @@ def attach(model: nn.Module, plan: Plan) -> None:
     Args:
         model: the model that the plan was made for, with the same weights in the same dtype, on any device; it may be wrapped by
             torch.compile or DataParallel. It gets a submodule ``rana_fx`` with the factors, copied from the plan.
-        plan: from ``rana_fx.adapt`` or ``rana_fx.load_plan``.
+        plan: from ``rana_fx.adapt`` or ``rana_fx.load_plan``, or the folder that it was saved to.
 
     Returns:
         None: ``model`` is changed in place. Only compiled code is adapted; in eager mode the model computes what it did before.
 
     Raises:
         PlanMismatch: other architecture, shapes, dtype or weights than the plan was made for.
-        WeightsFreed: the model was compiled with ``prefill="factors"``.
+        WeightsFreed: compiled with ``prefill="factors"``. PlanFileError, PlanVersion, InvalidOption: ``plan`` is no plan.
     """
-    model = unwrap(model)
+    plan, model = as_plan(plan), unwrap(model)
     parameters = weights_of(model)
     for record in plan.sites:
         check_fit(model, record, parameters.get(base_name(record.name)))

@@ -11,6 +11,7 @@ from typing import Any, Self
 from torch import nn
 
 from rana_fx.errors import FactorsCalled
+from rana_fx.runtime.saved_dense import warn_of_save_pretrained
 
 
 class LastPart(nn.Module):
@@ -30,3 +31,7 @@ class LastPart(nn.Module):
         if not self.in_sequential or len(inputs) != 1:
             raise FactorsCalled(model=self.model)
         return inputs[0]
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        warn_of_save_pretrained()
+        super()._save_to_state_dict(*args)

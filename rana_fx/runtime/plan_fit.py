@@ -32,7 +32,12 @@ def check_fit(model: nn.Module, record: SiteRecord, weight: nn.Parameter | None)
         raise PlanMismatch(model=name, site=record.name, got=f"shape {tuple(weight.shape)}", expected=f"shape {shape}")
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype != record.dtype:
-        raise PlanMismatch(model=name, site=record.name, got=f"dtype {dtype}", expected=f"dtype {record.dtype}")
+        raise PlanMismatch(
+            model=name,
+            site=record.name,
+            got=f"dtype {dtype}",
+            expected=f"dtype {record.dtype} (load it with dtype=torch.{record.dtype})",
+        )
     if is_freed(weight):
         raise WeightsFreed(site=record.name, what="attach a plan")
     if weight_digest(weight) != record.digest:

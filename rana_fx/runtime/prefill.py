@@ -23,13 +23,14 @@ import torch
 from torch import nn
 
 from rana_fx.adapter import Adapter
+from rana_fx.choices import PREFILLS
 from rana_fx.graph.operands import base_name
 from rana_fx.kernels.registry import tokens_skipped
 from rana_fx.plan import Plan
 from rana_fx.runtime.adapter_time import tokens_faster
 from rana_fx.runtime.replaced_weights import replaced_weights
 
-MODES = ("masked", "dense", "cheapest", "factors")
+MODES = PREFILLS
 
 
 @dataclass(frozen=True)

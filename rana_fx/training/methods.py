@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from rana_fx.choices import METHODS as METHODS
 from rana_fx.errors import UnknownChoice
 from rana_fx.training.lora import add_lora
 from rana_fx.training.parameters import trainable
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-METHODS = ("lora", "full", "factors")
 
 
 def choose(model: nn.Module, method: str, *, config: LoraConfig | None = None, seed: int = 0) -> dict[str, nn.Parameter]:

@@ -10,7 +10,13 @@ from typer.testing import CliRunner
 import rana_fx
 from rana_fx.cli import app
 from rana_fx.commands.held_out_text import MOST, calibration_and_held_out
+from rana_fx.errors import InvalidOption
 from tests.support.tiny_model import saved_tiny
+
+
+def summary(output):
+    """Lines but those that name files, which are never shortened."""
+    return [line for line in output.splitlines() if "/" not in line]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,7 @@ def test_a_folder_for_each_budget(tiny, tmp_path):
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert [found["digest"] for found in facts["plans"]] == [plan.digest() for plan in plans]
     assert "on 10 held-out documents (320 tokens; 95 % intervals)" in result.output
+    assert len(result.output.splitlines()) <= 40 and all(len(line) <= 80 for line in summary(result.output))
     # calibrated on the text that --budget alone is calibrated on
     result = adapt(tiny, "--out", tmp_path / "alone", "--budget", 0.5, "--tokens", 512)
     assert result.exit_code == 0, result.output
@@ -54,20 +61,30 @@ def test_a_target_and_its_promise(tiny, tmp_path):
     plan = rana_fx.load_plan(tmp_path)
     assert plan.curve.promise.limit == 0.5 and plan.curve.at(plan.budget).kl.high <= 0.5
     assert "promised KL divergence, nats per token: at most 0.5" in result.output
+    assert len(result.output.splitlines()) <= 40 and all(len(line) <= 80 for line in summary(result.output))
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--budget", 0.5, "--max-kl", 0.1), "got budget=0.5, max_kl=0.1 together"),
-        (("--budget", 0.58, "--budgets", "0.3,0.5"), "expected at most one of budget"),
-        (("--budgets", "0.3;0.5"), "expected numbers with commas"),
-        (("--max-loss", 0), "max_loss=0.0 is not a positive number"),
-    ],
-)
-def test_wrong_options_fail_before_the_model_is_loaded(words, message, tmp_path):
-    result = adapt(("no/such/model", tmp_path / "no.jsonl"), "--out", tmp_path / "out", *words)
-    assert result.exit_code == 2 and message in " ".join(result.output.split())
+def test_options_in_a_file_yield_to_given_ones_and_exclude_each_other(tiny, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(*_, **options):
+        asked.append({name: value for name, value in options.items() if "max" in name or "budget" in name})
+        raise InvalidOption(name="x", got=1, expected="no more")
+
+    monkeypatch.setattr("rana_fx.adaptation.adapt", stop)
+    for content, words, given in (
+        ("budget: 0.3", (), {"budget": 0.3}),
+        ("budget: 0.3", ("--max-kl", 0.1), {"max_kl": 0.1}),
+        ("budgets: [0.3, 0.5]", (), {"budgets": [0.3, 0.5]}),
+        ("adapt: {max-loss: 0.2}", ("--budgets", "0.4"), {"budgets": [0.4]}),
+        ("", (), {}),
+    ):
+        (tmp_path / "run.yaml").write_text(content)
+        result = adapt(tiny, "--out", tmp_path / "out", "--tokens", 512, "--config", tmp_path / "run.yaml", *words)
+        assert asked.pop() == given, result.output
+    (tmp_path / "run.yaml").write_text("budget: 0.3\nmax-kl: 0.1")
+    result = adapt(tiny, "--out", tmp_path / "out", "--config", tmp_path / "run.yaml")
+    assert result.exit_code == 2 and "got budget=0.3, max_kl=0.1 together" in " ".join(result.output.split()) and not asked
 
 
 class Letters:

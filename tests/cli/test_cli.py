@@ -73,8 +73,8 @@ def test_adapt_writes_a_plan_and_its_facts(adapted: tuple[Path, dict[str, Any], 
     assert found["plan"] == json.loads(json.dumps(plan.to_dict()))
     assert found["options"]["context"] == 128
     assert plan.digest()[:12] in printed and cell(plan.expected_budget("bytes")) in printed
-    # the title is as wide as its table
-    assert "by layer and role" in " ".join(printed.split()) and not any(adapter.name in printed for adapter in plan.adapters)
+    assert "by role and layers" in printed and "next: rana-fx eval" in printed
+    assert not any(adapter.name in printed.replace(str(out), "") for adapter in plan.adapters)
 
 
 def test_a_budget_of_all_linears(model: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_eval_shows_dense_and_adapted(model: Path, adapted: tuple[Path, dict[str
         "--json",
         tmp_path / "e.json",
     )
-    result = call(*args, "--plan", adapted[0])
+    result = call(*args, "--plan", adapted[0], "--layers")
     found = facts(tmp_path / "e.json", result)
     # 1500 tokens in 12 sequences: the first of each is predicted from nothing
     assert found["tokens"] == found["dense"]["tokens"] == found["adapted"]["tokens"] == 1500 - 12
@@ -135,7 +135,9 @@ def test_explain_lists_every_linear(model: Path, adapted: tuple[Path, dict[str, 
     assert sum(row["action"] == "neuron" for row in report["rows"]) == sum(
         len(a["sites"]) for a in adapted[1]["plan"]["adapters"]
     )
-    assert all(row["site"] in result.output for row in report["rows"])
+    assert not all(row["site"] in result.output for row in report["rows"])
+    every = call("explain", model, "--plan", adapted[0], "--device", "cpu", "--layers")
+    assert all(row["site"] in every.output and row["detail"] in every.output for row in report["rows"])
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
@@ -175,7 +177,7 @@ def test_generate_continues_the_prompt(
             "no/such.jsonl cannot be read as a dataset: there is no such file",
         ),
         (("eval", "/no/such/model", "--data", TEXT), "/no/such/model cannot be loaded as a model"),
-        (("eval", MODEL, "--data", TEXT, "--plan", MODEL), "is not a readable plan"),
+        (("eval", MODEL, "--data", TEXT, "--plan", MODEL), "is not a readable plan: there is no plan.json in it"),
         (("explain", MODEL, "--dtype", "int3"), "option dtype='int3' is not valid: expected one of auto, float32"),
         (
             ("generate", MODEL, "--prompt", "a", "--cache", "lru"),

@@ -26,7 +26,8 @@ from rana_fx.evaluation.text import load_texts
 DATA = Path(rana_fx.__file__).parent / "data"
 MODEL, TEXT = str(DATA / "tiny-llama-prose-5m"), str(DATA / "calib.jsonl.xz")
 ADAPT = ("adapt", MODEL, "--data", TEXT, "--out", "plan")
-FINETUNE = ("finetune", MODEL, "--plan", "none", "--data", TEXT, "--out", "tuned", "--tokens", "4096")
+PLAN = str(Path(__file__).parents[1] / "golden" / "plans" / "rank")
+FINETUNE = ("finetune", MODEL, "--plan", PLAN, "--data", TEXT, "--out", "tuned", "--tokens", "4096")
 HUGE = str(10**40)
 
 
@@ -157,7 +158,7 @@ def test_ctrl_c_during_imports(tmp_path, program):
     words = [str(tmp_path / "rana-fx")] if program == "script" else ["-m", "rana_fx.cli"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
     running = subprocess.Popen(
-        [sys.executable, *words, "--help"], env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+        [sys.executable, *words, "explain", MODEL], env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
     )
     while not (tmp_path / "begun").exists():
         assert running.poll() is None, running.communicate()

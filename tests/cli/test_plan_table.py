@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import rana_fx
-from rana_fx.commands.plan_table import by_adapter, by_kind, by_layer, show_plan
+from rana_fx.commands.plan_table import by_adapter, by_kind, by_layer, by_role, show_plan
+from rana_fx.commands.screen import Screen
 
 PLANS = Path(__file__).parents[1] / "golden" / "plans"
 
@@ -61,9 +62,18 @@ def test_kinds_count_every_adapter_and_linear(plan):
 
 def test_every_adapter_has_a_line_where_asked(plan, capsys):
     assert len(by_adapter(plan)[1]) == len(plan.adapters)
-    show_plan("plan", plan, every_adapter=True)
+    show_plan(Screen(), "plan", plan, every_adapter=True)
     every = capsys.readouterr().out
     assert all(adapter.name in every for adapter in plan.adapters)
-    show_plan("plan", plan, every_adapter=False)
+    show_plan(Screen(), "plan", plan, every_adapter=False)
     short = capsys.readouterr().out
-    assert "by layer and role" in short and not any(adapter.name in short for adapter in plan.adapters)
+    assert "by role and layers" in short and not any(adapter.name in short for adapter in plan.adapters)
+    show_plan(Screen(quiet=True), "plan", plan, every_adapter=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_roles_and_layers_are_the_same_table_turned(plan):
+    columns, rows = by_role(plan)
+    across, down = by_layer(plan, lines=5)
+    assert columns == ("layers", *(str(row[0]) for row in down)) and [row[0] for row in rows] == list(across[1:])
+    assert [row[1:] for row in rows] == [tuple(row[index] for row in down) for index in range(1, len(across))]

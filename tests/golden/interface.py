@@ -30,7 +30,9 @@ EMBEDDED = DATA / "tiny-llama-prose-5m"
 def public() -> dict[str, dict[str, str | None]]:
     """By module, each public name and the names of its arguments (None: it takes none that we name)."""
     return {
-        module.__name__: {name: _arguments(getattr(module, name)) for name in module.__all__}
+        module.__name__: {
+            name: _arguments(getattr(module, name)) for name in (*module.__all__, "__version__") if hasattr(module, name)
+        }
         for module in (rana_fx, rana_fx.training)
     }
 

@@ -12,7 +12,7 @@ import rana_fx
 from rana_fx.calibration import calibrate
 from rana_fx.errors import TargetNotMeasurable, TooFewHeldOut
 from rana_fx.evaluation.measure import measuring
-from rana_fx.recipes import RECIPES
+from rana_fx.recipes import RECIPES, Rana
 from rana_fx.recipes.memory import Memory
 from rana_fx.recipes.rana import prepare
 from rana_fx.runtime.attachment import attached
@@ -213,3 +213,32 @@ def test_skips_found_before_a_budget_matters_are_those_of_every_plan():
         assert [skip.reason for skip in plan.left if "down_proj" in skip.site][:1] == [
             "its input is zero throughout the calibration text: it stays dense"
         ]
+
+
+def test_selections_and_recipe_objects_are_those_of_each_plan(model):
+    options = {"recipe": Rana(weighted=False), "skip": "*.down_proj", "held_out": text(2, seed=1)}
+    batches, seen = text(9), []
+    plans = rana_fx.adapt(model, batches, budgets=[0.9, 0.75], progress=seen.append, **options)
+    for plan in plans:
+        assert plan.recipe == "rana(weighted=False)"
+        assert not any("down_proj" in name for adapter in plan.adapters for name in adapter.sites)
+        assert {skip.reason for skip in plan.left if "down_proj" in skip.site} == {"left dense by skip='*.down_proj'"}
+        alone = adapt(model, batches, budget=plan.budget, recipe=options["recipe"], skip="*.down_proj")
+        assert replace(plan, curve=None).digest() == alone.digest()
+    fractions = [step.fraction for step in seen]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    assert [step.done for step in seen if step.stage == "plans" and step.total] == [1, 2]
+    inside = {"gradients", "decompose", "allocate", "build"}
+    assert {step.stage for step in seen} == {"calibrate", "plans", "solve"} | inside
+
+
+def test_a_search_goes_on_after_a_budget_below_what_a_selection_leaves(model):
+    # a third of the linears stay dense: the first budgets that are tried cannot be reached
+    options = {"skip": ["*.down_proj", "*.up_proj"], "held_out": text(4, seed=1), "recipe": "teal"}
+    seen = []
+    plan = rana_fx.adapt(model, text(9), max_kl=1e3, progress=seen.append, **options)
+    rana_fx.detach(model)
+    share = sum(site.cost("flops") for site in plan.sites if site.counted and ("down" in site.name or "up" in site.name))
+    share /= sum(site.cost("flops") for site in plan.sites if site.counted)
+    assert plan.budget > share and plan.curve.at(plan.budget) is not None
+    assert seen[-1].stage == "plan" and seen[-1].fraction == 1.0

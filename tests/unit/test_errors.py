@@ -49,6 +49,7 @@ EXAMPLES = {
     "UnknownRecipe": {"kind": "recipe", "got": "papper", "valid": "dense, paper"},
     "UnknownMetric": {"kind": "metric", "got": "watts", "valid": "flops, bytes"},
     "InvalidOption": {"name": "mode", "got": 3, "expected": "a string"},
+    "NoSuchLinear": {"option": "skip", "pattern": "*.dwon", "model": "Tower", "near": "did you mean '*.down'?"},
     "NoBatches": {"hint": "a dict of tensors"},
     "TooFewTokens": {"site": SITE, "got": 12, "rank": 704, "needed": 2816},
     "NonFinite": {"site": SITE, "count": 7, "what": "input", "shape": "(4, 704)"},

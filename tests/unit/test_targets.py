@@ -7,6 +7,7 @@ import math
 import pytest
 
 import rana_fx
+from rana_fx.asked import asked_of, promise_of
 from rana_fx.budget import Budget
 from rana_fx.curve import CurvePoint, Interval, Promise
 from rana_fx.errors import (
@@ -17,9 +18,8 @@ from rana_fx.errors import (
     TargetNotPositive,
     TargetUnreachable,
 )
-from rana_fx.measured_plans import asked_of
 from rana_fx.plan import Plan
-from rana_fx.targets import LOWEST, MOST, STEP, promise_of, search
+from rana_fx.targets import LOWEST, MOST, STEP, search
 
 NONE = dict.fromkeys(("max_kl", "max_loss", "max_ppl_increase"))
 

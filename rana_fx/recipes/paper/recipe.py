@@ -19,7 +19,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout, MlpBlock
@@ -64,7 +63,7 @@ class Paper:
         fraction, units = _feasible(problem, units)
         moments: dict[int, Tensor] = {}
         adapters: list[Adapter] = []
-        for unit in tqdm(units, desc="decompose", unit="group", disable=not problem.progress):
+        for unit in problem.steps.each(units):
             names = unit.ups if isinstance(unit, MlpBlock) else unit
             rows = problem.rows(names[0])
             stacks = [(up,) for up in unit.ups] if isinstance(unit, MlpBlock) else [unit]

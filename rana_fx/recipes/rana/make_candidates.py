@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rana_fx.calibration.sensitivity import Sensitivity
 from rana_fx.recipes.basis import Basis
@@ -28,6 +27,7 @@ from rana_fx.recipes.rana.paired_errors import PairedErrors
 from rana_fx.recipes.rana.quantization import UnitFormat, quantized_formats, unquantized
 from rana_fx.recipes.rana.unit_rows import BASIS_ROWS, UnitRows, directions, evenly_spaced, moment_of, rows_of
 from rana_fx.recipes.rana.units import Unit, has_basis
+from rana_fx.skips import TOO_FEW
 
 _FEW_DIRECTIONS = 32  # an input that spans fewer is noted
 _JOINT: dict[str, type[MlpCandidate]] = {"gated": GatedMlp, "exact": ExactMlp}
@@ -68,7 +68,7 @@ class _Maker:
         last = {self.problem.sample(unit[0]): unit for unit in units}
         mlps = eligible_mlps(self.problem.layout, units, self.options.kinds)
         joint: dict[EligibleMlp, MlpCandidate] = {}
-        for unit in tqdm(units, desc="decompose", unit="group", disable=not self.problem.progress):
+        for unit in self.problem.steps.each(units):
             self._add(unit, [mlp for mlp in mlps if unit in mlp.units])
             for mlp in [mlp for mlp in mlps if unit in mlp.units and all(other in self.candidates for other in mlp.units)]:
                 made = self._joint(mlp)
@@ -155,7 +155,7 @@ def _basis(problem: Problem, unit: Unit, metric: LossMetric, rows: UnitRows) -> 
     if not has_basis(out, width):
         return None
     if rows.moment_II is None:
-        _note(problem, unit, f"{rows.summed} calibration tokens are too few for its {min(out, width)} ranks")
+        _note(problem, unit, f"{rows.summed} calibration tokens are {TOO_FEW} its {min(out, width)} ranks")
         return None
     spanned = directions(rows.measured_TI, 2 * _FEW_DIRECTIONS)
     if spanned < min(_FEW_DIRECTIONS, min(out, width) // 2):

@@ -6,9 +6,11 @@ import warnings
 from dataclasses import dataclass
 
 from rana_fx import _moved
+from rana_fx.errors import InvalidOption
 from rana_fx.recipes.rana.operating_point import KINDS
 
 ALLOCATIONS = ("multiplier", "fraction")
+BITS = (8, 4)
 
 
 @_moved.options(carried="error_feedback", settles="refine_lambda")
@@ -32,7 +34,7 @@ class Options:
     shared: bool = True
     kinds: tuple[str, ...] = KINDS
     gates: bool = True
-    bits: tuple[int, ...] = (8, 4)
+    bits: tuple[int, ...] = BITS
     error_feedback: bool = True
     allocations: tuple[str, ...] = ALLOCATIONS
     refine_lambda: bool = True
@@ -43,3 +45,8 @@ class Options:
             warnings.warn(text, DeprecationWarning, stacklevel=4)
             renamed = tuple("multiplier" if name == "price" else name for name in self.allocations)
             object.__setattr__(self, "allocations", renamed)
+        for name, valid in (("kinds", KINDS), ("bits", BITS), ("allocations", ALLOCATIONS)):
+            given = getattr(self, name)
+            if not isinstance(given, (tuple, list)) or not set(given) <= set(valid) or (name == "allocations" and not given):
+                raise InvalidOption(name=name, got=given, expected=f"a tuple of some of {', '.join(map(repr, valid))}")
+            object.__setattr__(self, name, tuple(given))

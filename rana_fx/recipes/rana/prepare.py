@@ -6,6 +6,7 @@ Operating points that an allocation computes are kept in the candidates for late
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,8 @@ def prepare(problem: Problem, model: InstrumentedModel, options: Options) -> Gen
     mlps = eligible_mlps(problem.layout, units, options.kinds) if options.gates else []
     measured = list(dict.fromkeys([*units, *((mlp.gate,) for mlp in mlps if mlp.kind == "gated")]))
     batches, held = problem.holdout.batches, problem.holdout.held
-    found = sensitivities(model, problem.layout, measured, batches, held=held) if options.weighted else Sensitivity()
+    measure = functools.partial(sensitivities, model, problem.layout, measured, steps=problem.steps)
+    found = measure(batches, held=held) if options.weighted else Sensitivity()
     if found.missing:
         alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"
         problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")

@@ -13,9 +13,10 @@ memory      samples, moments and candidates of a large model take a few gigabyte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import ClassVar
 
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout
@@ -41,6 +42,9 @@ class Rana(Options):
     name = "rana"
     needs_holdout = True
     adapts_every_layer = True
+    # of the time of ``solve``: between those of a small model on two cores and of a large one on a GPU (bench.adapt_scale)
+    shares: ClassVar[Mapping[str, float]] = {"gradients": 0.37, "decompose": 0.42, "allocate": 0.18, "build": 0.03}
+    once = ("gradients", "decompose")  # by ``sharing``
 
     def wants(self, layout: Layout) -> dict[tuple[str, ...], Keep]:
         units: dict[tuple[str, ...], list[Unit]] = {}
@@ -53,7 +57,7 @@ class Rana(Options):
         return {group: _FEW if basis else _WITHOUT_BASIS for group, basis in based.items()}
 
     def solve(self, problem: Problem) -> list[Adapter]:
-        return run_stages(self.stages(problem))
+        return run_stages(self.stages(problem), problem.steps.stage)
 
     def stages(self, problem: Problem) -> Stages:
         """``solve`` in stages: gradients, decompose, allocate, build."""
@@ -85,7 +89,7 @@ class _Sharing:
             assert problem.holdout is not None
             model = self._contexts.enter_context(problem.holdout.instrumented(problem.layout))
             own = replace(problem, skips=[])
-            self._prepared = run_stages(prepare(own, model, self._recipe)), own.skips
+            self._prepared = run_stages(prepare(own, model, self._recipe), problem.steps.stage), own.skips
         prepared, skips = self._prepared
         problem.skips += skips
-        return run_stages(refine(problem, prepared, self._recipe, keep=True))
+        return run_stages(refine(problem, prepared, self._recipe, keep=True), problem.steps.stage)

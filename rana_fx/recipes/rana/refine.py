@@ -19,6 +19,7 @@ from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.allocate import Allocation, allocate, cost_of, loss_of
 from rana_fx.recipes.rana.builders import for_plan
 from rana_fx.recipes.rana.decision import Choice, Decision, Points
+from rana_fx.recipes.rana.expected_loss import mean_entropy, remark
 from rana_fx.recipes.rana.operating_point import JOINT_KINDS, OperatingPoint
 from rana_fx.recipes.rana.options import Options
 from rana_fx.recipes.rana.prepare import Prepared
@@ -29,6 +30,7 @@ from rana_fx.recipes.stages import Stages
 
 _ROUNDS = 4
 _MOST_ROUNDS = 10  # where the model still costs more than the target
+_FITS = {"multiplier": 3, "fraction": 1}  # of an allocation, at most: each takes about ``_ROUNDS`` simulations
 _CLOSE = 0.002  # of the dense cost: the target is met
 _LARGEST_CORRECTION = 4.0
 _TOLERATED = 0.01  # of the dense cost, and a tenth of the target: the most that the target may be exceeded by
@@ -74,14 +76,17 @@ class _Refinement:
         if self._target <= 0:
             raise self._nothing_left()
         yield "allocate"
+        steps = self._problem.steps
+        steps.expect(self._rounds * sum(_FITS[name] for name in self._allocations))
         best = self._best()
+        self._note_large_loss(best)
         yield "build"
         adapters = []
         decision_of = {unit: decision for decision in self._decisions for unit in decision.units}
         if not self._keep:
             self._decisions.clear()
         order = {name: index for index, name in enumerate(self._problem.layout.sites)}
-        for unit, point in sorted(best.points.items(), key=lambda item: order[item[0][0]]):
+        for unit, point in steps.each(sorted(best.points.items(), key=lambda item: order[item[0][0]])):
             decision = decision_of.pop(unit)
             made = decision.adapters(self._problem, unit, point)
             adapters += [for_plan(self._problem, as_simulated(adapter, best.outcome)) for adapter in made]
@@ -168,6 +173,7 @@ class _Refinement:
         }
         flat = [adapter for made in adapters.values() for adapter in made]
         outcome = simulate(self._model, self._problem.layout, flat, self._held_out, self._dense)
+        self._problem.steps.advance()
         return Simulated(points, outcome, self._measured_cost(points, adapters, outcome))
 
     def _measured_cost(self, points: Points, adapters: Mapping[Unit, list[Adapter]], outcome: Outcome) -> float:
@@ -178,6 +184,16 @@ class _Refinement:
             for adapter in made:
                 cost += adapter.cost(outcome.kept.get(adapter.name, Kept()))[self._problem.metric]
         return cost
+
+    def _note_large_loss(self, found: Simulated) -> None:
+        """A remark where the adapted model loses more than a smaller dense model of the same cost would (expected_loss.py)."""
+        text = remark(
+            budget=self._problem.asked or self._problem.budget,
+            divergence=found.outcome.divergence,
+            entropy=mean_entropy(self._dense, self._model),
+        )
+        if text:
+            self._problem.note(text)
 
     def _nothing_left(self) -> BudgetUnreachable:
         counted, share = self._problem.counted(), self._split.fixed_cost / self._split.total

@@ -1,0 +1,53 @@
+"""What a command prints: short by default, nothing with --quiet.
+
+In: tables and lines. Out: text on stdout. A summary of a model of any depth fits on 40 lines of 80 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import typer
+
+from rana_fx.commands.record import cell, show
+from rana_fx.summary import COLUMNS, aligned, shortened
+
+LEGEND = (
+    "flops, bytes: expected cost of a token over the dense linears' (0.6: 60 % of the",
+    "multiply-adds, or of the weight bytes). kept: of ranks, inputs or neurons.",
+)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """``quiet``: nothing is printed."""
+
+    quiet: bool = False
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, notes: Iterable[str] = ()) -> None:
+        """A table as wide as it needs to be."""
+        if not self.quiet:
+            show(title, columns, rows, notes=notes)
+
+    def summary(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """A table of short cells, in 80 columns."""
+        if not self.quiet:
+            self.lines([title, *aligned(columns, [[brief(value) for value in row] for row in rows])])
+
+    def lines(self, lines: Iterable[str], *, whole: bool = False) -> None:
+        """Lines, shortened to 80 columns unless ``whole``."""
+        for line in () if self.quiet else lines:
+            typer.echo(line if whole else shortened(line))
+
+    def next_steps(self, *steps: tuple[str, str]) -> None:
+        """(command, what it shows) of what to do next. A command is never shortened: it is there to be copied."""
+        for index, (command, what) in enumerate(steps):
+            line = f"{'' if index else 'next:':5} {command}"
+            explained = f"{line}  # {what}"
+            self.lines([explained if len(explained) <= COLUMNS else line], whole=True)
+
+
+def brief(value: object) -> str:
+    """A value for a narrow column."""
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 1000 else cell(value)

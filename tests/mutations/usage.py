@@ -1,0 +1,47 @@
+"""Defects in what a user meets first: arguments, options, progress, summaries."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation as M
+
+MUTATIONS = (
+    M("skipped-linears-are-free", "The linears that skip leaves dense do not count in the budget.",
+      "rana_fx/recipes/selected.py", "budget=split.fraction, asked", "budget=problem.budget, asked",
+      "tests/recipes/test_selection.py::test_skipped_linears_stay_dense_and_the_rest_meets_the_budget"),
+    M("lowest-budget-of-the-selection", "The lowest budget that an error names is one of the selected linears alone.",
+      "rana_fx/recipes/selected.py", "1 - (1 - lowest) * scale", "lowest",
+      "tests/recipes/test_selection.py::test_errors_of_a_recipe_are_in_budgets_of_all_linears"),
+    M("patterns-match-anything", "A pattern that matches nothing is accepted.",
+      "rana_fx/calibration/selection.py", "if not any(matches(name, pattern) for name in names):", "if not names:",
+      "tests/recipes/test_selection.py::test_a_pattern_that_matches_nothing"),
+    M("options-of-recipes-not-recorded", "A plan does not say which options its recipe had.",
+      "rana_fx/recipes/registry.py", 'if changed else "")', 'if not changed else "")',
+      "tests/recipes/test_selection.py::test_recipes_as_objects"),
+    M("disabled-frees-nothing-to-check", "A model whose weights were freed runs dense, with NaN.",
+      "rana_fx/runtime/disabling.py", "if isinstance(value, nn.Parameter) and is_freed(value):", "if False:",
+      "tests/runtime/test_disabled.py::test_a_model_without_its_weights_is_no_dense_model"),
+    M("any-budget-is-fine", "A plan that loses more than a smaller dense model has no remark.",
+      "rana_fx/recipes/rana/expected_loss.py", "if entropy is None or divergence <=", "if entropy is None or divergence >=",
+      "tests/recipes/test_low_budget.py"),
+    M("time-left-of-the-stage", "The estimate of the time left is what has passed.",
+      "rana_fx/progress.py", "elapsed * (1 - self._fraction) / self._fraction", "elapsed",
+      "tests/unit/test_progress.py::test_fractions_follow_shares_and_time_left_follows_fractions"),
+    M("held-out-batches-do-not-count", "The bar stands still while held-out batches run.",
+      "rana_fx/calibration/calibrate.py", "            steps.advance()\n", "",
+      "tests/unit/test_progress.py::test_adapt_tells_of_every_stage_from_start_to_end"),
+    M("given-options-lose", "A section of a file of options is overridden by what stands at its top.",
+      "rana_fx/commands/config_file.py", "[*given.items(), *section.items()]", "[*section.items(), *given.items()]",
+      "tests/cli/test_checks.py"),
+    M("dtype-of-the-device", "--dtype auto loads a model in another dtype than its plan.",
+      "rana_fx/commands/loading.py", "    return plan.dtype\n", "    return dtype\n",
+      "tests/cli/test_checks.py::test_auto_is_the_dtype_of_the_plan"),
+    M("ten-ranges-of-layers", "A summary has a column for each layer.",
+      "rana_fx/report_rows.py", "size = -(-len(numbers) // most) or 1", "size = 1",
+      "tests/cli/test_short_output.py::test_the_report_of_a_deep_model_fits"),
+    M("torch-with-the-package", "Importing the package imports torch.",
+      "rana_fx/__init__.py", "_install_moved_names()\n", "_install_moved_names()\nimport torch  # noqa: E402, F401\n",
+      "tests/cli/test_checks.py::test_neither_the_package_nor_help_nor_a_mistake_loads_torch"),
+    M("saved-without-a-word", "save_pretrained of an adapted model does not warn.",
+      "rana_fx/runtime/saved_dense.py", "if isinstance(saved, transformers.PreTrainedModel):", "if saved is None:",
+      "tests/runtime/test_saved_dense.py"),
+)  # fmt: skip
