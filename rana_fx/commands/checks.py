@@ -43,6 +43,12 @@ def budgets(value: str | None) -> str | None:
     return value
 
 
+def needed_budgets(value: str) -> str:
+    """``budgets``, of an option that has a default."""
+    budgets(value)
+    return value
+
+
 def target(name: str) -> Callable[[float | None], float | None]:
     """A callback that raises TargetNotPositive."""
 

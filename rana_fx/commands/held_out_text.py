@@ -34,6 +34,28 @@ def calibration_and_held_out(
     return batches, document_rows(texts[-count:], tokenizer, context=context, batch_size=batch_size)
 
 
+def rows_of(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, tokens: int, context: int, batch_size: int
+) -> tuple[Batches, bool]:
+    """(batches to measure on, whether each row is a document of its own): else rows are packed, of too few documents.
+
+    Of at least ``tokens`` tokens and as many documents as intervals need, where there are so many.
+    """
+    from rana_fx.evaluation.text import token_batches
+
+    if len(texts) < LEAST:
+        return token_batches(texts, tokenizer, tokens=tokens, context=context, batch_size=batch_size), False
+    batches: Batches = []
+    count = 0
+    for start in range(0, len(texts), batch_size):
+        if count >= tokens and start >= LEAST:
+            break
+        made = document_rows(texts[start : start + batch_size], tokenizer, context=context, batch_size=batch_size)
+        count += sum(int(batch["attention_mask"].sum()) for batch in made)
+        batches += made
+    return batches, True
+
+
 def document_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, context: int, batch_size: int) -> Batches:
     """Batches of (B, T), T <= ``context``, a row for each document; padded on the right."""
     import torch

@@ -32,13 +32,20 @@ _MOST_KEPT = 1e9  # bytes of the dense model's outputs, which are otherwise comp
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one plan; see ``rana_fx.curve.CurvePoint``. None where there is no such thing, or too few documents for intervals."""
+    """Of one plan; see ``rana_fx.curve.CurvePoint``. None where there is no such thing, or too few documents for intervals.
+
+    agreement: share of the tokens for which both models find the same class, or next token, most probable.
+    dense_loss, adapted_loss: next-token loss of each model, nats per token; None where it predicts no next tokens.
+    """
 
     kl: Interval | None
     loss: Interval | None
     perplexity: Interval | None
     documents: int
     tokens: int
+    agreement: Interval | None = None
+    dense_loss: float | None = None
+    adapted_loss: float | None = None
 
 
 @contextmanager
@@ -115,6 +122,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.kl: list[float] = []
+        self.same: list[float] = []
         self.tokens: list[int] = []
         self.dense: list[float] = []
         self.adapted: list[float] = []
@@ -139,6 +147,7 @@ class _Sums:
                 continue
             log_q, log_p = logits[document], reference[document]
             self.kl.append(_divergence(log_q[real_T], log_p[real_T]))
+            self.same.append(float((log_q[real_T].argmax(-1) == log_p[real_T].argmax(-1)).sum()))
             self.tokens.append(int(real_T.sum()))
             if has_next:
                 assert ids_BT is not None
@@ -153,7 +162,7 @@ class _Sums:
         bad = sum(not math.isfinite(value) for value in (*self.kl, *self.dense, *self.adapted))
         if bad:
             raise NonFinite(site="the model's output", count=bad, what="losses", shape=f"({self.documents} documents)")
-        kl, tokens = _kept(self.tokens, self.kl, self.tokens)
+        kl, same, tokens = _kept(self.tokens, self.kl, self.same, self.tokens)
         dense, adapted, targets = _kept(self.targets, self.dense, self.adapted, self.targets)
         enough = len(targets) >= LEAST
         return Measured(
@@ -162,6 +171,9 @@ class _Sums:
             perplexity_interval(dense, adapted, targets) if enough else None,
             self.documents,
             sum(self.tokens),
+            mean_interval(same, tokens) if len(tokens) >= LEAST else None,
+            float(dense.sum() / targets.sum()) if len(targets) else None,
+            float(adapted.sum() / targets.sum()) if len(targets) else None,
         )
 
 

@@ -73,6 +73,12 @@ def nothing_is_loaded(monkeypatch):
         (("adapt", MODEL, "--data", str(Path(MODEL) / "config.md"), "--out", "p"), "there is no such file or folder"),
         (("eval", MODEL, "--data", TEXT, "--plan", f"{PLAN}k"), f"there is no such folder (did you mean {PLAN}?)"),
         (("eval", MODEL, "--data", TEXT, "--plan", str(PLAN / "plan.json")), "it is a file, not a folder"),
+        (("compare", MODEL, "--data", TEXT, "--plan", f"{PLAN}k"), f"there is no such folder (did you mean {PLAN}?)"),
+        (("compare", MODEL, "--data", TEXT.replace("calib", "clib"), "--plan", str(PLAN)), f"(did you mean {TEXT}?)"),
+        (("sweep", f"{MODEL}x", "--data", TEXT), f"there is no such folder (did you mean {MODEL}?)"),
+        (("sweep", MODEL, "--data", TEXT, "--budgets", "80,70"), "budget=80.0 is outside (0, 1]"),
+        (("sweep", MODEL, "--data", TEXT, "--budgets", "0.8;0.5"), "expected numbers with commas"),
+        (("sweep", MODEL, "--data", TEXT, "--out", TEXT), "the name of a folder, not of a file"),
         (("generate", MODEL, "--prompt", "a", "--cache", "statc"), "(did you mean static?)"),
         (("tasks", MODEL, "--tasks", "a", "--prefill", "mask"), "(did you mean masked?)"),
         (
