@@ -17,12 +17,13 @@ import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from rana_fx.adapter import Adapter
+from rana_fx.asked import Asked, asked_of
 from rana_fx.calibration.autocast import autocast_as
 from rana_fx.calibration.batches import check_batches
 from rana_fx.calibration.calibrate import CALIBRATE, calibrate
@@ -30,13 +31,17 @@ from rana_fx.calibration.holdout import Holdout, Tee
 from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Layout, Unread
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.calibration.selection import Patterns, Selection
+from rana_fx.calibration.withheld import Withheld
 from rana_fx.cost import METRICS, SCOPES
-from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, InvalidOption, UnknownChoice, UnknownMetric
+from rana_fx.errors import AlreadyAdapted, InvalidOption, UnknownChoice, UnknownMetric
+from rana_fx.measured_plans import PLANS, SEARCHED, measured_plans
 from rana_fx.modules import trainable_tensors, unwrap, weights_of
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.progress import Callback, Progress, following
 from rana_fx.recipes import Problem, Recipe, needs_holdout, recipe_of, title_of
+from rana_fx.recipes.held_out_quality import held_out_quality
 from rana_fx.recipes.selected import in_budgets_of_all, selected
+from rana_fx.recipes.sharing import Solver, sharing
 from rana_fx.runtime.attachment import attach, attached
 from rana_fx.skips import Note, Skip, typed
 
@@ -47,19 +52,41 @@ _NAMED = 5  # modules that one note names
 IS_TABLE = "its weight is also the table of an embedding, which stays as it is"
 
 
+@overload
+def adapt(
+    model: nn.Module, batches: Iterable[Any], *, budgets: Sequence[float], metric: str = ..., recipe: str | Recipe = ...,
+    scope: str = ..., skip: Patterns = ..., only: Patterns = ..., held_out: Iterable[Any] | None = ...,
+    progress: bool | Callback = ..., seed: int = ...,
+) -> list[Plan]: ...  # fmt: skip
+
+
+@overload
+def adapt(
+    model: nn.Module, batches: Iterable[Any], *, budget: float | None = ..., max_kl: float | None = ...,
+    max_loss: float | None = ..., max_ppl_increase: float | None = ..., metric: str = ..., recipe: str | Recipe = ...,
+    scope: str = ..., skip: Patterns = ..., only: Patterns = ..., held_out: Iterable[Any] | None = ...,
+    progress: bool | Callback = ..., seed: int = ...,
+) -> Plan: ...  # fmt: skip
+
+
 def adapt(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    budget: float = 0.58,
+    budget: float | None = None,
+    budgets: Sequence[float] | None = None,
+    max_kl: float | None = None,
+    max_loss: float | None = None,
+    max_ppl_increase: float | None = None,
     metric: str = "flops",
     recipe: str | Recipe = "rana",
     scope: str = "blocks",
     skip: Patterns = (),
     only: Patterns = (),
+    held_out: Iterable[Any] | None = None,
     progress: bool | Callback = True,
     seed: int = 0,
-) -> Plan:
+) -> Plan | list[Plan]:
     """Calibrate a model on a few batches, distribute a budget over its linear layers, and attach the resulting plan.
 
     Args:
@@ -69,7 +96,14 @@ def adapt(
             ``model(*batch)``, anything else as ``model(batch)``. Tensors are moved to the model's device. Tokens whose
             ``*attention_mask`` is zero do not count. The paper uses 32,000 tokens; at most 32,000 are kept, a
             uniform sample of all tokens of the batches.
-        budget: expected cost per token of all linears that it counts, router included, over their dense cost, in (0, 1].
+        budget: expected cost per token of all linears that it counts, router included, over their dense cost, in (0, 1]. Default
+            0.58, where none of the next four is given; they exclude each other.
+        budgets: several of them: one calibration, a plan for each.
+        max_kl: instead of a budget, the cheapest plan whose mean KL divergence from the dense model stays below it, in nats per
+            token. The promise is the upper end of the 95 % confidence interval on held-out documents (rana_fx/targets.py).
+        max_loss: the same for the increase of the next-token loss, in nats per token (log of the ratio of perplexities).
+        max_ppl_increase: the same for the increase of the perplexity, exp(loss per token), in points, as tables of perplexities
+            give it: from 5.5 to 6.0 it is 0.5.
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
         recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
             published), or a baseline (docs/recipes.md). Or a recipe with options of its own:
@@ -77,6 +111,9 @@ def adapt(
         scope: which linears the budget counts: "blocks", those inside the blocks; "all", output heads and stems as well.
         skip: linears that stay dense: a pattern of names of weights or of modules around them, or several ("*.down_proj",
             "model.layers.0"). only: if given, all linears stay dense that match none of these. The budget counts them, as dense.
+        held_out: batches of other text, to measure plans of ``budgets`` and targets on; each row is taken for a document, so rows
+            of one document make the interval too narrow. Default: every fourth of ``batches``, at most some 16,000 tokens, which
+            calibration then does not see. Not used with ``budget``, which measures nothing.
         progress: True draws a bar on stderr, with an estimate of the time left; False is silent. A function is called with a
             ``rana_fx.progress.Step`` at each step instead. The stages are logged to "rana_fx.progress" in any case.
         seed: of the token sample.
@@ -84,8 +121,11 @@ def adapt(
     Returns:
         The plan, attached to the model: compile with ``torch.compile(model, backend=rana_fx.backend)``. Code that
         torch.compile made earlier in this process is compiled again on its next call.
+        With ``budgets`` a list of plans in their order, none of them attached. Each is the plan of that ``budget`` alone (of the
+        same text: without ``held_out`` a part of it is withheld), and has all measurements in ``Plan.curve``.
 
     Raises:
+        BudgetOrTarget, TargetNotPositive, TargetUnreachable, TargetNotMeasurable, TooFewHeldOut (of targets).
         BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, UnknownChoice (``scope``), NoSuchLinear (a pattern that
         matches nothing), AlreadyAdapted, NoBatches, NoLinears, TooFewTokens, NonFinite, TraceFailed, CompilationDisabled,
         WeightAbsent, InvalidOption (``batches`` is one batch).
@@ -94,22 +134,49 @@ def adapt(
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
         >>> fast = torch.compile(model, backend=rana_fx.backend)
     """
-    chosen = _check_options(budget, metric, recipe, scope, progress)
+    asked = asked_of(budget, budgets, {"max_kl": max_kl, "max_loss": max_loss, "max_ppl_increase": max_ppl_increase})
+    chosen = _check_options(metric, recipe, scope, progress)
     seed = _checked_seed(seed)
     model = unwrap(model)
     selection = Selection.of(skip, only)
     named = {name: weight for name, weight in weights_of(model).items() if not nn.parameter.is_lazy(weight)}
     selection.check([name for name, weight in named.items() if weight.dim() >= 2], type(model).__name__)
     _check_not_adapted(model)
-    with following(progress, title="adapt", shares=_shares(chosen)) as steps:
+    with following(progress, title="adapt", shares=_shares(chosen, asked)) as steps:
         with trainable_tensors(model):
-            calibration = calibrated(model, batches, chosen, scope=scope, seed=seed, progress=steps, selection=selection)
-            problem = calibration.problem(budget=float(budget), metric=metric, recipe=title_of(chosen), progress=steps)
-            adapters = solved(problem, chosen)
+            text = Withheld(batches, held_out) if asked.measured else batches
+            calibration = calibrated(model, text, chosen, scope=scope, seed=seed, progress=steps, selection=selection)
+            problem_at = functools.partial(calibration.problem, metric=metric, recipe=title_of(chosen), progress=steps)
+            if isinstance(text, Withheld):
+                plans = _measured(model, calibration, chosen, asked, text.batches(), problem_at)
+            else:
+                problem = problem_at(budget=asked.budgets[0])
+                adapters = solved(problem, chosen)
+        if asked.many:
+            return plans
         with steps.stage(_PLAN):
-            plan = planned(calibration, problem, adapters)
+            plan = plans[0] if asked.measured else planned(calibration, problem, adapters)
             attach(model, plan)
     return plan
+
+
+def _measured(
+    model: nn.Module,
+    calibration: CalibratedModel,
+    recipe: Recipe,
+    asked: Asked,
+    held_out: Sequence[Any],
+    problem_at: functools.partial[Problem],
+) -> list[Plan]:
+    """Plans with what they lose on held-out batches; what no budget changes is computed once."""
+    metric, title, steps = (problem_at.keywords[name] for name in ("metric", "recipe", "progress"))
+
+    def plan_at(budget: float) -> Plan:
+        problem = problem_at(budget=budget)
+        return planned(calibration, problem, solved(problem, solver))
+
+    with sharing(recipe) as solver, held_out_quality(model, calibration.layout, held_out) as quality:
+        return measured_plans(asked, plan_at, quality, model=calibration.model, recipe=title, metric=metric, steps=steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +243,7 @@ def calibrated(
     return CalibratedModel(name, found.layout, found.samples, found.tokens, seed, holdout, scope=scope, selection=selection)
 
 
-def solved(problem: Problem, recipe: Recipe) -> tuple[Adapter, ...]:
+def solved(problem: Problem, recipe: Solver) -> tuple[Adapter, ...]:
     """The recipe's adapters. Raises BudgetUnreachable, TooFewTokens."""
     # a recipe with stages of its own names them
     stage = nullcontext() if hasattr(recipe, "shares") else problem.steps.stage(_SOLVE)
@@ -223,15 +290,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _shares(recipe: Recipe) -> dict[str, float]:
+def _shares(recipe: Recipe, asked: Asked) -> dict[str, float]:
     """Expected shares of the time of ``adapt`` by stage, in order."""
     inside: Mapping[str, float] = getattr(recipe, "shares", {_SOLVE: 1.0})
-    return {CALIBRATE: _CALIBRATING} | {name: share * _SOLVING for name, share in inside.items()} | {_PLAN: _PLANNING}
+    if asked.measured:
+        once = getattr(recipe, "once", ())
+        each = sum(share for name, share in inside.items() if name not in once)
+        inside = {name: inside[name] for name in once} | {PLANS: each * (len(asked.budgets) or SEARCHED)}
+    shares = {CALIBRATE: _CALIBRATING} | {name: share * _SOLVING for name, share in inside.items()}
+    return shares if asked.many else shares | {_PLAN: _PLANNING}
 
 
-def _check_options(budget: float, metric: str, recipe: object, scope: str, progress: object) -> Recipe:
-    if not isinstance(budget, numbers.Real) or isinstance(budget, bool) or not 0 < budget <= 1:
-        raise BudgetOutOfRange(budget=budget)
+def _check_options(metric: str, recipe: object, scope: str, progress: object) -> Recipe:
     if metric not in METRICS:
         raise UnknownMetric(kind="metric", got=metric, valid=", ".join(METRICS))
     if not isinstance(progress, bool) and not callable(progress):

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from rana_fx import _interrupts
 from rana_fx._version import __version__
-from rana_fx.commands import adapt, demo, env, evaluate, explain, finetune, generate, tasks
+from rana_fx.commands import adapt, compare, demo, env, evaluate, explain, finetune, generate, sweep, tasks
 from rana_fx.errors import RanaError
 
 
@@ -81,6 +81,8 @@ def main(
 
 app.command("demo")(demo.command)
 app.command("adapt")(adapt.command)
+app.command("sweep")(sweep.command)
+app.command("compare")(compare.command)
 app.command("eval")(evaluate.command)
 app.command("finetune")(finetune.command)
 app.command("explain")(explain.command)

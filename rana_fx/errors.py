@@ -68,6 +68,42 @@ class BudgetUnreachable(RanaError, ValueError):
     )
 
 
+class BudgetOrTarget(RanaError, ValueError):
+    message = (
+        "got {got} together: expected at most one of budget, budgets, max_kl, max_loss and max_ppl_increase. A target "
+        "is searched for by itself: pass the one that matters, and no budget."
+    )
+
+
+class TargetNotPositive(RanaError, ValueError):
+    message = (
+        "{name}={got!r} is not a positive number. A plan differs from the dense model, and the bound includes the uncertainty of "
+        "measuring it: pass a number such as {example}, or budget=1 for the dense model."
+    )
+
+
+class TargetUnreachable(RanaError, ValueError):
+    message = (
+        "{name}={limit:g} is reached by no plan of recipe={recipe!r} on this model: the best of {count} budgets that were tried "
+        "is {budget:.3f}, which promises {best:.4g} ({mean:.4g} measured on {documents} held-out documents, the rest is the 95 % "
+        "interval). Pass at least {best:.4g}, more held-out documents, or another recipe."
+    )
+
+
+class TargetNotMeasurable(RanaError, ValueError):
+    message = (
+        "{name} cannot be measured on {model}: {reason}. Expected logits over classes for max_kl, and logits (B, T, classes) for "
+        "input_ids (B, T) for max_loss and max_ppl_increase; pass a budget instead."
+    )
+
+
+class TooFewHeldOut(RanaError, ValueError):
+    message = (
+        "{got} held-out documents are too few for a confidence interval of {name}: at least {needed} are needed. Every fourth "
+        "batch is withheld, and each of its rows is a document: pass more batches, or held_out=batches of other text."
+    )
+
+
 class UnknownChoice(RanaError, ValueError):
     message = "{kind}={got!r} is not known. Pick one of: {valid}."
 

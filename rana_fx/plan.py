@@ -29,6 +29,7 @@ from rana_fx.adapter import TENSORS, Adapter
 from rana_fx.cost import METRICS as METRICS
 from rana_fx.cost import SCOPES as SCOPES
 from rana_fx.cost import Cost, Kept
+from rana_fx.curve import Curve
 from rana_fx.errors import BadOperand, InvalidOption, PlanFileError, PlanVersion
 from rana_fx.skips import Note, Skip, entry, stored
 
@@ -78,6 +79,7 @@ class Plan:
         tokens: number of calibration tokens, padding not counted.
         scope: which linears the budget counts: "blocks", those inside the blocks; "all", output heads and stems as well.
         sites: every linear found; the budget counts those with ``counted``.
+        curve: what this plan, and those of other budgets of the same call, lose on held-out text; None: it was not measured.
         adapters: what replaces linears. skips: linears that are not replaced, with the reason (``left``), and notes on adapted
             ones (``notes``), in one order.
     """
@@ -93,6 +95,7 @@ class Plan:
     adapters: tuple[Adapter, ...]
     skips: tuple[Skip | Note, ...]
     scope: str = "blocks"
+    curve: Curve | None = None
 
     def __repr__(self) -> str:
         facts = f"recipe={self.recipe!r}, budget={self.budget:g}, metric={self.metric!r}, model={self.model!r}"
@@ -181,6 +184,8 @@ class Plan:
         facts = {key: getattr(self, key) for key in ("recipe", "metric", "budget", "seed", "tokens", "model", "versions")}
         if self.scope != "blocks":
             facts["scope"] = self.scope  # plans of the blocks keep the digest that earlier versions gave them
+        if self.curve is not None:
+            facts["curve"] = asdict(self.curve)
         return facts | {
             "sites": [asdict(site) for site in self.sites],
             "adapters": [adapter_facts(adapter) for adapter in self.adapters],
@@ -200,6 +205,7 @@ class Plan:
             "  expected cost per token over dense: "
             f"flops {self.expected_budget('flops'):.3f}, bytes {self.expected_budget('bytes'):.3f}",
         ]
+        lines += [f"  {text}" for text in ([] if self.curve is None else self.curve.lines(self.budget))]
         lines += [f"  note: {text}" for text in self.notes()]
         if all:
             return "\n".join([*lines, *summary.one_by_one(self.adapters)])
@@ -213,7 +219,8 @@ class Plan:
             PlanWriteError.
         """
         exact = any(adapter.exact_tau is not None for adapter in self.adapters)
-        number = plan_io.FORMAT if self.scope != "blocks" else plan_io.EXACT if exact else plan_io.BEFORE
+        number = plan_io.SCOPE if self.scope != "blocks" else plan_io.EXACT if exact else plan_io.BEFORE
+        number = number if self.curve is None else plan_io.FORMAT
         tensors = {f"{i}.{key}": value for i, a in enumerate(self.adapters) for key, value in a.tensors().items()}
         plan_io.write(plan_io.Stored(number, self.digest(), self.to_dict(), tensors), Path(path))
 
@@ -275,7 +282,7 @@ def adapter_facts(adapter: Adapter) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
 
-_LATER = {"exact_kept": None, "scope": "blocks"}  # facts that are left out where they have these values
+_LATER = {"exact_kept": None, "scope": "blocks", "curve": None}  # facts that are left out where they have these values
 
 
 def _facts_type(name: str, source: type, **changed: Any) -> Any:

@@ -28,6 +28,8 @@ def check(plan: Any, tensors: Iterable[str]) -> None:
     _expect(plan.scope in SCOPES, f"scope {plan.scope!r} is none of {', '.join(SCOPES)}")
     _expect(0 < plan.budget < math.inf, f"budget {plan.budget} is no positive number")
     _expect(0 <= plan.tokens <= _LARGEST, f"{plan.tokens} calibration tokens")
+    if plan.curve is not None:
+        plan.curve.check(_expect)
     _unique("linear", [site.name for site in plan.sites])
     for site in plan.sites:
         _check_site(site)

@@ -24,7 +24,8 @@ from torch import Tensor
 from rana_fx.atomic import locked, read_regular, remove_leftovers, write_bytes
 from rana_fx.errors import PlanFileError, PlanVersion, PlanWriteError
 
-FORMAT = 4  # a budget of another scope than the blocks
+FORMAT = 5  # a curve
+SCOPE = 4  # a budget of another scope than the blocks
 EXACT = 3  # exact outputs of rank adapters
 BEFORE = 2  # factors in 8 and 4 bits, weights of neuron adapters, masked routers, shifts; written where nothing else is needed
 HEADER = "plan.json"
@@ -127,7 +128,7 @@ def _parse(folder: Path, content: bytes, schema: pydantic.TypeAdapter[Any]) -> S
         raise PlanFileError(path=folder / HEADER, reason=f"it is not JSON ({error})") from error
     if not isinstance(header, dict) or "format" not in header:
         raise PlanFileError(path=folder / HEADER, reason="it has no format number")
-    if header["format"] not in (BEFORE, EXACT, FORMAT):
+    if header["format"] not in (BEFORE, EXACT, SCOPE, FORMAT):
         newer = isinstance(header["format"], int) and header["format"] > FORMAT
         todo = "Upgrade rana_fx." if newer else "Make the plan again with rana_fx.adapt."
         raise PlanVersion(path=folder, got=header["format"], expected=FORMAT, todo=todo)

@@ -60,6 +60,7 @@ class Progress:
     _stage: str = ""
     _done: int = 0
     _total: int | None = None
+    _known: tuple[str, int, int | None] | None = None  # around a stage without a share: the one that it is part of
     _past: float = 0.0  # shares of the stages that ended
     _fraction: float = 0.0
     _started: float = field(default_factory=lambda: time.perf_counter())
@@ -69,15 +70,21 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage of the work."""
-        before, began = (self._stage, self._done, self._total), time.perf_counter()
+        """A stage of the work, or without a share of its own a part of the stage around it."""
+        before, began = (self._stage, self._done, self._total, self._known), time.perf_counter()
+        if name in self.shares or not self._stage:
+            self._known = None
+        elif self._known is None:
+            self._known = before[:3]
         self._stage, self._done, self._total = name, 0, None
         _log.info("%s: %s", self.title, name)
         self._report()
-        yield
-        _log.info("%s: %s took %.1f s", self.title, name, time.perf_counter() - began)
-        self._past += self.shares.get(name, 0.0)
-        self._stage, self._done, self._total = before
+        try:
+            yield
+            _log.info("%s: %s took %.1f s", self.title, name, time.perf_counter() - began)
+            self._past += self.shares.get(name, 0.0)
+        finally:  # a search goes on after a budget that cannot be reached
+            self._stage, self._done, self._total, self._known = before
         if not self._stage:
             self._report(name)
 
@@ -103,15 +110,15 @@ class Progress:
         if self.tell is None:
             return
         whole = sum(self.shares.values()) or 1.0
-        total = self._done + _AHEAD if self._total is None else max(1, self._total)
-        inside = self.shares.get(self._stage, 0.0) * min(1.0, self._done / total)
+        known, done, total = self._known or (self._stage, self._done, self._total)
+        total = done + _AHEAD if total is None else max(1, total)
+        inside = self.shares.get(known, 0.0) * min(1.0, done / total)
         self._fraction = max(self._fraction, min(1.0, (self._past + inside) / whole))
         elapsed = time.perf_counter() - self._started
         left = elapsed * (1 - self._fraction) / self._fraction if self._fraction > 0 else None
         names = list(self.shares)
-        name = self._stage or ended
-        index = names.index(name) + 1 if name in names else max(1, len(names))
-        self.tell(Step(name, index, max(1, len(names)), self._done, self._total, self._fraction, elapsed, left))
+        index = names.index(known or ended) + 1 if (known or ended) in names else max(1, len(names))
+        self.tell(Step(self._stage or ended, index, max(1, len(names)), self._done, self._total, self._fraction, elapsed, left))
 
 
 class Bar:

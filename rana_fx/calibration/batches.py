@@ -24,11 +24,14 @@ from rana_fx.plan import tensor_bytes
 _VARIANTS = 64  # of one function, at least, that are compiled while a model is observed
 
 
-def check_batches(batches: object) -> Iterable[Any]:
-    """Raises InvalidOption for one batch where many are expected: iterating it would yield its keys or its rows."""
+def check_batches(batches: object, *, name: str = "batches") -> Iterable[Any]:
+    """Raises InvalidOption for one batch where many are expected: iterating it would yield its keys or its rows.
+
+    ``name``: of the argument.
+    """
     if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
         expected = "an iterable of batches, such as a list, a DataLoader or a datasets.Dataset; put a single batch in a list"
-        raise InvalidOption(name="batches", got=type(batches).__name__, expected=expected)
+        raise InvalidOption(name=name, got=type(batches).__name__, expected=expected)
     return batches
 
 

@@ -132,11 +132,11 @@ class Tee:
 
 def _pieces(batches: Sequence[Any], most: int) -> tuple[Any, ...]:
     """At most so many pieces, from every batch equally many."""
-    turns = itertools.zip_longest(*map(_split, batches), fillvalue=None)
+    turns = itertools.zip_longest(*map(in_pieces, batches), fillvalue=None)
     return tuple(itertools.islice((piece for turn in turns for piece in turn if piece is not None), most))
 
 
-def _split(batch: Any) -> list[Any]:
+def in_pieces(batch: Any) -> list[Any]:
     """A batch of texts in pieces of at most ``_PIECE`` tokens, or one text each; any other batch as it is."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         return [batch]

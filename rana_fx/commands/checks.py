@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from rana_fx.asked import asked_of, promise_of
 from rana_fx.choices import METRICS, RECIPES, builder_of
 from rana_fx.errors import (
     BudgetOutOfRange,
@@ -33,6 +34,38 @@ def budget(value: float) -> float:
     if not 0 < value <= 1:
         raise BudgetOutOfRange(budget=value)
     return value
+
+
+def budgets(value: str | None) -> str | None:
+    """Numbers with commas. Raises BudgetOutOfRange, InvalidOption."""
+    if value is not None:
+        asked_of(None, numbers("--budgets", value), {})
+    return value
+
+
+def needed_budgets(value: str) -> str:
+    """``budgets``, of an option that has a default."""
+    budgets(value)
+    return value
+
+
+def target(name: str) -> Callable[[float | None], float | None]:
+    """A callback that raises TargetNotPositive."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None:
+            promise_of({name: value})
+        return value
+
+    return check
+
+
+def numbers(name: str, text: str) -> list[float]:
+    """Of a list with commas. Raises InvalidOption."""
+    try:
+        return [float(part) for part in text.strip("[]").split(",")]
+    except ValueError:
+        raise InvalidOption(name=name, got=text, expected="numbers with commas, such as 0.3,0.5,0.7") from None
 
 
 def recipe(value: str) -> str:

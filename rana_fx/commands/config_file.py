@@ -22,6 +22,7 @@ import typer
 
 from rana_fx.errors import InvalidOption, UnknownChoice
 
+NUMBERS = "NUMBERS"  # metavar of an option that takes several, with commas; in a file a list
 _EXCLUDED = ("help", "config")
 
 
@@ -94,6 +95,8 @@ def _value(path: Path, key: object, value: Any, command: Any, name: str) -> Any:
             raise InvalidOption(name=f"{path}: {key}", got=value, expected="true or false")
         return value
     many = getattr(parameter, "multiple", False)
+    if isinstance(value, list) and getattr(parameter, "metavar", None) == NUMBERS:
+        return ",".join(map(str, value))
     values = value if isinstance(value, list) and many else [value]
     if any(isinstance(one, bool | dict | list) for one in values):
         raise InvalidOption(name=f"{path}: {key}", got=value, expected="a value" + (", or a list of values" if many else ""))

@@ -66,7 +66,7 @@ def run(options: Options, *, progress: bool = True, report: Callable[[str], None
     report(f"3/5  adapting: recipe {options.recipe}, {of_dense}, {options.tokens:,} tokens of calibration text")
     begun = time.perf_counter()
     target = {"budget": options.budget, "metric": options.metric, "recipe": options.recipe, "seed": options.seed}
-    plan = adapt(model, calibration, progress=progress, **target)  # type: ignore[arg-type]
+    plan = adapt(model, calibration, progress=progress, **target)  # type: ignore[call-overload]
     adapt_s = time.perf_counter() - begun
     report("4/5  perplexity of the adapted model on the same text, counting what it keeps")
     adapted, measured = evaluate_adapted(model, evaluation, progress=progress)

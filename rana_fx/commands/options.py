@@ -43,6 +43,30 @@ All = Annotated[bool, typer.Option("--layers", "--all", help="A line for every a
 Budget = Annotated[
     float, typer.Option(help="Expected cost per token of the linear layers, over dense, in (0, 1].", callback=checks.budget)
 ]
+Budgets = Annotated[
+    str | None,
+    typer.Option(
+        help="Several budgets, such as 0.3,0.5,0.7: one calibration, a plan for each.",
+        metavar=config_file.NUMBERS,
+        callback=checks.budgets,
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of a budget: the cheapest plan whose KL stays below it, nats per token.", callback=checks.target("max_kl")
+    ),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(help="Instead of a budget: ... whose loss rises by less, nats per token.", callback=checks.target("max_loss")),
+]
+MaxPplIncrease = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of a budget: ... whose perplexity rises by less, in points.", callback=checks.target("max_ppl_increase")
+    ),
+]
 Metric = Annotated[
     str,
     typer.Option(help="What the budget counts: flops or bytes.", callback=checks.metric, autocompletion=completed(METRICS)),

@@ -108,7 +108,27 @@ def data_batches(
 
     Raises ColumnMissing, DatasetError, InvalidOption.
     """
-    from rana_fx.evaluation.text import load_texts, token_batches
+    from rana_fx.evaluation.text import token_batches
+
+    texts = data_texts(model, data, column=column, split=split, tokens=tokens, context=context, shuffle=shuffle)
+    return token_batches(texts, tokenizer, tokens=tokens, context=context, batch_size=batch_size)
+
+
+def data_texts(
+    model: PreTrainedModel,
+    data: str,
+    *,
+    column: str,
+    split: str | None,
+    tokens: int,
+    context: int,
+    shuffle: int | None = None,
+) -> list[str]:
+    """Documents of a command's --data, enough for so many tokens. ``shuffle``: as ``data_batches`` takes it.
+
+    Raises ColumnMissing, DatasetError, InvalidOption.
+    """
+    from rana_fx.evaluation.text import load_texts
 
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and context > limit:
@@ -117,7 +137,7 @@ def data_batches(
     texts = load_texts(data, column=column, split=split, limit=tokens)
     if shuffle is not None:
         random.Random(shuffle).shuffle(texts)
-    return token_batches(texts, tokenizer, tokens=tokens, context=context, batch_size=batch_size)
+    return texts
 
 
 def _finite(value: Any) -> Any:

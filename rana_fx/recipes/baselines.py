@@ -9,13 +9,16 @@ cats     keep neuron j where |act(gate x)_j| >= t: skip rows of up and columns o
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout, MlpBlock
+from rana_fx.calibration.score_histogram import Profile
 from rana_fx.graph.linears import Skip
-from rana_fx.recipes.basis import RankThreshold, output_basis, second_moment
+from rana_fx.recipes.basis import Basis, RankThreshold, output_basis, second_moment
 from rana_fx.recipes.builders import gated_adapter, neuron_adapter, rank_adapter
 from rana_fx.recipes.importance import importance_profile, neuron_threshold
 from rana_fx.recipes.mlp_rows import hidden_rows
@@ -59,8 +62,8 @@ class Static:
             return []
         adapters = []
         for names in problem.steps.each(units):
-            weight = problem.matrix(names)
-            out, width = weight.shape
+            sites = [problem.layout.sites[name] for name in names]
+            out, width = sum(site.out_features for site in sites), sites[0].in_features
             rank = int(problem.budget * out * width / (out + width))
             if rank < 1:
                 # one rank already exceeds the layer's share: too narrow to matter in the budget
@@ -68,10 +71,7 @@ class Static:
                 continue
             if not problem.calibrated(names, min(out, width)):
                 continue
-            rows = problem.rows(names[0])
-            moment = second_moment(rows)
-            basis = output_basis(weight, moment)
-            total = torch.einsum("oi,ij,oj->", weight.double(), moment, weight.double())
+            basis, moment, total = problem.once(("static", names), partial(_output_basis, problem, names))
             kept = torch.einsum("oi,ij,oj->", basis.b_DI[:rank].double(), moment, basis.b_DI[:rank].double())
             chosen = RankThreshold(rank, float(rank), 0.0, float(kept / total) if total > 0 else 1.0)
             adapters.append(rank_adapter(problem, names, basis, chosen, static=True))
@@ -98,9 +98,8 @@ class Thresholds:
         for name in problem.steps.each(problem.counted()):
             if not problem.calibrated((name,), 1):
                 continue
-            rows = problem.rows(name)
             norms = self._norms(problem, name)
-            profile = importance_profile(rows, norms)
+            profile = problem.once((self.name, name), partial(importance_profile, problem.rows(name), norms))
             adapters.append(neuron_adapter(problem, name, neuron_threshold(profile, problem.budget), norms, problem.budget))
         return adapters
 
@@ -138,18 +137,33 @@ def _masked_sites(block: MlpBlock) -> tuple[str, ...]:
     return (block.down, block.ups[1 - block.gate])
 
 
+def _output_basis(problem: Problem, names: tuple[str, ...]) -> tuple[Basis, Tensor, Tensor]:
+    """(basis of the output of stacked linears, second moment of their input, energy of the output)."""
+    weight, moment = problem.matrix(names), second_moment(problem.rows(names[0]))
+    total = torch.einsum("oi,ij,oj->", weight.double(), moment, weight.double())
+    return output_basis(weight, moment), moment, total
+
+
 def _threshold_block(problem: Problem, block: MlpBlock, fraction: float) -> Adapter:
-    rows = problem.rows(block.ups[0])
+    profile = problem.once(("cats", block.down), partial(_neuron_profile, problem, block))
+    threshold = neuron_threshold(profile, fraction)
     down = problem.layout.sites[block.down]
     ones = torch.ones(down.in_features, device=down.weight.device)
     if block.activation is None:
-        hidden = torch.cat([hidden_rows(problem, block, chunk) for chunk in rows.split(2048)])
-        threshold = neuron_threshold(importance_profile(hidden, ones), fraction)
         return neuron_adapter(problem, block.down, threshold, ones, fraction)
-    gate = block.ups[block.gate]
-    weight, bias = problem.matrix((gate,)), problem.bias((gate,))
-    chunks = [block.activation(torch.nn.functional.linear(chunk.float(), weight, bias)).float() for chunk in rows.split(2048)]
-    threshold = neuron_threshold(importance_profile(torch.cat(chunks), ones), fraction)
     return gated_adapter(
         problem, block, torch.tensor([threshold], dtype=torch.float32, device="cpu"), fraction * down.in_features
     )
+
+
+def _neuron_profile(problem: Problem, block: MlpBlock) -> Profile:
+    """Of the activated gate, or of down's input where no gate of its own is activated."""
+    rows = problem.rows(block.ups[0])
+    if block.activation is None:
+        values = torch.cat([hidden_rows(problem, block, chunk) for chunk in rows.split(2048)])
+    else:
+        gate = (block.ups[block.gate],)
+        weight, bias = problem.matrix(gate), problem.bias(gate)
+        linear = torch.nn.functional.linear
+        values = torch.cat([block.activation(linear(chunk.float(), weight, bias)).float() for chunk in rows.split(2048)])
+    return importance_profile(values, values.new_ones(values.shape[1]))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.errors import TooFewTokens
 from rana_fx.progress import Progress
+from rana_fx.recipes.memory import Memory
 from rana_fx.skips import TOO_FEW, Note, Skip
+
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -35,6 +39,7 @@ class Problem:
         holdout: the model and some batches, for recipes that simulate their choices; None for recipes that do not.
         asked: the budget of all linears that the caller asked for, where some are left to themselves; ``budget`` is then what
             that leaves for the others, which alone are counted. None: they are the same.
+        memory: what problems of other budgets computed; None: there are no others.
     """
 
     layout: Layout
@@ -46,6 +51,7 @@ class Problem:
     skips: list[Skip | Note] = field(default_factory=list)
     holdout: Holdout | None = None
     asked: float | None = None
+    memory: Memory | None = None
 
     @functools.cached_property
     def steps(self) -> Progress:
@@ -60,6 +66,10 @@ class Problem:
     def note(self, text: str, site: str = "") -> None:
         """A remark on the whole plan, or on one adapted site; ``plan.notes()`` and ``explain`` report it."""
         self.skips.append(Note(site, text))
+
+    def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """``make()``, which does not depend on the budget: where there are several it is kept for the others."""
+        return make() if self.memory is None else self.memory.once(key, make)
 
     @property
     def rehearsal(self) -> Holdout | None:

@@ -20,9 +20,10 @@ from rana_fx.recipes.problem import Problem
 class Recipe(Protocol):
     """One way to turn a budget into adapters.
 
-    Three further attributes are optional. ``adapts_every_layer = True``: any budget can be reached on any model, so errors of
+    Further attributes are optional. ``adapts_every_layer = True``: any budget can be reached on any model, so errors of
     other recipes name this one. ``stages``: see ``rana_fx.recipes.stages``. ``shares``: of the time of ``solve`` by stage, for
-    the estimate of the time left; ``solve`` then enters each with ``problem.steps.stage(name)``.
+    the estimate of the time left; ``solve`` then enters each with ``problem.steps.stage(name)``. ``sharing``: see
+    ``rana_fx.recipes.sharing``; ``once``: the stages of ``shares`` that it runs once for all budgets.
     """
 
     @property

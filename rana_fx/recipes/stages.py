@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from rana_fx.adapter import Adapter
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.registry import Recipe
 
 Stages = Generator[str, None, list[Adapter]]
+_T = TypeVar("_T")
 Within = Callable[[str], AbstractContextManager[object]]
 
 
-def run_stages(stages: Stages, within: Within = nullcontext) -> list[Adapter]:
-    """Every stage in ``within(its name)``."""
-    name, adapters = _advance(stages)
-    while name is not None:
-        with within(name):
-            name, adapters = _advance(stages)
-    return adapters
+def run_stages(stages: Generator[str, None, _T], within: Within = nullcontext) -> _T:
+    """What the stages return, every one in ``within(its name)``."""
+    finished = _advance(stages)
+    while isinstance(finished, str):
+        with within(finished):
+            finished = _advance(stages)
+    return finished.value
 
 
 def solve_in_stages(recipe: Recipe, problem: Problem, within: Within) -> list[Adapter]:
@@ -32,9 +35,14 @@ def solve_in_stages(recipe: Recipe, problem: Problem, within: Within) -> list[Ad
     return recipe.solve(problem) if stages is None else run_stages(stages(problem), within)
 
 
-def _advance(stages: Stages) -> tuple[str | None, list[Adapter]]:
-    """(the stage that begins, nothing yet), or (None, the adapters)."""
+@dataclass(frozen=True)
+class _Finished(Generic[_T]):
+    value: _T
+
+
+def _advance(stages: Generator[str, None, _T]) -> str | _Finished[_T]:
+    """The stage that begins, or what they return."""
     try:
-        return next(stages), []
+        return next(stages)
     except StopIteration as finished:
-        return None, finished.value
+        return _Finished(finished.value)

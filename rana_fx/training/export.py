@@ -1,8 +1,8 @@
 """Make a plan from a trained model.
 
 In: a model that was trained with a plan attached. Out: a Plan with the current factors and thresholds, for the current weights: a
-new digest, the same file format. Expected kept ranks and costs are those of the attached plan; errors measured before training
-are dropped.
+new digest, the same file format. Expected kept ranks and costs are those of the attached plan; errors and the curve, which were
+measured before training, are dropped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def trained_plan(model: nn.Module) -> Plan:
     records = tuple(_record(record, weights[base_name(record.name)]) for record in found.plan.sites)
     widths = {record.name: _itemsize(record) / _itemsize(old) for record, old in zip(records, found.plan.sites, strict=True)}
     adapters = tuple(_adapter(found, index, widths) for index in range(len(found.plan.adapters)))
-    return replace(found.plan, sites=records, adapters=adapters)
+    return replace(found.plan, sites=records, adapters=adapters, curve=None)
 
 
 def _itemsize(record: SiteRecord) -> int:

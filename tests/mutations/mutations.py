@@ -6,7 +6,18 @@ They measure the tests, not the code: after tests are rewritten, they have to ki
 
 from __future__ import annotations
 
-from tests.mutations import adaptation, kernels, passes, router_tensor_cores, runtime, tensor_cores, training, usage
+from tests.mutations import (
+    adaptation,
+    comparing,
+    kernels,
+    passes,
+    router_tensor_cores,
+    runtime,
+    targets,
+    tensor_cores,
+    training,
+    usage,
+)
 from tests.mutations.mutation import Mutation
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -16,6 +27,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     *passes.MUTATIONS,
     *runtime.MUTATIONS,
     *adaptation.MUTATIONS,
+    *targets.MUTATIONS,
     *training.MUTATIONS,
     *usage.MUTATIONS,
+    *comparing.MUTATIONS,
 )

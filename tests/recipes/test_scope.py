@@ -154,7 +154,7 @@ def test_a_plan_keeps_its_scope(adapted, tmp_path):
     plan.save(tmp_path)
     path = tmp_path / plan_io.HEADER
     header = json.loads(path.read_text())
-    assert header["format"] == plan_io.FORMAT == 4 and header["plan"]["scope"] == "all"
+    assert header["format"] == plan_io.SCOPE == 4 and header["plan"]["scope"] == "all"
     again = rana_fx.load_plan(tmp_path)
     assert again.scope == "all" and again.digest() == plan.digest() and again.to_dict() == plan.to_dict()
     blocks = replace(plan, scope="blocks")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import rana_fx
+from rana_fx.curve import Curve, CurvePoint
 from rana_fx.errors import NoBatches, NoPlan
 from rana_fx.evaluation.measure import measuring
 from rana_fx.runtime.attachment import attached
@@ -83,3 +86,11 @@ def test_invalid_calls_raise():
     model, _ = adapted(depth=1)
     with pytest.raises(NoBatches):
         rethreshold(model, [])
+
+
+def test_a_trained_plan_has_no_curve():
+    model, _ = adapted()
+    old = rana_fx.detach(model)
+    point = CurvePoint(old.budget, 0.5, 0.5, None, None, None, 0, 0)
+    rana_fx.attach(model, replace(old, curve=Curve((point,))))
+    assert attached(model).plan.curve is not None and trained_plan(model).curve is None

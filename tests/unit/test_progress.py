@@ -126,3 +126,20 @@ def test_progress_is_a_bool_or_a_function():
 
 def test_a_bar_may_be_closed_early():
     Bar("x").close()
+
+
+def test_a_stage_without_a_share_is_part_of_the_one_around_it(clocked):
+    seen: list[Step] = []
+    steps = Progress(seen.append, {"a": 1.0, "plans": 2.0, "b": 1.0}, _started=0.0)
+    with steps.stage("plans"):
+        steps.expect(2)
+        for _ in range(2):
+            with pytest.raises(KeyError), steps.stage("inner"):
+                list(steps.each([1, 2, 3]))
+                raise KeyError
+            steps.advance()
+    inner = [step for step in seen if step.stage == "inner"]
+    assert [(step.done, step.total) for step in inner[:4]] == [(0, None), (1, 3), (2, 3), (3, 3)]
+    assert {(step.index, step.stages) for step in seen} == {(2, 3)}
+    assert [step.fraction for step in inner] == [0.0] * 4 + [0.25] * 4
+    assert [step.fraction for step in seen if step.stage == "plans"] == [0.0, 0.25, 0.5, 0.5]

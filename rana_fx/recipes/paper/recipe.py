@@ -13,7 +13,9 @@ covers an up without a gate, or gate and up fused into one.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout, MlpBlock
 from rana_fx.calibration.score_histogram import Profile
 from rana_fx.graph.linears import Skip
-from rana_fx.recipes.basis import RankThreshold, output_basis, second_moment
+from rana_fx.recipes.basis import Basis, RankThreshold, output_basis, second_moment
 from rana_fx.recipes.builders import neuron_adapter, rank_adapter
 from rana_fx.recipes.importance import importance_profile, neuron_threshold
 from rana_fx.recipes.mlp_rows import hidden_rows
@@ -63,15 +65,24 @@ class Paper:
         adapters: list[Adapter] = []
         for unit in problem.steps.each(units):
             names = unit.ups if isinstance(unit, MlpBlock) else unit
-            site = layout.sites[names[0]]
             rows = problem.rows(names[0])
-            if site.group not in moments:
-                moments = {site.group: second_moment(rows)}
+            stacks = [(up,) for up in unit.ups] if isinstance(unit, MlpBlock) else [unit]
+            bases = problem.once(("paper", *stacks), partial(_bases, problem, stacks, moments))
             if isinstance(unit, MlpBlock):
-                adapters += _adapt_mlp(problem, unit, rows, moments[site.group], fraction)
+                adapters += _adapt_mlp(problem, unit, rows, bases, fraction)
             else:
-                adapters.append(_adapt_stack(problem, unit, rows, moments[site.group], fraction))
+                adapters.append(_adapt_stack(problem, unit, bases[0], fraction))
         return adapters
+
+
+def _bases(problem: Problem, stacks: Sequence[tuple[str, ...]], moments: dict[int, Tensor]) -> list[tuple[Basis, Energies]]:
+    """Of stacks that read one tensor. ``moments``: by group; only the latest is kept."""
+    rows, group = problem.rows(stacks[0][0]), problem.layout.sites[stacks[0][0]].group
+    if group not in moments:
+        moments.clear()
+        moments[group] = second_moment(rows)
+    found = [output_basis(problem.matrix(names), moments[group]) for names in stacks]
+    return [(basis, energies(basis.b_DI, rows)) for basis in found]
 
 
 def _calibrated(problem: Problem, unit: tuple[str, ...] | MlpBlock) -> bool:
@@ -129,17 +140,18 @@ def splits(sizes: list[float]) -> list[tuple[float, ...]]:
     return found
 
 
-def _adapt_stack(problem: Problem, names: tuple[str, ...], rows_TI: Tensor, moment_II: Tensor, fraction: float) -> Adapter:
-    weight = problem.matrix(names)
-    basis = output_basis(weight, moment_II)
-    (found,) = line_search(energies(basis.b_DI, rows_TI), weight.shape[0], weight.shape[1], [fraction])
+def _adapt_stack(problem: Problem, names: tuple[str, ...], measured: tuple[Basis, Energies], fraction: float) -> Adapter:
+    basis, energy = measured
+    sites = [problem.layout.sites[name] for name in names]
+    (found,) = line_search(energy, sum(site.out_features for site in sites), sites[0].in_features, [fraction])
     assert found is not None
     return rank_adapter(problem, names, basis, found)
 
 
-def _adapt_mlp(problem: Problem, block: MlpBlock, rows_TI: Tensor, moment_II: Tensor, fraction: float) -> list[Adapter]:
-    bases = [output_basis(problem.matrix((up,)), moment_II) for up in block.ups]
-    measured: list[Energies] = [energies(basis.b_DI, rows_TI) for basis in bases]
+def _adapt_mlp(
+    problem: Problem, block: MlpBlock, rows_TI: Tensor, found: list[tuple[Basis, Energies]], fraction: float
+) -> list[Adapter]:
+    bases, measured = [basis for basis, _ in found], [energy for _, energy in found]
     norms = torch.linalg.vector_norm(problem.matrix((block.down,)), dim=0)
     hidden = torch.cat([hidden_rows(problem, block, chunk) for chunk in rows_TI.split(2048)])
     candidates = _candidates(problem, block, measured, importance_profile(hidden, norms), fraction)

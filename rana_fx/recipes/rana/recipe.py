@@ -13,23 +13,23 @@ memory      samples, moments and candidates of a large model take a few gigabyte
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import ClassVar
 
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout
 from rana_fx.calibration.samples import CAPACITY, Keep
-from rana_fx.calibration.sensitivity import Sensitivity, sensitivities
-from rana_fx.graph.linears import Skip
 from rana_fx.recipes.problem import Problem
-from rana_fx.recipes.rana.eligible_mlps import eligible_mlps
-from rana_fx.recipes.rana.make_candidates import make_decisions
 from rana_fx.recipes.rana.options import Options
+from rana_fx.recipes.rana.prepare import Prepared, prepare
 from rana_fx.recipes.rana.refine import refine
 from rana_fx.recipes.rana.unit_rows import ROWS
 from rana_fx.recipes.rana.units import Unit, has_basis, shape_of_unit, units_of
+from rana_fx.recipes.sharing import Solver
 from rana_fx.recipes.stages import Stages, run_stages
+from rana_fx.skips import Note, Skip
 
 _SAMPLES = 4e9  # bytes: where samples of all rows take more, few are kept beside their second moments
 _FEW = Keep(2 * ROWS, host=True, moment=True)
@@ -44,6 +44,7 @@ class Rana(Options):
     adapts_every_layer = True
     # of the time of ``solve``: between those of a small model on two cores and of a large one on a GPU (bench.adapt_scale)
     shares: ClassVar[Mapping[str, float]] = {"gradients": 0.37, "decompose": 0.42, "allocate": 0.18, "build": 0.03}
+    once = ("gradients", "decompose")  # by ``sharing``
 
     def wants(self, layout: Layout) -> dict[tuple[str, ...], Keep]:
         units: dict[tuple[str, ...], list[Unit]] = {}
@@ -63,31 +64,32 @@ class Rana(Options):
         if problem.budget >= 1:
             return []
         assert problem.holdout is not None
-        units = units_of(problem.layout, shared=self.shared)
-        units = [unit for unit in units if problem.calibrated(unit, 1) and _varied(problem, unit)]
-        with problem.holdout.instrumented(problem.layout) as stage:
-            yield "gradients"
-            mlps = eligible_mlps(problem.layout, units, self.kinds) if self.gates else []
-            measured = list(dict.fromkeys([*units, *((mlp.gate,) for mlp in mlps if mlp.kind == "gated")]))
-            batches, held = problem.holdout.batches, problem.holdout.held
-            measure = functools.partial(sensitivities, stage, problem.layout, measured, steps=problem.steps)
-            found = measure(batches, held=held) if self.weighted else Sensitivity()
-            if found.missing:
-                alike = "errors of all layers count alike" if not found.moments else "there errors count as on average"
-                problem.note(f"what errors do to the output could not be measured everywhere, so {alike}: {found.missing}")
-            yield "decompose"
-            decisions = make_decisions(self, problem, units, found)
-            return (yield from refine(problem, stage, decisions, self))
+        with problem.holdout.instrumented(problem.layout) as model:
+            prepared = yield from prepare(problem, model, self)
+            return (yield from refine(problem, prepared, self))
+
+    @contextmanager
+    def sharing(self) -> Iterator[Solver]:
+        """Solves for several budgets of one calibration (rana_fx/recipes/sharing.py)."""
+        with ExitStack() as contexts:
+            yield _Sharing(self, contexts)
 
 
-def _varied(problem: Problem, unit: Unit) -> bool:
-    """Whether the unit's input differs from token to token; otherwise it stays dense, with the reason in ``skips``."""
-    rows = problem.rows(unit[0])
-    if not bool(rows.any()):
-        reason = "its input is zero throughout the calibration text: it stays dense"
-    elif bool((rows == rows[0]).all()):
-        reason = f"its input is the same for all {len(rows)} calibration tokens: it stays dense"
-    else:
-        return True
-    problem.skips += [Skip(name, reason) for name in unit]
-    return False
+class _Sharing:
+    """Prepares at the first budget that needs it."""
+
+    def __init__(self, recipe: Rana, contexts: ExitStack) -> None:
+        self._recipe, self._contexts = recipe, contexts
+        self._prepared: tuple[Prepared, list[Skip | Note]] | None = None
+
+    def solve(self, problem: Problem) -> list[Adapter]:
+        if problem.budget >= 1:
+            return []
+        if self._prepared is None:
+            assert problem.holdout is not None
+            model = self._contexts.enter_context(problem.holdout.instrumented(problem.layout))
+            own = replace(problem, skips=[])
+            self._prepared = run_stages(prepare(own, model, self._recipe), problem.steps.stage), own.skips
+        prepared, skips = self._prepared
+        problem.skips += skips
+        return run_stages(refine(problem, prepared, self._recipe, keep=True), problem.steps.stage)

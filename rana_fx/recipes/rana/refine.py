@@ -1,8 +1,8 @@
 """Lambda fitted on the adapted model: the allocation that meets the budget there and moves the model's output least.
 
-In: decisions and an instrumented model. Out: adapters. Adapted layers read other activations than dense ones, so lambda is fitted
-again until the adapted model itself, simulated on held-out batches, meets the target. Two allocations are tried so: one lambda
-for the whole model, and one fraction of its dense cost for every unit.
+In: a prepared problem: decisions and an instrumented model. Out: adapters. Adapted layers read other activations than dense
+ones, so lambda is fitted again until the adapted model itself, simulated on held-out batches, meets the target. Two allocations
+are tried so: one lambda for the whole model, and one fraction of its dense cost for every unit.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rana_fx.adapter import Adapter
-from rana_fx.calibration.instrumented import InstrumentedModel
-from rana_fx.calibration.sensitivity import compared
 from rana_fx.cost import Kept
 from rana_fx.errors import BudgetUnreachable
 from rana_fx.graph.linears import Skip
@@ -24,6 +22,7 @@ from rana_fx.recipes.rana.decision import Choice, Decision, Points
 from rana_fx.recipes.rana.expected_loss import mean_entropy, remark
 from rana_fx.recipes.rana.operating_point import JOINT_KINDS, OperatingPoint
 from rana_fx.recipes.rana.options import Options
+from rana_fx.recipes.rana.prepare import Prepared
 from rana_fx.recipes.rana.units import Unit
 from rana_fx.recipes.registry import unreachable
 from rana_fx.recipes.simulate import Outcome, simulate
@@ -46,23 +45,27 @@ class Simulated:
     cost: float
 
 
-def refine(problem: Problem, model: InstrumentedModel, decisions: list[Decision], options: Options) -> Stages:
-    """The adapters, in stages "allocate" and "build"; candidates are released one by one as their adapters are made.
+def refine(problem: Problem, prepared: Prepared, options: Options, *, keep: bool = False) -> Stages:
+    """The adapters, in stages "allocate" and "build".
+
+    Args:
+        keep: candidates are needed again, for other budgets; otherwise they are released one by one as their adapters are made.
 
     Raises:
         BudgetUnreachable: the adapted model costs more than the target at any lambda.
     """
-    return _Refinement(problem, model, decisions, options).run()
+    return _Refinement(problem, prepared, options, keep=keep).run()
 
 
 class _Refinement:
-    def __init__(self, problem: Problem, model: InstrumentedModel, decisions: list[Decision], options: Options) -> None:
-        self._problem, self._model, self._decisions = problem, model, decisions
+    def __init__(self, problem: Problem, prepared: Prepared, options: Options, *, keep: bool) -> None:
+        self._problem, self._model, self._decisions = problem, prepared.model, prepared.decisions
+        self._keep = keep
         self._allocations = options.allocations
         assert problem.holdout is not None
         self._held_out = problem.holdout.held
-        self._dense = [compared(model.run(batch)) for batch in self._held_out]
-        adaptable = sum(decision.dense_cost for decision in decisions)
+        self._dense = prepared.dense
+        adaptable = sum(decision.dense_cost for decision in self._decisions)
         self._split = problem.limit.split(problem.size(problem.counted()), adaptable)
         self._target = self._split.target
         tolerated = min(_TOLERATED * self._split.total, 0.1 * self._target)
@@ -80,7 +83,8 @@ class _Refinement:
         yield "build"
         adapters = []
         decision_of = {unit: decision for decision in self._decisions for unit in decision.units}
-        self._decisions.clear()
+        if not self._keep:
+            self._decisions.clear()
         order = {name: index for index, name in enumerate(self._problem.layout.sites)}
         for unit, point in steps.each(sorted(best.points.items(), key=lambda item: order[item[0][0]])):
             decision = decision_of.pop(unit)
@@ -88,7 +92,8 @@ class _Refinement:
             adapters += [for_plan(self._problem, as_simulated(adapter, best.outcome)) for adapter in made]
             if not made:
                 self._problem.skips += _left_dense(unit, decision, point)
-            decision.candidates.pop(unit)
+            if not self._keep:
+                decision.candidates.pop(unit)
         return adapters
 
     def _best(self) -> Simulated:

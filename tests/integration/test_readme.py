@@ -1,0 +1,55 @@
+"""What README shows runs: its Python on the first layer of the embedded model, and its commands have these options.
+
+The Python takes some fifteen seconds: it is run as it stands, with the default recipe and a search for a target.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import rana_fx
+from rana_fx.cli import app
+from rana_fx.evaluation.text import load_texts
+from rana_fx.runtime.attachment import attached
+from tests.cli.test_cli import TEXT, model  # noqa: F401 - a fixture
+from tests.golden.interface import without_inductor
+
+README = (Path(rana_fx.__file__).parents[1] / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+COMMANDS = re.findall(r"^    (rana-fx .*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+
+
+def test_the_python_of_readme_runs(model, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    # compiled code is tested elsewhere: graphs run eagerly
+    monkeypatch.setattr("rana_fx.runtime.disabling._dense", lambda graph_module, _: graph_module.forward)
+    # a search of few budgets
+    monkeypatch.setattr("rana_fx.targets.STEP", 0.2)
+    texts = [text[start : start + 100] for text in load_texts(TEXT)[:4] for start in range(0, 800, 100)]
+    names = {"path": str(model), "texts": texts}
+    assert len(SNIPPETS) == 2
+    with without_inductor():
+        for snippet in SNIPPETS:
+            exec(snippet, names)
+            assert attached(names["model"]).plan is names["plan"]
+            rana_fx.detach(names["model"])
+    assert names["dense"].shape[-1] == 4096
+    assert (tmp_path / "plan" / "plan.json").exists()
+    # the second one: a target, and what was measured
+    assert names["plan"].curve.promise.limit == 0.02 and "promised KL divergence" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_readme_have_these_options(line):
+    _, name, *words = shlex.split(line)
+    command = typer.main.get_command(app).commands[name]
+    known = {spelled for parameter in command.params for spelled in parameter.opts}
+    given = {word for word in words if word.startswith("--")}
+    assert given <= known
+    needed = {parameter.opts[0] for parameter in command.params if parameter.required and parameter.opts[0].startswith("--")}
+    assert needed <= given
