@@ -16,7 +16,7 @@ import numbers
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from rana_fx.errors import AlreadyAdapted, BudgetOutOfRange, InvalidOption, Unkn
 from rana_fx.modules import trainable_tensors, unwrap, weights_of
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.progress import Callback, Progress, following
-from rana_fx.recipes import Problem, Recipe, needs_holdout, recipe_of, title_of
+from rana_fx.recipes import Problem, Recipe, needs_holdout, recipe_of, takes_budget, title_of
 from rana_fx.recipes.selected import in_budgets_of_all, selected
 from rana_fx.runtime.attachment import attach, attached
 from rana_fx.skips import Note, Skip, typed
@@ -69,11 +69,12 @@ def adapt(
             ``model(*batch)``, anything else as ``model(batch)``. Tensors are moved to the model's device. Tokens whose
             ``*attention_mask`` is zero do not count. The paper uses 32,000 tokens; at most 32,000 are kept, a
             uniform sample of all tokens of the batches.
-        budget: expected cost per token of all linears that it counts, router included, over their dense cost, in (0, 1].
+        budget: expected cost per token of all linears that it counts, router included, over their dense cost, in (0, 1]. Recipe
+            "exact" ignores it: the plan's budget is the expected cost that was reached.
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
         recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
-            published), or a baseline (docs/recipes.md). Or a recipe with options of its own:
-            ``rana_fx.recipes.Rana(shared=False)``.
+            published), "exact" (skips zeros alone, at no loss), or a baseline (docs/recipes.md). Or a recipe with options of its
+            own: ``rana_fx.recipes.Rana(shared=False)``.
         scope: which linears the budget counts: "blocks", those inside the blocks; "all", output heads and stems as well.
         skip: linears that stay dense: a pattern of names of weights or of modules around them, or several ("*.down_proj",
             "model.layers.0"). only: if given, all linears stay dense that match none of these. The budget counts them, as dense.
@@ -86,9 +87,9 @@ def adapt(
         torch.compile made earlier in this process is compiled again on its next call.
 
     Raises:
-        BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, UnknownChoice (``scope``), NoSuchLinear (a pattern that
-        matches nothing), AlreadyAdapted, NoBatches, NoLinears, TooFewTokens, NonFinite, TraceFailed, CompilationDisabled,
-        WeightAbsent, InvalidOption (``batches`` is one batch).
+        BudgetOutOfRange, BudgetUnreachable, NothingToSkip (recipe "exact": there are no zeros), UnknownMetric, UnknownRecipe,
+        UnknownChoice (``scope``), NoSuchLinear (a pattern that matches nothing), AlreadyAdapted, NoBatches, NoLinears,
+        TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, WeightAbsent, InvalidOption (``batches`` is one batch).
 
     Example:
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
@@ -104,10 +105,13 @@ def adapt(
     with following(progress, title="adapt", shares=_shares(chosen)) as steps:
         with trainable_tensors(model):
             calibration = calibrated(model, batches, chosen, scope=scope, seed=seed, progress=steps, selection=selection)
-            problem = calibration.problem(budget=float(budget), metric=metric, recipe=title_of(chosen), progress=steps)
+            target = float(budget) if takes_budget(chosen) else 1.0
+            problem = calibration.problem(budget=target, metric=metric, recipe=title_of(chosen), progress=steps)
             adapters = solved(problem, chosen)
         with steps.stage(_PLAN):
             plan = planned(calibration, problem, adapters)
+            if not takes_budget(chosen):
+                plan = replace(plan, budget=plan.expected_budget())
             attach(model, plan)
     return plan
 

@@ -31,6 +31,7 @@ EXAMPLES = {
         "why": "only down_proj adapts",
         "recipes": "paper, teal",
     },
+    "NothingToSkip": {"recipe": "exact", "count": 7, "found": f"down 0.4% ({SITE})", "least": 0.1},
     "UnknownChoice": {"kind": "impl", "got": "fast", "valid": "reference, auto"},
     "UnknownRecipe": {"kind": "recipe", "got": "papper", "valid": "dense, paper"},
     "UnknownMetric": {"kind": "metric", "got": "watts", "valid": "flops, bytes"},
