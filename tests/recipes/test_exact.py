@@ -274,7 +274,7 @@ def test_few_zeros_are_left_and_zeros_throughout_say_nothing(zeros, least, reaso
 
 
 def test_without_zeros_the_error_names_what_was_found():
-    with pytest.raises(NothingToSkip, match=r"what 6 linears read.*down 0\.0% \(mlps\..\.down\).*at least 10\.0%.*recipe='rana'"):
+    with pytest.raises(NothingToSkip, match=r"6 linears read.*down 0\.0% \(mlps\..\.down\).*share of 0\.1 on.*recipe='rana'"):
         adapt(Blocks(silu_gate).double(), text())
 
 
