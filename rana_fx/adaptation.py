@@ -16,7 +16,7 @@ import numbers
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -38,7 +38,7 @@ from rana_fx.measured_plans import PLANS, SEARCHED, measured_plans
 from rana_fx.modules import trainable_tensors, unwrap, weights_of
 from rana_fx.plan import Plan, SiteRecord, weight_digest
 from rana_fx.progress import Callback, Progress, following
-from rana_fx.recipes import Problem, Recipe, needs_holdout, recipe_of, title_of
+from rana_fx.recipes import Problem, Recipe, needs_holdout, recipe_of, takes_budget, title_of
 from rana_fx.recipes.held_out_quality import held_out_quality
 from rana_fx.recipes.selected import in_budgets_of_all, selected
 from rana_fx.recipes.sharing import Solver, sharing
@@ -97,7 +97,8 @@ def adapt(
             ``*attention_mask`` is zero do not count. The paper uses 32,000 tokens; at most 32,000 are kept, a
             uniform sample of all tokens of the batches.
         budget: expected cost per token of all linears that it counts, router included, over their dense cost, in (0, 1]. Default
-            0.58, where none of the next four is given; they exclude each other.
+            0.58, where none of the next four is given; they exclude each other. Recipe "exact" ignores it: the plan's budget is
+            the expected cost that was reached.
         budgets: several of them: one calibration, a plan for each.
         max_kl: instead of a budget, the cheapest plan whose mean KL divergence from the dense model stays below it, in nats per
             token. The promise is the upper end of the 95 % confidence interval on held-out documents (rana_fx/targets.py).
@@ -106,8 +107,8 @@ def adapt(
             give it: from 5.5 to 6.0 it is 0.5.
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
         recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
-            published), or a baseline (docs/recipes.md). Or a recipe with options of its own:
-            ``rana_fx.recipes.Rana(shared=False)``.
+            published), "exact" (skips zeros alone, at no loss), or a baseline (docs/recipes.md). Or a recipe with options of its
+            own: ``rana_fx.recipes.Rana(shared=False)``.
         scope: which linears the budget counts: "blocks", those inside the blocks; "all", output heads and stems as well.
         skip: linears that stay dense: a pattern of names of weights or of modules around them, or several ("*.down_proj",
             "model.layers.0"). only: if given, all linears stay dense that match none of these. The budget counts them, as dense.
@@ -126,9 +127,9 @@ def adapt(
 
     Raises:
         BudgetOrTarget, TargetNotPositive, TargetUnreachable, TargetNotMeasurable, TooFewHeldOut (of targets).
-        BudgetOutOfRange, BudgetUnreachable, UnknownMetric, UnknownRecipe, UnknownChoice (``scope``), NoSuchLinear (a pattern that
-        matches nothing), AlreadyAdapted, NoBatches, NoLinears, TooFewTokens, NonFinite, TraceFailed, CompilationDisabled,
-        WeightAbsent, InvalidOption (``batches`` is one batch).
+        BudgetOutOfRange, BudgetUnreachable, NothingToSkip (recipe "exact": there are no zeros), UnknownMetric, UnknownRecipe,
+        UnknownChoice (``scope``), NoSuchLinear (a pattern that matches nothing), AlreadyAdapted, NoBatches, NoLinears,
+        TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, WeightAbsent, InvalidOption (``batches`` is one batch).
 
     Example:
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
@@ -136,6 +137,9 @@ def adapt(
     """
     asked = asked_of(budget, budgets, {"max_kl": max_kl, "max_loss": max_loss, "max_ppl_increase": max_ppl_increase})
     chosen = _check_options(metric, recipe, scope, progress)
+    if asked.measured and not takes_budget(chosen):
+        expected = "a recipe that takes a budget; of this one there is one plan, at no loss: leave out budgets and targets"
+        raise InvalidOption(name="recipe", got=title_of(chosen), expected=expected)
     seed = _checked_seed(seed)
     model = unwrap(model)
     selection = Selection.of(skip, only)
@@ -150,12 +154,14 @@ def adapt(
             if isinstance(text, Withheld):
                 plans = _measured(model, calibration, chosen, asked, text.batches(), problem_at)
             else:
-                problem = problem_at(budget=asked.budgets[0])
+                problem = problem_at(budget=asked.budgets[0] if takes_budget(chosen) else 1.0)
                 adapters = solved(problem, chosen)
         if asked.many:
             return plans
         with steps.stage(_PLAN):
             plan = plans[0] if asked.measured else planned(calibration, problem, adapters)
+            if not takes_budget(chosen):
+                plan = replace(plan, budget=plan.expected_budget())
             attach(model, plan)
     return plan
 

@@ -30,7 +30,9 @@ from rana_fx.kernels.ops import masked_gemv, masked_rows, router
 from rana_fx.kernels.reference import kept
 
 NONZERO = "nonzero"  # among a gated adapter's tensors: ``nonzero_tau``
-_TINY = torch.finfo(torch.float32).tiny
+# The least threshold that drops zeros: the smallest normal number of fp32, 2^-126, since some devices flush smaller ones. Squares
+# are taken in fp32, so numbers below 2^-63 count as zeros, too.
+NONZERO_TAU = torch.finfo(torch.float32).tiny
 
 # Receives each operation of an adapter: its part, its output and its mask, where it has one. A part is "router" or the name of
 # the mask's thresholds: "tau" (ranks, inputs or neurons), "router_tau" (inputs of the router), "exact_tau" (outputs).
@@ -98,8 +100,8 @@ def gate_mask(a: Tensor, tau: Tensor) -> Tensor:
 
 
 def nonzero_tau(adapter: Adapter, device: torch.device) -> Tensor:
-    """Thresholds that drop exactly the zeros, (ranks,) fp32: those of a gated adapter's product behind its masked gate."""
-    return torch.full((adapter.ranks,), _TINY, device=device)
+    """Thresholds that drop zeros (``NONZERO_TAU``), (ranks,) fp32: those of a gated adapter's product behind its masked gate."""
+    return torch.full((adapter.ranks,), NONZERO_TAU, device=device)
 
 
 def spans(adapter: Adapter, out_features: Mapping[str, int]) -> dict[str, tuple[int, int]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rana_fx.cost import METRICS as METRICS
 from rana_fx.cost import SCOPES as SCOPES
 
-RECIPES = ("dense", "static", "cats", "teal", "wina", "paper", "rana")
+RECIPES = ("dense", "static", "cats", "teal", "wina", "exact", "paper", "rana")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PREFILLS = ("masked", "dense", "cheapest", "factors")
 CACHES = ("static", "dynamic")

@@ -104,6 +104,14 @@ class TooFewHeldOut(RanaError, ValueError):
     )
 
 
+class NothingToSkip(RanaError, ValueError):
+    message = (
+        "recipe={recipe!r} finds too few exact zeros in what {count} linears read. Most have, by role: {found}; masks save time "
+        "from a share of {least:g} on. Exact zeros come from ReLU, squared ReLU and thresholded gates, not from SiLU and GELU: "
+        "use recipe='rana', which skips small inputs at a small, measured loss."
+    )
+
+
 class UnknownChoice(RanaError, ValueError):
     message = "{kind}={got!r} is not known. Pick one of: {valid}."
 

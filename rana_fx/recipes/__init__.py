@@ -6,12 +6,13 @@ from rana_fx import _moved
 from rana_fx.calibration.samples import Keep
 from rana_fx.recipes.baselines import Cats, Dense, Static, Thresholds
 from rana_fx.recipes.builders import gated_adapter, neuron_adapter, rank_adapter, stack_name
+from rana_fx.recipes.exact import Exact
 from rana_fx.recipes.importance import importance_profile, neuron_threshold
 from rana_fx.recipes.mlp_rows import hidden_rows, up_outputs
 from rana_fx.recipes.paper.recipe import Paper
 from rana_fx.recipes.problem import Problem
 from rana_fx.recipes.rana.recipe import Rana
-from rana_fx.recipes.registry import RECIPES, Recipe, needs_holdout, recipe_of, split_budget, title_of
+from rana_fx.recipes.registry import RECIPES, Recipe, needs_holdout, recipe_of, split_budget, takes_budget, title_of
 
 RECIPES.update(
     (recipe.name, recipe)
@@ -21,6 +22,7 @@ RECIPES.update(
         Cats(),
         Thresholds("teal", weighted=False),
         Thresholds("wina", weighted=True),
+        Exact(),
         Paper(),
         Rana(),
     )
@@ -37,6 +39,7 @@ _moved.methods(
 
 __all__ = [
     "RECIPES",
+    "Exact",
     "Keep",
     "Paper",
     "Problem",
@@ -51,5 +54,6 @@ __all__ = [
     "recipe_of",
     "split_budget",
     "stack_name",
+    "takes_budget",
     "title_of",
 ]

@@ -23,7 +23,8 @@ class Recipe(Protocol):
     Further attributes are optional. ``adapts_every_layer = True``: any budget can be reached on any model, so errors of
     other recipes name this one. ``stages``: see ``rana_fx.recipes.stages``. ``shares``: of the time of ``solve`` by stage, for
     the estimate of the time left; ``solve`` then enters each with ``problem.steps.stage(name)``. ``sharing``: see
-    ``rana_fx.recipes.sharing``; ``once``: the stages of ``shares`` that it runs once for all budgets.
+    ``rana_fx.recipes.sharing``; ``once``: the stages of ``shares`` that it runs once for all budgets. ``takes_budget = False``:
+    its plans cost what they cost, which ``adapt`` records as their budget.
     """
 
     @property
@@ -76,6 +77,11 @@ def needs_holdout(recipe: Recipe) -> bool:
         warnings.warn(text, DeprecationWarning, stacklevel=3)
         return bool(recipe.rehearses)
     return recipe.needs_holdout
+
+
+def takes_budget(recipe: Recipe) -> bool:
+    """Whether the recipe spends a budget: one without it has the same plan at any."""
+    return bool(getattr(recipe, "takes_budget", True))
 
 
 def split_budget(problem: Problem, adaptable: tuple[str, ...], *, why: str = "") -> Split:

@@ -40,7 +40,7 @@ def test_budget_unreachable_says_the_lowest(model):
 
 
 def test_unknown_choices_name_the_valid_ones(model):
-    with pytest.raises(errors.UnknownRecipe, match="dense, static, cats, teal, wina, paper, rana"):
+    with pytest.raises(errors.UnknownRecipe, match="dense, static, cats, teal, wina, exact, paper, rana"):
         rana_fx.adapt(model, batches(), recipe="papper", progress=False)
     with pytest.raises(errors.InvalidOption, match="expected a name .*, or a recipe such as"):
         rana_fx.adapt(model, batches(), recipe=["paper"], progress=False)

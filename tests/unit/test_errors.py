@@ -45,6 +45,7 @@ EXAMPLES = {
     },
     "TargetNotMeasurable": {"name": "max_loss", "model": "Tower", "reason": "its output has no logits"},
     "TooFewHeldOut": {"got": 4, "name": "max_kl", "needed": 8},
+    "NothingToSkip": {"recipe": "exact", "count": 7, "found": f"down 0.4% ({SITE})", "least": 0.1},
     "UnknownChoice": {"kind": "impl", "got": "fast", "valid": "reference, auto"},
     "UnknownRecipe": {"kind": "recipe", "got": "papper", "valid": "dense, paper"},
     "UnknownMetric": {"kind": "metric", "got": "watts", "valid": "flops, bytes"},
