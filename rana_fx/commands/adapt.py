@@ -60,6 +60,8 @@ def command(
     targets = {"max_kl": max_kl, "max_loss": max_loss, "max_ppl_increase": max_ppl_increase}
     given = _given(context_, {"budget": budget, "budgets": several, **targets})
     asked = asked_of(given.get("budget"), given.get("budgets"), {name: given.get(name) for name in _TARGETS})
+    if asked.measured:
+        checks.recipe_with_budgets(recipe)
 
     import torch
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rana_fx.asked import asked_of, promise_of
-from rana_fx.choices import METRICS, RECIPES, builder_of
+from rana_fx.choices import METRICS, RECIPES, WITHOUT_BUDGET, builder_of
 from rana_fx.errors import (
     BudgetOutOfRange,
     DatasetError,
@@ -73,6 +73,13 @@ def recipe(value: str) -> str:
     if value not in RECIPES:
         raise UnknownRecipe(kind="recipe", got=value, valid=", ".join(RECIPES))
     return value
+
+
+def recipe_with_budgets(value: str) -> None:
+    """Of a command that is asked for several budgets, or a target. Raises InvalidOption."""
+    if value in WITHOUT_BUDGET:
+        expected = "a recipe that takes a budget; of this one there is one plan, at no loss: rana-fx adapt --recipe {value}"
+        raise InvalidOption(name="--recipe", got=value, expected=expected)
 
 
 def metric(value: str) -> str:

@@ -55,6 +55,8 @@ def command(
     quiet: o.Quiet = False,
 ) -> None:
     """Plans of MODEL for several budgets of one calibration: a table, a figure, and the budget to take."""
+    checks.recipe_with_budgets(recipe)
+
     import torch
 
     from rana_fx.adaptation import adapt

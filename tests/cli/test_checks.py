@@ -18,7 +18,7 @@ from rana_fx.commands import checks, config_file
 from rana_fx.commands.loading import dtype_for
 from rana_fx.errors import InvalidOption, UnknownChoice, nearest, one_of
 from rana_fx.evaluation.perplexity import load_model
-from rana_fx.recipes import RECIPES
+from rana_fx.recipes import RECIPES, takes_budget
 from tests.cli.test_cli import HELD_OUT, MODEL, TEXT, adapted, call, model  # noqa: F401 - fixtures
 
 YAML = """
@@ -77,6 +77,8 @@ def nothing_is_loaded(monkeypatch):
         (("compare", MODEL, "--data", TEXT.replace("calib", "clib"), "--plan", str(PLAN)), f"(did you mean {TEXT}?)"),
         (("sweep", f"{MODEL}x", "--data", TEXT), f"there is no such folder (did you mean {MODEL}?)"),
         (("sweep", MODEL, "--data", TEXT, "--budgets", "80,70"), "budget=80.0 is outside (0, 1]"),
+        (("sweep", MODEL, "--data", TEXT, "--recipe", "exact"), "option --recipe='exact' is not valid: expected a recipe"),
+        ((*ADAPT, "--recipe", "exact", "--max-kl", "0.1"), "option --recipe='exact' is not valid: expected a recipe"),
         (("sweep", MODEL, "--data", TEXT, "--budgets", "0.8;0.5"), "expected numbers with commas"),
         (("sweep", MODEL, "--data", TEXT, "--out", TEXT), "the name of a folder, not of a file"),
         (("generate", MODEL, "--prompt", "a", "--cache", "statc"), "(did you mean static?)"),
@@ -105,6 +107,7 @@ def test_names_on_the_hub_are_left_to_the_hub():
 def test_choices_are_those_of_the_library():
     # recipes that tests add are not
     assert set(choices.RECIPES) <= set(RECIPES) and "rana" in choices.RECIPES
+    assert tuple(name for name in choices.RECIPES if not takes_budget(RECIPES[name])) == choices.WITHOUT_BUDGET
     code = "import rana_fx.recipes as r, rana_fx.choices as c; print(tuple(r.RECIPES) == c.RECIPES)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
 

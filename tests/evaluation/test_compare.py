@@ -75,7 +75,7 @@ def test_quality_is_that_of_the_two_models(adapted):
 def test_memory_and_what_a_token_reads(adapted):
     model, plan = adapted
     with without_inductor():
-        found = compare(model, rows(1), new_tokens=1, independent=False, progress=False)
+        found = compare(model, rows(2), new_tokens=1, independent=False, progress=False)
     weights = sum(value.numel() for value in model.parameters()) * 4 + sum(value.nbytes for value in model.buffers())
     kept = sum(value.nbytes for adapter in plan.adapters for value in adapter.tensors().values())
     assert (found.dense.memory_bytes, found.adapted.memory_bytes) == (weights, weights + kept)
@@ -83,8 +83,8 @@ def test_memory_and_what_a_token_reads(adapted):
     head = 32 * 4096 * 4
     assert found.dense.read_bytes == counted + head
     assert found.adapted.read_bytes == pytest.approx(counted * plan.expected_budget("bytes") + head)
-    # rows that are parts of one document have no intervals
-    assert found.kl is None and found.agreement is None and found.dense.perplexity is not None
+    # rows that are parts of one document have no intervals, though there are eight
+    assert found.documents == 8 and found.kl is None and found.agreement is None and found.dense.perplexity is not None
     assert (found.prompt_tokens, found.new_tokens, found.mode, found.device) == (12, 1, "default", "cpu")
     assert found.adapters == len(plan.adapters) and found.expected_ms is None
 
@@ -102,6 +102,7 @@ def test_both_models_are_compiled_each_as_itself_in_one_mode(model, monkeypatch)
 def test_decoding_is_that_of_generate(model, monkeypatch):
     prompt = torch.arange(5, 14)[None]
     wanted = model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)[0, 9:].tolist()
+    positions: list[list[int]] = []
     now, tokens, calls = [0.0], {"a": [], "b": []}, {"a": 0, "b": 0}
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: now[0])
 
@@ -109,6 +110,7 @@ def test_decoding_is_that_of_generate(model, monkeypatch):
         def run(**given):
             calls[name] += 1
             now[0] += seconds + (10.0 if calls[name] == 1 else 0.0)
+            positions.append(given["position_ids"][0].tolist())
             output = model(**given)
             tokens[name].append(int(output.logits[0, -1].argmax()))
             return output
@@ -117,6 +119,7 @@ def test_decoding_is_that_of_generate(model, monkeypatch):
 
     found = decoding.decoding_times(model, prompt, {"a": forward("a", 0.002), "b": forward("b", 0.001)}, new_tokens=4)
     assert tokens["a"] == tokens["b"] and tokens["a"][-5:] == wanted == tokens["a"][-10:-5]
+    assert positions[-5:] == [list(range(9)), [9], [10], [11], [12]]
     assert len(found["a"].rounds_ms) == len(found["a"].first_ms) == decoding.ROUNDS
     assert [len(steps) for steps in found["a"].rounds_ms] == [4] * decoding.ROUNDS
     assert found["a"].medians_ms == pytest.approx([2.0] * 3) and found["b"].first_ms == pytest.approx([1.0] * 3)
