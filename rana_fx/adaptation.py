@@ -11,9 +11,7 @@ Each step is a function of its own, for sweeps that calibrate once for many plan
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import numbers
-import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from rana_fx._version import versions
 from rana_fx.adapter import Adapter
 from rana_fx.asked import Asked, asked_of
 from rana_fx.calibration.autocast import autocast_as
@@ -283,17 +282,6 @@ def records(layout: Layout, *, hashed: bool = True) -> tuple[SiteRecord, ...]:
         )
         for site in layout.sites.values()
     )  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Versions that a plan or a report records."""
-    found = {"python": platform.python_version()}
-    for package in ("rana_fx", "torch", "triton", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _shares(recipe: Recipe, asked: Asked) -> dict[str, float]:

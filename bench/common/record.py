@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rana_fx.adaptation import versions
+from rana_fx._version import versions
 from rana_fx.atomic import write_bytes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,8 +26,7 @@ def facts_of(command: str, *, seed: int | None = None, **options: object) -> dic
     """The facts that every record has: the command, its options, seed and versions."""
     import importlib.metadata
 
-    from rana_fx._version import __version__
-    from rana_fx.adaptation import versions
+    from rana_fx._version import __version__, versions
 
     return {
         "command": command,
