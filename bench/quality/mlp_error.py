@@ -48,10 +48,9 @@ from rana_fx.recipes import RECIPES
 
 # recipes have no public function for one block at one fraction: private steps are used
 from rana_fx.recipes.baselines import _masked_sites, _threshold_block
-from rana_fx.recipes.basis import second_moment
 from rana_fx.recipes.builders import neuron_adapter
 from rana_fx.recipes.importance import importance_profile, neuron_threshold
-from rana_fx.recipes.paper.recipe import _adapt_mlp
+from rana_fx.recipes.paper.recipe import _adapt_mlp, _bases
 from rana_fx.recipes.problem import Problem
 
 RECIPES_OF_BLOCKS = ("paper", "teal", "wina", "cats", "neuron_ideal", "rana", "rana_alone")
@@ -114,9 +113,8 @@ def errors(
     for block in calibrated.layout.blocks:
         problem = calibrated.problem(budget=1.0, metric=held_out.metric, recipe="paper")
         alone = _alone(network, problem, block) if "rana_alone" in names else None
-        rows = problem.rows(block.ups[0])
         makers: dict[str, Callable[[float], list[Adapter] | None]] = {
-            "paper": partial(_adapt_mlp, problem, block, rows, second_moment(rows)),
+            "paper": partial(_paper, problem, block),
             "teal": partial(_inputs, problem, block, weighted=False),
             "wina": partial(_inputs, problem, block, weighted=True),
             "cats": partial(_cats, problem, block),
@@ -173,6 +171,11 @@ def _alone(network: nn.Module, problem: Problem, block: MlpBlock) -> tuple[str, 
         return None
     counted = {f"{shared}.{site.name}" for site in found.layout.sites.values() if site.counted}
     return (f"{shared}.", found) if counted == set(block.sites) else None
+
+
+def _paper(problem: Problem, block: MlpBlock, budget: float) -> list[Adapter]:
+    bases = _bases(problem, [(up,) for up in block.ups], {})
+    return _adapt_mlp(problem, block, problem.rows(block.ups[0]), bases, budget)
 
 
 def _inputs(problem: Problem, block: MlpBlock, fraction: float, *, weighted: bool) -> list[Adapter]:
