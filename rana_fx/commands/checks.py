@@ -78,7 +78,7 @@ def recipe(value: str) -> str:
 def recipe_with_budgets(value: str) -> None:
     """Of a command that is asked for several budgets, or a target. Raises InvalidOption."""
     if value in WITHOUT_BUDGET:
-        expected = "a recipe that takes a budget; of this one there is one plan, at no loss: rana-fx adapt --recipe {value}"
+        expected = f"a recipe that takes a budget; of this one there is one plan, at no loss: rana-fx adapt --recipe {value}"
         raise InvalidOption(name="--recipe", got=value, expected=expected)
 
 

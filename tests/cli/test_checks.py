@@ -104,6 +104,12 @@ def test_names_on_the_hub_are_left_to_the_hub():
     assert checks.data("wikitext:wikitext-2-raw-v1") == "wikitext:wikitext-2-raw-v1"
 
 
+def test_a_recipe_without_a_budget_is_refused_with_the_command_that_takes_it():
+    with pytest.raises(InvalidOption, match=r"one plan, at no loss: rana-fx adapt --recipe exact\b"):
+        checks.recipe_with_budgets("exact")
+    checks.recipe_with_budgets("rana")
+
+
 def test_choices_are_those_of_the_library():
     # recipes that tests add are not
     assert set(choices.RECIPES) <= set(RECIPES) and "rana" in choices.RECIPES
