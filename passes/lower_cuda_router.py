@@ -46,4 +46,4 @@ def _config(problem: Problem, stored: Any, scale: Any, early: bool) -> RouterCon
     if not torch._inductor.config.max_autotune:
         return default_config(*problem.sizes, **facts)
     name = f"router tensor_cores{' early' if early else ''}"
-    return tune.fastest_router(name, problem, stored, scale, configs(*problem.sizes, **facts), launch)
+    return tune.fastest(name, problem, stored, scale, configs(*problem.sizes, **facts), launch)

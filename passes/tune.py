@@ -32,41 +32,28 @@ def fastest(
     Args:
         name: of the kernel and what it is compiled for besides the problem.
         stored, scale: fake tensors with the layouts of the weight and its scales.
-        launch: (v, tau, weight, scale, config) -> the result, in one launch.
+        launch: (v, tau, weight, scale, config), of a router (x, weight, scale, config) -> the result, in one launch.
     """
-    ranks, columns, tokens = problem.sizes
-    key = autotune.bucket(ranks, columns, tokens, problem.density, problem.bits, problem.dtype)
+    key = autotune.bucket(*problem.sizes, problem.density, problem.bits, problem.dtype)
     with unset_fake_temporarily():
-        v = torch.randn(tokens, ranks, device=problem.device).to(problem.dtype)
-        threshold = v.float().square().flatten().quantile(1 - min(max(problem.density, 0.0), 1.0))
-        tau = threshold.expand(ranks).contiguous()
+        inputs = _inputs(problem)
         weights, scales = _operands(problem, stored, scale)
 
         def measure(config: C) -> float:
-            return autotune.microseconds([functools.partial(launch, v, tau, weight, scales, config) for weight in weights])
+            return autotune.microseconds([functools.partial(launch, *inputs, weight, scales, config) for weight in weights])
 
         return autotune.fastest(f"{name} {key}", choices, measure)
 
 
-def fastest_router(
-    name: str,
-    problem: Problem,
-    stored: torch.Tensor,
-    scale: torch.Tensor | None,
-    choices: Sequence[C],
-    launch: Callable[..., Any],
-) -> C:
-    """As ``fastest`` of a router. launch: (x, weight, scale, config) -> the result, in one launch."""
+def _inputs(problem: Problem) -> tuple[torch.Tensor, ...]:
+    """A router's x, or v and a threshold that it reaches as often as is expected."""
     ranks, columns, tokens = problem.sizes
-    key = autotune.bucket(ranks, columns, tokens, 1.0, problem.bits, problem.dtype)
-    with unset_fake_temporarily():
-        x = torch.randn(tokens, columns, device=problem.device).to(problem.dtype)
-        weights, scales = _operands(problem, stored, scale)
-
-        def measure(config: C) -> float:
-            return autotune.microseconds([functools.partial(launch, x, weight, scales, config) for weight in weights])
-
-        return autotune.fastest(f"{name} {key}", choices, measure)
+    is_router = problem.op in ("router", "normed_router")
+    v = torch.randn(tokens, columns if is_router else ranks, device=problem.device).to(problem.dtype)
+    if is_router:
+        return (v,)
+    threshold = v.float().square().flatten().quantile(1 - min(max(problem.density, 0.0), 1.0))
+    return v, threshold.expand(ranks).contiguous()
 
 
 def _operands(

@@ -28,6 +28,7 @@ from rana_fx.calibration.batches import check_batches
 from rana_fx.calibration.calibrate import CALIBRATE, calibrate
 from rana_fx.calibration.holdout import Holdout, Tee
 from rana_fx.calibration.layout import OUTSIDE_OF_GRAPHS, Layout, Unread
+from rana_fx.calibration.records import records
 from rana_fx.calibration.samples import Reservoir
 from rana_fx.calibration.selection import Patterns, Selection
 from rana_fx.calibration.withheld import Withheld
@@ -35,7 +36,7 @@ from rana_fx.cost import METRICS, SCOPES
 from rana_fx.errors import AlreadyAdapted, InvalidOption, UnknownChoice, UnknownMetric
 from rana_fx.measured_plans import PLANS, SEARCHED, measured_plans
 from rana_fx.modules import trainable_tensors, unwrap, weights_of
-from rana_fx.plan import Plan, SiteRecord, weight_digest
+from rana_fx.plan import Plan, SiteRecord
 from rana_fx.progress import Callback, Progress, following
 from rana_fx.recipes import Problem, Recipe, needs_holdout, recipe_of, takes_budget, title_of
 from rana_fx.recipes.held_out_quality import held_out_quality
@@ -271,17 +272,6 @@ def planned(calibration: CalibratedModel, problem: Problem, adapters: Sequence[A
         skips=_skips(calibration.layout, problem.skips, adapters),
         scope=calibration.scope,
     )
-
-
-def records(layout: Layout, *, hashed: bool = True) -> tuple[SiteRecord, ...]:
-    """The fingerprint of every linear; unless ``hashed``, without the digest of its weight."""
-    return tuple(
-        SiteRecord(
-            site.name, site.role, site.op, site.out_features, site.in_features, site.transposed, site.uses, site.counted,
-            str(site.weight.dtype).removeprefix("torch."), weight_digest(site.weight) if hashed else "",
-        )
-        for site in layout.sites.values()
-    )  # fmt: skip
 
 
 def _shares(recipe: Recipe, asked: Asked) -> dict[str, float]:

@@ -15,8 +15,9 @@ import torch
 
 from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout, Site
+from rana_fx.calibration.records import records
 from rana_fx.kernels import cost
-from rana_fx.plan import Plan, SiteRecord
+from rana_fx.plan import Plan
 from rana_fx.runtime.adapter_time import adapter_us, dense_us, linear_us
 
 _INSIDE = ("attention_out", "down")  # roles whose input is no norm's output
@@ -55,7 +56,7 @@ def step_time(layout: Layout, plan: Plan | None, device: torch.device) -> StepTi
     """The expected time of one token of one sequence, or None where nothing was measured (not a GPU)."""
     if device.type != "cuda":
         return None
-    sites = {name: _record(site) for name, site in layout.sites.items()}
+    sites = {site.name: site for site in records(layout, hashed=False)}
     adapters = () if plan is None else plan.adapters
     adapter_of = {name: adapter for adapter in adapters for name in (*adapter.sites, *adapter.also)}
     # read of each norm's output; routers compute the norm in their launch if nothing else reads it
@@ -86,13 +87,6 @@ def expected(step: StepTime, *, named: int = 3) -> str:
         more = f" and {len(step.slower) - named} more" if len(step.slower) > named else ""
         text += f"; the linears of {', '.join(step.slower[:named])}{more} are faster dense, as prefill=dense leaves them"
     return text
-
-
-def _record(site: Site) -> SiteRecord:
-    """The facts that an estimate needs."""
-    dtype = str(site.weight.dtype).removeprefix("torch.")
-    sizes = (site.out_features, site.in_features, site.transposed, site.uses, site.counted)
-    return SiteRecord(site.name, site.role, site.op, *sizes, dtype, digest="")
 
 
 def _behind_norm(site: Site) -> bool:

@@ -113,8 +113,10 @@ def errors(
     for block in calibrated.layout.blocks:
         problem = calibrated.problem(budget=1.0, metric=held_out.metric, recipe="paper")
         alone = _alone(network, problem, block) if "rana_alone" in names else None
+        rows = problem.rows(block.ups[0])
+        bases = _bases(problem, [(up,) for up in block.ups], {}) if "paper" in names else []
         makers: dict[str, Callable[[float], list[Adapter] | None]] = {
-            "paper": partial(_paper, problem, block),
+            "paper": partial(_adapt_mlp, problem, block, rows, bases),
             "teal": partial(_inputs, problem, block, weighted=False),
             "wina": partial(_inputs, problem, block, weighted=True),
             "cats": partial(_cats, problem, block),
@@ -171,11 +173,6 @@ def _alone(network: nn.Module, problem: Problem, block: MlpBlock) -> tuple[str, 
         return None
     counted = {f"{shared}.{site.name}" for site in found.layout.sites.values() if site.counted}
     return (f"{shared}.", found) if counted == set(block.sites) else None
-
-
-def _paper(problem: Problem, block: MlpBlock, budget: float) -> list[Adapter]:
-    bases = _bases(problem, [(up,) for up in block.ups], {})
-    return _adapt_mlp(problem, block, problem.rows(block.ups[0]), bases, budget)
 
 
 def _inputs(problem: Problem, block: MlpBlock, fraction: float, *, weighted: bool) -> list[Adapter]:

@@ -86,6 +86,13 @@ def gemv_us(problem: Problem) -> float | None:
     return cost.masked_us(*problem.sizes, problem.density, cost.nearest(problem.device), bits=problem.bits)
 
 
+def router_us(problem: Problem) -> float | None:
+    """Compiled: cost.triton_router_us."""
+    if not problem.compiled:
+        return None
+    return cost.triton_router_us(*problem.sizes, cost.nearest(problem.device), bits=problem.bits)
+
+
 def rows_us(problem: Problem) -> float | None:
     """Compiled: cost.rows_us."""
     if not problem.compiled:
@@ -124,6 +131,6 @@ ROWS = (
     _row("masked_gemv_gated", _gated, **_GEMV),
     _row("masked_gemv_parts", f"{_KERNELS}.masked_gemv_concat:masked_gemv_parts", **_PARTS),
     _row("masked_rows", f"{_KERNELS}.masked_rows:masked_rows", accepts=accepts, slower=skips_of_few, cost=rows_us),
-    _row("router", f"{_KERNELS}.router:router", accepts=accepts, slower=few),
-    _row("normed_router", launch_normed, accepts=accepts, slower=few),
+    _row("router", f"{_KERNELS}.router:router", accepts=accepts, slower=few, cost=router_us),
+    _row("normed_router", launch_normed, accepts=accepts, slower=few, cost=router_us),
 )

@@ -91,7 +91,4 @@ def _us(problem: Problem) -> float | None:
     if problem.device.type != "cuda":
         return None
     with config.patch({"triton.cudagraphs": True}):
-        us = choose(problem).cost(problem)
-    if us is None and problem.op in ("router", "normed_router"):
-        us = cost.triton_router_us(*problem.sizes, cost.nearest(problem.device), bits=problem.bits)
-    return us
+        return choose(problem).cost(problem)

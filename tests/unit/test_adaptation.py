@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import rana_fx
-from rana_fx.adaptation import calibrated, planned, records, solved
+from rana_fx.adaptation import calibrated, planned, solved
+from rana_fx.calibration.records import records
 from rana_fx.recipes import RECIPES
 from rana_fx.runtime.attachment import attached
 from tests.support.architectures import build, ids
