@@ -75,6 +75,24 @@ def masked_gemv_gated(
     return y.new_empty((*y.shape[:-1], columns // 2))
 
 
+def masked_gemv_normed(
+    v: Tensor,
+    gain: Tensor | None,
+    tau: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    density: float,
+    activation: str | None,
+    eps: float,  # noqa: ARG001
+    offset: float,  # noqa: ARG001
+) -> Tensor:
+    torch._check(gain is None or gain.shape == tau.shape, lambda: f"gain: expected {tuple(tau.shape)}, one number per rank")
+    operands = v, tau, weight, bias, scale, density
+    y: Tensor = masked_gemv(*operands) if activation is None else masked_gemv_gated(*operands, activation)
+    return y
+
+
 def masked_gemv_parts(
     v: Tensor,
     taus: Sequence[Tensor],
@@ -102,6 +120,6 @@ def normed_router(
 
 def register(library: torch.library.Library) -> None:
     """Give every operation its rule."""
-    rules = (masked_gemv, router, masked_rows, masked_gemv_add, masked_gemv_gated, masked_gemv_parts, normed_router)
-    for rule in rules:
+    fused = (masked_gemv_add, masked_gemv_gated, masked_gemv_normed, masked_gemv_parts, normed_router)
+    for rule in (masked_gemv, router, masked_rows, *fused):
         torch.library.register_fake(f"rana::{rule.__name__}", rule, lib=library)

@@ -27,6 +27,10 @@ _SCHEMAS = {
     # made by passes/fuse*.py in a graph that is past autograd: without a backward
     "masked_gemv_add": "Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, float density, Tensor residual",
     "masked_gemv_gated": "Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, float density, str activation",
+    "masked_gemv_normed": (
+        "Tensor v, Tensor? gain, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, float density, str? activation, "
+        "float eps, float offset"
+    ),
     "masked_gemv_parts": "Tensor v, Tensor[] taus, Tensor[] weights, Tensor[] biases, float density",
     "normed_router": "Tensor x, Tensor? gain, Tensor weight, Tensor? scale=None, float eps=0., float offset=0.",
 }
@@ -97,6 +101,7 @@ masked_gemv = torch.ops.rana.masked_gemv.default
 masked_gemv_add = torch.ops.rana.masked_gemv_add.default
 masked_gemv_parts = torch.ops.rana.masked_gemv_parts.default
 masked_gemv_gated = torch.ops.rana.masked_gemv_gated.default
+masked_gemv_normed = torch.ops.rana.masked_gemv_normed.default
 masked_rows = torch.ops.rana.masked_rows.default
 router = torch.ops.rana.router.default
 normed_router = torch.ops.rana.normed_router.default

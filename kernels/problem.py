@@ -44,7 +44,8 @@ class Problem:
     contiguous_rows: neighbours in a row are neighbours in memory, so that a row that is skipped is memory that is not read.
     alignment, scale_alignment: of rows of the weight and of its scales, in bytes, up to 16; of several weights also of the length
     of their rows.
-    density: the expected fraction of kept rows. weights: how many there are; alike: they have one dtype. compiled: lowered by
+    density: the expected fraction of kept rows. gated: whether one half of the columns gates the other.
+    weights: how many there are; alike: they have one dtype. compiled: lowered by
     Inductor, not run in eager mode.
     """
 
@@ -61,6 +62,7 @@ class Problem:
     alignment: int = 16
     scale_alignment: int = 16
     density: float = 0.5
+    gated: bool = False
     weights: int = 1
     alike: bool = True
     compiled: bool = True
@@ -111,6 +113,7 @@ def problem_of(
         alignment=_alignment_of_all(weights),
         scale_alignment=16 if arguments.get("scale") is None else operand_of(arguments["scale"]).alignment,
         density=float(arguments.get("density", 1.0)),
+        gated=arguments.get("activation") is not None,
         weights=len(weights),
         alike=all(weight.dtype == first.dtype for weight in weights),
         compiled=compiled,

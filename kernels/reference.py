@@ -6,6 +6,7 @@
     normed_router(h, gain, weight, scale, eps, offset):  the same of x = h / sqrt(mean h^2 + eps) * (gain + offset)
     masked_gemv_add(..., residual):            masked_gemv(...) + residual
     masked_gemv_gated(..., activation):        act(first half) * second half of the N columns of masked_gemv(...)
+    masked_gemv_normed(h, gain, ..., activation, eps, offset):  masked_gemv or, with an activation, masked_gemv_gated of such an x
     masked_gemv_parts(v, taus, weights, biases):  masked_gemv(v, taus[p], weights[p], biases[p]) beside each other
     NaN and infinities of v come out as in the dense model: what is dropped is a number (``kept``)
     w is what the storage format of weight and scale dequantizes (rana_fx/formats), registered from wherever it may be
@@ -67,11 +68,8 @@ def normed_router(
     h: Tensor, gain_D: Tensor | None, weight_RD: Tensor, scale: Tensor | None = None, eps: float = 0.0, offset: float = 0.0
 ) -> Tensor:
     """(..., D), (D,), (R, D) -> (..., R) in h's dtype. Norm, gain and matmul in fp32 (fp64 for fp64), rounded once."""
-    wide = torch.promote_types(h.dtype, torch.float32)
-    x = h.to(wide) * torch.rsqrt(h.to(wide).square().mean(-1, keepdim=True) + eps)
-    if gain_D is not None:
-        x = x * (gain_D.to(wide) + offset)
-    return torch.nn.functional.linear(x, unpack(weight_RD, scale, wide)).to(h.dtype)
+    x = normed(h, gain_D, eps, offset)
+    return torch.nn.functional.linear(x, unpack(weight_RD, scale, x.dtype)).to(h.dtype)
 
 
 def masked_gemv_add(
@@ -92,10 +90,26 @@ def masked_gemv_gated(
     return (ACTIVATIONS[activation](first) * second).to(v.dtype)
 
 
+def masked_gemv_normed(
+    h: Tensor, gain_K: Tensor | None, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None,
+    activation: str | None, eps: float, offset: float,
+) -> Tensor:  # fmt: skip
+    """As masked_gemv or masked_gemv_gated, of h after its norm, rounded to h's dtype."""
+    operands = normed(h, gain_K, eps, offset).to(h.dtype), tau_K, weight_KN, bias_N, scale
+    return masked_gemv(*operands) if activation is None else masked_gemv_gated(*operands, activation)
+
+
 def masked_gemv_parts(v: Tensor, taus: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """(..., K), (K,) each, (K, N_p) each, (N_p,) each or no biases -> (..., sum of N_p) in v's dtype."""
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
     return torch.cat([masked_gemv(v, *part) for part in zip(taus, weights, given, strict=True)], -1)
+
+
+def normed(h: Tensor, gain: Tensor | None, eps: float, offset: float) -> Tensor:
+    """h / sqrt(mean h^2 + eps) * (gain + offset) in fp32 (fp64 for fp64)."""
+    x = h.to(torch.promote_types(h.dtype, torch.float32))
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x if gain is None else x * (gain.to(x.dtype) + offset)
 
 
 def _unrounded(v: Tensor, tau_K: Tensor, weight_KN: Tensor, bias_N: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from rana_fx.kernels import cost
 from rana_fx.kernels.problem import DTYPES, Problem, bits_of
 from rana_fx.kernels.triton.config import MAX_TOKENS, TOKENS_AT_ONCE
 
-FUSED = ("masked_gemv_add", "masked_gemv_gated", "masked_gemv_parts", "normed_router")
+FUSED = ("masked_gemv_add", "masked_gemv_gated", "masked_gemv_normed", "masked_gemv_parts", "normed_router")
 OPERATIONS = ("masked_gemv", "router", "masked_rows", *FUSED)
 BUILT_IN = (
     "rana_fx.kernels.cuda.implementations",

@@ -19,6 +19,7 @@ from rana_fx.passes.decompose_transformed import decompose_transformed
 from rana_fx.passes.drop_recompute_tags import drop_recompute_tags
 from rana_fx.passes.fuse_gated import fuse_gated
 from rana_fx.passes.fuse_norm import fuse_norm
+from rana_fx.passes.fuse_product_norm import fuse_product_norm
 from rana_fx.passes.fuse_repeated_heads import fuse_repeated_heads
 from rana_fx.passes.fuse_residual import fuse_residual
 from rana_fx.passes.fuse_same_input import fuse_same_input
@@ -53,8 +54,10 @@ POST_GRAD: tuple[Pass[PostGrad], ...] = (
     # before the gate: a masked matmul whose output is only added to has no gate behind it
     fuse_residual,
     fuse_gated,
-    # last: a matmul in a shared launch has no epilogue, and an epilogue of its own saves more
+    # after the gate: a matmul in a shared launch has no epilogue, and an epilogue of its own saves more
     fuse_same_input,
+    # after the shared launch, which takes no norm and saves more; and after the gate, which it keeps
+    fuse_product_norm,
     # anywhere: no other pass reads attention or changes its operands
     fuse_repeated_heads,
 )

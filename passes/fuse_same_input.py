@@ -5,13 +5,12 @@
     y = rana.masked_gemv_parts(x, [tau_q, tau_k, tau_v], [Wq, Wk, Wv], [], density); q, k, v = y[..., :a], y[..., a:b], y[..., b:]
 
 In: an aten graph past autograd, few tokens on a GPU. Out: the same graph, rewritten in place. Matmuls stay separate
-where skipping rows is not expected to be faster in one launch (kernels/cost.py), where weights are in 8 or 4 bits or their rows
+where no kernel is expected to be faster in one launch (kernels/registry.py), where weights are in 8 or 4 bits or their rows
 are not contiguous, and where operands of one are computed after another.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from torch import Tensor, fx
 
 from rana_fx.formats import is_plain
 from rana_fx.graph.ops import ATEN_PERMUTES
-from rana_fx.kernels import cost
 from rana_fx.kernels.ops import masked_gemv, masked_gemv_parts
 from rana_fx.kernels.triton.config import MOST_PARTS
 from rana_fx.passes.base import Declined, PassResult, PostGrad
-from rana_fx.passes.fusible import fusible, operands, put, replace
+from rana_fx.passes.fusible import fusible, operands, put, replace, why_not_launched
 
 _aten = torch.ops.aten
 _VIEWS = ATEN_PERMUTES | {_aten.view.default}
@@ -77,17 +75,19 @@ def _fuse_parts(nodes: list[fx.Node]) -> list[Declined]:
     nodes = [node for node in nodes if node not in late]
     if len(nodes) < 2:
         return [*left, Declined(first.name, "no other masked matmul of the same tensor has the same dtype and a bias likewise")]
-    if not _expected_faster(nodes):
-        return left + [Declined(node.name, "skipping rows is not expected to be faster in one launch of all") for node in nodes]
-    for node in nodes:
-        for operand in node.all_input_nodes:
-            if order[operand] > order[first]:
-                first.prepend(operand)
     parts = [operands(node) for node in nodes]
     sizes = [part["weight"].meta["val"].shape[1] for part in parts]
     biases = [part["bias"] for part in parts if part["bias"] is not None]
     lists = ([part["tau"] for part in parts], [part["weight"] for part in parts], biases)
-    fused = put(first, masked_gemv_parts, (parts[0]["v"], *lists, _density(parts, sizes)))
+    args = (parts[0]["v"], *lists, _density(parts, sizes))
+    reason = why_not_launched(masked_gemv_parts, args)
+    if reason is not None:
+        return left + [Declined(node.name, f"in one launch of all {reason}") for node in nodes]
+    for node in nodes:
+        for operand in node.all_input_nodes:
+            if order[operand] > order[first]:
+                first.prepend(operand)
+    fused = put(first, masked_gemv_parts, args)
     stop = 0
     for node, size in zip(nodes, sizes, strict=True):
         start, stop = stop, stop + size
@@ -105,18 +105,6 @@ def _is_before(operand: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bo
     if order[operand] < order[node]:
         return True
     return operand.target in _VIEWS and all(order[source] < order[node] for source in operand.all_input_nodes)
-
-
-def _expected_faster(nodes: list[fx.Node]) -> bool:
-    """Whether one launch that skips rows is expected to be faster than a dense matmul. True on devices other than GPUs."""
-    parts = [operands(node) for node in nodes]
-    weights, value = [part["weight"].meta["val"] for part in parts], parts[0]["v"].meta["val"]
-    if value.device.type != "cuda":
-        return True
-    sizes = [weight.shape[1] for weight in weights]
-    density, bits = _density(parts, sizes), 8 * weights[0].element_size()
-    device = cost.nearest(value.device)
-    return cost.prefers_masked(weights[0].shape[0], sum(sizes), math.prod(value.shape[:-1]), density, device, bits=bits)
 
 
 def _density(parts: list[dict[str, Any]], sizes: list[int]) -> float:

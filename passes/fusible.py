@@ -10,10 +10,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import optree
+import torch
 from torch import Tensor, fx
 
 from rana_fx.graph.fake_values import fake_run
-from rana_fx.kernels.registry import tokens_fused
+from rana_fx.kernels.ops import arguments_of
+from rana_fx.kernels.problem import operand_of_tensor, problem_of
+from rana_fx.kernels.registry import REFERENCE, choose, tokens_fused, why
 from rana_fx.kernels.triton.config import TOKENS_AT_ONCE
 from rana_fx.passes.base import Declined, PassResult, PostGrad
 
@@ -75,6 +79,22 @@ def operands(node: fx.Node) -> dict[str, Any]:
     """Operands of a masked matmul by name, in the order of its schema."""
     given = _DEFAULTS | dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
     return {name: given[name] for name in _NAMES}
+
+
+def why_not_launched(target: torch._ops.OpOverload, args: tuple[Any, ...]) -> str | None:
+    """Why no kernel is expected to compute a call faster than a dense matmul, compiled; None too on devices other than GPUs, of
+    which nothing was measured.
+    """
+    op = target._schema.name.removeprefix("rana::")
+    values: Any = fx.map_arg(args, lambda node: node.meta["val"])
+    leaves: list[Any] = optree.tree_leaves(values)
+    tensors = [value for value in leaves if isinstance(value, Tensor)]
+    if not all(isinstance(number, int) for tensor in tensors for number in (*tensor.shape, *tensor.stride())):
+        return "sizes vary"
+    problem = problem_of(op, arguments_of(op, values, {}), operand_of_tensor, compiled=True)
+    if problem.device.type != "cuda" or choose(problem).name != REFERENCE:
+        return None
+    return "; ".join(f"{row.name}: {reason}" for row, reason in why(problem) if row.device == "cuda")
 
 
 def put(like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], *, at: fx.Node | None = None, **kwargs: Any) -> fx.Node:

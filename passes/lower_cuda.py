@@ -33,18 +33,31 @@ def _masked_gemv(
     *,
     residual: Any = None,
     activation: str | None = None,
+    gain: Any = None,
+    eps: float | None = None,
+    offset: float = 0.0,
 ) -> Any:
-    """(T, N), or (T, N / 2) with an activation, in one launch."""
+    """(T, N), or (T, N / 2) with an activation, in one launch. With ``eps``, of v after its root-mean-square norm."""
     from rana_fx.kernels.cuda import op
 
-    v, tau, weight, scale, bias, residual = realized(v_TK, tau, weight, scale, bias, residual)
-    early = starts_early(v, (tau, weight, scale, bias))
+    v, tau, weight, scale, bias, residual, gain = realized(v_TK, tau, weight, scale, bias, residual, gain)
+    early = starts_early(v, (tau, weight, scale, bias, gain))
     config = _config(problem, fake(weight), fake(scale), activation, early)
     call = fallback_handler(op.masked_gemv_tensor_cores, add_to_fallback_set=False)
-    return call(v, tau, weight, bias, scale, residual, activation, list(dataclasses.astuple(config)), early)
+    fields = list(dataclasses.astuple(config))
+    return call(v, tau, weight, bias, scale, residual, activation, gain, eps, offset, fields, early)
 
 
 masked_gemv, masked_gemv_add, masked_gemv_gated = forms(_masked_gemv)
+
+
+def masked_gemv_normed(
+    problem: Problem, v_TK: Any, gain: Any, tau: Any, weight: Any, bias: Any, scale: Any, activation: str | None,
+    eps: float, offset: float,
+) -> Any:  # fmt: skip
+    """The same of v after its norm, in one launch."""
+    facts: dict[str, Any] = dict(activation=activation, gain=gain, eps=eps, offset=offset)
+    return _masked_gemv(problem, v_TK, tau, weight, bias, scale, **facts)
 
 
 def masked_gemv_parts(problem: Problem, v_TK: Any, taus: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any]) -> Any:

@@ -76,13 +76,28 @@ def masked_gemv_parts(problem: Problem, v_TK: Any, taus: Sequence[Any], weights:
 
 def normed_router(problem: Problem, x_TI: Any, gain: Any, weight: Any, scale: Any, eps: float, offset: float) -> Any:  # noqa: ARG001
     """The norm in fp32, rounded, then the router."""
+    return lowerings[ops.router](_normed(x_TI, gain, eps, offset), weight, scale)
+
+
+def masked_gemv_normed(
+    problem: Problem, v_TK: Any, gain: Any, tau: Any, weight: Any, bias: Any, scale: Any, activation: str | None,
+    eps: float, offset: float,
+) -> Any:  # fmt: skip
+    """The norm in fp32, rounded, then the masked GEMV."""
+    operands = _normed(v_TK, gain, eps, offset), tau, weight, bias, scale, problem.density
+    return (
+        lowerings[ops.masked_gemv](*operands) if activation is None else lowerings[ops.masked_gemv_gated](*operands, activation)
+    )
+
+
+def _normed(x: Any, gain: Any, eps: float, offset: float) -> Any:
     mul, add = lowerings[_aten.mul.Tensor], lowerings[_aten.add.Tensor]
-    wide = to_dtype(x_TI, torch.float32)
+    wide = to_dtype(x, torch.float32)
     mean = lowerings[_aten.mean.dim](mul(wide, wide), [-1], keepdim=True)
     normed = mul(wide, lowerings[_aten.rsqrt.default](add(mean, eps)))
     if gain is not None:
         normed = mul(normed, add(to_dtype(gain, torch.float32), offset))
-    return lowerings[ops.router](to_dtype(normed, x_TI.get_dtype()), weight, scale)
+    return to_dtype(normed, x.get_dtype())
 
 
 def _activated(x: Any, activation: str) -> Any:

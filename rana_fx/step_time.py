@@ -8,7 +8,7 @@ activation cost what they do on an H200, whatever their size (kernels/cost.py). 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ from rana_fx.adapter import Adapter
 from rana_fx.calibration.layout import Layout, Site
 from rana_fx.calibration.records import records
 from rana_fx.kernels import cost
-from rana_fx.plan import Plan
-from rana_fx.runtime.adapter_time import adapter_us, dense_us, linear_us
+from rana_fx.plan import Plan, SiteRecord
+from rana_fx.runtime.adapter_time import adapter_us, dense_us, linear_us, takes_norm
 
 _INSIDE = ("attention_out", "down")  # roles whose input is no norm's output
 
@@ -59,10 +59,10 @@ def step_time(layout: Layout, plan: Plan | None, device: torch.device) -> StepTi
     sites = {site.name: site for site in records(layout, hashed=False)}
     adapters = () if plan is None else plan.adapters
     adapter_of = {name: adapter for adapter in adapters for name in (*adapter.sites, *adapter.also)}
-    # read of each norm's output; routers compute the norm in their launch if nothing else reads it
+    # what reads each norm's output; launches that compute the norm do if nothing else reads it
     readers = [group.sites for group in layout.groups if any(_behind_norm(layout.sites[name]) for name in group.sites)]
-    in_routers = [names for names in readers if all(_has_router(adapter_of.get(name)) for name in names)]
-    normed = {name for names in in_routers for name in names}
+    in_launches = [names for names in readers if _take_norm([adapter_of.get(name) for name in names], sites, device)]
+    normed = {name for names in in_launches for name in names}
     linears = {one.name: adapter_us(one, sites, device, normed=one.sites[0] in normed) for one in adapters}
     linears |= {name: linear_us(site, device) for name, site in sites.items() if name not in adapter_of}
     replaced = {one.name: dense_us(one, sites, device) for one in adapters}
@@ -73,7 +73,7 @@ def step_time(layout: Layout, plan: Plan | None, device: torch.device) -> StepTi
     return StepTime(
         _known(linears),
         _known(replaced),
-        always + (len(readers) - len(in_routers)) * measured.norm_us + (len(layout.blocks) - fused) * measured.pointwise_us,
+        always + (len(readers) - len(in_launches)) * measured.norm_us + (len(layout.blocks) - fused) * measured.pointwise_us,
         always + len(readers) * measured.norm_us + len(layout.blocks) * measured.pointwise_us,
     )
 
@@ -93,9 +93,15 @@ def _behind_norm(site: Site) -> bool:
     return site.role not in _INSIDE
 
 
-def _has_router(adapter: Adapter | None) -> bool:
-    """Whether every input is read by a router alone."""
-    return adapter is not None and adapter.router is not None and adapter.router_tau is None and adapter.exact_tau is None
+def _take_norm(readers: Sequence[Adapter | None], sites: Mapping[str, SiteRecord], device: torch.device) -> bool:
+    """Whether a norm is computed by the launches of all that reads it. Routers beside products share no launch, nor do products
+    in 16 bits of one input take a norm, which share one.
+    """
+    adapters = [one for one in readers if one is not None]
+    distinct = {id(one): one for one in adapters}.values()
+    plain = sum(one.router is None and one.weight_scale is None for one in distinct)
+    alike = len({one.router is None for one in distinct}) == 1
+    return len(adapters) == len(readers) and alike and plain <= 1 and all(takes_norm(one, sites, device) for one in distinct)
 
 
 def _in_one_launch(ups: tuple[str, ...], adapter_of: Mapping[str, Adapter]) -> bool:

@@ -1,6 +1,7 @@
 """When the kernel on tensor cores applies: rows of the registry for NVIDIA GPUs of compute capability 9.0.
 
     masked_gemv, _add, _gated    weights in 16, 8 and 4 bits whose rows are multiples of 16 bytes, up to 16 tokens
+    masked_gemv_normed           the same, up to 4 tokens
     masked_gemv_parts            such weights in 16 bits
 
 What it does not take, the Triton kernels do, and weights in 16 bits where they are expected to be faster. Nothing here compiles a
@@ -22,7 +23,7 @@ from rana_fx.kernels.cuda.config import MOST_SHARED_BYTES, default_config, most_
 from rana_fx.kernels.gemv import forms
 from rana_fx.kernels.problem import Problem
 from rana_fx.kernels.registry import Implementation
-from rana_fx.kernels.triton.config import MAX_TOKENS, MOST_PARTS
+from rana_fx.kernels.triton.config import MAX_TOKENS, MOST_PARTS, TOKENS_AT_ONCE
 from rana_fx.kernels.triton.implementations import few
 
 NAME = "tensor_cores"
@@ -42,22 +43,28 @@ def accepts(problem: Problem) -> str | None:
         return f"rows of {problem.columns} columns in {problem.bits} bits are not made of aligned {ALIGNMENT} bytes"
     if problem.bits == 4 and problem.scale_alignment % 4:
         return "rows of scales do not begin at multiples of 4 bytes"
-    config = default_config(*problem.sizes, bits=problem.bits, gated=problem.op == "masked_gemv_gated")
+    if problem.gated and (reason := _halves(problem)) is not None:
+        return reason
+    config = default_config(*problem.sizes, bits=problem.bits, gated=problem.gated)
     need = most_shared_bytes(config, problem.rows, problem.tokens, problem.bits)
     if need > MOST_SHARED_BYTES:
         return f"lists of {problem.rows} ranks for {problem.tokens} tokens need {need} bytes of shared memory"
     return _device(problem.device)
 
 
-def accepts_gated(problem: Problem) -> str | None:
+def _halves(problem: Problem) -> str | None:
     """In 8 and 4 bits halves are whole segments of 256 columns, so that the scales of both begin at multiples of 4 bytes; in 16
     bits both begin at multiples of what one copy takes.
     """
-    reason = accepts(problem)
     whole = 256 if problem.quantized else ALIGNMENT * 8 // problem.bits
-    if reason is None and problem.sizes[1] % (2 * whole):
-        return f"halves of {problem.sizes[1]} columns are no multiples of {whole}"
-    return reason
+    return f"halves of {problem.columns} columns are no multiples of {whole}" if problem.sizes[1] % (2 * whole) else None
+
+
+def accepts_normed(problem: Problem) -> str | None:
+    """Each block reads all values of all tokens for their norms."""
+    if problem.tokens is not None and problem.tokens > TOKENS_AT_ONCE:
+        return f"{problem.tokens} tokens, with a norm it takes 1 to {TOKENS_AT_ONCE}"
+    return accepts(problem)
 
 
 def accepts_parts(problem: Problem) -> str | None:
@@ -126,6 +133,15 @@ def _launch(*operands: Any, **fused: Any) -> Tensor:
     return masked_gemv(*operands, **fused)
 
 
+def _launch_normed(
+    v: Tensor, gain: Tensor | None, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+    activation: str | None, eps: float, offset: float,
+) -> Tensor:  # fmt: skip
+    from rana_fx.kernels.cuda.masked_gemv import Norm, masked_gemv
+
+    return masked_gemv(v, tau, weight, bias, scale, activation=activation, norm=Norm(gain, eps, offset))
+
+
 def _launch_parts(*operands: Any) -> Tensor:
     from rana_fx.kernels.cuda.masked_gemv_parts import masked_gemv_parts
 
@@ -149,6 +165,7 @@ _plain, _add, _gated = forms(_launch)
 ROWS = (
     _row("masked_gemv", _plain, accepts),
     _row("masked_gemv_add", _add, accepts),
-    _row("masked_gemv_gated", _gated, accepts_gated),
+    _row("masked_gemv_gated", _gated, accepts),
+    _row("masked_gemv_normed", _launch_normed, accepts_normed),
     _row("masked_gemv_parts", _launch_parts, accepts_parts),
 )

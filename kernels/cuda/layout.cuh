@@ -56,17 +56,23 @@ struct alignas(8) Two {
 };
 struct Arguments {
   const char* w;
-  const void *scale, *v, *tau, *bias, *residual;
+  const void *scale, *v, *tau, *bias, *residual, *gain;
   u16* y;
   int K, N, half;  // half: outputs of one half with an activation, else N
   u32 w_row, scale_row;
-  long long v_token, v_rank, tau_rank, bias_column, residual_token, residual_column, y_token;
+  long long v_token, v_rank, tau_rank, bias_column, residual_token, residual_column, gain_rank, y_token;
+  float eps, offset;
 };
 // Of several weights each has its own thresholds and results; clusters of the i-th end before ``ends[i]``.
 struct Parts {
   Arguments of[WEIGHTS];
   int ends[WEIGHTS];
 };
+
+DEVICE u16 value_at(const Arguments& a, int token, long long k) { return ((const u16*)a.v)[token * a.v_token + k * a.v_rank]; }
+// What a rank of a normed token is multiplied by: rounded once, as the normed input of a dense matmul is.
+DEVICE float gain_of(const Arguments& a, long long k) { return GAIN < 0 ? 1.f : read(a.gain, k * a.gain_rank, GAIN) + a.offset; }
+DEVICE u16 normed(u16 x, float factor, float gain) { return rounded(value_of(x) * factor * gain); }
 
 // The weight's column of a segment's first output. With an activation segments alternate between the halves.
 DEVICE int first_column(const Arguments& a, int block, int segment) {
@@ -81,6 +87,7 @@ struct Share {
   const Arguments& a;
   char* memory;
   int block, warp, lane, segment, first, column, listed;
+  float factors_of_norm[NORM ? TOKENS : 1];
 
   DEVICE const u32* ranks() const { return (const u32*)memory; }
   DEVICE const u16* values() const { return (const u16*)(memory + AT_VALUES); }
@@ -106,7 +113,8 @@ DEVICE float slow_sum(const Share& share, int first, int apart, int at, int toke
   for (int place = first * STEP; place < share.listed; place += STEP * apart) {
     for (int i = 0; i < STEP && place + i < share.listed; i++) {
       long long k = share.ranks()[place + i];
-      float v = value_of(((const u16*)a.v)[token * a.v_token + k * a.v_rank]);
+      u16 x = value_at(a, token, k);
+      float v = value_of(NORM ? normed(x, share.factors_of_norm[NORM ? token : 0], gain_of(a, k)) : x);
       // 0 times what is not finite is left out, as is what a token drops
       if (v == 0.f || v * v < read(a.tau, k * a.tau_rank, THRESHOLD)) continue;
       u32 byte = ((const unsigned char*)a.w)[k * a.w_row + at * BITS / 8];

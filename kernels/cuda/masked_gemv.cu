@@ -15,8 +15,9 @@
 // SEGMENTS, WARPS (along the ranks), SPLITS, STAGES; LISTED ranks of a block at most, a multiple of 16; INTEGERS 1: products of
 // integers, at most 2 tokens, not in 16 bits; VALUE, SCALE dtypes (0 fp32, 1 bf16, 2 fp16) of v and y, and of scales (-1: none);
 // SCALE_UNIT bytes that scales are copied at once (4 bits: 4, 8 or 16); THRESHOLD, BIAS and RESIDUAL dtypes (-1: none); ACTIVATION
-// 0 none, 1 silu, 2 tanh-GELU, 3 ReLU, 4 GELU; EARLY 1: the launch may begin before the kernel before it is done; SHARED_BYTES of
-// dynamic shared memory.
+// 0 none, 1 silu, 2 tanh-GELU, 3 ReLU, 4 GELU; NORM 1: v is v / sqrt(mean v^2 + eps) * (gain + offset), at most 4 tokens, with GAIN the
+// gain's dtype (-1: none) and WIDE 1: eight neighbours of v are 16 aligned bytes; EARLY 1: the launch may begin before the kernel before
+// it is done; SHARED_BYTES of dynamic shared memory.
 
 DEVICE float sigmoid(float x) {
   float e = exponential(x >= 0.f ? -x : x);
@@ -86,7 +87,7 @@ KERNEL void CLUSTER(SPLITS) BOUNDS(THREADS, BLOCKS) masked_gemv(CONSTANT Parts p
       pipeline.begin();
     }
   }
-  share.listed = list_ranks(thresholds, memory);
+  share.listed = list_ranks(thresholds, share);
   if (!all && works) {
     products.begin();
     pipeline.begin();

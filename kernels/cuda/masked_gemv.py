@@ -8,6 +8,7 @@ token of the launch keeps their rank, and nowhere else.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from rana_fx.kernels.cuda import driver, nvrtc
 from rana_fx.kernels.cuda.config import ALONE_BYTES, Config, columns_of, default_config
 from rana_fx.kernels.gemv import ACTIVATION_CODES, check_operands
 from rana_fx.kernels.triton.compaction import sm_count_of
-from rana_fx.kernels.triton.config import MAX_TOKENS
+from rana_fx.kernels.triton.config import MAX_TOKENS, TOKENS_AT_ONCE
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # in this order; primitives.cuh comes before them, or what defines its names elsewhere
@@ -32,9 +33,18 @@ FILES = (
     *("products_floats.cuh", "products_integers.cuh", "masked_gemv.cu"),
 )
 _ALIGNMENT = 16  # bytes of a copy
-_POINTERS = ("w", "scale", "v", "tau", "bias", "residual", "y")
+_POINTERS = ("w", "scale", "v", "tau", "bias", "residual", "gain", "y")
 _WEIGHT_STRIDES = ("w_row", "scale_row")
-_STRIDES = ("v_token", "v_rank", "tau_rank", "bias_column", "residual_token", "residual_column", "y_token")
+_STRIDES = ("v_token", "v_rank", "tau_rank", "bias_column", "residual_token", "residual_column", "gain_rank", "y_token")
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """v / sqrt(mean v^2 + eps) * (gain + offset), rounded once. gain: (K,), or None for ones."""
+
+    gain: Tensor | None
+    eps: float
+    offset: float = 0.0
 
 
 class Arguments(ctypes.Structure):
@@ -45,6 +55,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("K", "N", "half")),
         *((name, ctypes.c_uint) for name in _WEIGHT_STRIDES),
         *((name, ctypes.c_longlong) for name in _STRIDES),
+        *((name, ctypes.c_float) for name in ("eps", "offset")),
     )
 
 
@@ -104,7 +115,8 @@ class Launch:
 
 def masked_gemv(
     v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *,
-    residual: Tensor | None = None, activation: str | None = None, config: Config | None = None, early: bool = False,
+    residual: Tensor | None = None, activation: str | None = None, norm: Norm | None = None, config: Config | None = None,
+    early: bool = False,
 ) -> Tensor:  # fmt: skip
     """The masked GEMV in v's dtype, in one launch.
 
@@ -113,6 +125,7 @@ def masked_gemv(
         bias: (N,). residual: (..., N), added in fp32, last; not together with an activation.
         activation: "silu", "gelu_tanh", "gelu" or "relu": the result is act(first half) * second half of the N columns, in fp32
             until it is rounded once. A half is whole groups and multiples of 16 bytes then.
+        norm: v is normalised first; at most 4 tokens.
         config: the default one if None.
         early: thresholds are read before the previous kernel of the stream ends; nothing but v and the residual may be written
             by it.
@@ -127,14 +140,14 @@ def masked_gemv(
         tokens, columns = v.numel() // max(v.shape[-1], 1), shape_of(weight, scale)[1]
         config = default_config(v.shape[-1], columns, tokens, bits=bits_of(weight), gated=activation is not None)
     with torch.cuda.device_of(v):
-        launch = prepared(v, tau, weight, bias, scale, residual=residual, activation=activation, config=config)
+        launch = prepared(v, tau, weight, bias, scale, residual=residual, activation=activation, norm=norm, config=config)
         y = launch(early=bool(early))
     return y.reshape(*v.shape[:-1], y.shape[1])
 
 
 def prepared(
     v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, *,
-    residual: Tensor | None, activation: str | None, config: Config,
+    residual: Tensor | None, activation: str | None, config: Config, norm: Norm | None = None,
 ) -> Launch:  # fmt: skip
     """The launch of ``masked_gemv``. Raises BadOperand, UnknownChoice."""
     reason = refusal(v, tau, weight, scale, activation)
@@ -147,21 +160,34 @@ def prepared(
         todo, expected = "Apply the activation apart.", f"two halves that are multiples of {unit}"
         raise BadOperand(name="weight", got=f"{columns} columns", expected=expected, todo=todo)
     rows, columns = check_operands(v, tau, weight, bias, scale, residual, activation)
+    if norm is not None:
+        norm = _checked(norm, rows, v.shape[-1])
     outputs = columns // 2 if activation else columns
     # memory that is shared with a file begins anywhere
     weight = weight.clone() if weight.data_ptr() % _ALIGNMENT else weight
     scale = scale.clone() if scale is not None and scale.data_ptr() % _ALIGNMENT else scale
     flat, added = v.reshape(rows, -1), None if residual is None else residual.reshape(rows, -1)
     y = torch.empty((rows, outputs), dtype=v.dtype, device=v.device)
-    kept = (flat, tau, weight, scale, bias, added)
+    kept = (flat, tau, weight, scale, bias, added, None if norm is None else norm.gain)
     blocks = config.blocks(outputs, bits, gated=activation is not None)
-    constants = constants_of(*kept, activation, config, alone=config.alone(blocks, sm_count_of(v)))
-    return Launch(constants, joined([arguments_of(*kept, y)], [blocks // config.splits]), blocks, y, kept)
+    constants = constants_of(*kept[:6], activation, config, norm=norm, alone=config.alone(blocks, sm_count_of(v)))
+    return Launch(constants, joined([arguments_of(*kept[:6], y, norm)], [blocks // config.splits]), blocks, y, kept)
+
+
+def _checked(norm: Norm, tokens: int, ranks: int) -> Norm:
+    """A norm with a gain in a dtype that the kernel reads. Raises BadOperand."""
+    if tokens > TOKENS_AT_ONCE:
+        expected = f"1 to {TOKENS_AT_ONCE}, of which each block reads all values"
+        raise BadOperand(name="v", got=f"{tokens} tokens", expected=expected, todo="Apply the norm apart.")
+    gain = norm.gain
+    if gain is not None and tuple(gain.shape) != (ranks,):
+        raise BadOperand(name="gain", got=str(tuple(gain.shape)), expected=f"({ranks},)", todo="One per rank.")
+    return norm if gain is None or gain.dtype in DTYPE_CODES else dataclasses.replace(norm, gain=gain.float())
 
 
 def constants_of(
     v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    activation: str | None, config: Config, *, alone: bool = False, weights: int = 1,
+    activation: str | None, config: Config, *, norm: Norm | None = None, alone: bool = False, weights: int = 1,
 ) -> tuple[tuple[str, int], ...]:  # fmt: skip
     """The constants that masked_gemv.cu is compiled with. v (T, K). alone: a multiprocessor for each block. weights: of a launch,
     alike but for their columns.
@@ -188,10 +214,18 @@ def constants_of(
         "BIAS": -1 if bias is None else DTYPE_CODES[bias.dtype],
         "RESIDUAL": -1 if residual is None else DTYPE_CODES[residual.dtype],
         "ACTIVATION": ACTIVATION_CODES[activation] if activation else 0,
+        "NORM": int(norm is not None),
+        "GAIN": -1 if norm is None or norm.gain is None else DTYPE_CODES[norm.gain.dtype],
+        "WIDE": int(norm is not None and _wide(v)),
         "SCALE_UNIT": unit,
         "SHARED_BYTES": max(config.shared_bytes(ranks, tokens, bits, group, scale_bytes), ALONE_BYTES if alone else 0),
     }
     return tuple(constants.items())
+
+
+def _wide(v: Tensor) -> bool:
+    """Whether eight neighbours of a token, from a multiple of eight on, are 16 aligned bytes."""
+    return v.stride(1) == 1 and not any(place % _ALIGNMENT for place in (v.data_ptr(), v.stride(0) * v.element_size()))
 
 
 def scale_unit(weight: Tensor, scale: Tensor, activation: str | None) -> int:
@@ -203,17 +237,21 @@ def scale_unit(weight: Tensor, scale: Tensor, activation: str | None) -> int:
 
 
 def arguments_of(
-    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, y: Tensor
-) -> Arguments:
+    v: Tensor, tau: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, y: Tensor,
+    norm: Norm | None = None,
+) -> Arguments:  # fmt: skip
     """The kernel's arguments for one weight. v (T, K), residual and y (T, N)."""
     columns = shape_of(weight, scale)[1]
-    tensors = (weight, scale, v, tau, bias, residual, y)
+    norm = norm or Norm(None, 0.0, 0.0)
+    tensors = (weight, scale, v, tau, bias, residual, norm.gain, y)
     strides = (
         *(weight.stride(0) * weight.element_size(), 0 if scale is None else scale.stride(0), *v.stride(), tau.stride(0)),
-        *(0 if bias is None else bias.stride(0), *((0, 0) if residual is None else residual.stride()), y.stride(0)),
+        *(0 if bias is None else bias.stride(0), *((0, 0) if residual is None else residual.stride())),
+        *(0 if norm.gain is None else norm.gain.stride(0), y.stride(0)),
     )
     half = y.shape[1]
-    return Arguments(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), v.shape[1], columns, half, *strides)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return Arguments(*pointers, v.shape[1], columns, half, *strides, norm.eps, norm.offset)
 
 
 @functools.cache

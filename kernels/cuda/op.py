@@ -8,18 +8,19 @@ without gradients, and take a launch config.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rana_fx.formats import shape_of
 from rana_fx.kernels.cuda.config import Config
-from rana_fx.kernels.cuda.masked_gemv import masked_gemv
+from rana_fx.kernels.cuda.masked_gemv import Norm, masked_gemv
 from rana_fx.kernels.cuda.masked_gemv_parts import masked_gemv_parts
 
 _SCHEMA = (
     "masked_gemv_tensor_cores(Tensor v, Tensor tau, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, "
-    "str? activation, int[] config, bool early) -> Tensor"
+    "str? activation, Tensor? gain, float? eps, float offset, int[] config, bool early) -> Tensor"
 )
 _SCHEMA_OF_PARTS = (
     "masked_gemv_parts_tensor_cores(Tensor v, Tensor[] taus, Tensor[] weights, Tensor[] biases, "
@@ -29,14 +30,16 @@ _SCHEMA_OF_PARTS = (
 
 def _launch(
     v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
-    activation: str | None, config: Sequence[int], early: bool,
+    activation: str | None, gain: Tensor | None, eps: float | None, offset: float, config: Sequence[int], early: bool,
 ) -> Tensor:  # fmt: skip
-    return masked_gemv(v, tau, weight, bias, scale, residual=residual, activation=activation, config=Config(*config), early=early)
+    norm = None if eps is None else Norm(gain, eps, offset)
+    facts: dict[str, Any] = dict(residual=residual, activation=activation, norm=norm, config=Config(*config), early=early)
+    return masked_gemv(v, tau, weight, bias, scale, **facts)
 
 
 def _fake(
     v: Tensor, tau: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
-    activation: str | None, config: Sequence[int], early: bool,
+    activation: str | None, gain: Tensor | None, eps: float | None, offset: float, config: Sequence[int], early: bool,
 ) -> Tensor:  # fmt: skip
     columns = shape_of(weight, scale)[1]
     return v.new_empty((*v.shape[:-1], columns // 2 if activation else columns))

@@ -14,7 +14,7 @@ from rana_fx.adapter import Adapter
 from rana_fx.formats import Matrix
 from rana_fx.kernels import cost
 from rana_fx.kernels.problem import DTYPES, Problem, bits_of
-from rana_fx.kernels.registry import choose
+from rana_fx.kernels.registry import REFERENCE, Implementation, choose
 from rana_fx.plan import SiteRecord
 
 
@@ -25,7 +25,7 @@ def adapter_us(
 
     Args:
         sites: the linears that it replaces, and ``adapter.also``, by name; more may be given.
-        normed: the norm in front is computed by the launch of the router.
+        normed: the norm in front is computed by the first launch.
     """
     times = [_us(problem) for problem in _problems(adapter, sites, device, tokens, normed)]
     return None if None in times else sites[adapter.sites[0]].uses * sum(time for time in times if time is not None)
@@ -57,6 +57,14 @@ def tokens_faster(adapter: Adapter, sites: Mapping[str, SiteRecord], device: tor
     return most
 
 
+def takes_norm(adapter: Adapter, sites: Mapping[str, SiteRecord], device: torch.device) -> bool:
+    """Whether its first launch, of one token, computes the norm in front of it where nothing else reads that norm."""
+    if adapter.also or adapter.router_tau is not None or adapter.exact_tau is not None:
+        return False
+    problem = _problems(adapter, sites, device, 1, True)[0]
+    return adapter.router is not None or (device.type == "cuda" and _chosen(problem).name != REFERENCE)
+
+
 def _problems(
     adapter: Adapter, sites: Mapping[str, SiteRecord], device: torch.device, tokens: int, normed: bool
 ) -> list[Problem]:
@@ -78,17 +86,21 @@ def _problems(
         found.append(problem("masked_gemv", inputs, adapter.ranks, router, adapter.router_density))
     for name in adapter.also:
         found.append(problem("masked_rows", sites[name].out_features, sites[name].in_features, None, adapter.density))
-    found.append(problem("masked_gemv", adapter.ranks, outputs, weight, adapter.density))
+    op = "masked_gemv_normed" if normed and router is None else "masked_gemv"
+    found.append(problem(op, adapter.ranks, outputs, weight, adapter.density))
     if adapter.exact_tau is not None:
         found.append(problem("masked_rows", outputs, inputs, None, adapter.exact_density))
     return found
 
 
 def _us(problem: Problem) -> float | None:
-    """Expected time of a call with the implementation that would be chosen under CUDA graphs."""
+    """Expected time of a call."""
+    return _chosen(problem).cost(problem) if problem.device.type == "cuda" else None
+
+
+def _chosen(problem: Problem) -> Implementation:
+    """The implementation under CUDA graphs."""
     from torch._inductor import config
 
-    if problem.device.type != "cuda":
-        return None
     with config.patch({"triton.cudagraphs": True}):
-        return choose(problem).cost(problem)
+        return choose(problem)

@@ -18,7 +18,8 @@ from tests.support.inductor import GEMV, ROUTER, ROWS, calls, compiled
 
 WIDTH, OUT = 96, 256
 SPARSE = 0.01  # a density at which kept rows are expected to be faster
-PACKED = (ops.masked_gemv, ops.masked_gemv_add, ops.masked_gemv_gated, ops.router, ops.normed_router)
+FUSED = (ops.masked_gemv_add, ops.masked_gemv_gated, ops.masked_gemv_normed, ops.normed_router)
+PACKED = (ops.masked_gemv, *FUSED, ops.router)
 
 
 def cases(tokens, bits, dtype):
@@ -44,6 +45,12 @@ def cases(tokens, bits, dtype):
         v, tau, weight, scale, bias = product()
         exact = (v.double(), tau, unpack(weight, scale, torch.float64), bias.double(), None, 0.5, *map(wide, more))
         yield op, (v, tau, weight, bias, scale, 0.5, *more), exact
+    v, tau, weight, scale, bias = product()
+    gain, more = randn(WIDTH), ("silu" if bits == 4 else None, 1e-5, 1.0)
+    # values above every threshold or below, whatever the rounding of the norm
+    tau = torch.where(torch.arange(WIDTH) % 2 == 0, 0.0, torch.inf)
+    exact = (v.double(), wide(gain), tau, unpack(weight, scale, torch.float64), bias.double(), None, 0.5, *more)
+    yield ops.masked_gemv_normed, (v, gain, tau, weight, bias, scale, 0.5, *more), exact
     for op, gain, more in ((ops.router, (), ()), (ops.normed_router, (randn(WIDTH),), (1e-5, 1.0))):
         x, (weight, scale) = randn(tokens, WIDTH), matrix(64, WIDTH)
         exact = (x.double(), *map(wide, gain), unpack(weight, scale, torch.float64), None, *more)
@@ -83,7 +90,7 @@ def test_every_lowering_computes_what_is_stored(name):
         assert {op for (op, _, _), one in given if one == asked} == (set(PACKED) if asked[1] < 16 else registered())
     few = name == "few tokens"
     # a matmul for each of two parts; many tokens are a dense matmul, or the eager operation for a quantised weight
-    assert calls(code, GEMV) == few * (5 + 5 + 3 + 3)
+    assert calls(code, GEMV) == few * (6 + 6 + 4 + 4)
     assert calls(code, ROUTER) == few * 2 * 4
     assert calls(code, ROWS) == few * 2
     assert ("torch.ops.rana" in code) == (name == "many tokens, packed")

@@ -19,6 +19,7 @@ from rana_fx.kernels.ops import (
     masked_gemv,
     masked_gemv_add,
     masked_gemv_gated,
+    masked_gemv_normed,
     masked_gemv_parts,
     masked_rows,
     normed_router,
@@ -148,6 +149,7 @@ def operands(tokens, columns, rows, bits):
     yield normed_router, (x, torch.randn(columns), back, back_scale, 1e-5, 0.0)
     if columns % 128 == 0:
         yield masked_gemv_gated, (v, tau, weight, None, scale, 0.5, "gelu")
+        yield masked_gemv_normed, (v, torch.randn(rows), tau, weight, None, scale, 0.5, "gelu", 1e-5, 0.0)
     if bits == 16:
         yield masked_gemv_parts, (v, [tau, tau * 0], [weight, torch.randn(rows, 3)], [], 0.5)
         gate = torch.where(torch.rand(tokens, columns) < 0.5, 1.0, 0.0)

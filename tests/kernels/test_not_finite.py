@@ -19,6 +19,7 @@ from rana_fx.kernels.ops import (
     masked_gemv,
     masked_gemv_add,
     masked_gemv_gated,
+    masked_gemv_normed,
     masked_gemv_parts,
     masked_rows,
     normed_router,
@@ -149,6 +150,9 @@ def check_tokens(tokens, dtype, device):
             normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
             got = run(normed_router, x, None, rows, row_scale, 1e-5, 0.0)
             assert_same(f"norm, {name}, {bits}", got, normed @ w.t())
+            unit = v.double() / (v.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            got = run(masked_gemv_normed, v, None, tau * 0, weight, bias, scale, 0.5, None, 1e-5, 0.0)
+            assert_same(f"product of a norm, {name}, {bits}", got, exact_gemv(unit, tau * 0, weight, scale, bias))
         first, second = stored(K, 5, 16, dtype)[0], stored(K, N, 16, dtype)[0]
         taus = [tau, tau.flip(0)]
         exact = torch.cat([exact_gemv(v, *part) for part in zip(taus, (first, second), strict=True)], -1)
@@ -284,5 +288,5 @@ def test_models(recipe, tokens):
 
 def test_all_operations_are_here():
     """A new operation needs a case above."""
-    covered = {masked_gemv, masked_gemv_add, masked_gemv_gated, masked_gemv_parts, masked_rows, router, normed_router}
-    assert covered == {getattr(torch.ops.rana, name).default for name in ops._SCHEMAS}
+    fused = {masked_gemv_add, masked_gemv_gated, masked_gemv_normed, masked_gemv_parts, normed_router}
+    assert {masked_gemv, masked_rows, router} | fused == {getattr(torch.ops.rana, name).default for name in ops._SCHEMAS}

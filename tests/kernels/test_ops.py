@@ -15,6 +15,7 @@ from rana_fx.kernels.ops import (
     masked_gemv,
     masked_gemv_add,
     masked_gemv_gated,
+    masked_gemv_normed,
     masked_gemv_parts,
     masked_rows,
     normed_router,
@@ -115,6 +116,18 @@ def test_opcheck_normed_router(bits, gain, kind):
     torch.library.opcheck(normed_router, (x[kind], gain, weight, scale, 1e-5, 1.0))
     normed = torch.nn.functional.rms_norm(x[kind], (6,), None if gain is None else gain + 1, 1e-5)
     torch.testing.assert_close(normed_router(x[kind], gain, weight, scale, 1e-5, 1.0), router(normed, weight, scale))
+
+
+@BITS
+@pytest.mark.parametrize("gain", [None, torch.linspace(-1, 1, 6)])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_opcheck_masked_gemv_normed(bits, gain, activation):
+    weight, scale = stored(6, 256, bits)
+    v, rest = torch.randn(3, 2, 6).transpose(0, 1), (torch.full((6,), 0.3), weight, torch.randn(256), scale, 0.5)
+    torch.library.opcheck(masked_gemv_normed, (v, gain, *rest, activation, 1e-5, 1.0))
+    normed = torch.nn.functional.rms_norm(v, (6,), None if gain is None else gain + 1, 1e-5)
+    wanted = masked_gemv(normed, *rest) if activation is None else masked_gemv_gated(normed, *rest, activation)
+    torch.testing.assert_close(masked_gemv_normed(v, gain, *rest, activation, 1e-5, 1.0), wanted)
 
 
 def test_gradcheck_router():

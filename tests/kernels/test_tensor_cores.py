@@ -232,8 +232,8 @@ def test_opcheck(device, bits):
     case = product(2, 64, 512, bits).to(device)
     for activation, residual in ((None, None), ("silu", None), (None, torch.randn(2, 512, device=device).bfloat16())):
         fields = list(dataclasses.astuple(default_config(64, 512, 2, bits=bits, gated=activation is not None)))
-        operands = (case.v, case.tau, case.weight, case.bias, case.scale, residual, activation, fields, False)
-        torch.library.opcheck(op.masked_gemv_tensor_cores, operands)
+        operands = (case.v, case.tau, case.weight, case.bias, case.scale, residual, activation)
+        torch.library.opcheck(op.masked_gemv_tensor_cores, (*operands, None, None, 0.0, fields, False))
 
 
 @pytest.mark.parametrize("device", GPU, indirect=True)
@@ -290,13 +290,18 @@ def problem(**facts):
         (dict(stored=torch.float16, bits=16), "not torch.bfloat16 by torch.float16"),
         (dict(stored=torch.float32, bits=32), "not torch.bfloat16 by torch.float32"),
         (dict(columns=4096 + 4, stored=torch.bfloat16, bits=16), "4100 columns in 16 bits are not made of aligned 16 bytes"),
-        (dict(op="masked_gemv_gated", columns=4096 + 8, stored=torch.bfloat16, bits=16), "4104 columns are no multiples of 8"),
+        (
+            dict(op="masked_gemv_gated", gated=True, columns=4096 + 8, stored=torch.bfloat16, bits=16),
+            "4104 columns are no multiples of 8",
+        ),
         (dict(rows=16, columns=16, tokens=4, stored=torch.bfloat16, bits=16), "of the Triton kernel"),
         (dict(columns=4096 + 16), "4112 columns in 4 bits are not made of aligned 16 bytes"),
         (dict(contiguous_rows=False), "not made of aligned 16 bytes"),
         (dict(scale_alignment=2), "multiples of 4 bytes"),
         (dict(rows=10**6), "lists of 1000000 ranks for 1 tokens need"),
-        (dict(op="masked_gemv_gated", columns=4096 + 256), "no multiples of 256"),
+        (dict(op="masked_gemv_gated", gated=True, columns=4096 + 256), "no multiples of 256"),
+        (dict(op="masked_gemv_normed", gated=True, columns=4096 + 256), "no multiples of 256"),
+        (dict(op="masked_gemv_normed", tokens=5), "5 tokens, with a norm it takes 1 to 4"),
     ],
 )
 def test_what_is_declined_and_why(sm90, facts, reason):

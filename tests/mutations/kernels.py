@@ -72,7 +72,7 @@ MUTATIONS = (
       _REFERENCE, "keepdim=True) + eps)", "keepdim=True))",
       f"{_T_ROUTER}::test_eps_counts_where_the_input_is_small -k reference"),
     M("norm-without-offset", "The norm's gain ignores its offset (Gemma's 1 + g).",
-      _REFERENCE, "x * (gain_D.to(wide) + offset)", "x * gain_D.to(wide)",
+      _REFERENCE, "x * (gain.to(x.dtype) + offset)", "x * gain.to(x.dtype)",
       f"{_T_OPS}::test_kernels_compute_the_fused_forms tests/passes/test_fuse_norm.py::test_norm_is_taken_into_its_router"),
     M("int8-scale-of-another-row", "An int8 row is unpacked with the scale of the row before it.",
       "rana_fx/formats/int8.py",

@@ -7,6 +7,7 @@ from tests.mutations.mutation import Mutation as M
 _TESTS = "tests/kernels/test_tensor_cores.py"
 _FP64 = f"{_TESTS}::test_matches_fp64"
 _16_BITS = "tests/kernels/test_tensor_cores_16_bits.py"
+_NORMED = "tests/kernels/test_tensor_cores_normed.py"
 
 MUTATIONS = (
     M("tc-mask-strict", "A value at its threshold is dropped.",
@@ -34,6 +35,25 @@ MUTATIONS = (
     M("tc-odd-values", "Values that are not finite are multiplied as integers.",
       "kernels/cuda/fixed_point.cuh", "if (exponent >= 255 || exponent < 40) return {0.f, 0.f, true};", "",
       f"{_TESTS}::test_what_is_not_finite_is_so_where_it_is_in_the_dense_product"),
+    M("tc-norm-before-the-wait", "Squares are summed before the previous kernel is waited for.",
+      "kernels/cuda/listing.cuh", "  if (EARLY) {\n    wait_for_previous_kernel();",
+      "  if (EARLY && !NORM) {\n    wait_for_previous_kernel();",
+      f"{_NORMED}::test_matches_fp64"),
+    M("tc-norm-of-one-warp", "The norm is of the values that one warp reads.",
+      "kernels/cuda/listing.cuh", "sum += squares[t * ALL_WARPS + j];", "sum = squares[t * ALL_WARPS + j];",
+      f"{_NORMED}::test_matches_fp64"),
+    M("tc-norm-of-first-token", "All tokens have the first one's norm.",
+      "kernels/cuda/listing.cuh", "share.factors_of_norm[t], thresholds.gain[i]", "share.factors_of_norm[0], thresholds.gain[i]",
+      f"{_NORMED}::test_matches_fp64"),
+    M("tc-norm-tail", "Values behind the last eight are left out of the norm.",
+      "kernels/cuda/listing.cuh", "j < CHUNK && k + j < a.K", "j < CHUNK && k + CHUNK <= a.K",
+      f"{_NORMED}::test_matches_fp64"),
+    M("tc-norm-eps", "The norm has no eps.",
+      "kernels/cuda/listing.cuh", "inverse_root(sum / a.K + a.eps)", "inverse_root(sum / a.K)",
+      f"{_NORMED}::test_eps_counts"),
+    M("tc-norm-unaligned", "Values that are not aligned are read eight at once.",
+      "kernels/cuda/masked_gemv.py", "return v.stride(1) == 1 and not any(", "return not any(",
+      f"{_NORMED}::test_any_strides"),
     M("tc-cluster-part", "A block of a cluster is left out of the sum.",
       "kernels/cuda/masked_gemv.cu", "for (int r = 0; r < SPLITS; r++) sum +=", "for (int r = 0; r < SPLITS - 1; r++) sum +=",
       _FP64),

@@ -44,7 +44,14 @@ def test_order():
         "drop_recompute_tags",
         "check_freed",
     ]
-    assert names(POST_GRAD) == ["fuse_norm", "fuse_residual", "fuse_gated", "fuse_same_input", "fuse_repeated_heads"]
+    assert names(POST_GRAD) == [
+        "fuse_norm",
+        "fuse_residual",
+        "fuse_gated",
+        "fuse_same_input",
+        "fuse_product_norm",
+        "fuse_repeated_heads",
+    ]
 
 
 def drop_double_negation(graph_module, context):
@@ -77,6 +84,7 @@ def test_a_pass_from_outside_runs_with_ours(tmp_path, monkeypatch):
         ("fuse_residual", 1),
         ("fuse_gated", 0),
         ("fuse_same_input", 0),
+        ("fuse_product_norm", 0),
         ("fuse_repeated_heads", 0),
         ("drop_double_negation", 1),
     ]
@@ -89,15 +97,15 @@ def test_a_pass_from_outside_runs_with_ours(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
         f"{stem}.01.fuse_residual.after.py",
         f"{stem}.01.fuse_residual.before.py",
-        f"{stem}.05.drop_double_negation.after.py",
-        f"{stem}.05.drop_double_negation.before.py",
+        f"{stem}.06.drop_double_negation.after.py",
+        f"{stem}.06.drop_double_negation.before.py",
         f"{stem}.report.txt",
     ]
     texts = {path.name.removeprefix(f"{stem}."): path.read_text() for path in (tmp_path / "made").iterdir()}
     assert "masked_gemv_add" not in texts["01.fuse_residual.before.py"]
-    assert texts["01.fuse_residual.after.py"] == texts["05.drop_double_negation.before.py"]
+    assert texts["01.fuse_residual.after.py"] == texts["06.drop_double_negation.before.py"]
     assert "masked_gemv_add" in texts["01.fuse_residual.after.py"]
-    assert "neg" not in texts["05.drop_double_negation.after.py"]
+    assert "neg" not in texts["06.drop_double_negation.after.py"]
     assert re.search(r"fuse_residual +1 changed +[\d.]+ ms, verified in [\d.]+ ms\n", texts["report.txt"])
     assert "    neg: it negates arg0_1, on ('cpu',)\n" in texts["report.txt"]
 
@@ -144,7 +152,7 @@ def test_a_pass_that_breaks_a_graph_is_named(tmp_path, monkeypatch):
         with pytest.raises(AssertionError, match=rf"after {wrong.__name__}: (.|\n)*{message}"):
             Runner().run((*POST_GRAD, wrong), sums()[0], PostGrad(()), past_autograd=True)
         # the invalid graph is dumped
-        assert len(list(tmp_path.glob(f"*.05.{wrong.__name__}.after.py"))) == 1
+        assert len(list(tmp_path.glob(f"*.06.{wrong.__name__}.after.py"))) == 1
 
 
 def test_dead_code_stays_before_autograd():

@@ -44,10 +44,11 @@ def _compiled(kernel, name, constants, early):
         return ctypes.CDLL(str(library))
 
 
-def masked_gemv(v, *operands, residual=None, activation=None, config=None, early=False):
+def masked_gemv(v, *operands, residual=None, activation=None, norm=None, config=None, early=False):
     """As the launcher of that name: tau, weight, bias, scale. ``early``: v is NaN before the launch waits for it."""
     given, later = [*operands, *[None] * (4 - len(operands))], _later(v, early)
-    launch = kernel.prepared(later.first, *given, residual=residual, activation=activation, config=config or Config())
+    facts = dict(residual=residual, activation=activation, norm=norm, config=config or Config())
+    launch = kernel.prepared(later.first, *given, **facts)
     _run(kernel, "masked_gemv", launch, launch.y, later)
     return launch.y.reshape(*v.shape[:-1], -1)
 

@@ -13,7 +13,7 @@ from rana_fx.passes import POST_GRAD
 from rana_fx.passes.base import PostGrad
 from rana_fx.passes.runner import Runner, run
 
-NONE = {"norm": 0, "residual": 0, "gated": 0, "same_input": 0, "repeated_heads": 0}
+NONE = {"norm": 0, "residual": 0, "gated": 0, "same_input": 0, "product_norm": 0, "repeated_heads": 0}
 
 
 def fuse(graph_module: fx.GraphModule, devices: tuple[str, ...] = ("cpu",)) -> dict[str, int]:
