@@ -137,7 +137,17 @@ def _of_bytes(K: int, across: int, T: int) -> tuple[int, int, int, int]:
 
 def configs(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = False) -> list[Config]:
     """Configs to measure, the default first."""
-    choices = [(2, 4, 8, 3), (2, 4, 4, 4), (2, 4, 5, 4), (4, 2, 4, 4), (4, 2, 4, 3), (4, 2, 5, 3), (1, 4, 8, 4), (1, 8, 6, 3), (2, 4, 6, 3)]
+    choices = [
+        (2, 4, 8, 3),
+        (2, 4, 4, 4),
+        (2, 4, 5, 4),
+        (4, 2, 4, 4),
+        (4, 2, 4, 3),
+        (4, 2, 5, 3),
+        (1, 4, 8, 4),
+        (1, 8, 6, 3),
+        (2, 4, 6, 3),
+    ]
     if bits == 16:
         choices = [(4, 1, 8, 6), (4, 2, 8, 4), (4, 2, 4, 4), (4, 1, 4, 6), (2, 4, 4, 4), (2, 2, 8, 6), (2, 4, 2, 4), (1, 8, 2, 4)]
     found = [default_config(K, N, T, bits=bits, gated=gated)]
