@@ -14,6 +14,7 @@ MOST_SHARED_BYTES = 227 * 1024
 # multiprocessors only, and without this its blocks share those while others have none.
 ALONE_BYTES = 116 * 1024
 MOST_INTEGER_TOKENS = 2
+MULTIPROCESSORS_BESIDE = 16  # on which the blocks of a cluster are, at least
 THREADS_AT_A_TIME = 512  # on a multiprocessor, with 128 registers; above 8 tokens a thread takes up to 255
 MOST_LISTED = 64  # values of a thread, in 16 bits: more take registers, and seconds to compile
 MOST_SPLITS = 8  # blocks of a cluster that every GPU of compute capability 9.0 takes
@@ -96,13 +97,14 @@ def default_config(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = F
 
     Narrow results (4096 columns) have too few segments for all multiprocessors: clusters of 6 or 8 blocks. Wide ones take blocks
     of two or four segments, which read longer pieces of a row, in one or two waves. Above 2 tokens, whose products are of floats,
-    a short ring of copies leaves room for sums. For weights in 16 bits: ``_of_bytes``.
+    a short ring of copies leaves room for sums. For weights in 16 bits: ``_of_bytes``. Clusters have fewer blocks where not all
+    would run at once, or, of narrow results and one token, where not each block would have a multiprocessor of its own.
     """
     across = cdiv(N, columns_of(bits))
     if bits == 16:
         narrow = wide = _of_bytes(K, across, T)
     elif T <= 2:
-        narrow = (1, 8, 6, 3) if across <= 24 else (2, 4, 8, 3) if K >= 8192 else (1, 4, 8, 4)
+        narrow = (1, 8, 6 if across <= 16 else 4, 3) if across <= 24 else (2, 4, 8, 3) if K >= 8192 else (1, 4, 8, 4)
         wide = (2, 4, 4, 4) if across <= 64 else (2, 4, 5, 4) if bits == 4 else (4, 2, 4, 4)
     else:
         narrow = (1, 8, 6, 3) if T <= 4 else (2, 4, 8, 3)
@@ -113,11 +115,24 @@ def default_config(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = F
     warps = max(min(warps, _most_threads(T) // 32 // segments), 1)
     splits = max(min(splits, cdiv(K, STEP)), 1)
     config = Config(segments, warps, splits, stages)
+    if bits < 16:
+        config = _in_one_wave(config, cdiv(across, segments), K, T, bits)
     # lists and sums of many tokens: shorter lists, a shorter ring of copies, fewer sums
     most_splits = min(MOST_SPLITS, cdiv(K, STEP))
     for field, least in (("splits", most_splits), ("stages", 2), *(("warps", n) for n in (8, 4, 2, 1))):
         if most_shared_bytes(config, K, T, bits) > MOST_SHARED_BYTES and (field == "splits" or getattr(config, field) > least):
             config = dataclasses.replace(config, **{field: least})
+    return config
+
+
+def _in_one_wave(config: Config, clusters: int, K: int, T: int, bits: int) -> Config:
+    """The config with as many blocks in a cluster, but at least half, that all run at once on an H200; itself if none is so."""
+    for splits in range(config.splits, config.splits // 2, -1):
+        fewer = dataclasses.replace(config, splits=splits)
+        at_a_time = min(_blocks_at_a_time(most_shared_bytes(fewer, K, T, bits)), max(_most_threads(T) // config.threads(), 1))
+        # the blocks of a cluster are on multiprocessors that share a part of the GPU
+        if clusters <= H200_SM_COUNT // MULTIPROCESSORS_BESIDE * (MULTIPROCESSORS_BESIDE * at_a_time // splits):
+            return fewer
     return config
 
 
@@ -146,6 +161,8 @@ def configs(K: int, N: int, T: int = 1, *, bits: int = 4, gated: bool = False) -
         (4, 2, 5, 3),
         (1, 4, 8, 4),
         (1, 8, 6, 3),
+        (1, 8, 4, 3),
+        (1, 8, 8, 3),
         (2, 4, 6, 3),
     ]
     if bits == 16:

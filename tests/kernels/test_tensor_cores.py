@@ -371,6 +371,20 @@ def test_configs_are_checked_and_fit():
                 assert most_shared_bytes(config, ranks, tokens, bits) <= 227 * 1024
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("ranks", "columns"), [(4096, 28672), (2048, 32768), (4096, 22016)])
+def test_all_blocks_of_wide_results_run_at_once(ranks, columns, tokens):
+    """At most as many as 128 multiprocessors, eight groups of 16, hold with 512 threads each, or 256 above 8 tokens."""
+    config = default_config(ranks, columns, tokens, gated=True)
+    at_a_time = (512 if tokens <= 8 else 256) // config.threads()
+    of_a_group = 16 * at_a_time // config.splits * config.splits
+    assert config.blocks(columns // 2, 4, gated=True) <= 8 * of_a_group
+    if tokens == 1:
+        assert config.splits == (5 if columns == 22016 else 4)
+    # a head of a large vocabulary takes several waves in any case
+    assert default_config(ranks, 128256, tokens).splits == default_config(ranks, 256000, tokens).splits
+
+
 def test_a_kernel_that_cannot_be_compiled_says_why(monkeypatch):
     monkeypatch.setattr(nvrtc, "library", lambda: None)
     with pytest.raises(KernelNotCompiled, match="NVRTC of CUDA .* was not found"):
