@@ -22,7 +22,7 @@ from bench.speed.decoding import Decoder, Forward, peak_bytes, percentiles, rese
 from bench.speed.gguf_source import read_bytes
 from bench.speed.kernel_times import kernel_times, show_kernels
 from bench.speed.llama_variant import FAMILY, EngineDecoder, Files, opened
-from bench.speed.losses import WINDOW, Text
+from bench.speed.losses import DENSE, WINDOW, Text
 from bench.speed.rivals import RIVALS
 from bench.speed.variants import ATTENTION, CHECK_CONTEXT, Prepared, Variant, on_model, reference
 from bench.speed.verify import bound, check_logits
@@ -208,7 +208,7 @@ def _loss(run: Run, variant: Variant, prepared: Prepared) -> dict[str, Any]:
     if run.text is None:
         return {}
     name = variant.label if variant.saved is None else f"{variant.label} {variant.saved}"
-    name = "dense" if variant.kind == "dense" else name
+    name = DENSE if variant.kind == "dense" else name
     return {"loss": run.text.loss(name, prepared.model, adapted=prepared.plan is not None)}
 
 

@@ -39,13 +39,20 @@ class Quality:
     tokens: int
 
 
-def evaluate(forward: Callable[..., Any], batches: Iterable[dict[str, Tensor]], *, progress: bool = True) -> Quality:
+def evaluate(
+    forward: Callable[..., Any],
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    progress: bool = True,
+    watch: Callable[[Tensor, dict[str, Tensor]], None] | None = None,
+) -> Quality:
     """Next-token cross-entropy over all targets that are not padding.
 
     Args:
         forward: a model, or a function called like one. Returns logits (B, T, V) or an object with ``.logits``.
         batches: each has ``input_ids`` (B, T) and may have ``attention_mask`` (B, T). A target counts if neither it nor the token
             it is predicted from is padding.
+        watch: called with the logits of each batch and the batch, on the model's device.
 
     Raises:
         NoBatches: nothing to predict. NonFinite: a loss is NaN or Inf.
@@ -57,7 +64,10 @@ def evaluate(forward: Callable[..., Any], batches: Iterable[dict[str, Tensor]], 
         for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
             moved = batch if module is None else to_device(batch, device_of(module))
             output = call(forward, moved)
-            losses = _losses(output if isinstance(output, Tensor) else output.logits, moved)
+            logits = output if isinstance(output, Tensor) else output.logits
+            losses = _losses(logits, moved)
+            if watch is not None:
+                watch(logits, moved)
             if not torch.isfinite(losses).all():
                 count = int((~torch.isfinite(losses)).sum())
                 raise NonFinite(site="the model's output", count=count, what="losses", shape=tuple(losses.shape))
@@ -70,18 +80,23 @@ def evaluate(forward: Callable[..., Any], batches: Iterable[dict[str, Tensor]], 
 
 
 def evaluate_adapted(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], *, progress: bool = True
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    progress: bool = True,
+    watch: Callable[[Tensor, dict[str, Tensor]], None] | None = None,
 ) -> tuple[Quality, Measurement]:
     """Quality of the adapted model and its measured densities and budget, from one run over the batches.
 
     Args:
         model: with a plan attached. It runs as the plan rewrites it, with reference kernels.
+        watch: as of ``evaluate``.
 
     Raises:
         NoPlan, NoBatches, NonFinite.
     """
     with measuring(model) as meter:
-        quality = evaluate(meter, batches, progress=progress)
+        quality = evaluate(meter, batches, progress=progress, watch=watch)
         return quality, meter.result()
 
 
