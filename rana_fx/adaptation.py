@@ -107,7 +107,7 @@ def adapt(
             give it: from 5.5 to 6.0 it is 0.5.
         metric: "flops" (multiply-adds) or "bytes" (weight bytes read).
         recipe: a name in ``rana_fx.recipes.RECIPES``: "rana", candidates allocated over the whole model; "paper" (RaNA as
-            published), "exact" (skips zeros alone, at no loss), or a baseline (docs/recipes.md). Or a recipe with options of its
+            published), "exact" (skips zeros alone, at no loss), or a baseline (docs/explanation/recipes.md). Or a recipe with options of its
             own: ``rana_fx.recipes.Rana(shared=False)``.
         scope: which linears the budget counts: "blocks", those inside the blocks; "all", output heads and stems as well.
         skip: linears that stay dense: a pattern of names of weights or of modules around them, or several ("*.down_proj",
