@@ -19,10 +19,16 @@ from sybil.parsers.markdown import CodeBlockParser, SkipParser
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(
     path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "examples/README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    )
 )
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _PROGRAMS = ("rana-fx", "python", "make", "pip", ".venv/bin/python", "git")
-_SHELL = ("for", "do", "done", "cd")
+_SHELL = ("for", "do", "done", "cd", "run=")
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,5 @@ def words_of(block: str) -> list[tuple[str, ...]]:
 
 def commands(page: str) -> list[Command]:
     """All commands of a page, those that do not run as well."""
-    document = parsed(page)
-    found = []
-    for example in document.examples():
-        if isinstance(example.parsed, str) and example.region.lexemes.get("language") == "bash":
-            found += [Command(page, example.line, words) for words in words_of(example.parsed)]
-    return found
+    blocks = [example for example in parsed(page).examples() if example.region.lexemes.get("arguments") == "bash"]
+    return [Command(page, block.line, words) for block in blocks for words in words_of(block.parsed)]
