@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help demo check test lint format typecheck layers pytest unit clean
+.PHONY: help demo check test lint format typecheck layers pytest unit docs serve-docs support-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,7 +22,7 @@ demo: $(VENV)/.demo ## adapt, compile, measure and let generate the embedded mod
 
 check: lint unit ## what takes under two minutes: lint, types, layers, unit tests
 
-test: lint pytest ## everything that CI runs
+test: lint docs pytest ## everything that CI runs
 
 # a file stays with one worker, which keeps what its tests share; the longest files start first (tests/conftest.py)
 RUN_PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -51,12 +51,22 @@ typecheck: $(VENV)/.test .lint ## mypy --strict
 layers: $(VENV)/.test .lint ## import-linter: who may import whom
 	cd .lint && ../$(BIN)/lint-imports --config ../pyproject.toml --cache-dir ../.import_linter_cache
 
+# --strict: a dead link, a missing anchor or a page that is not in the navigation fails the build
+docs: $(VENV)/.test ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+serve-docs: $(VENV)/.test ## the site on http://127.0.0.1:8000, built again at every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+support-table: $(VENV)/.test ## docs/reference/support.md, from the results of the tests that it is about
+	$(BIN)/python -m tests.support_table --run
+
 format: $(VENV)/.test ## ruff format, and what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove all that make made
-	rm -rf $(VENV) .lint build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .lint build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -74,7 +84,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo 'installing from constraints.txt into $(VENV), a few minutes'
 	$(PIP) setuptools wheel torch
-	$(PIP) --no-build-isolation --editable '.[test,train,bench,eval,lint]'
+	$(PIP) --no-build-isolation --editable '.[test,train,bench,eval,lint,docs]'
 	@touch $@ $(VENV)/.demo
 
 FORCE:

@@ -3,7 +3,7 @@
 In: a layout, and a plan for it. Out: a ``StepTime``. Linears and adapters are estimated one launch at a time
 (rana_fx/runtime/adapter_time.py); an attention (rotary embeddings, cache, attention over a short context), a norm and an
 activation cost what they do on an H200, whatever their size (kernels/cost.py). Both steps have the attention that
-``rana_fx.backend`` uses, so that their ratio is what the plan gains. docs/results.md compares with measured steps.
+``rana_fx.backend`` uses, so that their ratio is what the plan gains. docs/reference/results.md compares with measured steps.
 """
 
 from __future__ import annotations

@@ -56,8 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-# the slowest files on two cores, slowest first (docs/testing.md has the times); all others follow in order of collection
+# the slowest files on two cores, slowest first (docs/reference/testing.md has times); all others follow in order of collection
 LONGEST = (
+    "docs/test_examples.py",
+    "docs/test_snippets.py",
     "integration/test_backend.py",
     "integration/test_storage.py",
     "bench/test_decode.py",
@@ -144,7 +146,7 @@ def _fresh() -> Iterator[None]:
 @pytest.fixture
 def graphs_as_rewritten(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     """Replace Inductor only: options, plans, rewrites, guards and freed weights are real, and each rewritten graph runs eagerly,
-    without compile time. Returns the graphs in order. Lowerings by Inductor have their own tests (docs/testing.md lists them)."""
+    without compile time. Returns the graphs in order. Lowerings by Inductor have their own tests (docs/reference/testing.md)."""
     seen: list[torch.fx.GraphModule] = []
 
     def compile_fx(gm: torch.fx.GraphModule, example_inputs: object, **_: object) -> Callable[..., object]:

@@ -6,7 +6,7 @@ fractions of dense, times in seconds or tokens/s), and beside it a report of all
     quality    loss of every plan on the held-out texts (bench/quality/quality.py)
     mlp        errors of MLP outputs, and components that an input needs: the paper's Figs. 2a, 2b (bench/quality/mlp_error.py)
     finetune   every plan trained on --train, and the dense model on the same tokens (bench/quality/finetuned.py)
-    tasks      downstream tasks before fine-tuning and, where a trained model is in --work, after it (docs/tasks.md)
+    tasks      downstream tasks before fine-tuning and, where a trained model is in --work, after it (docs/how-to/tasks.md)
     latency    tokens per second of the dense model and of every plan (bench/speed/decode.py)
     report     only the report
 

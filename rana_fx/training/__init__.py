@@ -1,4 +1,4 @@
-"""Recover quality by training an adapted model (docs/finetuning.md).
+"""Recover quality by training an adapted model (docs/how-to/finetune.md).
 
 In: a model with a plan attached. Out: the same model with trained factors and weights, and a plan that contains these factors.
 """

@@ -1,4 +1,4 @@
-"""What README shows runs: its Python on the first layer of the embedded model, and its commands have these options.
+"""The Python of README runs on the first layer of the embedded model. Its commands: tests/docs/test_snippets.py.
 
 The Python takes some fifteen seconds: it is run as it stands, with the default recipe and a search for a target.
 """
@@ -6,14 +6,9 @@ The Python takes some fifteen seconds: it is run as it stands, with the default 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
-import pytest
-import typer.main
-
 import rana_fx
-from rana_fx.cli import app
 from rana_fx.evaluation.text import load_texts
 from rana_fx.runtime.attachment import attached
 from tests.cli.test_cli import TEXT, model  # noqa: F401 - a fixture
@@ -21,7 +16,6 @@ from tests.golden.interface import without_inductor
 
 README = (Path(rana_fx.__file__).parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-COMMANDS = re.findall(r"^    (rana-fx .*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
 
 
 def test_the_python_of_readme_runs(model, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -42,14 +36,3 @@ def test_the_python_of_readme_runs(model, tmp_path, monkeypatch, capsys):  # noq
     assert (tmp_path / "plan" / "plan.json").exists()
     # the second one: a target, and what was measured
     assert names["plan"].curve.promise.limit == 0.02 and "promised KL divergence" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_of_readme_have_these_options(line):
-    _, name, *words = shlex.split(line)
-    command = typer.main.get_command(app).commands[name]
-    known = {spelled for parameter in command.params for spelled in parameter.opts}
-    given = {word for word in words if word.startswith("--")}
-    assert given <= known
-    needed = {parameter.opts[0] for parameter in command.params if parameter.required and parameter.opts[0].startswith("--")}
-    assert needed <= given

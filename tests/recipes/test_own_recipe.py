@@ -1,4 +1,4 @@
-"""The recipe of docs/recipes.md runs unchanged; names and methods of earlier versions work with a warning."""
+"""The recipe of docs/how-to/add-a-recipe.md runs unchanged; names and methods of earlier versions work with a warning."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rana_fx.recipes.rana.recipe import Rana
 from rana_fx.recipes.stages import run_stages, solve_in_stages
 from tests.support.architectures import build, ids
 
-DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
+DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "add-a-recipe.md"
 
 
 @pytest.fixture
 def half():
     """Registers the documented recipe and returns its source."""
-    (source,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    source, _ = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     before = dict(RECIPES)
     exec(compile(source, str(DOCS), "exec"), {})
     yield source

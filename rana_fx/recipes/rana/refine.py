@@ -213,7 +213,7 @@ def joint_correction(together: Simulated, apart: Simulated) -> float:
 
     All other candidates are taken to lose as many times their predictions as they do in ``apart``, which has no joint ones.
     What a joint candidate drops is more alike from token to token than what a mask of inputs drops, and adds up
-    (docs/recipes.md).
+    (docs/explanation/recipes.md).
     """
     joint = loss_of({unit: point for unit, point in together.points.items() if point.kind in JOINT_KINDS})
     others = loss_of(together.points) - joint
