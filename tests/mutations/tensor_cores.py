@@ -47,7 +47,7 @@ MUTATIONS = (
       f"{_NORMED}::test_matches_fp64"),
     M("tc-norm-tail", "Values behind the last eight are left out of the norm.",
       "kernels/cuda/listing.cuh", "j < CHUNK && k + j < a.K", "j < CHUNK && k + CHUNK <= a.K",
-      f"{_NORMED}::test_matches_fp64"),
+      f"{_NORMED}::test_any_strides"),
     M("tc-norm-eps", "The norm has no eps.",
       "kernels/cuda/listing.cuh", "inverse_root(sum / a.K + a.eps)", "inverse_root(sum / a.K)",
       f"{_NORMED}::test_eps_counts"),
