@@ -132,7 +132,8 @@ def test_tensors_and_a_compiled_graph_make_one_problem(toy):
 def test_a_varying_number_of_tokens_is_unknown(toy):
     three = case(3)
     compiled(masked_gemv, three.v, three.tau, three.weight, dynamic=True)
-    assert [problem.tokens for problem in toy.asked] == [None]
+    # twice where the choice is logged
+    assert {problem.tokens for problem in toy.asked} == {None}
     passed = {row.name: reason for row, reason in registry.why(toy.asked[0])}
     assert "an unknown number of tokens" in passed["cpp"]
     assert list(passed) == ["toy", "tensor_cores", "triton", "cpp"]
@@ -285,7 +286,7 @@ def test_tokens_skipped_elsewhere():
         assert registry.tokens_skipped(64, 64, 0.5, stored, torch.device("cpu")) == 8
         assert registry.tokens_skipped(64, 64, 0.5, stored, torch.device("meta")) == 0
     assert [registry.tokens_fused(op, "cuda") for op in registry.FUSED] == [4] * 5
-    assert [registry.tokens_fused(op, "cpu") for op in registry.FUSED] == [0] * 4
+    assert [registry.tokens_fused(op, "cpu") for op in registry.FUSED] == [0] * 5
 
 
 @pytest.mark.parametrize(
