@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 from rana_fx.errors import BadOperand, InvalidOption
 from rana_fx.formats import unpack
@@ -175,8 +176,8 @@ def test_opcheck(device, bits):
 @pytest.mark.parametrize("device", GPU, indirect=True)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_compiled_graphs_launch_it(device, bits):
-    """In a CUDA graph, with the norm in front fused; the result is the eager launch's to the bit."""
-    case = routed(1, 512, 1024, bits, **NORMED).to(device)
+    """In a CUDA graph, with the norm in front fused; the result is the eager launch's to the bit. One token is Triton's."""
+    case = routed(2, 512, 1024, bits, **NORMED).to(device)
 
     def step(h):
         h = h * 2
@@ -185,6 +186,8 @@ def test_compiled_graphs_launch_it(device, bits):
     lower.register()
     wanted = kernel.router(case.x * 2, *case.operands[1:], **case.norm)
     compiled = torch.compile(step, mode="reduce-overhead")
+    _, (code, *_) = run_and_get_code(compiled, case.x)
+    assert "router_tensor_cores" in code
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         assert torch.equal(compiled(case.x), wanted)
