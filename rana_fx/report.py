@@ -22,6 +22,7 @@ from rana_fx.passes.runner import run
 from rana_fx.plan import Plan
 from rana_fx.report_rows import Row as Row
 from rana_fx.runtime.attachment import attached
+from rana_fx.runtime.kernel_choice import kernel_choice
 from rana_fx.runtime.prefill import MODES, costs_more, memory_of, tokens_masked
 from rana_fx.step_time import StepTime, expected, step_time
 from rana_fx.summary import details
@@ -194,8 +195,11 @@ def _row(site: Site, plan: Plan | None, by_rows: str | None) -> Row:
         detail += ", more FLOPs than dense during prefill"
     detail += "".join(f"; {text}" for text in plan.notes(site.name))
     flops, read = adapter.flops / adapter.dense_flops, adapter.bytes / adapter.dense_bytes
-    masked = 0 if by_rows is not None else most
-    return Row(site.name, site.role, site.op, shape, adapter.kind, detail, flops, read, adapter.error, masked)
+    facts = (adapter.kind, detail, flops, read, adapter.error)
+    if by_rows is not None or not most:
+        return Row(site.name, site.role, site.op, shape, *facts)
+    kernel = kernel_choice(adapter, {record.name: record for record in plan.sites}, site.weight.device)
+    return Row(site.name, site.role, site.op, shape, *facts, most, kernel.name, kernel.slower)
 
 
 def _reason(site: Site, plan: Plan | None) -> str:

@@ -6,6 +6,7 @@ In: rows, one for each weight. Out: lines of text. A summary has the same number
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ class Row:
     bytes: float
     error: float | None
     masked_tokens: int = 0  # up to so many at once a masked kernel computes it; 0: a dense matmul
+    kernel: str = ""  # the implementation of that kernel
+    slower: str = ""  # why it is not the fastest of this device
 
     @property
     def adapted(self) -> bool:
@@ -101,15 +104,26 @@ def counted_remarks(texts: Sequence[str]) -> list[str]:
 
 
 def kernels(rows: Sequence[Row]) -> list[str]:
-    """How many adapted linears run as masked kernels, and up to how many tokens; none where nothing is adapted."""
+    """How many adapted linears run as masked kernels, which, and up to how many tokens; none where nothing is adapted. Then, for
+    the most frequent reason, how many do not run in the device's fastest kernel.
+    """
     found = [row for row in rows if row.adapted]
-    masked = [row.masked_tokens for row in found if row.masked_tokens]
+    masked = [row for row in found if row.masked_tokens]
     if not found:
         return []
     if not masked:
         return wrapped("no masked kernel is expected to be faster on this device: dense matmuls on masked inputs")
-    most = str(max(masked)) if min(masked) == max(masked) else f"{min(masked)} to {max(masked)}"
-    return wrapped(f"{len(masked)} of {len(found)} adapted linears run as masked kernels, for up to {most} tokens at once")
+    tokens = [row.masked_tokens for row in masked]
+    most = str(max(tokens)) if min(tokens) == max(tokens) else f"{min(tokens)} to {max(tokens)}"
+    named = Counter(row.kernel for row in masked if row.kernel).most_common()
+    names = f" ({', '.join(f'{name} {count}' for name, count in named)})" if named else ""
+    lines = wrapped(
+        f"{len(masked)} of {len(found)} adapted linears run as masked kernels{names}, for up to {most} tokens at once"
+    )
+    slower = Counter(row.slower for row in masked if row.slower).most_common(1)
+    for reason, count in slower:
+        lines += wrapped(f"{count} of them not in the fastest kernel of this device, {reason}")
+    return lines
 
 
 def wrapped(text: str, *, most: int = 3) -> list[str]:

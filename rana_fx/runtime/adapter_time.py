@@ -27,7 +27,7 @@ def adapter_us(
         sites: the linears that it replaces, and ``adapter.also``, by name; more may be given.
         normed: the norm in front is computed by the first launch.
     """
-    times = [_us(problem) for problem in _problems(adapter, sites, device, tokens, normed)]
+    times = [_us(problem) for problem in problems(adapter, sites, device, tokens, normed)]
     return None if None in times else sites[adapter.sites[0]].uses * sum(time for time in times if time is not None)
 
 
@@ -61,14 +61,12 @@ def takes_norm(adapter: Adapter, sites: Mapping[str, SiteRecord], device: torch.
     """Whether its first launch, of one token, computes the norm in front of it where nothing else reads that norm."""
     if adapter.also or adapter.router_tau is not None or adapter.exact_tau is not None:
         return False
-    problem = _problems(adapter, sites, device, 1, True)[0]
+    problem = problems(adapter, sites, device, 1, True)[0]
     return adapter.router is not None or (device.type == "cuda" and _chosen(problem).name != REFERENCE)
 
 
-def _problems(
-    adapter: Adapter, sites: Mapping[str, SiteRecord], device: torch.device, tokens: int, normed: bool
-) -> list[Problem]:
-    """The calls of an adapter's operations, in order."""
+def problems(adapter: Adapter, sites: Mapping[str, SiteRecord], device: torch.device, tokens: int, normed: bool) -> list[Problem]:
+    """The calls of an adapter's operations, in order: its router, rows of other linears, its masked matmul, exact outputs."""
     first = sites[adapter.sites[0]]
     dtype = getattr(torch, first.dtype)
     dtype = dtype if dtype in DTYPES else torch.float32

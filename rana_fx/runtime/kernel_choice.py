@@ -1,0 +1,54 @@
+"""Which implementation multiplies by the rows that a mask keeps, and why faster ones do not, for ``explain``.
+
+In: an adapter, the linears it replaces, a device. Out: a ``KernelChoice``, as Inductor's lowerings choose for one token, on a GPU
+under CUDA graphs (mode "reduce-overhead").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from rana_fx.adapter import Adapter
+from rana_fx.kernels.problem import Problem
+from rana_fx.kernels.registry import REFERENCE, choose, why
+from rana_fx.plan import SiteRecord
+from rana_fx.runtime.adapter_time import problems
+
+# a device's kernels, fastest first; the reference is a dense matmul
+_FASTEST = {"cuda": "tensor_cores", "cpu": "integer products"}
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """name: of the implementation. slower: why the device's fastest kernel is not used; empty where it is."""
+
+    name: str
+    slower: str = ""
+
+
+def kernel_choice(adapter: Adapter, sites: Mapping[str, SiteRecord], device: torch.device) -> KernelChoice:
+    """Of the adapter's masked matmul. ``sites``: the linears that it replaces, and ``adapter.also``; more may be given."""
+    from torch._inductor import config
+
+    product = problems(adapter, sites, device, 1, False)[-1 if adapter.exact_tau is None else -2]
+    with config.patch({"triton.cudagraphs": device.type == "cuda"}):
+        chosen = choose(product).name
+        passed = {row.name: reason for row, reason in why(product)}
+    fastest = _FASTEST.get(device.type)
+    if chosen == REFERENCE or fastest is None:
+        return KernelChoice(chosen)
+    if device.type == "cuda":
+        return KernelChoice(chosen, f"{fastest}: {passed[fastest]}" if fastest in passed else "")
+    return KernelChoice(chosen, _without_integers(product))
+
+
+def _without_integers(product: Problem) -> str:
+    """Why weights in 8 and 4 bits are multiplied as floating-point numbers on a CPU."""
+    from rana_fx.kernels.cpp.integers import facts
+
+    if not product.quantized or facts(product.dtype)["dot"] is not None:
+        return ""
+    return "integer products: Inductor's instruction set has neither AVX-512 VNNI nor AVX2"
