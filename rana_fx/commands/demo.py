@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rana_fx.commands import options as o
 from rana_fx.commands.plan_table import show_plan
 from rana_fx.commands.record import facts_of, write_json
-from rana_fx.commands.screen import Screen
+from rana_fx.commands.screen import LEGEND, Screen
+
+if TYPE_CHECKING:
+    from rana_fx.plan import Plan
+
+_TEXT_LINES = 4  # of each of the two continuations
 
 
 def command(
@@ -40,35 +45,44 @@ def command(
     facts = facts_of("demo", seed=seed, **options, max_new_tokens=max_new_tokens, dtype=dtype, device=device)
     chosen = demo_run.Options(**options, max_new_tokens=max_new_tokens, seed=seed, device=device, dtype=dtype)  # type: ignore[arg-type]
     screen = Screen(quiet)
-    made, plan = demo_run.run(chosen, progress=not quiet, report=lambda line: screen.lines([line], whole=True))
+    made, plan = demo_run.run(chosen, progress=not quiet, report=lambda line: screen.lines([line]))
     facts |= made
-    for name in ("dense", "adapted"):
-        screen.lines([f"{name}: {facts['generation']['prompt']}{facts['generation'][name]['text']}"], whole=True)
-    show_plan(screen, "plan", plan, every_adapter=every_adapter)
-    title = f"{facts['model']} on {facts['device']}, {facts['dtype']}"
-    screen.table(title, ("", "dense", "adapted", "ratio"), _rows(facts), notes=[facts["note"], demo_run.gain(facts)])
+    show(screen, facts, plan, every_adapter=every_adapter)
     write_json(json, facts)
+
+
+def show(screen: Screen, facts: dict[str, Any], plan: Plan, *, every_adapter: bool) -> None:
+    """Print the two texts, the plan in ten lines or by adapter, the comparison, the result in words, and what to do next."""
+    from rana_fx.commands import demo_run
+
+    for name in ("dense", "adapted"):
+        generated = facts["generation"]
+        screen.wrapped(f"{name}: {generated['prompt']}{generated[name]['text']}", indent="  ", most=_TEXT_LINES)
+    if every_adapter:
+        show_plan(screen, "plan", plan, every_adapter=True)
+    else:
+        screen.lines(str(plan).splitlines())
+    title = f"{facts['model']} on {facts['device']}, {facts['dtype']}; dense by Inductor, adapted by rana"
+    screen.summary(title, ("", "dense", "adapted", "ratio"), _rows(facts))
+    screen.wrapped(demo_run.gain(facts), indent="  ")
+    if facts["device"] != "cpu":
+        screen.wrapped(facts["note"], indent="  ")
+    screen.lines(LEGEND)
+    screen.next_steps(("rana-fx sweep MODEL --data TEXT", "your own: which budget, what it costs"))
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:
     dense, adapted = facts["quality"]["dense"], facts["quality"]["adapted"]
     fast, slow = facts["generation"]["adapted"], facts["generation"]["dense"]
-    budget = facts["budget"]
+    measured = facts["budget"]["measured"]
+    times = slow["ms_per_token"], fast["ms_per_token"]
     return [
         ("perplexity, held-out text", dense["perplexity"], adapted["perplexity"], facts["perplexity_ratio"]),
         ("mean loss, nats per token", dense["mean_loss"], adapted["mean_loss"], None),
-        ("tokens predicted", dense["tokens"], adapted["tokens"], None),
-        (f"target cost of linears, {budget['metric']}", 1.0, budget["asked"], budget["asked"]),
-        ("measured cost of linears, flops", 1.0, budget["measured"]["flops"], budget["measured"]["flops"]),
-        ("measured cost of linears, bytes", 1.0, budget["measured"]["bytes"], budget["measured"]["bytes"]),
-        ("compiled by", "inductor", f"rana, recipe {facts['recipe']}", None),
+        ("measured cost of linears, flops", 1.0, measured["flops"], measured["flops"]),
+        ("measured cost of linears, bytes", 1.0, measured["bytes"], measured["bytes"]),
+        ("ms per decoded token, median", *times, _over(times[1], times[0])),
         ("compilation, seconds", slow["compile_seconds"], fast["compile_seconds"], None),
-        (
-            "ms per decoded token, median",
-            slow["ms_per_token"],
-            fast["ms_per_token"],
-            _over(fast["ms_per_token"], slow["ms_per_token"]),
-        ),
         ("calibration and plan, seconds", None, facts["adapt_seconds"], None),
         ("total, seconds", None, facts["seconds"], None),
     ]

@@ -63,14 +63,14 @@ def run(options: Options, *, progress: bool = True, report: Callable[[str], None
     report("2/5  perplexity of the dense model on held-out text")
     dense = evaluate(model, evaluation, progress=progress)
     of_dense = f"budget {options.budget:g} of the dense {options.metric}"
-    report(f"3/5  adapting: recipe {options.recipe}, {of_dense}, {options.tokens:,} tokens of calibration text")
+    report(f"3/5  adapting: recipe {options.recipe}, {of_dense}, {options.tokens:,} tokens of text")
     begun = time.perf_counter()
     target = {"budget": options.budget, "metric": options.metric, "recipe": options.recipe, "seed": options.seed}
     plan = adapt(model, calibration, progress=progress, **target)  # type: ignore[call-overload]
     adapt_s = time.perf_counter() - begun
-    report("4/5  perplexity of the adapted model on the same text, counting what it keeps")
+    report("4/5  perplexity of the adapted model on the same text")
     adapted, measured = evaluate_adapted(model, evaluation, progress=progress)
-    report("5/5  compiling both (dense by Inductor, adapted by rana) and generating")
+    report("5/5  compiling both and generating")
     timings = _generate(model, tokenizer, options.max_new_tokens)
     facts = {
         "model": _MODEL,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rana_fx.commands import options as o
-from rana_fx.commands.record import facts_of, show, write_json
+from rana_fx.commands.record import facts_of, write_json
+from rana_fx.commands.screen import Screen
 
 if TYPE_CHECKING:
     import torch
@@ -26,17 +27,21 @@ class Choice:
     passed: dict[str, str]
 
 
-def command(json: o.Json = None) -> None:
+def command(json: o.Json = None, quiet: o.Quiet = False) -> None:
     """Show versions, devices, the compiler, and the kernels that decoding uses on this machine."""
     facts = facts_of("env") | {"machine": machine(), "kernels": [asdict(choice) for choice in choices()]}
-    show("machine", ("what", "found"), [*facts["versions"].items(), *facts["machine"].items()])
-    kernels = [(f"{one['device']}, {one['bits']} bits", one["chosen"], _reasons(one["passed"])) for one in facts["kernels"]]
-    show("masked product of one token, compiled", ("weights", "kernel", "not used, because"), kernels)
+    screen = Screen(quiet)
+    screen.facts("versions and machine", [*facts["versions"].items(), *facts["machine"].items()])
+    kernels = [(f"{one['device']}, weights in {one['bits']} bits", _kernel(one)) for one in facts["kernels"]]
+    screen.facts("kernel of the masked product of one token, compiled", kernels)
+    screen.next_steps(("rana-fx demo", "a model that ships with it, in a few minutes"))
     write_json(json, facts)
 
 
-def _reasons(passed: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in passed.items())
+def _kernel(choice: dict[str, Any]) -> str:
+    """The chosen one, and why not those before it."""
+    passed = [f"{name}: {reason}" for name, reason in choice["passed"].items()]
+    return f"{choice['chosen']} (not {'; '.join(passed)})" if passed else str(choice["chosen"])
 
 
 def machine() -> dict[str, str]:

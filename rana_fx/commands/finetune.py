@@ -134,9 +134,7 @@ class _Finetuning:
             },
             "seconds": seconds,
         }  # fmt: skip
-        screen = Screen(given["quiet"])
-        screen.table(f"fine-tuned {given['model']}", ("", "value"), _rows(record, done.seconds))
-        screen.next_steps((f"rana-fx eval {out / 'model'} --plan {out / 'plan'} --data TEXT", "its quality on other text"))
+        _show(Screen(given["quiet"]), given["model"], record, done.seconds)
         write_json(given["json"], record)
 
     def _batches(self, network: Any, tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
@@ -191,9 +189,23 @@ class _Finetuning:
             return train(network, batches, settings=settings, held_out=held_out, **where)
 
 
+_LEGEND = (
+    "loss: nats a token of text that is not trained on. budget: cost of a token over the",
+    "dense linears'. The plan fits the model beside it alone, not the one it was made of.",
+)
 # arguments and options of the command, in order; those that its record has under another key or omits
 _OPTIONS = tuple(inspect.signature(command).parameters)
 _NOT_RECORDED = ("seed", "json", "config", "quiet", "evaluate_every", "checkpoint_every")
+
+
+def _show(screen: Screen, model: str, record: dict[str, Any], seconds: float) -> None:
+    screen.facts(f"fine-tuned {model}", _rows(record, seconds))
+    screen.lines(_LEGEND)
+    trained = f"{record['model']} --plan {record['plan']}"
+    screen.next_steps(
+        (f"rana-fx compare {trained} --data TEXT", "its quality and speed on other text"),
+        (f"rana-fx generate {trained} --prompt TEXT", "run it"),
+    )
 
 
 def _rows(record: dict[str, Any], seconds: float) -> list[tuple[str, object]]:

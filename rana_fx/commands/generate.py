@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,9 @@ def command(
     torch.manual_seed(seed)
     network, tokenizer, loaded = load(model, plan, dtype=dtype, device=device)
     forward = compiled_forward(network, "inductor" if loaded is None else backend)
-    made = generate(network, tokenizer, prompt, forward=forward, max_new_tokens=max_new_tokens, cache=cache)
+    live = _Live(prompt)
+    made = generate(network, tokenizer, prompt, forward=forward, max_new_tokens=max_new_tokens, cache=cache, live=live.part)
+    live.end()
     # the median over steps is not affected by the two or three steps that compile
     compile_s = None if made.ms_per_token is None else made.seconds - made.tokens * made.ms_per_token / 1000
     facts = facts_of(
@@ -54,14 +56,35 @@ def command(
         "compile_seconds": compile_s,
         "digest": None if loaded is None else loaded.digest(),
     }
-    typer.echo(prompt + made.text)
-    rows = [
-        ("backend", facts["backend"]),
-        ("cache", cache),
-        ("new tokens", made.tokens),
-        ("ms per token, median", made.ms_per_token),
-        ("compilation and prefill, seconds", compile_s),
-        ("plan", "-" if loaded is None else loaded.digest()[:12]),
-    ]
-    Screen(quiet).table("generated", ("", "value"), rows)
+    screen = Screen(quiet)
+    screen.facts("generated", _rows(facts))
+    if loaded is None:
+        screen.next_steps((f"rana-fx adapt {model} --data TEXT --out plan", "make a plan, for faster tokens"))
+    else:
+        screen.next_steps((f"rana-fx compare {model} --plan {plan} --data TEXT", "dense beside adapted: quality, speed"))
     write_json(json, facts)
+
+
+class _Live:
+    """Prints the prompt with the first word after it, and what follows as it is made; also with --quiet: it is the result."""
+
+    def __init__(self, prompt: str) -> None:
+        self._before = prompt
+
+    def part(self, text: str) -> None:
+        typer.echo(self._before + text, nl=False)
+        self._before = ""
+
+    def end(self) -> None:
+        typer.echo(self._before)
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
+    digest = facts["digest"]
+    return [
+        ("plan", "none: the dense model" if digest is None else digest[:12]),
+        ("compiled by", f"{facts['backend']}, {facts['cache']} cache"),
+        ("new tokens", facts["tokens"]),
+        ("ms a token, median", facts["ms_per_token"]),
+        ("compilation and prompt, seconds", facts["compile_seconds"]),
+    ]

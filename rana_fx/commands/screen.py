@@ -5,6 +5,7 @@ In: tables and lines. Out: text on stdout. A summary of a model of any depth fit
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,19 @@ class Screen:
         """A table of short cells, in 80 columns."""
         if not self.quiet:
             self.lines([title, *aligned(columns, [[brief(value) for value in row] for row in rows])])
+
+    def facts(self, title: str, rows: Iterable[tuple[str, object]]) -> None:
+        """A name and a value a line, in 80 columns: what does not fit goes on below."""
+        found = [(name, cell(value)) for name, value in rows]
+        width = max((len(name) for name, _ in found), default=0)
+        self.lines([title])
+        for name, value in found:
+            indent = " " * (width + 4)
+            self.lines(textwrap.wrap(value, COLUMNS, initial_indent=f"  {name:{width}}  ", subsequent_indent=indent), whole=True)
+
+    def wrapped(self, text: str, *, indent: str = "", most: int | None = None) -> None:
+        """A text as lines of 80 columns. ``most``: lines; what is left out is shown by dots."""
+        self.lines(textwrap.wrap(text, COLUMNS, subsequent_indent=indent, max_lines=most, placeholder=" ..."), whole=True)
 
     def lines(self, lines: Iterable[str], *, whole: bool = False) -> None:
         """Lines, shortened to 80 columns unless ``whole``."""

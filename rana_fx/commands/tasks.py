@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,11 @@ from rana_fx.commands import options as o
 from rana_fx.commands.record import facts_of, write_json
 from rana_fx.commands.screen import Screen
 from rana_fx.errors import InvalidOption
+
+ROWS = 30  # of the table, by default
+_ERROR = "_stderr"
+_LEGEND = ("score: acc is a fraction of questions; acc_norm divides by the length of an answer.",)
+Scores = Mapping[str, Mapping[str, float]]  # by task and metric
 
 
 def command(
@@ -30,6 +36,7 @@ def command(
     seed: o.Seed = 0,
     dtype: o.Dtype = "auto",
     device: o.Device = None,
+    every_metric: Annotated[bool, typer.Option("--all", help="Every score, however many there are.")] = False,
     json: o.Json = None,
     config: o.Config = None,
     quiet: o.Quiet = False,
@@ -61,14 +68,36 @@ def command(
         "budget": None if adapted is None else {"asked": adapted.budget, "metric": adapted.metric},
         "digest": None if adapted is None else adapted.digest(),
     }
-    Screen(quiet).table(
-        f"{model}, {'dense' if adapted is None else f'plan {adapted.digest()[:12]}'}",
-        ("task", "metric", "score", "standard error"),
-        [
-            (task, metric, value, values.get(f"{metric}_stderr"))
-            for task, values in scores.items()
-            for metric, value in values.items()
-            if not metric.endswith("_stderr")
-        ],
-    )
+    screen = Screen(quiet)
+    what = "dense" if adapted is None else f"plan {adapted.digest()[:12]}"
+    columns, rows, left_out = table(scores, every=every_metric)
+    screen.summary(f"{model}, {what}", columns, rows)
+    if left_out:
+        screen.lines([f"{left_out} more scores: --all prints them, --json FILE has them as well"])
+    screen.lines(_LEGEND)
+    words = f"rana-fx tasks {model} --tasks {tasks}"
+    if plan is None:
+        screen.next_steps((f"{words} --plan PLAN", "the same of an adapted model"))
+    else:
+        screen.next_steps((words, "the same of the dense model"))
     write_json(json, facts)
+
+
+def table(scores: Scores, *, every: bool) -> tuple[tuple[str, ...], list[tuple[object, ...]], int]:
+    """(columns, rows, scores left out): all scores where they fit on a screen or ``every`` is asked for.
+
+    Otherwise the first metric of each task, and of too many tasks the first ones: of a group lm_eval has the mean first.
+    """
+    rows: list[tuple[object, ...]] = [
+        (task, metric, value, values.get(f"{metric}{_ERROR}"))
+        for task, values in scores.items()
+        for metric, value in values.items()
+        if not metric.endswith(_ERROR)
+    ]
+    shown = rows
+    if not every and len(rows) > ROWS:
+        firsts: dict[object, tuple[object, ...]] = {}
+        for row in rows:
+            firsts.setdefault(row[0], row)
+        shown = list(firsts.values())[:ROWS]
+    return ("task", "metric", "score", "standard error"), shown, len(rows) - len(shown)

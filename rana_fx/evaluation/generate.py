@@ -56,6 +56,7 @@ def generate(
     forward: Callable[..., Any] | None = None,
     max_new_tokens: int = 64,
     cache: str = "static",
+    live: Callable[[str], None] | None = None,
 ) -> Generated:
     """Continue a prompt greedily.
 
@@ -63,6 +64,7 @@ def generate(
         forward: from ``compiled_forward``; default: the model's own, eager.
         max_new_tokens: maximum number of tokens; fewer where the model emits an end-of-text token.
         cache: "static" (one shape for all steps) or "dynamic" (grows by one a step).
+        live: called with the text of the continuation, in parts, as soon as words are whole. Its own time is not counted.
 
     Raises:
         InvalidOption.
@@ -83,7 +85,7 @@ def generate(
     if limit is not None and length + max_new_tokens > limit:
         expected = f"at most {limit - length}: the prompt has {length} tokens and the model's context is {limit}"
         raise InvalidOption(name="max_new_tokens", got=max_new_tokens, expected=expected)
-    clock = _Clock()
+    clock = _Clock(_streamer(tokenizer, live))
     with torch.no_grad(), _forward(model, forward):
         started = time.perf_counter()
         output = _untyped(model).generate(
@@ -97,8 +99,8 @@ def generate(
             streamer=clock,
         )
     new = output[0, length:]
-    times = [started, *clock.times]
-    gaps = [1000 * (after - before) for before, after in zip(times, times[1:], strict=False)]
+    begun = [started, *clock.left]
+    gaps = [1000 * (after - before) for before, after in zip(begun, clock.times, strict=False)]
     text = str(tokenizer.decode(new, skip_special_tokens=True))
     return Generated(text=text, tokens=len(new), first_ms=gaps[0], steps_ms=tuple(gaps[1:]))
 
@@ -109,20 +111,46 @@ def _untyped(model: PreTrainedModel) -> Any:
 
 
 class _Clock:
-    """A streamer of transformers that records times. It receives tokens on the CPU, after the GPU has computed them."""
+    """A streamer of transformers that records times. It receives tokens on the CPU, after the GPU has computed them.
 
-    def __init__(self) -> None:
+    ``times``: when each new token came; ``left``: when ``shown``, a streamer that prints, was done with it.
+    """
+
+    def __init__(self, shown: Any = None) -> None:
         self.times: list[float] = []
+        self.left: list[float] = []
         self._prompt = True
+        self._shown = shown
 
     def put(self, value: Tensor) -> None:
+        now = time.perf_counter()
+        if self._shown is not None:
+            self._shown.put(value)
         if self._prompt:
             self._prompt = False
         else:
-            self.times.append(time.perf_counter())
+            self.times.append(now)
+            self.left.append(time.perf_counter())
 
     def end(self) -> None:
-        """Required by ``generate``; there is no buffer to flush."""
+        """Prints what is left of a word."""
+        if self._shown is not None:
+            self._shown.end()
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, live: Callable[[str], None] | None) -> Any:
+    """A streamer that gives ``live`` the text; None where it is."""
+    if live is None:
+        return None
+    from transformers import TextStreamer
+
+    give = live
+
+    class Live(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            give(text)
+
+    return Live(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 @contextmanager
