@@ -9,6 +9,7 @@ has passed.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -61,7 +62,7 @@ class Progress:
     _done: int = 0
     _total: int | None = None
     _known: tuple[str, int, int | None] | None = None  # around a stage without a share: the one that it is part of
-    _past: float = 0.0  # shares of the stages that ended
+    _past: list[float] = field(default_factory=list)  # shares of the stages that ended
     _fraction: float = 0.0
     _started: float = field(default_factory=lambda: time.perf_counter())
 
@@ -82,7 +83,7 @@ class Progress:
         try:
             yield
             _log.info("%s: %s took %.1f s", self.title, name, time.perf_counter() - began)
-            self._past += self.shares.get(name, 0.0)
+            self._past.append(self.shares.get(name, 0.0))
         finally:  # a search goes on after a budget that cannot be reached
             self._stage, self._done, self._total, self._known = before
         if not self._stage:
@@ -109,11 +110,12 @@ class Progress:
     def _report(self, ended: str = "") -> None:
         if self.tell is None:
             return
-        whole = sum(self.shares.values()) or 1.0
+        # fsum does not depend on the order: at the end the fraction is 1
+        whole = math.fsum(self.shares.values()) or 1.0
         known, done, total = self._known or (self._stage, self._done, self._total)
         total = done + _AHEAD if total is None else max(1, total)
         inside = self.shares.get(known, 0.0) * min(1.0, done / total)
-        self._fraction = max(self._fraction, min(1.0, (self._past + inside) / whole))
+        self._fraction = max(self._fraction, min(1.0, math.fsum([*self._past, inside]) / whole))
         elapsed = time.perf_counter() - self._started
         left = elapsed * (1 - self._fraction) / self._fraction if self._fraction > 0 else None
         names = list(self.shares)

@@ -1,7 +1,7 @@
 """Checks of arguments of a command before anything is loaded, torch included; each names what was probably meant.
 
-In: the value of an argument, as a callback of typer. Out: the value, or an error. What these accept may still fail later: a
-name on the hub is looked up when it is loaded.
+In: the value of an argument, as a callback of typer. Out: the value, or an error. A name on the hub is looked up there, or in the
+cache (hub_names.py); for a device other than the CPU torch is imported, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rana_fx.asked import asked_of, promise_of
 from rana_fx.choices import METRICS, RECIPES, WITHOUT_BUDGET, builder_of
+from rana_fx.commands import hub_names
+from rana_fx.devices import known_device
 from rana_fx.errors import (
     BudgetOutOfRange,
     DatasetError,
@@ -122,6 +124,8 @@ def model(value: str) -> str:
         reason = "it is a file, not a folder"
     elif path.is_absolute() or value.startswith((".", "~")) or value.count("/") > 1:
         reason = "there is no such folder" + _near(path, "config.json")
+    else:
+        reason = hub_names.why_not(value)
     if reason:
         raise ModelError(source=value, reason=reason)
     return value
@@ -148,6 +152,17 @@ def data(value: str) -> str:
         raise DatasetError(source=value, reason="there is no such file or folder" + _near(path))
     if there and path.is_file() and builder_of(path) is None:
         raise DatasetError(source=value, reason=f"files that end in {path.suffix or path.name!r} are not known")
+    if not there:
+        reason = hub_names.why_not(value.partition(":")[0], "dataset")
+        if reason:
+            raise DatasetError(source=value, reason=reason)
+    return value
+
+
+def device(value: str | None) -> str | None:
+    """A device of this machine. torch is imported for others than the CPU, before anything is loaded. Raises InvalidOption."""
+    if value not in (None, "cpu"):
+        known_device(value)
     return value
 
 

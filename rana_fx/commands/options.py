@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,14 +21,26 @@ def completed(names: Sequence[str]) -> Callable[[str], list[str]]:
     return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
+def unless_completing(check: Callable[[Any], Any]) -> Callable[[typer.Context, Any], Any]:
+    """A callback that checks a value, but not while the shell asks for completions: then nothing is looked up."""
+
+    def callback(context: typer.Context, value: Any) -> Any:
+        return value if context.resilient_parsing else check(value)
+
+    return callback
+
+
 Model = Annotated[
     str,
-    typer.Argument(help="Local folder or hub name of a causal language model.", metavar="MODEL", callback=checks.model),
+    typer.Argument(
+        help="Local folder or hub name of a causal language model.", metavar="MODEL", callback=unless_completing(checks.model)
+    ),
 ]
 Data = Annotated[
     str,
     typer.Option(
-        help="Text: a .txt, .json(l), .parquet file (.xz, .gz), a folder of them, or a hub name[:config].", callback=checks.data
+        help="Text: a .txt, .json(l), .parquet file (.xz, .gz), a folder of them, or a hub name[:config].",
+        callback=unless_completing(checks.data),
     ),
 ]
 PlanDir = Annotated[Path | None, typer.Option("--plan", help="Folder that `rana-fx adapt` wrote.", callback=checks.plan)]
@@ -113,5 +125,7 @@ Prefill = Annotated[
         autocompletion=completed(PREFILLS),
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1. Default: a GPU if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:1. Default: a GPU if there is one.", callback=checks.device)
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=_LONGEST, help="Maximum number of tokens to generate.")]

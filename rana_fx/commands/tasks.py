@@ -42,11 +42,8 @@ def command(
     quiet: o.Quiet = False,
 ) -> None:
     """Scores of MODEL on tasks of lm-evaluation-harness; with --plan those of the adapted model."""
-    from rana_fx.evaluation.perplexity import known_device
-
     if not 0 <= seed < 2**32:
         raise InvalidOption(name="--seed", got=seed, expected="a number of 32 bits that is not negative, as lm_eval takes them")
-    known_device(device)
     from rana_fx.commands.loading import dtype_for
     from rana_fx.integrations.lm_eval_harness import RanaLM, language_model, run_tasks
     from rana_fx.plan import load_plan

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from rana_fx.calibration.batches import call, evaluating, to_device
 from rana_fx.choices import DTYPES as DTYPES
+from rana_fx.devices import known_device as known_device
 from rana_fx.errors import InvalidOption, ModelError, NoBatches, NonFinite, one_of
 from rana_fx.evaluation.measure import Measurement, measuring
 from rana_fx.modules import device_of
@@ -145,19 +146,6 @@ def _losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         for i in range(0, len(target), _ROWS)
     ]
     return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64, device="cpu")
-
-
-def known_device(name: str | None) -> torch.device:
-    """A device that tensors can be computed on; a GPU, if there is one, where it is None. Raises InvalidOption."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(name)
-        torch.zeros(1, device=found).item()  # tensors of meta have no values
-    except Exception as error:  # a torch built without CUDA asserts, others have no such module
-        available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise InvalidOption(name="device", got=name, expected="a device of this machine: " + ", ".join(available)) from error
-    return found
 
 
 @contextmanager

@@ -81,6 +81,9 @@ def nothing_is_loaded(monkeypatch):
         ((*ADAPT, "--recipe", "exact", "--max-kl", "0.1"), "option --recipe='exact' is not valid: expected a recipe"),
         (("sweep", MODEL, "--data", TEXT, "--budgets", "0.8;0.5"), "expected numbers with commas"),
         (("sweep", MODEL, "--data", TEXT, "--out", TEXT), "the name of a folder, not of a file"),
+        (("adapt", "a model", "--data", TEXT, "--out", "p"), "neither a path of this machine nor a name on the hub"),
+        (("explain", MODEL, "--device", "gpu"), "a device of this machine: cpu"),
+        (("tasks", MODEL, "--tasks", "a", "--device", "cpu0"), "(did you mean cpu?)"),
         (("generate", MODEL, "--prompt", "a", "--cache", "statc"), "(did you mean static?)"),
         (("tasks", MODEL, "--tasks", "a", "--prefill", "mask"), "(did you mean masked?)"),
         (
@@ -97,11 +100,6 @@ def test_nothing_is_loaded_before_a_mistake_is_noticed(args, text, tmp_path, mon
     assert result.exit_code == 2, (result.output, result.exception)
     assert text in result.stderr and result.stderr.count("error: ") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_names_on_the_hub_are_left_to_the_hub():
-    assert checks.model("gpt2") == "gpt2" and checks.model("owner/model") == "owner/model"
-    assert checks.data("wikitext:wikitext-2-raw-v1") == "wikitext:wikitext-2-raw-v1"
 
 
 def test_a_recipe_without_a_budget_is_refused_with_the_command_that_takes_it():

@@ -238,7 +238,7 @@ def test_paths_that_are_no_folders(plan, tmp_path, monkeypatch):
     with pytest.raises(PlanWriteError, match=r"file: File exists"):
         plan.save(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(PlanWriteError, match="null byte"):
+    with pytest.raises(PlanWriteError, match="null (byte|character)"):
         plan.save("a\0b")
     with pytest.raises(PlanFileError, match="it is a file, not a folder"):
         rana_fx.load_plan(tmp_path / "file")
