@@ -70,6 +70,48 @@ INTERLEAVE = r"""
   };
 """
 
+# before all blocks, where coefficients have no groups: the integers of 16 ranks at a time, as bytes of ranks 4 m to 4 m + 3
+COEFFICIENTS = r"""
+      const std::unique_ptr<int32_t[]> integer(new int32_t[ROOM / 16 * T * P * 4]), starts(new int32_t[ROOM / 16 * T * P]);
+      const auto steps = floats(ROOM / 16 * T * P);
+      const std::unique_ptr<bool[]> all_fit(new bool[ROOM / 16]);
+      for (int64_t j = 0; j < kept; j += 16) {
+        all_fit[j / 16] = true;
+        for (int64_t t = 0; t < T; t++) {
+          constexpr int64_t H = 16 / VL;
+          Vec r[H];
+          alignas(64) int32_t bits[16];  // of magnitudes: ordered as these are, and NaN is above all others
+          for (int64_t h = 0; h < H; h++) {
+            r[h] = Vec::loadu(coefficient.get() + t * ROOM + j + h * VL);
+            at::vec::cast<int32_t>(r[h].abs()).store(bits + h * VL);
+          }
+          int32_t most = 0;
+          for (int64_t i = 0; i < 16; i++) most = std::max(most, bits[i]);
+          float largest;
+          std::memcpy(&largest, &most, sizeof(largest));
+          all_fit[j / 16] &= largest <= 1e30f && (largest >= 1e-30f || largest == 0.0f);
+          largest = std::max(largest, 1e-30f);
+          float step = largest / 127.0f, inverse = 127.0f / largest;
+          for (int64_t p = 0; p < P; p++, step /= 254.0f, inverse *= 254.0f) {
+            const int64_t at = (j / 16 * T + t) * P + p;
+            for (int64_t h = 0; h < H; h++) {
+              const Vec n = (r[h] * Vec(inverse)).round();
+              r[h] = at::vec::fnmadd(n, Vec(step), r[h]);
+              at::vec::convert_to_int_of_same_size(n).store(bits + h * VL);
+            }
+            auto* const bytes = reinterpret_cast<int8_t*>(integer.get() + at * 4);
+            int32_t sum = 0;
+            for (int64_t i = 0; i < 16; i++) {
+              bytes[i] = static_cast<int8_t>(bits[i]);
+              sum += bits[i];
+            }
+            starts[at] = -{{offset}} * sum;  // unsigned weights are w + {{offset}}
+            steps[at] = step;
+          }
+        }
+      }
+"""
+
 # in a block: ``integers`` adds 16 ranks to ``mixed``, whose columns are in the order of ``interleave``, in chunks of B bytes (of
 # packed weights, even columns of all chunks and then odd ones). ``add`` multiplies in fp32
 BLOCK = r"""
@@ -80,26 +122,25 @@ BLOCK = r"""
       {%- endif %}
       std::fill_n(mixed.get(), MIXED * T, 0.0f);
       auto integers = [&](int64_t j) {
-        constexpr int64_t MOST = {{"NB / GRAIN + 16" if packed else "16"}};  // groups of a block, and room for a vector
-        alignas(64) int32_t q[{{most}}][P][4][MOST], start[{{most}}][P][MOST];
-        alignas(64) float largest[{{most}}][MOST], step[{{most}}][P][MOST];
         const {{weight_type}}*w[16], *next[16];
         for (int i = 0; i < 16; i++) {
           w[i] = W + row[j + i] * {{row_stride}}L + first{{ " / 2" if packed }};
           next[i] = W + row[std::min(j + 16 + i, kept - 1)] * {{row_stride}}L + first{{ " / 2" if packed }};
         }
+        {%- if packed %}
+        constexpr int64_t MOST = NB / GRAIN + 16;  // groups of a block, and room for a vector
+        alignas(64) int32_t q[{{most}}][P][4][MOST], start[{{most}}][P][MOST];
+        alignas(64) float largest[{{most}}][MOST], step[{{most}}][P][MOST];
         // integers of VL groups at a time, as bytes of ranks 4 m to 4 m + 3
-        const int64_t groups = {{"(width + GRAIN - 1) / GRAIN" if packed else "1"}};
-        auto quantise = [&](int64_t g, [[maybe_unused]] int64_t count) {
-          {%- if packed %}
+        const int64_t groups = (width + GRAIN - 1) / GRAIN;
+        auto quantise = [&](int64_t g, int64_t count) {
           Vec scale[16];
           for (int i = 0; i < 16; i++) scale[i] = load(Scale + row[j + i] * {{scale_stride}}L + first / GRAIN + g, count);
-          {%- endif %}
           for (int64_t t = 0; t < T; t++) {
             Vec r[16];
             Int bits(0);  // of magnitudes: ordered as these are, and NaN is above all others
             for (int i = 0; i < 16; i++) {
-              r[i] = Vec(coefficient[(j + i) * T + t]){{ " * scale[i]" if packed }};
+              r[i] = Vec(coefficient[t * ROOM + j + i]) * scale[i];
               bits = at::vec::maximum(bits, at::vec::cast<int32_t>(r[i].abs()));
             }
             Vec most = at::vec::cast<float>(bits);
@@ -137,6 +178,12 @@ BLOCK = r"""
             const float c = largest[t][g];
             fits = fits && c <= 1e30f && (c >= 1e-30f || c == 0.0f);
           }
+        {%- else %}
+        const auto* const q = reinterpret_cast<const int32_t(*)[P][4][1]>(integer.get() + j / 16 * T * P * 4);
+        const auto* const start = reinterpret_cast<const int32_t(*)[P][1]>(starts.get() + j / 16 * T * P);
+        const auto* const step = reinterpret_cast<const float(*)[P][1]>(steps.get() + j / 16 * T * P);
+        const bool fits = all_fit[j / 16];
+        {%- endif %}
         const int64_t end = fits ? whole : 0;
         for (int64_t at = 0; at < end; at += B) {
           Bytes u[4][4];

@@ -2,14 +2,14 @@
 
     y[t, :] = sum over k with v[t, k]^2 >= tau[k] of v[t, k] * w[k, :]        in fp32, T small, w = weight * scale
 
-Every thread compacts the kept ranks once (branch-free: K steps against K * N products), then takes a stretch of outputs in
-blocks: accumulators of a block stay in the L1 cache while kept rows stream past, eight at a time. With several tokens the rows
-are those that any token keeps; a token's coefficient of a row it does not keep is zero. The result is fp32 and has no bias: what
-follows (bias, activation, residual, cast) is pointwise, and Inductor fuses it into the template.
+Every thread lists the kept ranks (kept_rows.py), then takes a stretch of outputs in blocks: accumulators of a block stay in the
+L1 cache while kept rows stream past, eight at a time. With several tokens the rows are those that any token keeps; a token's
+coefficient of a row it does not keep is zero. The result is fp32 and has no bias: what follows (bias, activation, residual, cast)
+is pointwise, and Inductor fuses it into the template.
 
 Weights are floating, int8 with a scale per row (which becomes part of the coefficient) or 4 bits with a scale per row and group
 of columns (rana_fx.formats); rows must be contiguous. Quantised weights are multiplied as integers, 16 rows at a time, where the
-CPU has the instructions (integers.py, also on its error), else and for the rows that remain as the floats they stand for.
+CPU has the instructions (integers.py, also on its error), else as the floats they stand for.
 
 Error: fp32 accumulation in a fixed order, so two runs are equal to the bit, on any number of threads.
 """
@@ -24,39 +24,17 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
 from rana_fx.formats import GROUPS
-from rana_fx.kernels.cpp import integers
+from rana_fx.kernels.cpp import integers, kept_rows
 from rana_fx.kernels.cpp.template import MAX_TOKENS, RowsTemplate, index_of
 
 _ACCUMULATORS = 4096  # floats, over all tokens: half of a 32 KiB L1 cache
 
-_COMPACT = r"""
-  // rana_masked_gemv
-  #pragma omp parallel num_threads({{threads}})
-  {
-    constexpr int64_t K = {{K}}, GRAIN = {{grain}}, NB = {{block}};
-    const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-    const std::unique_ptr<int32_t[]> row(new int32_t[K + 1]);
-    const auto coefficient = floats((K + 1) * T);
-    int64_t kept = 0;
-    for (int64_t k = 0; k < K; k++) {
-      bool any = false;
-      for (int64_t t = 0; t < T; t++) {
-        const float v = static_cast<float>(V[{{v_index}}]);
-        const bool keep = !(v * v < Tau[{{tau_index}}]);  // NaN is below no threshold: kept, as in the dense model
-        coefficient[kept * T + t] = keep ? v{{row_scale}} : 0.0f;
-        any |= keep;
-      }
-      row[kept] = static_cast<int32_t>(k);
-      kept += any;  // a row nobody keeps is overwritten by the next
-    }
-    const int64_t grains = (N + GRAIN - 1) / GRAIN;
-    const int64_t begin = grains * thread / count * GRAIN, end = std::min(N, grains * (thread + 1) / count * GRAIN);
-    const auto sums = floats(NB * T + VL);
-    {%- if dot %}
-    constexpr int64_t MIXED = NB + {{4 * bits // 8}};  // whole chunks
-    const auto mixed = floats(MIXED * T);
-    {%- endif %}
-    for (int64_t first = begin; first < end; first += NB) {
+_BLOCKS = r"""
+      {%- if dot %}
+      constexpr int64_t MIXED = NB + {{4 * bits // 8}};  // whole chunks
+      const auto mixed = floats(MIXED * T);
+      {%- endif %}
+      for (int64_t first = begin; first < end; first += NB) {  // not indented further
       const int64_t width = std::min(NB, end - first), places = width{{ " / 2" if packed }};
       std::fill_n(sums.get(), NB * T, 0.0f);
 """
@@ -72,7 +50,7 @@ _FLOATS = r"""
         float c[R];
         for (int i = 0; i < R; i++) c[i] = coefficient[j + i];
         {%- else %}
-        const float* const c = coefficient.get() + j * T;
+        const float* const c = coefficient.get() + j;
         {%- endif %}
         auto step = [&](int64_t o, int64_t n) {
           Vec x[R];
@@ -83,7 +61,7 @@ _FLOATS = r"""
           for (int64_t t = 0; t < T; t++) {
             float* const sum = sums.get() + t * NB + o;
             Vec a = Vec::loadu(sum, n);
-            for (int i = 0; i < R; i++) a = at::vec::fmadd(x[i], Vec(c[i * T + t]), a);
+            for (int i = 0; i < R; i++) a = at::vec::fmadd(x[i], Vec(c[{{"i" if one else "t * ROOM + i"}}]), a);
             a.store(sum, n);
           }
         };
@@ -105,7 +83,7 @@ _PACKED = r"""
           for (int i = 0; i < R; i++) {
             const int64_t k = row[j + i];
             const float scale = static_cast<float>(Scale[{{scale_index}}]);
-            for (int64_t t = 0; t < T; t++) c[i * T + t] = coefficient[(j + i) * T + t] * scale;
+            for (int64_t t = 0; t < T; t++) c[i * T + t] = coefficient[t * ROOM + j + i] * scale;
           }
           auto step = [&](int64_t p, int64_t n) {
             Vec even[R], odd[R];
@@ -129,18 +107,19 @@ _PACKED = r"""
 """
 
 _PRODUCTS = r"""
-      int64_t j = 0;
       {%- if dot %}
-      for (; j + 16 <= kept; j += 16) integers(j);
-      {%- endif %}
+      for (int64_t j = 0; j < kept; j += 16) integers(j);
+      {%- else %}
+      int64_t j = 0;
       for (; j + {{rows}} <= kept; j += {{rows}}) add(std::integral_constant<int, {{rows}}>(), j, 0, places);
       for (; j < kept; j++) add(std::integral_constant<int, 1>(), j, 0, places);
+      {%- endif %}
 """
 
 _STORE = r"""
       for (int64_t t = 0; t < T; t++) {
         const float* const sum = sums.get() + t * NB;
-        float* const y = result + t * N + first;
+        float* const y = target + t * N + first;
         {%- if packed %}
         for (int64_t o = 0; o < width / 2; o++) {
           y[2 * o] = sum[o];
@@ -150,8 +129,7 @@ _STORE = r"""
         std::copy_n(sum, width, y);
         {%- endif %}
       }
-    }
-  }
+      }
 """
 
 
@@ -160,12 +138,14 @@ class MaskedGemvTemplate(RowsTemplate):
 
     body: ClassVar[str] = (
         "{% if dot %}" + integers.PRELUDE + integers.INTERLEAVE + "{% endif %}"
-        + _COMPACT
+        + kept_rows.PARTS + kept_rows.LIST
+        + "{% if dot and not packed %}" + integers.COEFFICIENTS + "{% endif %}"
+        + _BLOCKS
         + "{% if packed %}" + _PACKED + "{% else %}" + _FLOATS + "{% endif %}"
         + "{% if dot %}" + integers.BLOCK + "{% endif %}"
         + _PRODUCTS
         + "{% if dot %}" + integers.COLLECT + "{% endif %}"
-        + _STORE
+        + _STORE + kept_rows.SUM
     )  # fmt: skip
 
     def __init__(self, v: Any, tau: Any, weight: Any, scale: Any, layout: ir.Layout) -> None:
@@ -191,6 +171,8 @@ class MaskedGemvTemplate(RowsTemplate):
             most=most,
             rows=8,
             packed=packed,
+            splits=kept_rows.splits(ranks, columns),
+            vectors=most == 1 and all(int(node.get_stride()[-1]) == 1 for node in (v, tau)) and (packed or _dense(scale)),
             weight_type=DTYPE_TO_CPP[weight.get_dtype()],
             row_stride=int(weight.get_stride()[0]),
             v_index=index_of(v, "t", "k"),
@@ -200,3 +182,8 @@ class MaskedGemvTemplate(RowsTemplate):
             scale_stride=int(scale.get_stride()[0]) if packed else 0,
             **whole,
         )
+
+
+def _dense(scale: Any) -> bool:
+    """Whether the scales of rows, if there are any, are neighbours in memory."""
+    return scale is None or int(scale.get_stride()[0]) == 1

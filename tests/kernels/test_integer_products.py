@@ -59,6 +59,9 @@ def sizes(bits):
         case(1, 16, 2, torch.float32, bits, density=1.0),
         case(3, 97, 130, torch.bfloat16, bits),
         case(1, 250, 576, torch.float32, bits, group=128),
+        case(1, 610, 200, torch.bfloat16, bits),  # in two parts, of which the last kept rows are fewer than 16
+        case(3, 300, 130, torch.float32, bits, density=0.1),
+        case(1, 300, 70, torch.float16, bits, density=0.0),
         case(2, 40, 4500, torch.float16, bits, density=1.0),
         case(8, 65, 1030, torch.float32, bits),
     ]

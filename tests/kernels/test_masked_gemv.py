@@ -143,8 +143,9 @@ def test_matches_fp64_in_several_blocks(data):
 
 
 def test_threads_change_no_bit():
-    """2,000 columns are not a multiple of the grain size or of the columns per thread."""
+    """2,000 and 500 columns are not a multiple of the grain size or of the columns per thread; of 500, ranks are in two parts."""
     cases = [product_of(3, 250, 2000, torch.float32, bits=bits) for bits in STORED]
+    cases += [product_of(1, 330, 500, torch.float32, bits=bits) for bits in STORED]
     results = check_threads_change_no_bit(masked_gemv, [case.operands for case in cases], GEMV)
     for case, y in zip(cases, results, strict=True):
         case.check(y)
