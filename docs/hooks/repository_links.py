@@ -20,6 +20,7 @@ PUBLISHED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "rana_fx/data/tiny-llama-prose-5m/MODEL_CARD.md": "embedded-model.md",
+    "examples/README.md": "examples.md",
     "README.md": "index.md",
 }
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")

@@ -11,6 +11,7 @@ import importlib
 import json
 import lzma
 import re
+import runpy
 import shutil
 import unittest
 
@@ -125,8 +126,8 @@ def taken_by(command):
         return options_of(bench(words[1]))
     if words[:1] == ["-m"] and words[1].startswith(("rana_fx", "tests")):
         assert importlib.util.find_spec(words[1]) is not None
-    elif program == "python" and words[0].endswith(".py") and words[0].startswith("examples/"):
-        assert (ROOT / words[0]).is_file()
+    elif words[0].startswith("examples/"):
+        return options_of(typer_of(runpy.run_path(str(ROOT / words[0]))["main"]))
     return None
 
 
@@ -137,8 +138,12 @@ def bench(name):
         module = importlib.import_module(f"{name}.__main__")
     if hasattr(module, "app"):
         return typer.main.get_command(module.app)
+    return typer_of(module.main)
+
+
+def typer_of(main):
     made = typer.Typer()
-    made.command()(module.main)
+    made.command()(main)
     return typer.main.get_command(made)
 
 
