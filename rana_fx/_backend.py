@@ -22,6 +22,7 @@ from rana_fx.graph.graph_pass import Outdated
 from rana_fx.graph.guards import guard_weights
 from rana_fx.graph.real_values import translator
 from rana_fx.graph.recompiles import keep_compiling
+from rana_fx.graph.unused_inputs import remove_unused_weights, taking
 from rana_fx.kernels.registry import fingerprint
 from rana_fx.passes.check_freed import weights_to_free
 from rana_fx.passes.runner import Result, run, run_post_grad
@@ -101,8 +102,11 @@ def backend(
     result = rewrite(gm, example_inputs, plan=plan, prefill=prefill, strict=strict)
     weights = weights_to_free(result.matches) if prefill == "factors" else []
     patches["post_grad_custom_pre_pass"] = _PostGrad(result, patches.get("post_grad_custom_pre_pass"))
+    stay = remove_unused_weights(gm, example_inputs)
+    read = [example_inputs[i] for i in stay]
     with launches_wait():
-        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=with_defaults(patches, gm))
+        compiled: Any = compile_fx(gm, read, config_patches=with_defaults(patches, gm))
+    compiled = taking(compiled, stay, len(example_inputs))
     if plan is not None:
         compiled = kept_alive(compiled, plan)
     return _freeing_after_first_run(compiled, weights) if weights else compiled

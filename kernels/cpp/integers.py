@@ -135,7 +135,10 @@ BLOCK = r"""
         const int64_t groups = (width + GRAIN - 1) / GRAIN;
         auto quantise = [&](int64_t g, int64_t count) {
           Vec scale[16];
-          for (int i = 0; i < 16; i++) scale[i] = load(Scale + row[j + i] * {{scale_stride}}L + first / GRAIN + g, count);
+          for (int i = 0; i < 16; i++) {
+            scale[i] = load(Scale + row[j + i] * {{scale_stride}}L + first / GRAIN + g, count);
+            prefetch(Scale + row[std::min(j + 16 + i, kept - 1)] * {{scale_stride}}L + first / GRAIN + g);
+          }
           for (int64_t t = 0; t < T; t++) {
             Vec r[16];
             Int bits(0);  // of magnitudes: ordered as these are, and NaN is above all others
@@ -201,16 +204,19 @@ BLOCK = r"""
             for (int p = 0; p < P; p++)
               for (int m = 0; m < 4; m++) k[p][m] = spread(q[t][p][m] + g);
             float* const y = mixed.get() + t * MIXED + at;
+            Bytes begin[P];
+            __m{{bits}} unit[P];
+            for (int p = 0; p < P; p++) {
+              begin[p] = spread(start[t][p] + g);
+              unit[p] = {{mm}}castsi{{bits}}_ps(spread(reinterpret_cast<const int32_t*>(step[t][p] + g)));
+            }
             auto multiply = [&](float* sum, auto unsigned_at) {
               Bytes n[P];
-              for (int p = 0; p < P; p++) n[p] = spread(start[t][p] + g);
+              for (int p = 0; p < P; p++) n[p] = begin[p];
               for (int m = 0; m < 4; m++)
                 for (int p = 0; p < P; p++) n[p] = unsigned_at(n[p], m, k[p][m]);
               auto total = {{mm}}loadu_ps(sum);
-              for (int p = P - 1; p >= 0; p--) {
-                const auto s = {{mm}}castsi{{bits}}_ps(spread(reinterpret_cast<const int32_t*>(step[t][p] + g)));
-                total = {{mm}}fmadd_ps({{mm}}cvtepi32_ps(n[p]), s, total);
-              }
+              for (int p = P - 1; p >= 0; p--) total = {{mm}}fmadd_ps({{mm}}cvtepi32_ps(n[p]), unit[p], total);
               {{mm}}storeu_ps(sum, total);
             };
             for (int i = 0; i < 4; i++) {

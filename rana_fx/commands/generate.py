@@ -34,7 +34,9 @@ def command(
     from rana_fx._backend import backend
     from rana_fx.commands.loading import load
     from rana_fx.evaluation.generate import compiled_forward, generate
+    from rana_fx.runtime.cpu_threads import one_thread_per_core
 
+    one_thread_per_core()
     torch.manual_seed(seed)
     network, tokenizer, loaded = load(model, plan, dtype=dtype, device=device)
     forward = compiled_forward(network, "inductor" if loaded is None else backend)

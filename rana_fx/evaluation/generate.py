@@ -44,8 +44,12 @@ class Generated:
 
 
 def compiled_forward(model: PreTrainedModel, backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The model's forward, compiled, as ``generate`` takes it; use the result for several calls."""
-    return torch.compile(type(model).forward.__get__(model), backend=backend)
+    """The model's forward, compiled, as ``generate`` takes it; use the result for several calls.
+
+    The model must not change meanwhile: guards on modules are left out, which every step would evaluate.
+    """
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return torch.compile(type(model).forward.__get__(model), backend=backend, options=options)
 
 
 def generate(

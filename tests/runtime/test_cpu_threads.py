@@ -1,0 +1,40 @@
+"""One thread for each core of those that the process may run on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rana_fx.runtime import cpu_threads
+
+
+@pytest.fixture
+def processors(tmp_path):
+    """Six processors on three cores."""
+    for number in range(6):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{number % 3},{number % 3 + 3}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [({0, 1, 2, 3, 4, 5}, 3), ({0, 3}, 1), ({0, 4, 5}, 3), ({0, 17}, None)])
+def test_hyperthreads_are_one_core(processors, allowed, expected):
+    assert cpu_threads.cores(processors, allowed) == expected
+
+
+@pytest.mark.parametrize(("found", "environment", "expected"), [(1, None, 1), (1, "2", 2), (3, None, 2), (None, None, 2)])
+def test_threads_are_set(monkeypatch, found, environment, expected):
+    """Not above what PyTorch has, nor where the user chose."""
+    before = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    monkeypatch.setattr(cpu_threads, "cores", lambda: found)
+    try:
+        torch.set_num_threads(2)
+        cpu_threads.one_thread_per_core()
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
