@@ -56,6 +56,7 @@ def command(
         "tokens": made.tokens,
         "ms_per_token": made.ms_per_token,
         "compile_seconds": compile_s,
+        "threads": torch.get_num_threads() if network.device.type == "cpu" else None,
         "digest": None if loaded is None else loaded.digest(),
     }
     screen = Screen(quiet)
@@ -86,6 +87,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
     return [
         ("plan", "none: the dense model" if digest is None else digest[:12]),
         ("compiled by", f"{facts['backend']}, {facts['cache']} cache"),
+        *([("threads", facts["threads"])] if facts["threads"] else []),
         ("new tokens", facts["tokens"]),
         ("ms a token, median", facts["ms_per_token"]),
         ("compilation and prompt, seconds", facts["compile_seconds"]),

@@ -48,7 +48,7 @@ def compiled_forward(model: PreTrainedModel, backend: str | Callable[..., Any]) 
 
     The model must not change meanwhile: guards on modules are left out, which every step would evaluate.
     """
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     return torch.compile(type(model).forward.__get__(model), backend=backend, options=options)
 
 

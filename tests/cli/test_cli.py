@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -150,6 +151,8 @@ def test_generate_continues_the_prompt(
     result = call(*args, "--device", "cpu", "--json", tmp_path / "g.json")
     found = facts(tmp_path / "g.json", result)
     assert found["backend"] == "rana" and found["cache"] == cache and found["digest"] == adapted[1]["digest"]
+    assert found["threads"] == torch.get_num_threads()
+    assert ["threads", str(found["threads"])] in [line.split() for line in result.output.splitlines()]
     assert 1 <= found["tokens"] <= 3 and found["text"]
     assert "It was a dark" + found["text"] in result.output
 

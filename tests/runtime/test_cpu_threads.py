@@ -1,4 +1,4 @@
-"""One thread for each core of those that the process may run on."""
+"""One thread for each core of those that the process may run on, within the quota of its container."""
 
 from __future__ import annotations
 
@@ -23,8 +23,29 @@ def test_hyperthreads_are_one_core(processors, allowed, expected):
     assert cpu_threads.cores(processors, allowed) == expected
 
 
-@pytest.mark.parametrize(("found", "environment", "expected"), [(1, None, 1), (1, "2", 2), (3, None, 2), (None, None, 2)])
-def test_threads_are_set(monkeypatch, found, environment, expected):
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("max 100000", None), ("250000 100000", 2), ("50000 100000", 1), ("100000 0", None), ("x y", None), ("", None)],
+)
+def test_quota(tmp_path, text, expected):
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    assert cpu_threads.quota(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("-1", None), ("300000", 3), ("20000", 1), (None, None)])
+def test_quota_of_version_1(tmp_path, text, expected):
+    if text is not None:
+        (tmp_path / "cpu").mkdir()
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(text + "\n")
+        (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert cpu_threads.quota(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "limit", "environment", "expected"),
+    [(1, None, None, 1), (1, 1, "2", 2), (3, None, None, 2), (None, None, None, 2), (2, 1, None, 1), (None, 1, None, 1)],
+)
+def test_threads_are_set(monkeypatch, found, limit, environment, expected):
     """Not above what PyTorch has, nor where the user chose."""
     before = torch.get_num_threads()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -32,6 +53,7 @@ def test_threads_are_set(monkeypatch, found, environment, expected):
     if environment:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
     monkeypatch.setattr(cpu_threads, "cores", lambda: found)
+    monkeypatch.setattr(cpu_threads, "quota", lambda: limit)
     try:
         torch.set_num_threads(2)
         cpu_threads.one_thread_per_core()
