@@ -50,7 +50,7 @@ def one_thread_per_core() -> None:
     """Give PyTorch as many threads as there are cores, within the quota, unless the user chose a number in the environment; never
     more than it has.
 
-    Code that is compiled afterwards uses them: a number changed later does not change it.
+    The number is part of the code. Dynamo guards on it, so that the next call after a change compiles again.
     """
     if any(os.environ.get(name) for name in _SET_BY_HAND):
         return

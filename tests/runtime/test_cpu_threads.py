@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from torch._inductor.graph import GraphLowering
 
+import rana_fx
+from rana_fx.formats import pack
+from rana_fx.kernels.ops import masked_gemv
 from rana_fx.runtime import cpu_threads
 
 
@@ -60,3 +66,27 @@ def test_threads_are_set(monkeypatch, found, limit, environment, expected):
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_number_changed_after_compilation_is_used(monkeypatch):
+    """Also without guards on modules: Dynamo's on the number of threads is none of them."""
+    codes: list[str] = []
+    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(codes.append))
+    generator = torch.Generator().manual_seed(0)
+    v, tau = torch.randn(1, 256, generator=generator), torch.zeros(256)
+    operands = (v, tau, *pack(torch.randn(256, 512, generator=generator), 8))
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    torch._dynamo.reset()
+    run = torch.compile(lambda v, tau, w, s: masked_gemv(v, tau, w, None, s), backend=rana_fx.backend, options=options)
+    before, results = torch.get_num_threads(), []
+    try:
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            for number in (2, 1, 2):
+                torch.set_num_threads(number)
+                results.append(run(*operands))
+    finally:
+        torch.set_num_threads(before)
+        torch._dynamo.reset()
+    # the third call finds the first code
+    assert [set(re.findall(r"\bnum_threads\((\d+)\)", code)) for code in codes] == [{"2"}, {"1"}]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
