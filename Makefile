@@ -1,12 +1,12 @@
 # make demo: the embedded model adapted, compiled, measured.   make check: lint, types, layers, unit tests.   make test: all tests, too.
-# Both build .venv from constraints.txt; a machine needs Python 3.11 to 3.13 and a C++ compiler, nothing else.
+# Both build .venv from constraints.txt; a machine needs Python 3.11 or 3.12 and a C++ compiler, nothing else.
 
 SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 # a pyenv shim exists for versions that are not installed: only running one tells
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c \
-	'import sys; (3, 11) <= sys.version_info[:2] < (3, 14) and print("$(p)")' 2>/dev/null)))
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c \
+	'import sys; (3, 11) <= sys.version_info[:2] < (3, 13) and print("$(p)")' 2>/dev/null)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -70,7 +70,7 @@ clean: ## remove all that make made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found; name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and pinned: another package's bare "torch" would pull in a newer build with gigabytes of CUDA libraries;
