@@ -91,6 +91,20 @@ def test_wheel_holds_every_file_and_nothing_else(wheel):
     assert "rana-fx = rana_fx.cli:app" in entry_points
 
 
+def test_a_clone_builds_a_wheel_of_every_committed_file(tmp_path):
+    """As ``pip install git+URL`` does: from what is committed alone."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not in a clone")
+    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", tmp_path / "clone"], check=True)
+    listing = ["git", "-C", tmp_path / "clone", "ls-files", *PACKAGES]
+    listed = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
+    pip("wheel", "--no-build-isolation", "--wheel-dir", tmp_path, tmp_path / "clone", cwd=tmp_path)
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        got = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert got == {name if name.startswith("rana_fx/") else f"rana_fx/{name}" for name in listed}
+
+
 @pytest.mark.slow
 def test_wheel_works_from_another_directory(installed, tmp_path):
     """Its backend is found by name, and each part is that of the wheel."""
