@@ -31,15 +31,29 @@ if TYPE_CHECKING:
     from rana_fx._backend import backend
     from rana_fx.adaptation import adapt
     from rana_fx.plan import Plan, load_plan
+    from rana_fx.refinement import Refine
     from rana_fx.report import explain
     from rana_fx.runtime.attachment import attach, detach
     from rana_fx.runtime.disabling import disabled
 
-__all__ = ["Plan", "RanaError", "RanaWarning", "adapt", "attach", "backend", "detach", "disabled", "explain", "load_plan"]
+__all__ = [
+    "Plan",
+    "RanaError",
+    "RanaWarning",
+    "Refine",
+    "adapt",
+    "attach",
+    "backend",
+    "detach",
+    "disabled",
+    "explain",
+    "load_plan",
+]
 
 # name -> the module that it is imported from
 _LAZY = {
     "Plan": "plan",
+    "Refine": "refinement",
     "adapt": "adaptation",
     "attach": "runtime.attachment",
     "backend": "_backend",
