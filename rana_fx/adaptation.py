@@ -42,6 +42,8 @@ from rana_fx.recipes import Problem, Recipe, needs_holdout, recipe_of, takes_bud
 from rana_fx.recipes.held_out_quality import held_out_quality
 from rana_fx.recipes.selected import in_budgets_of_all, selected
 from rana_fx.recipes.sharing import Solver, sharing
+from rana_fx.refinement import Refine
+from rana_fx.refinement.refined import Refiner, refiner_of, share_of
 from rana_fx.runtime.attachment import attach, attached
 from rana_fx.skips import Note, Skip, typed
 
@@ -56,7 +58,7 @@ IS_TABLE = "its weight is also the table of an embedding, which stays as it is"
 def adapt(
     model: nn.Module, batches: Iterable[Any], *, budgets: Sequence[float], metric: str = ..., recipe: str | Recipe = ...,
     scope: str = ..., skip: Patterns = ..., only: Patterns = ..., held_out: Iterable[Any] | None = ...,
-    progress: bool | Callback = ..., seed: int = ...,
+    refine: Refine | None = ..., progress: bool | Callback = ..., seed: int = ...,
 ) -> list[Plan]: ...  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def adapt(
     model: nn.Module, batches: Iterable[Any], *, budget: float | None = ..., max_kl: float | None = ...,
     max_loss: float | None = ..., max_ppl_increase: float | None = ..., metric: str = ..., recipe: str | Recipe = ...,
     scope: str = ..., skip: Patterns = ..., only: Patterns = ..., held_out: Iterable[Any] | None = ...,
-    progress: bool | Callback = ..., seed: int = ...,
+    refine: Refine | None = ..., progress: bool | Callback = ..., seed: int = ...,
 ) -> Plan: ...  # fmt: skip
 
 
@@ -84,6 +86,7 @@ def adapt(
     skip: Patterns = (),
     only: Patterns = (),
     held_out: Iterable[Any] | None = None,
+    refine: Refine | None = None,
     progress: bool | Callback = True,
     seed: int = 0,
 ) -> Plan | list[Plan]:
@@ -116,6 +119,8 @@ def adapt(
         held_out: batches of other text, to measure plans of ``budgets`` and targets on; each row is taken for a document, so rows
             of one document make the interval too narrow. Default: every fourth of ``batches``, at most some 16,000 tokens, which
             calibration then does not see. Not used with ``budget``, which measures nothing.
+        refine: ``rana_fx.refinement.Refine(tokens=...)`` distils each plan from the dense model, on ``batches`` but their last fourth, and
+            keeps what comes of it if that loses less on the last fourth (docs/explanation/recipes.md).
         progress: True draws a bar on stderr, with an estimate of the time left; False is silent. A function is called with a
             ``rana_fx.progress.Step`` at each step instead. The stages are logged to "rana_fx.progress" in any case.
         seed: of the token sample.
@@ -130,7 +135,8 @@ def adapt(
         BudgetOrTarget, TargetNotPositive, TargetUnreachable, TargetNotMeasurable, TooFewHeldOut (of targets).
         BudgetOutOfRange, BudgetUnreachable, NothingToSkip (recipe "exact": there are no zeros), UnknownMetric, UnknownRecipe,
         UnknownChoice (``scope``), NoSuchLinear (a pattern that matches nothing), AlreadyAdapted, NoBatches, NoLinears,
-        TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, WeightAbsent, InvalidOption (``batches`` is one batch).
+        TooFewTokens, NonFinite, TraceFailed, CompilationDisabled, WeightAbsent, InvalidOption (``batches`` is one batch),
+        TooLittleToRefine.
 
     Example:
         >>> plan = rana_fx.adapt(model, batches, budget=0.58)
@@ -142,21 +148,23 @@ def adapt(
         expected = "a recipe that takes a budget; of this one there is one plan, at no loss: leave out budgets and targets"
         raise InvalidOption(name="recipe", got=title_of(chosen), expected=expected)
     seed = _checked_seed(seed)
+    refiner = refiner_of(refine, chosen, metric=metric, seed=seed)
     model = unwrap(model)
     selection = Selection.of(skip, only)
     named = {name: weight for name, weight in weights_of(model).items() if not nn.parameter.is_lazy(weight)}
     selection.check([name for name, weight in named.items() if weight.dim() >= 2], type(model).__name__)
     _check_not_adapted(model)
-    with following(progress, title="adapt", shares=_shares(chosen, asked)) as steps:
+    with following(progress, title="adapt", shares=_shares(chosen, asked, refine)) as steps:
         with trainable_tensors(model):
             text = Withheld(batches, held_out) if asked.measured else batches
-            calibration = calibrated(model, text, chosen, scope=scope, seed=seed, progress=steps, selection=selection)
+            read = refiner.reading(text)
+            calibration = calibrated(model, read, chosen, scope=scope, seed=seed, progress=steps, selection=selection)
             problem_at = functools.partial(calibration.problem, metric=metric, recipe=title_of(chosen), progress=steps)
             if isinstance(text, Withheld):
-                plans = _measured(model, calibration, chosen, asked, text.batches(), problem_at)
+                plans = _measured(model, calibration, chosen, asked, text.batches(), problem_at, refiner)
             else:
                 problem = problem_at(budget=asked.budgets[0] if takes_budget(chosen) else 1.0)
-                adapters = solved(problem, chosen)
+                adapters = refiner.refined(model, problem, solved(problem, chosen))
         if asked.many:
             return plans
         with steps.stage(_PLAN):
@@ -174,13 +182,14 @@ def _measured(
     asked: Asked,
     held_out: Sequence[Any],
     problem_at: functools.partial[Problem],
+    refiner: Refiner,
 ) -> list[Plan]:
     """Plans with what they lose on held-out batches; what no budget changes is computed once."""
     metric, title, steps = (problem_at.keywords[name] for name in ("metric", "recipe", "progress"))
 
     def plan_at(budget: float) -> Plan:
         problem = problem_at(budget=budget)
-        return planned(calibration, problem, solved(problem, solver))
+        return planned(calibration, problem, refiner.refined(model, problem, solved(problem, solver)))
 
     with sharing(recipe) as solver, held_out_quality(model, calibration.layout, held_out) as quality:
         return measured_plans(asked, plan_at, quality, model=calibration.model, recipe=title, metric=metric, steps=steps)
@@ -275,9 +284,9 @@ def planned(calibration: CalibratedModel, problem: Problem, adapters: Sequence[A
     )
 
 
-def _shares(recipe: Recipe, asked: Asked) -> dict[str, float]:
+def _shares(recipe: Recipe, asked: Asked, refine: Refine | None) -> dict[str, float]:
     """Expected shares of the time of ``adapt`` by stage, in order."""
-    inside: Mapping[str, float] = getattr(recipe, "shares", {_SOLVE: 1.0})
+    inside: Mapping[str, float] = {**getattr(recipe, "shares", {_SOLVE: 1.0}), **share_of(refine)}
     if asked.measured:
         once = getattr(recipe, "once", ())
         each = sum(share for name, share in inside.items() if name not in once)

@@ -13,6 +13,7 @@ from rana_fx.cost import SCOPES as SCOPES
 
 RECIPES = ("dense", "static", "cats", "teal", "wina", "exact", "paper", "rana")
 WITHOUT_BUDGET = ("exact",)  # recipes of which there is one plan
+WITHOUT_LOSS = ("dense", *WITHOUT_BUDGET)  # recipes that approximate nothing
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PREFILLS = ("masked", "dense", "cheapest", "factors")
 CACHES = ("static", "dynamic")

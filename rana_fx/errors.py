@@ -148,6 +148,13 @@ class NoBatches(RanaError, ValueError):
     message = "no batch was given: `batches` yielded nothing. Pass at least one batch that the model accepts ({hint})."
 
 
+class TooLittleToRefine(RanaError, ValueError):
+    message = (
+        "the text is too little to refine a plan on: got {got} rows, expected at least {needed}. One in four is held out of the "
+        "training, and {held} are needed to tell a gain from chance. Pass more batches, or shorter rows."
+    )
+
+
 class TooFewTokens(RanaError, ValueError):
     message = (
         "{site}: {got} calibration tokens are too few for a layer of {rank} ranks. At least {needed} tokens "

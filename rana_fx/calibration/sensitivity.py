@@ -250,7 +250,7 @@ def real_outputs(values: Tensor, model: InstrumentedModel) -> Tensor:
 def _projected(output: Any, model: InstrumentedModel, generator: torch.Generator) -> Tensor | None:
     logits = logits_of(output)
     if logits is not None:
-        rows = _rows(logits, model)
+        rows = rows_of(logits, model)
         total = rows.new_zeros((), dtype=torch.float32)
         for chunk in rows.split(rows_at_once(rows.shape[1])):
             wide = chunk.float()
@@ -268,7 +268,7 @@ def _projected(output: Any, model: InstrumentedModel, generator: torch.Generator
     return projected
 
 
-def _rows(values: Tensor, model: InstrumentedModel) -> Tensor:
+def rows_of(values: Tensor, model: InstrumentedModel) -> Tensor:
     """As ``real_outputs``, with gradients."""
     mask = model.mask(values)
     rows = values.reshape(-1, values.shape[-1])

@@ -15,7 +15,7 @@ from rana_fx.commands import checks
 from rana_fx.commands import options as o
 from rana_fx.commands.curve_table import show_curve
 from rana_fx.commands.plan_table import show_plan
-from rana_fx.commands.record import cell, data_batches, data_texts, facts_of, write_json
+from rana_fx.commands.record import cell, data_texts, facts_of, write_json
 from rana_fx.commands.screen import LEGEND, Screen
 from rana_fx.summary import COLUMNS
 
@@ -42,6 +42,7 @@ def command(
     scope: o.Scope = "blocks",
     skip: o.Skip = None,
     only: o.Only = None,
+    refine: o.Refine = None,
     tokens: o.Tokens = 32_000,
     context: o.Context = 512,
     batch_size: o.BatchSize = 8,
@@ -62,30 +63,38 @@ def command(
     asked = asked_of(given.get("budget"), given.get("budgets"), {name: given.get(name) for name in _TARGETS})
     if asked.measured:
         checks.recipe_with_budgets(recipe)
+    if refine is not None:
+        checks.recipe_to_refine(recipe)
 
     import torch
 
     from rana_fx.adaptation import adapt
-    from rana_fx.commands.held_out_text import calibration_and_held_out
+    from rana_fx.commands.held_out_text import calibration_and_held_out, refinement_batches
     from rana_fx.evaluation.perplexity import load_model
+    from rana_fx.evaluation.text import token_batches
+    from rana_fx.refinement import Refine
 
     torch.manual_seed(seed)
     network, tokenizer = load_model(model, dtype=dtype, device=device)
     text = {"column": column, "split": split, "tokens": tokens, "context": context, "batch_size": batch_size}
     # neighbouring documents are similar: the first ones alone would be a biased sample of the text
+    texts = data_texts(network, data, column=column, split=split, tokens=tokens, context=context, shuffle=seed)
+    sizes = {"context": context, "batch_size": batch_size}
     held_out = None
     if asked.measured:
-        texts = data_texts(network, data, column=column, split=split, tokens=tokens, context=context, shuffle=seed)
-        batches, held_out = calibration_and_held_out(texts, tokenizer, tokens=tokens, context=context, batch_size=batch_size)
+        batches, held_out = calibration_and_held_out(texts, tokenizer, tokens=tokens, **sizes)
     else:
-        batches = data_batches(network, tokenizer, data, **text, shuffle=seed)  # type: ignore[arg-type]
+        batches = token_batches(texts, tokenizer, tokens=tokens, **sizes)
     started = time.perf_counter()
     patterns = {"skip": skip or (), "only": only or ()}
     chosen: dict[str, Any] = {"metric": metric, "recipe": recipe, "scope": scope, "seed": seed, "held_out": held_out, **patterns}
+    if refine is not None:
+        others = refinement_batches(texts, tokenizer, after=tokens, tokens=refine, measured=asked.measured, **sizes)
+        chosen["refine"] = Refine(tokens=refine, text=others)
     found: Plan | list[Plan] = adapt(network, batches, **given, **chosen, progress=not quiet)
     seconds = time.perf_counter() - started
     facts = facts_of("adapt", seed=seed, model=model, data=data, out=out, dtype=dtype, device=str(network.device), **text)
-    facts["options"] |= {name: list(value) for name, value in patterns.items() if value}
+    facts["options"] |= {name: list(value) for name, value in patterns.items() if value} | {"refine": refine}
     screen = Screen(quiet)
     if isinstance(found, list):
         plans = [(plan, out / f"{plan.budget:g}") for plan in found]

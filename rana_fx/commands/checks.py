@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rana_fx.asked import asked_of, promise_of
+<<<<<<< HEAD
 from rana_fx.choices import METRICS, RECIPES, WITHOUT_BUDGET, builder_of
 from rana_fx.commands import hub_names
 from rana_fx.devices import known_device
+=======
+from rana_fx.choices import METRICS, RECIPES, WITHOUT_BUDGET, WITHOUT_LOSS, builder_of
+>>>>>>> ref17
 from rana_fx.errors import (
     BudgetOutOfRange,
     DatasetError,
@@ -82,6 +86,13 @@ def recipe_with_budgets(value: str) -> None:
     if value in WITHOUT_BUDGET:
         expected = f"a recipe that takes a budget; of this one there is one plan, at no loss: rana-fx adapt --recipe {value}"
         raise InvalidOption(name="--recipe", got=value, expected=expected)
+
+
+def recipe_to_refine(value: str) -> None:
+    """Of a command that refines plans. Raises InvalidOption."""
+    if value in WITHOUT_LOSS:
+        expected = f"no refinement: recipe {value} approximates nothing, so there is nothing to train"
+        raise InvalidOption(name="--refine", got=f"with --recipe {value}", expected=expected)
 
 
 def metric(value: str) -> str:

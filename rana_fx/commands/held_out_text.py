@@ -27,11 +27,41 @@ def calibration_and_held_out(
     """(batches to calibrate on, batches to measure on; None: of so few documents batches have to be withheld)."""
     from rana_fx.evaluation.text import token_batches
 
-    count = min(MOST, len(texts) // 4)
-    if count < LEAST:
+    count = _held(texts)
+    if not count:
         return token_batches(texts, tokenizer, tokens=tokens, context=context, batch_size=batch_size), None
     batches = token_batches(texts[:-count], tokenizer, tokens=tokens, context=context, batch_size=batch_size)
     return batches, document_rows(texts[-count:], tokenizer, context=context, batch_size=batch_size)
+
+
+def refinement_batches(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    after: int,
+    tokens: int,
+    context: int,
+    batch_size: int,
+    measured: bool,
+) -> Batches | None:
+    """Batches to refine a plan on: of the text after the first ``after`` tokens; None where too little follows.
+
+    ``tokens``: to train on; a third as many more are for judging. ``measured``: documents are held out of all this, as above.
+    """
+    from rana_fx.evaluation.text import token_batches
+
+    texts = texts[: len(texts) - _held(texts)] if measured else texts
+    skipped = -(-after // (context * batch_size))
+    count = max(-(-tokens * 4 // 3), 4 * LEAST * context)
+    whole = skipped * context * batch_size + count
+    batches = token_batches(texts, tokenizer, tokens=whole, context=context, batch_size=batch_size)[skipped:]
+    return batches if sum(len(batch["input_ids"]) for batch in batches) >= 4 * LEAST else None
+
+
+def _held(texts: Sequence[str]) -> int:
+    """How many documents are held out: none of so few that they would be too few for intervals."""
+    count = min(MOST, len(texts) // 4)
+    return count if count >= LEAST else 0
 
 
 def rows_of(

@@ -79,6 +79,15 @@ MaxPplIncrease = Annotated[
         help="Instead of a budget: ... whose perplexity rises by less, in points.", callback=checks.target("max_ppl_increase")
     ),
 ]
+Refine = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MOST,
+        metavar="TOKENS",
+        help="Then distil the plan from the dense model on so many tokens of the text; kept if other text of it loses less.",
+    ),
+]
 Metric = Annotated[
     str,
     typer.Option(help="What the budget counts: flops or bytes.", callback=checks.metric, autocompletion=completed(METRICS)),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import rana_fx
 from rana_fx.cli import app
-from rana_fx.commands.held_out_text import MOST, calibration_and_held_out
-from rana_fx.errors import InvalidOption
+from rana_fx.commands.held_out_text import MOST, calibration_and_held_out, refinement_batches
+from rana_fx.errors import InvalidOption, RanaWarning
+from rana_fx.evaluation.text import token_batches
 from tests.support.tiny_model import saved_tiny
 
 
@@ -85,6 +88,33 @@ def test_options_in_a_file_yield_to_given_ones_and_exclude_each_other(tiny, tmp_
     (tmp_path / "run.yaml").write_text("budget: 0.3\nmax-kl: 0.1")
     result = adapt(tiny, "--out", tmp_path / "out", "--config", tmp_path / "run.yaml")
     assert result.exit_code == 2 and "got budget=0.3, max_kl=0.1 together" in " ".join(result.output.split()) and not asked
+
+
+def test_refined_on_text_after_that_of_calibration(tiny, tmp_path):
+    words = ("--budget", 0.5, "--tokens", 512, "--refine", 600)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RanaWarning)  # a random model on few tokens may gain nothing
+        result = adapt(tiny, "--out", tmp_path, *words, "--json", tmp_path / "facts.json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert json.loads((tmp_path / "facts.json").read_text())["options"]["refine"] == 600
+    note = rana_fx.load_plan(tmp_path).notes()[-1]
+    assert "refined" in note and note[:30] in result.output
+    result = adapt(tiny, "--out", tmp_path, "--recipe", "exact", "--refine", 600)
+    assert "recipe exact approximates nothing, so there is nothing to train" in " ".join(result.output.split())
+
+
+def test_text_to_refine_on_follows_that_of_calibration():
+    texts = ["a" * 9, "b" * 19, *"c" * 400]
+    options = {"context": 2, "batch_size": 5}
+    seen = token_batches(texts, Letters(), tokens=25, **options)
+    others = refinement_batches(texts, Letters(), after=25, tokens=90, measured=False, **options)
+    whole = token_batches(texts, Letters(), tokens=30 + 120, **options)
+    assert len(seen) == 3 and len(others) == 12
+    assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(others, whole[3:], strict=True))
+    # with documents that plans are measured on, without these
+    fewer = refinement_batches(texts, Letters(), after=25, tokens=10_000, measured=True, **options)
+    assert sum(int(batch["attention_mask"].sum()) for batch in fewer) == 30 + 2 * (400 - MOST) - 30
+    assert refinement_batches(texts, Letters(), after=800, tokens=90, measured=False, **options) is None
 
 
 class Letters:

@@ -78,6 +78,7 @@ EXAMPLES = {
         "context": 512,
         "todo": "lower --batch-size",
     },
+    "TooLittleToRefine": {"got": 12, "needed": 32, "held": 8},
     "LossNotFinite": {"step": 7, "what": "loss", "got": "nan", "last": 6, "kept": "no checkpoint was written yet", "rate": 0.5},
     "TooLittleText": {"source": "a.txt", "got": 90, "expected": 128, "trained": 96, "held_out": 32, "batch": 16},
     "CheckpointError": {"path": "out/checkpoint.pt", "reason": "it is of another plan", "todo": "start anew"},
