@@ -119,8 +119,8 @@ def adapt(
         held_out: batches of other text, to measure plans of ``budgets`` and targets on; each row is taken for a document, so rows
             of one document make the interval too narrow. Default: every fourth of ``batches``, at most some 16,000 tokens, which
             calibration then does not see. Not used with ``budget``, which measures nothing.
-        refine: ``rana_fx.refinement.Refine(tokens=...)`` distils each plan from the dense model, on ``batches`` but their last fourth, and
-            keeps what comes of it if that loses less on the last fourth (docs/explanation/recipes.md).
+        refine: ``rana_fx.refinement.Refine(tokens=...)`` distils each plan from the dense model, on ``batches`` but their last
+            fourth, and keeps what comes of it if that loses less on the last fourth (docs/explanation/recipes.md).
         progress: True draws a bar on stderr, with an estimate of the time left; False is silent. A function is called with a
             ``rana_fx.progress.Step`` at each step instead. The stages are logged to "rana_fx.progress" in any case.
         seed: of the token sample.

@@ -12,13 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rana_fx.asked import asked_of, promise_of
-<<<<<<< HEAD
-from rana_fx.choices import METRICS, RECIPES, WITHOUT_BUDGET, builder_of
+from rana_fx.choices import METRICS, RECIPES, WITHOUT_BUDGET, WITHOUT_LOSS, builder_of
 from rana_fx.commands import hub_names
 from rana_fx.devices import known_device
-=======
-from rana_fx.choices import METRICS, RECIPES, WITHOUT_BUDGET, WITHOUT_LOSS, builder_of
->>>>>>> ref17
 from rana_fx.errors import (
     BudgetOutOfRange,
     DatasetError,
