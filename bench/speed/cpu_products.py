@@ -46,6 +46,7 @@ def main(
     if not 0 < density <= 1:
         raise InvalidOption(name="--density", got=density, expected="a number in (0, 1]")
     lower.register()
+    torch._inductor.config.fx_graph_cache = False  # its key has no sources of templates
     start(out)
     lines = []
     for count in (int(word) for word in threads.split(",")):

@@ -8,7 +8,7 @@ of listed rows is made a multiple of 16 by rows with coefficient zero where prod
 
 from __future__ import annotations
 
-_FEW_OUTPUTS = 1024  # one more pass over them costs less than listing all ranks in every thread
+_FEW_OUTPUTS = 4096  # one more pass over them costs less than half rows and a list of all ranks in every thread
 _RANKS = 256
 
 
