@@ -80,7 +80,7 @@ def test_interrupted(command, stage, whole, tiny, plan, tmp_path, monkeypatch): 
     pytest.importorskip({"finetune": "peft", "tasks": "lm_eval", "sweep": "matplotlib"}.get(command, "torch"))
     monkeypatch.setattr(_interrupts, "_seen", [])
     monkeypatch.setattr(stage, stop)
-    # a library that was imported in a runner before logs to the stream of that one, which is closed, and logging would say so here
+    # a library imported in an earlier runner logs to the stream of that one, which is closed, and logging would say so here
     monkeypatch.setattr(logging, "raiseExceptions", False)
     words = (command, *arguments(tiny, plan, tmp_path)[command], "--json", tmp_path / "facts.json")
     with without_inductor():
