@@ -17,8 +17,7 @@ from rana_fx.kernels.registry import REFERENCE, choose, why
 from rana_fx.plan import SiteRecord
 from rana_fx.runtime.adapter_time import problems
 
-# a device's kernels, fastest first; the reference is a dense matmul
-_FASTEST = {"cuda": "tensor_cores", "cpu": "integer products"}
+_TENSOR_CORES = "tensor_cores"  # the fastest of a GPU
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,11 @@ def kernel_choice(adapter: Adapter, sites: Mapping[str, SiteRecord], device: tor
     with config.patch({"triton.cudagraphs": device.type == "cuda"}):
         chosen = choose(product).name
         passed = {row.name: reason for row, reason in why(product)}
-    fastest = _FASTEST.get(device.type)
-    if chosen == REFERENCE or fastest is None:
-        return KernelChoice(chosen)
-    if device.type == "cuda":
-        return KernelChoice(chosen, f"{fastest}: {passed[fastest]}" if fastest in passed else "")
-    return KernelChoice(chosen, _without_integers(product))
+    if chosen == REFERENCE or device.type not in ("cuda", "cpu"):
+        return KernelChoice(chosen)  # a dense matmul, or a device without kernels to compare
+    if device.type == "cpu":
+        return KernelChoice(chosen, _without_integers(product))
+    return KernelChoice(chosen, f"{_TENSOR_CORES}: {passed[_TENSOR_CORES]}" if _TENSOR_CORES in passed else "")
 
 
 def _without_integers(product: Problem) -> str:
